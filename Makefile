@@ -1,0 +1,34 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# The tests are many small ones: a process per core beats threads within one.
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: demo test lint format inspect clean
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,dev]"
+	touch $(STAMP)
+
+demo: $(STAMP)  ## real photos, a tiny FLUX, the real training path: writes demo-output/
+	$(BIN)/focusdpo demo --out demo-output --overwrite true
+
+test: $(STAMP)  ## all tests; without a GPU the kernels run in Triton's interpreter
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## ruff, fixing what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+inspect: $(STAMP)  ## registers, spills and wide loads of every kernel, compiled without a GPU
+	$(BIN)/python -m focusdpo_kernels.inspect
+
+clean:
+	rm -rf $(VENV) demo-output build *.egg-info

@@ -1,0 +1,18 @@
+"""Preference pairs: format, checks, tensors."""
+
+from focusdpo.data.dataset import PairBatch, PairDataset, PairSample, SizeBatches, collate
+from focusdpo.data.records import DatasetError, PairRecord, Problem, Reference
+from focusdpo.data.validation import load_pairs
+
+__all__ = [
+    "DatasetError",
+    "PairBatch",
+    "PairDataset",
+    "PairRecord",
+    "PairSample",
+    "Problem",
+    "Reference",
+    "SizeBatches",
+    "collate",
+    "load_pairs",
+]

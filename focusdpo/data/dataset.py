@@ -1,0 +1,165 @@
+"""Preference pairs as tensors, and batches whose images have the same sizes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from focusdpo.data.images import Size, fit_image, fit_mask, read_image, read_mask, read_size, token_size
+from focusdpo.data.records import PairRecord
+
+
+@dataclass(frozen=True)
+class PairSample:
+    """One pair, at size.
+
+    winner, loser: [3, H, W] in [0, 1]. references: R tensors [3, h, w] in [0, 1]. reference_masks: R tensors bool [h, w].
+    prior: bool [H, W], or [R, H, W] where it is per subject.
+    """
+
+    index: int
+    prompt: str
+    winner: Tensor
+    loser: Tensor
+    references: tuple[Tensor, ...]
+    reference_masks: tuple[Tensor, ...]
+    prior: Tensor
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """B pairs whose images have the same sizes: the tensors of PairSample with a leading B."""
+
+    indices: list[int]
+    prompts: list[str]
+    winner: Tensor
+    loser: Tensor
+    references: tuple[Tensor, ...]
+    reference_masks: tuple[Tensor, ...]
+    prior: Tensor
+
+    def to(self, device: torch.device) -> PairBatch:
+        return PairBatch(
+            self.indices,
+            self.prompts,
+            self.winner.to(device, non_blocking=True),
+            self.loser.to(device, non_blocking=True),
+            tuple(image.to(device, non_blocking=True) for image in self.references),
+            tuple(mask.to(device, non_blocking=True) for mask in self.reference_masks),
+            self.prior.to(device, non_blocking=True),
+        )
+
+
+@dataclass(frozen=True)
+class PairSizes:
+    """Pixel sizes that a pair is brought to; pairs of equal sizes may share a batch."""
+
+    target: Size
+    references: tuple[Size, ...]
+    per_subject: bool
+
+
+class PairDataset(Dataset[PairSample]):
+    """Reads pairs from disk.
+
+    Args:
+        records: checked records (`focusdpo.data.load_pairs`).
+        resolution: longest side of winner and loser in pixels.
+        reference_resolution: longest side of a reference where a pair has one.
+        reference_resolution_multiple: longest side of a reference where a pair has several.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[PairRecord],
+        *,
+        resolution: int,
+        reference_resolution: int,
+        reference_resolution_multiple: int,
+    ) -> None:
+        self.records = list(records)
+        self.sizes = []
+        for record in self.records:
+            longest = reference_resolution if len(record.references) == 1 else reference_resolution_multiple
+            target = token_size(read_size(record.winner), resolution)
+            references = tuple(token_size(read_size(reference.image), longest) for reference in record.references)
+            self.sizes.append(PairSizes(target, references, record.per_subject))
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> PairSample:
+        record, sizes = self.records[index], self.sizes[index]
+        references, reference_masks = [], []
+        for reference, size in zip(record.references, sizes.references, strict=True):
+            references.append(fit_image(read_image(reference.image), size))
+            whole = torch.ones(size[1], size[0], dtype=torch.bool)
+            reference_masks.append(whole if reference.mask is None else fit_mask(read_mask(reference.mask), size))
+        priors = [fit_mask(read_mask(path), sizes.target) for path in record.prior]
+        return PairSample(
+            index=index,
+            prompt=record.prompt,
+            winner=fit_image(read_image(record.winner), sizes.target),
+            loser=fit_image(read_image(record.loser), sizes.target),
+            references=tuple(references),
+            reference_masks=tuple(reference_masks),
+            prior=torch.stack(priors) if record.per_subject else priors[0],
+        )
+
+
+def collate(samples: Sequence[PairSample]) -> PairBatch:
+    """Stacks samples of the same sizes."""
+    return PairBatch(
+        indices=[s.index for s in samples],
+        prompts=[s.prompt for s in samples],
+        winner=torch.stack([s.winner for s in samples]),
+        loser=torch.stack([s.loser for s in samples]),
+        references=tuple(torch.stack(images) for images in zip(*(s.references for s in samples), strict=True)),
+        reference_masks=tuple(torch.stack(masks) for masks in zip(*(s.reference_masks for s in samples), strict=True)),
+        prior=torch.stack([s.prior for s in samples]),
+    )
+
+
+class SizeBatches:
+    """Batches of equal sizes, in an order that depends on seed and epoch alone, so that any position can be found again.
+
+    Args:
+        dataset: whose `sizes` decide what may share a batch.
+        batch_size: pairs per batch; the last batch of a size may be smaller.
+        shuffle: a new order each epoch.
+        seed: of that order.
+        rank, world_size: this process and how many there are; each takes every world_size-th batch, and the first batches
+            are repeated at the end where the count does not divide.
+    """
+
+    def __init__(
+        self, dataset: PairDataset, batch_size: int, *, shuffle: bool, seed: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self._groups: dict[PairSizes, list[int]] = defaultdict(list)
+        for index, sizes in enumerate(dataset.sizes):
+            self._groups[sizes].append(index)
+        self._batch_size = batch_size
+        self._shuffle = shuffle
+        self._seed = seed
+        self._rank = rank
+        self._world_size = world_size
+
+    def epoch(self, epoch: int) -> list[list[int]]:
+        """This process's batches of indices in one epoch; every epoch has as many."""
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+
+        def order(count: int) -> list[int]:
+            return torch.randperm(count, generator=generator).tolist() if self._shuffle else list(range(count))
+
+        batches = []
+        for group in self._groups.values():
+            shuffled = [group[i] for i in order(len(group))]
+            batches += [shuffled[i : i + self._batch_size] for i in range(0, len(shuffled), self._batch_size)]
+        batches = [batches[i] for i in order(len(batches))]
+        rounds = -(-len(batches) // self._world_size)
+        return [batches[(i * self._world_size + self._rank) % len(batches)] for i in range(rounds)]

@@ -1,0 +1,59 @@
+"""Reading images and masks, and bringing them to whole tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+PATCH_SIZE = 16  # pixels along a token's side: 8 by the VAE, 2 by packing, in every supported backbone
+
+Size = tuple[int, int]  # width, height in pixels, as PIL has it
+
+
+def read_size(path: Path) -> Size:
+    """Width and height as displayed, from the header alone."""
+    with Image.open(path) as image:
+        width, height = image.size
+        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # orientation by a quarter turn
+    return (height, width) if turned else (width, height)
+
+
+def read_image(path: Path) -> Image.Image:
+    """An RGB image, upright."""
+    with Image.open(path) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def read_mask(path: Path) -> Image.Image:
+    """A mask as 0 and 255: inside is what is brighter than half of the brightest pixel, so 0/1 and 0/255 files both work."""
+    with Image.open(path) as image:
+        values = np.asarray(ImageOps.exif_transpose(image).convert("L"))
+    return Image.fromarray(np.where((values > values.max() / 2) & (values > 0), 255, 0).astype(np.uint8))
+
+
+def token_size(size: Size, longest: int) -> Size:
+    """The size in whole tokens that an image of `size` is brought to when its longest side becomes `longest` pixels."""
+    scale = longest / max(size)
+    width, height = (max(int(side * scale + 0.5) // PATCH_SIZE, 1) * PATCH_SIZE for side in size)
+    return width, height
+
+
+def fit_image(image: Image.Image, size: Size) -> Tensor:
+    """Scaled to cover `size` and cut at the centre: float [3, H, W] in [0, 1]."""
+    fitted = ImageOps.fit(image, size, method=Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.asarray(fitted).copy()).permute(2, 0, 1).float() / 255
+
+
+def fit_mask(mask: Image.Image, size: Size) -> Tensor:
+    """A mask under the same scaling and cut: bool [H, W]."""
+    fitted = ImageOps.fit(mask, size, method=Image.Resampling.BOX)
+    return torch.from_numpy(np.asarray(fitted).copy()) >= 128
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """float [3, H, W] in [0, 1] to an RGB image."""
+    return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())

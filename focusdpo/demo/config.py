@@ -1,0 +1,44 @@
+"""Settings of the demo."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class DemoConfig:
+    """The demo: scenes composed of real photographs, a tiny random FLUX, the real training path.
+
+    Args:
+        out: Folder for everything the demo writes.
+        pairs: Training pairs to compose.
+        held_out: Held-out pairs to compose.
+        steps: Optimiser steps.
+        batch_size: Pairs per step.
+        resolution: Side of a scene in pixels; a multiple of 16.
+        seed: Seed of scenes, model and training.
+        overlays: Held-out pairs whose masks are drawn.
+        backend: Kernels: "triton", "torch", or chosen by device.
+        overwrite: Delete what an earlier demo left in `out`.
+    """
+
+    out: str = "demo-output"
+    pairs: int = 96
+    held_out: int = 48
+    steps: int = 200
+    batch_size: int = 4
+    resolution: int = 192
+    seed: int = 0
+    overlays: int = 3
+    backend: Literal["triton", "torch"] | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("pairs", "held_out", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}; expected at least 1")
+        if self.resolution < 64 or self.resolution % 16:
+            raise ValueError(f"resolution: got {self.resolution}; expected a multiple of 16, at least 64")
+        if not 0 <= self.overlays <= self.held_out:
+            raise ValueError(f"overlays: got {self.overlays}; expected 0 to held_out = {self.held_out}")

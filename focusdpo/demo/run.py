@@ -1,0 +1,149 @@
+"""Runs the demo end to end and says where everything is."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+
+from focusdpo.data import collate
+from focusdpo.demo.config import DemoConfig
+from focusdpo.demo.scenes import write_dataset
+from focusdpo.demo.tiny_flux import write_tiny_flux
+from focusdpo.evaluation.curves import draw_curves
+from focusdpo.evaluation.overlays import MaskAtTime, draw_overlays
+from focusdpo.training.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, TrainConfig
+from focusdpo.training.metrics import read_metrics
+from focusdpo.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+TIMES = (0.1, 0.5, 0.9)
+PARTS = ("data", "model", "run", "overlays", "curves.png", "sample.png", "train.yaml")
+
+
+def train_config(config: DemoConfig, folder: Path) -> TrainConfig:
+    """The demo's training run: that of a user, on a small scale."""
+    return TrainConfig(
+        model=ModelConfig(path=str(folder / "model"), dtype="fp32", gradient_checkpointing=False, max_sequence_length=64),
+        data=DataConfig(
+            train=str(folder / "data" / "train"),
+            validation=str(folder / "data" / "held_out"),
+            resolution=config.resolution,
+            reference_resolution=config.resolution // 2,
+            reference_resolution_multiple=config.resolution // 2,
+            batch_size=config.batch_size,
+            num_workers=0,
+        ),
+        output_dir=str(folder / "run"),
+        lora=LoraConfig(rank=8, alpha=16),
+        optim=OptimConfig(lr=1e-4, scheduler="cosine", warmup_steps=min(10, config.steps)),
+        max_steps=config.steps,
+        mixed_precision="no",
+        seed=config.seed,
+        checkpoint_every=max(config.steps // 2, 1),
+        validate_every=max(config.steps // 4, 1),
+        backend=config.backend,
+    )
+
+
+def prepare_output(config: DemoConfig) -> None:
+    """Refuses to write over an earlier demo: FileExistsError, unless `overwrite` is on."""
+    folder = Path(config.out)
+    existing = [name for name in PARTS if (folder / name).exists()]
+    if existing and not config.overwrite:
+        raise FileExistsError(
+            f"out: {folder} holds an earlier demo ({', '.join(existing)}); delete it with --overwrite true, or name another"
+        )
+
+
+def run_demo(config: DemoConfig) -> None:
+    """Dataset, checkpoint, training, pictures and a sample, in `config.out`."""
+    started = time.perf_counter()
+    prepare_output(config)
+    folder = Path(config.out)
+    for path in (folder / name for name in PARTS):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    write_dataset(folder / "data" / "train", config.pairs, config.resolution, seed=config.seed)
+    write_dataset(folder / "data" / "held_out", config.held_out, config.resolution, seed=config.seed + 1_000_003)
+    write_tiny_flux(folder / "model", seed=config.seed)
+
+    settings = train_config(config, folder)
+    _write_yaml(settings, folder / "train.yaml")
+    trainer = Trainer(settings)
+    trainer.train()
+
+    rows = read_metrics(folder / "run" / "metrics.jsonl")
+    validation = read_metrics(folder / "run" / "validation.jsonl")
+    draw_curves(rows, validation, folder / "curves.png")
+    _draw_overlays(trainer, config, folder / "overlays")
+    _sample(folder)
+
+    before, after = validation[0], validation[-1]
+    print(
+        f"""
+held-out pairs ({config.held_out}; {config.steps} steps on {config.pairs} others):
+  implicit accuracy  {before["accuracy"]:.2f} before   {after["accuracy"]:.2f} after
+  loss               {before["loss"]:.4f} before   {after["loss"]:.4f} after   (ln 2 = 0.6931)
+
+  data        {folder / "data" / "train" / "pairs.jsonl"}
+  model       {folder / "model"}  (tiny and random: its images mean nothing, its code path is the real one)
+  settings    {folder / "train.yaml"}  (focusdpo train --config {folder / "train.yaml"} --output_dir NEW_FOLDER)
+  metrics     {folder / "run" / "metrics.jsonl"}
+  TensorBoard {folder / "run" / "tensorboard"}
+  curves      {folder / "curves.png"}
+  overlays    {folder / "overlays"}
+  LoRA        {folder / "run" / "lora" / "pytorch_lora_weights.safetensors"}
+  sample      {folder / "sample.png"}
+done in {time.perf_counter() - started:.0f} s"""
+    )
+
+
+def _write_yaml(settings: TrainConfig, path: Path) -> None:
+    path.write_text(yaml.safe_dump(asdict(settings), sort_keys=False))
+
+
+@torch.no_grad()
+def _draw_overlays(trainer: Trainer, config: DemoConfig, folder: Path) -> None:
+    folder.mkdir()
+    trainer.module.eval()
+    for index in range(config.overlays):
+        sample = trainer.validation_set[index]
+        batch = collate([sample]).to(trainer.accelerator.device)
+        masks = []
+        for t in TIMES:
+            generator = torch.Generator().manual_seed(config.seed)
+            focus = trainer.step(batch, generator, torch.tensor([t])).focus
+            assert focus is not None, "the demo trains with focus.mask = focus"
+            masks.append(MaskAtTime(t, focus))
+        draw_overlays(batch, masks, folder / f"pair{index}.png", f"held-out pair {index}: {sample.prompt}")
+
+
+def _sample(folder: Path) -> None:
+    """One image through diffusers' own pipeline with the trained LoRA."""
+    diffusers_logging.set_verbosity_error()  # it would warn that the text encoder has no adapter, as it should not
+    pipeline = DiffusionPipeline.from_pretrained(folder / "model")
+    pipeline.load_lora_weights(folder / "run" / "lora")
+    pipeline.set_progress_bar_config(desc="sampling", leave=False)
+    image = pipeline(
+        "a cat and a cup",
+        height=128,
+        width=128,
+        num_inference_steps=8,
+        guidance_scale=1.0,
+        max_sequence_length=64,
+        generator=torch.Generator().manual_seed(0),
+    ).images[0]
+    image.save(folder / "sample.png")

@@ -1,0 +1,189 @@
+"""The FocusDPO loss (docs/method.md, E1, E2, E9) and the loss family around it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from focusdpo.mask import FocusMask
+from focusdpo_kernels import preference_residual
+from focusdpo_kernels.checks import check_choice, check_device, check_no_grad, check_shape, check_tensor
+
+LOSS_TYPES = ("sigmoid", "ipo", "hinge")
+
+
+class FocusDPOOutput(NamedTuple):
+    """What `focus_dpo_loss` returns. Only `loss` carries a gradient; the rest is for logging.
+
+    loss: scalar. logits: [B], -(beta / 2) * w_t * margin. margin: [B]. The four errors: [B].
+    accuracy: scalar, the share of pairs with a positive logit, ties counted as one half.
+    """
+
+    loss: Tensor
+    logits: Tensor
+    margin: Tensor
+    policy_win: Tensor
+    policy_lose: Tensor
+    reference_win: Tensor
+    reference_lose: Tensor
+    accuracy: Tensor
+
+
+def convert_beta(beta: float, elements: int, *, source: str, target: str) -> float:
+    """The beta of one `reduction` that gives the same loss as another's (docs/method.md, "Numerics").
+
+    Args:
+        beta: the beta used with reduction `source`.
+        elements: P * C (or C * H * W), the elements of one sample's prediction; 65536 for FLUX.1 at 512 px.
+        source, target: "mean" or "sum".
+
+    Returns:
+        The beta for reduction `target`: beta_mean 2000 is beta_sum 2000 / elements.
+
+    Example:
+        >>> convert_beta(2000.0, 65536, source="mean", target="sum")
+        0.030517578125
+    """
+    check_choice("source", source, ("mean", "sum"))
+    check_choice("target", target, ("mean", "sum"))
+    if elements < 1:
+        raise ValueError(f"elements: got {elements}; expected the number of elements of one prediction, at least 1")
+    if source == target:
+        return beta
+    return beta / elements if target == "sum" else beta * elements
+
+
+def _mask_of(focus: Tensor | FocusMask | None) -> Tensor | None:
+    return focus.mask if isinstance(focus, FocusMask) else focus
+
+
+def _check_per_sample(name: str, value: Tensor | None, policy: Tensor) -> None:
+    if value is None:
+        return
+    check_tensor(name, value, ndim=1, layout="[B]")
+    check_shape(name, value, (policy.shape[0],), "B of the predictions")
+    check_device(name, value, policy.device, "policy_win")
+    check_no_grad(name, value, "weights are constants of the loss")
+
+
+def focus_dpo_loss(
+    policy_win: Tensor,
+    policy_lose: Tensor,
+    reference_win: Tensor,
+    reference_lose: Tensor,
+    target_win: Tensor,
+    target_lose: Tensor,
+    *,
+    focus: Tensor | FocusMask | None = None,
+    focus_lose: Tensor | FocusMask | None = None,
+    beta: float = 2000.0,
+    timestep_weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    reduction: str = "mean",
+    mask_power: int = 1,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    winner_anchor: float = 0.0,
+    loser_scale: str | None = None,
+    sdpo_mu: float = 0.0,
+    backend: str | None = None,
+) -> FocusDPOOutput:
+    """Diffusion-DPO under a spatial focus mask: L = -mean_B log sigmoid(-(beta / 2) w_t margin) (E1, E9).
+
+    With `focus=None` and the other defaults this is Diffusion-DPO as in the SDXL script of diffusers.
+
+    Args:
+        policy_win, policy_lose: the policy's predictions (noise or velocity), [B, P, C] tokens or [B, C, H, W] latents; fp16,
+            bf16 or fp32 (float64 on the torch backend). Gradient reaches these two only.
+        reference_win, reference_lose: the frozen reference model's predictions, same shape.
+        target_win, target_lose: the true noise or velocity, same shape. Winner and loser share timestep and noise.
+        focus: None (all ones), M [B, P], or a FocusMask; latents take one value per 2x2 patch.
+        focus_lose: the loser's own mask (`mask_from="each"`); None uses `focus` for both.
+        beta: strength of the preference, for the chosen reduction; see `convert_beta`.
+        timestep_weight: w_t [B] inside the sigmoid; None is 1, (1 - t)^2 turns velocity errors into noise errors (E2).
+        sample_weight: [B], multiplies each pair's loss before the mean over the batch.
+        reduction: "mean" over P*C, "sum", or "masked_mean"; see `focusdpo_kernels.preference_residual`.
+        mask_power: 1, or 2 to put the mask inside the norm.
+        loss_type: "sigmoid"; "hinge", max(0, 1 - logit); "ipo", (logit / beta - 1 / (2 beta))^2.
+        label_smoothing: cDPO, the assumed share of flipped pairs in [0, 0.5); with "sigmoid" only.
+        winner_anchor: alpha >= 0, adds alpha * e_pol(win) to keep the winner's error from rising.
+        loser_scale: None, or "sdpo" (arXiv 2511.03317): scales the loser's gradient by
+            min(1, (1 - sdpo_mu) |g_w|^2 / <g_w, g_l>) where the inner product is positive, so that to first order in output
+            space the step does not raise the winner's error. The loss value stays the same.
+        sdpo_mu: the share of the winner's descent to keep, 0 to 1.
+        backend: "triton", "torch" or None; see `focusdpo_kernels.backend`.
+
+    Returns:
+        FocusDPOOutput; the loss is fp32 (float64 for float64 predictions), also under autocast. An empty batch or an
+        all-zero mask gives a finite loss and zero gradient.
+
+    Raises:
+        TypeError, ValueError: arguments of wrong type, shape, dtype, device or range, or a reference, target, mask or weight
+            that requires grad; each named.
+    """
+    check_choice("loss_type", loss_type, LOSS_TYPES)
+    check_choice("loser_scale", loser_scale, (None, "sdpo"))
+    if not 0 < beta < float("inf"):
+        raise ValueError(f"beta: got {beta!r}; expected a positive number (2000 for reduction='mean' is a usual start)")
+    if not 0.0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing: got {label_smoothing!r}; expected 0 <= label_smoothing < 0.5")
+    if label_smoothing and loss_type != "sigmoid":
+        raise ValueError(f"label_smoothing: {label_smoothing!r} works with loss_type='sigmoid' only, got {loss_type!r}")
+    if not 0.0 <= winner_anchor < float("inf"):
+        raise ValueError(f"winner_anchor: got {winner_anchor!r}; expected a number >= 0")
+    if not 0.0 <= sdpo_mu <= 1.0:
+        raise ValueError(f"sdpo_mu: got {sdpo_mu!r}; expected a number from 0 to 1")
+    residual = preference_residual(
+        policy_win,
+        policy_lose,
+        reference_win,
+        reference_lose,
+        target_win,
+        target_lose,
+        _mask_of(focus),
+        weight_lose=_mask_of(focus_lose),
+        reduction=reduction,
+        mask_power=mask_power,
+        backend=backend,
+    )
+    _check_per_sample("timestep_weight", timestep_weight, policy_win)
+    _check_per_sample("sample_weight", sample_weight, policy_win)
+
+    margin = residual.margin
+    if loser_scale == "sdpo":
+        aligned = residual.inner > 0
+        scale = (1 - sdpo_mu) * residual.winner_norm / torch.where(aligned, residual.inner, 1)
+        scale = torch.where(aligned, scale.clamp(max=1), 1)
+        # Adds exactly zero to the value and takes (1 - scale) of the loser's gradient back.
+        margin = margin + (1 - scale) * (residual.policy_lose - residual.policy_lose.detach())
+    scaled = -0.5 * margin if timestep_weight is None else -0.5 * timestep_weight.to(margin.dtype) * margin
+    logits = beta * scaled
+    if loss_type == "sigmoid":
+        losses = -(1 - label_smoothing) * F.logsigmoid(logits)
+        if label_smoothing:
+            losses = losses - label_smoothing * F.logsigmoid(-logits)
+    elif loss_type == "hinge":
+        losses = torch.relu(1 - logits)
+    else:
+        losses = (scaled - 1 / (2 * beta)) ** 2
+    if winner_anchor:
+        losses = losses + winner_anchor * residual.policy_win
+    if sample_weight is not None:
+        losses = losses * sample_weight.to(losses.dtype)
+
+    pairs = max(losses.shape[0], 1)  # an empty batch gives 0, not NaN
+    logits = logits.detach()
+    accuracy = ((logits > 0).to(logits.dtype) + 0.5 * (logits == 0)).sum() / pairs
+    return FocusDPOOutput(
+        losses.sum() / pairs,
+        logits,
+        residual.margin.detach(),
+        residual.policy_win.detach(),
+        residual.policy_lose.detach(),
+        residual.reference_win,
+        residual.reference_lose,
+        accuracy,
+    )

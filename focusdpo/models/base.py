@@ -1,0 +1,127 @@
+"""What the trainer needs of a backbone. One file per backbone implements it; none imports another."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+
+def check_pipeline_path(path: str) -> None:
+    """Refuses a path that cannot be a pipeline folder; a hub id is left to the loader.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it holds no pipeline.
+    """
+    folder = Path(path)
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(f"model.path: {path} is no diffusers pipeline, it has no model_index.json")
+    if not folder.exists() and (folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1):
+        raise FileNotFoundError(f"model.path: no such folder: {path} (nor a hub id, which looks like owner/name)")
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Token grids of one sample: (rows, columns) of the target and of each reference. A batch shares one layout."""
+
+    target: tuple[int, int]
+    references: tuple[tuple[int, int], ...]
+
+    @property
+    def num_target(self) -> int:
+        return self.target[0] * self.target[1]
+
+    @property
+    def num_reference(self) -> int:
+        return sum(rows * columns for rows, columns in self.references)
+
+    @cached_property
+    def reference_slices(self) -> tuple[slice, ...]:
+        """Where each reference's tokens stand in the concatenation of all references."""
+        slices, start = [], 0
+        for rows, columns in self.references:
+            slices.append(slice(start, start + rows * columns))
+            start += rows * columns
+        return tuple(slices)
+
+
+@dataclass(frozen=True)
+class PromptEmbeddings:
+    """Text conditioning of a batch: tensors with a leading batch axis, by name; what they mean is the backbone's affair."""
+
+    tensors: dict[str, Tensor]
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> PromptEmbeddings:
+        return PromptEmbeddings({name: value.to(device, dtype) for name, value in self.tensors.items()})
+
+    def repeat(self, times: int) -> PromptEmbeddings:
+        return PromptEmbeddings({k: v.repeat(times, *[1] * (v.ndim - 1)) for k, v in self.tensors.items()})
+
+    @staticmethod
+    def stack(single: Sequence[PromptEmbeddings]) -> PromptEmbeddings:
+        """Joins embeddings of one prompt each to a batch."""
+        return PromptEmbeddings({k: torch.cat([one.tensors[k] for one in single]) for k in single[0].tensors})
+
+
+class Backbone(abc.ABC):
+    """A pretrained image model that takes reference images as extra tokens.
+
+    Tokens are [B, P, C] for a target and [B, Q, C] for all references one after the other. Times t are in [0, 1]; the model
+    predicts the velocity eps - x_0 at x_t = (1 - t) x_0 + t eps (E2).
+    """
+
+    name: ClassVar[str]
+    pipeline: Any
+    transformer: Any  # an nn.Module; what the trainer calls on it comes from diffusers' mixins
+
+    @classmethod
+    @abc.abstractmethod
+    def from_pretrained(cls, path: str, *, dtype: torch.dtype, revision: str | None = None) -> Backbone:
+        """Loads a diffusers pipeline folder, local or from the hub."""
+
+    @abc.abstractmethod
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [0, 1] to clean tokens [B, H/16 * W/16, C], deterministically."""
+
+    @abc.abstractmethod
+    def decode_images(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Clean tokens [B, P, C] of a (rows, columns) grid to pixels [B, 3, H, W] in [0, 1]."""
+
+    @abc.abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeddings:
+        """Text conditioning of a batch of prompts."""
+
+    @abc.abstractmethod
+    def predict(self, noisy: Tensor, t: Tensor, prompts: PromptEmbeddings, references: Tensor, layout: TokenLayout) -> Tensor:
+        """Velocity [B, P, C] of noisy target tokens [B, P, C] at times t [B], given reference tokens [B, Q, C]."""
+
+    @abc.abstractmethod
+    def tap_paths(self) -> list[str]:
+        """Paths in `transformer` of the blocks whose output can be tapped, in the order they run."""
+
+    @abc.abstractmethod
+    def image_tokens(self, output: Any) -> Tensor:
+        """The image stream [B, P + Q, D], target first, of a tapped block's output."""
+
+    @abc.abstractmethod
+    def save_lora(self, folder: Path) -> None:
+        """Writes the transformer's adapter in diffusers' format, with the metadata that keeps its alpha."""
+
+    def to(self, device: torch.device) -> None:
+        """Moves all parts to a device."""
+        self.pipeline.to(device)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.transformer.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the frozen weights."""
+        return next(self.transformer.parameters()).dtype

@@ -1,0 +1,140 @@
+"""FLUX.1 with several reference images in UNO's layout.
+
+The image sequence is [target | reference 1 | reference 2 ...]; references share weights and timestep modulation with the
+target. Position ids are (0, row, column); each reference is shifted diagonally past everything before it: row and column
+both start at the running sum of the rows and columns so far (bytedance/UNO).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, FluxKontextPipeline, FluxPipeline
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor
+
+from focusdpo.data.images import PATCH_SIZE
+from focusdpo.models.base import Backbone, PromptEmbeddings, TokenLayout
+
+
+def position_ids(layout: TokenLayout) -> Tensor:
+    """UNO's position ids of target and references, [P + Q, 3]."""
+    rows, columns = layout.target
+    grids = [_grid(rows, columns, 0, 0)]
+    row_offset, column_offset = rows, columns
+    for rows, columns in layout.references:
+        grids.append(_grid(rows, columns, row_offset, column_offset))
+        row_offset += rows
+        column_offset += columns
+    return torch.cat(grids)
+
+
+def _grid(rows: int, columns: int, row_offset: int, column_offset: int) -> Tensor:
+    ids = torch.zeros(rows, columns, 3)
+    ids[..., 1] = (torch.arange(rows) + row_offset)[:, None]
+    ids[..., 2] = (torch.arange(columns) + column_offset)[None, :]
+    return ids.reshape(rows * columns, 3)
+
+
+class Flux1(Backbone):
+    """FLUX.1 (dev, schnell, Kontext weights) with UNO's reference layout."""
+
+    name = "flux"
+
+    def __init__(self, pipeline: FluxPipeline | FluxKontextPipeline, guidance: float, max_sequence_length: int) -> None:
+        self.pipeline = pipeline
+        self.transformer = pipeline.transformer
+        self.guidance = guidance
+        self.max_sequence_length = max_sequence_length
+        for part in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.transformer):
+            part.requires_grad_(False).eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str,
+        *,
+        dtype: torch.dtype,
+        revision: str | None = None,
+        guidance: float = 1.0,
+        max_sequence_length: int = 512,
+    ) -> Flux1:
+        """Loads a FluxPipeline or FluxKontextPipeline folder, local or from the hub.
+
+        Args:
+            path: folder or hub id.
+            dtype: dtype of the frozen weights.
+            revision: hub revision.
+            guidance: guidance fed to guidance-distilled models; UNO trains with 1.
+            max_sequence_length: T5 tokens of a prompt.
+
+        Raises:
+            ValueError: the folder holds another kind of pipeline.
+        """
+        pipeline = DiffusionPipeline.from_pretrained(path, revision=revision, dtype=dtype)
+        if not isinstance(pipeline, FluxPipeline | FluxKontextPipeline):
+            kind = type(pipeline).__name__
+            raise ValueError(f"model.path: {path} holds a {kind}; backbone 'flux' takes FluxPipeline or FluxKontextPipeline")
+        return cls(pipeline, guidance, max_sequence_length)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        latents = vae.encode((images * 2 - 1).to(vae.device, vae.dtype)).latent_dist.mode()
+        latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+        return self.pipeline._pack_latents(latents, *latents.shape)
+
+    @torch.no_grad()
+    def decode_images(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        vae = self.pipeline.vae
+        height, width = grid[0] * PATCH_SIZE, grid[1] * PATCH_SIZE
+        latents = self.pipeline._unpack_latents(tokens, height, width, self.pipeline.vae_scale_factor)
+        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+        images = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+        return ((images.float() + 1) / 2).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeddings:
+        embeds, pooled, _ = self.pipeline.encode_prompt(
+            prompt=list(prompts), prompt_2=None, device=self.device, max_sequence_length=self.max_sequence_length
+        )
+        return PromptEmbeddings({"prompt_embeds": embeds, "pooled_prompt_embeds": pooled})
+
+    def predict(self, noisy: Tensor, t: Tensor, prompts: PromptEmbeddings, references: Tensor, layout: TokenLayout) -> Tensor:
+        embeds = prompts.tensors["prompt_embeds"]
+        # The embedders' weights keep the base dtype; under autocast the matrix products take care of themselves.
+        hidden_states = torch.cat([noisy, references], dim=1).to(self.dtype)
+        guidance = None
+        if self.pipeline.transformer.config.guidance_embeds:
+            guidance = torch.full((noisy.shape[0],), self.guidance, device=noisy.device, dtype=self.dtype)
+        velocity = self.transformer(
+            hidden_states=hidden_states,
+            encoder_hidden_states=embeds.to(self.dtype),
+            pooled_projections=prompts.tensors["pooled_prompt_embeds"].to(self.dtype),
+            timestep=t.to(self.dtype),
+            img_ids=position_ids(layout).to(noisy.device),
+            txt_ids=torch.zeros(embeds.shape[1], 3, device=noisy.device),
+            guidance=guidance,
+            return_dict=False,
+        )[0]
+        return velocity[:, : layout.num_target]
+
+    def tap_paths(self) -> list[str]:
+        double = [f"transformer_blocks.{i}" for i in range(len(self.transformer.transformer_blocks))]
+        single = [f"single_transformer_blocks.{i}" for i in range(len(self.transformer.single_transformer_blocks))]
+        return double + single
+
+    def image_tokens(self, output: Any) -> Tensor:
+        return output[1]  # (text stream, image stream), for both kinds of block since diffusers 0.35
+
+    def save_lora(self, folder: Path) -> None:
+        transformer = self.pipeline.transformer
+        self.pipeline.save_lora_weights(
+            folder,
+            transformer_lora_layers=get_peft_model_state_dict(transformer),
+            # Without it alpha is lost, and the adapter comes back with another scale.
+            transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
+        )

@@ -1,0 +1,270 @@
+"""Every setting of a training run, with its default and meaning.
+
+The docstrings are the `--help` of `focusdpo train`. Values are checked here, before anything is loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+def _require(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}: got {value!r}; expected {expected}")
+
+
+@dataclass
+class ModelConfig:
+    """The pretrained model.
+
+    Args:
+        path: A diffusers pipeline, as a local folder or hub id.
+        backbone: Which model family it is.
+        revision: Revision on the hub.
+        dtype: Precision of the frozen weights.
+        guidance: Guidance value fed to guidance-distilled models; UNO trains with 1.
+        max_sequence_length: T5 tokens of a prompt.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+    """
+
+    path: str
+    backbone: Literal["flux"] = "flux"
+    revision: str | None = None
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    guidance: float = 1.0
+    max_sequence_length: int = 512
+    gradient_checkpointing: bool = True
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.max_sequence_length <= 512, "model.max_sequence_length", self.max_sequence_length, "1 to 512")
+
+
+@dataclass
+class DataConfig:
+    """Preference pairs and how they are brought to size.
+
+    Args:
+        train: pairs.jsonl of the training pairs, or the folder that holds it.
+        validation: pairs.jsonl (or its folder) of held-out pairs; none are needed.
+        resolution: Longest side of winner and loser in pixels; sides are cut to multiples of 16.
+        reference_resolution: Longest side of a reference image when a pair has one.
+        reference_resolution_multiple: Longest side of a reference image when a pair has several.
+        batch_size: Pairs per process and forward pass; all pairs of a batch share one layout of image sizes.
+        num_workers: Processes that load images; 0 loads in the main one.
+        shuffle: Draw the pairs in a new random order each epoch.
+        check: What is looked at before training starts: "full" decodes every image, "headers" reads sizes only.
+    """
+
+    train: str
+    validation: str | None = None
+    resolution: int = 512
+    reference_resolution: int = 512
+    reference_resolution_multiple: int = 320
+    batch_size: int = 1
+    num_workers: int = 2
+    shuffle: bool = True
+    check: Literal["full", "headers"] = "full"
+
+    def __post_init__(self) -> None:
+        for name in ("resolution", "reference_resolution", "reference_resolution_multiple"):
+            _require(getattr(self, name) >= 16, f"data.{name}", getattr(self, name), "at least 16 pixels (one token)")
+        _require(self.batch_size >= 1, "data.batch_size", self.batch_size, "at least 1")
+        _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
+
+
+@dataclass
+class LoraConfig:
+    """The adapter. The model without it is the reference model.
+
+    Args:
+        rank: Rank of the update matrices.
+        alpha: The update is scaled by alpha / rank.
+        dropout: Dropout on the adapter's input.
+        target_modules: Ends of the names of the layers that get an adapter.
+    """
+
+    rank: int = 32
+    alpha: float = 64.0
+    dropout: float = 0.0
+    target_modules: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, "lora.rank", self.rank, "at least 1")
+        _require(self.alpha > 0, "lora.alpha", self.alpha, "a positive number")
+        _require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "0 <= dropout < 1")
+        _require(len(self.target_modules) > 0, "lora.target_modules", self.target_modules, "at least one name")
+
+
+@dataclass
+class FocusConfig:
+    """The spatial mask of the loss (docs/method.md, E3 to E8).
+
+    Args:
+        mask: "focus" is the method; "prior" uses the prior alone; "none" is plain Diffusion-DPO.
+        tau: Share of the prior that may be misaligned before details count (E8).
+        gamma: Weight of structure against detail once subjects are aligned (E8).
+        match_count: Matches per subject: "reference" (its reference tokens), "prior" (tokens of its prior), a number of
+            tokens, or a fraction of the target's tokens (E5).
+        per_subject: Compare each subject's matches with its own prior instead of the unions; needs per-subject priors (E6).
+        layers: Numbers of the tapped blocks in the order they run, or "all".
+        mask_from: One mask from the winner for both images, or "each" its own.
+        feature_source: Whose hidden states are compared: the policy's, or the reference model's.
+        entropy_method: Estimator of patch entropy (E7).
+        entropy_bins: Bins over gray values from 0 to 1.
+        entropy_sigma: Width of the Gaussian kernel around a bin.
+    """
+
+    mask: Literal["focus", "prior", "none"] = "focus"
+    tau: float = 0.1
+    gamma: float = 0.3
+    match_count: Literal["reference", "prior"] | int | float = "reference"
+    per_subject: bool = False
+    layers: Literal["all"] | list[int] = "all"
+    mask_from: Literal["winner", "each"] = "winner"
+    feature_source: Literal["policy", "reference"] = "policy"
+    entropy_method: Literal["kde", "histogram"] = "kde"
+    entropy_bins: int = 32
+    entropy_sigma: float = 0.01
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.tau <= 1, "focus.tau", self.tau, "0 to 1")
+        _require(0 <= self.gamma <= 1, "focus.gamma", self.gamma, "0 to 1")
+        if isinstance(self.match_count, float):
+            _require(
+                0 < self.match_count <= 1, "focus.match_count", self.match_count, "a fraction in (0, 1], or a whole number"
+            )
+        elif isinstance(self.match_count, int):
+            _require(self.match_count >= 0, "focus.match_count", self.match_count, "0 or more tokens")
+        _require(self.layers == "all" or len(self.layers) > 0, "focus.layers", self.layers, '"all" or at least one block')
+        _require(self.entropy_bins >= 2, "focus.entropy_bins", self.entropy_bins, "at least 2")
+        _require(self.entropy_sigma > 0, "focus.entropy_sigma", self.entropy_sigma, "a positive number")
+
+
+@dataclass
+class LossConfig:
+    """The preference loss (docs/method.md, E1, E2, E9).
+
+    Args:
+        beta: Strength of the preference, for the chosen reduction.
+        reduction: How a sample's weighted squared errors become one number.
+        mask_power: 1, or 2 to put the mask inside the norm.
+        loss_type: Shape of the loss over the logit.
+        label_smoothing: Assumed share of pairs with winner and loser exchanged (with "sigmoid").
+        winner_anchor: Weight of the winner's own error, added to keep it from rising.
+        loser_scale: "sdpo" scales the loser's gradient so that the winner's error does not grow to first order.
+        sdpo_mu: Share of the winner's descent that "sdpo" keeps, 0 to 1.
+        timestep_weight: "none" weights all times alike; "noise" weights by (1 - t)^2, which turns velocity errors into noise
+            errors.
+        logit_mean: Mean of the logit-normal distribution of t.
+        logit_std: Its standard deviation.
+    """
+
+    beta: float = 2000.0
+    reduction: Literal["mean", "sum", "masked_mean"] = "mean"
+    mask_power: Literal[1, 2] = 1
+    loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    label_smoothing: float = 0.0
+    winner_anchor: float = 0.0
+    loser_scale: Literal["sdpo"] | None = None
+    sdpo_mu: float = 0.0
+    timestep_weight: Literal["none", "noise"] = "none"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.beta > 0, "loss.beta", self.beta, "a positive number")
+        _require(0 <= self.label_smoothing < 0.5, "loss.label_smoothing", self.label_smoothing, "0 <= label_smoothing < 0.5")
+        smooths = self.label_smoothing == 0 or self.loss_type == "sigmoid"
+        _require(smooths, "loss.label_smoothing", self.label_smoothing, f"0 with loss_type={self.loss_type!r}")
+        _require(self.winner_anchor >= 0, "loss.winner_anchor", self.winner_anchor, "0 or more")
+        _require(0 <= self.sdpo_mu <= 1, "loss.sdpo_mu", self.sdpo_mu, "0 to 1")
+        _require(self.logit_std > 0, "loss.logit_std", self.logit_std, "a positive number")
+
+
+@dataclass
+class OptimConfig:
+    """Optimiser and schedule.
+
+    Args:
+        lr: Peak learning rate of AdamW.
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment.
+        weight_decay: Decoupled weight decay.
+        eps: AdamW's epsilon.
+        max_grad_norm: Gradients are clipped to this norm.
+        scheduler: Learning-rate schedule, by its name in diffusers.
+        warmup_steps: Optimiser steps of linear warm-up.
+    """
+
+    lr: float = 2e-5
+    beta1: float = 0.9
+    beta2: float = 0.999
+    weight_decay: float = 0.01
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+    scheduler: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"] = (
+        "constant_with_warmup"
+    )
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "optim.lr", self.lr, "a positive number")
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "0 <= value < 1")
+        _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
+        _require(self.eps > 0, "optim.eps", self.eps, "a positive number")
+        _require(self.max_grad_norm > 0, "optim.max_grad_norm", self.max_grad_norm, "a positive number")
+        _require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "0 or more")
+
+
+@dataclass
+class TrainConfig:
+    """A FocusDPO training run.
+
+    Args:
+        model: The pretrained model.
+        data: Preference pairs.
+        output_dir: Folder for metrics, checkpoints and the LoRA.
+        lora: The adapter.
+        focus: The spatial mask of the loss.
+        loss: The preference loss.
+        optim: Optimiser and schedule.
+        max_steps: Optimiser steps.
+        gradient_accumulation: Batches per optimiser step.
+        mixed_precision: Autocast of the forward pass.
+        seed: Seed of the adapter, the order of the pairs, times and noise.
+        checkpoint_every: Optimiser steps between checkpoints; 0 writes one at the end only.
+        validate_every: Optimiser steps between evaluations of the held-out pairs; 0 evaluates at the end only.
+        resume: Checkpoint folder to go on from, or "latest".
+        overwrite: Delete what an earlier run left in output_dir and start anew.
+        backend: Kernels: "triton", "torch", or chosen by device.
+        cpu: Train on the CPU even where there is a GPU.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    output_dir: str
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    focus: FocusConfig = field(default_factory=FocusConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    max_steps: int = 1000
+    gradient_accumulation: int = 1
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    seed: int = 0
+    checkpoint_every: int = 250
+    validate_every: int = 0
+    resume: str | None = None
+    overwrite: bool = False
+    backend: Literal["triton", "torch"] | None = None
+    cpu: bool = False
+
+    def __post_init__(self) -> None:
+        _require(bool(self.output_dir), "output_dir", self.output_dir, "a folder")
+        _require(self.max_steps >= 1, "max_steps", self.max_steps, "at least 1")
+        _require(self.gradient_accumulation >= 1, "gradient_accumulation", self.gradient_accumulation, "at least 1")
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "0 <= seed < 2^32")
+        _require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 or more")
+        _require(self.validate_every >= 0, "validate_every", self.validate_every, "0 or more")
+        _require(not (self.resume and self.overwrite), "overwrite", self.overwrite, "false together with resume")

@@ -1,0 +1,104 @@
+"""What a run reports: averaged over batches and processes, to metrics.jsonl and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from focusdpo.training.step import StepResult
+
+FILE_NAME = "metrics.jsonl"
+
+
+def step_metrics(result: StepResult) -> dict[str, Tensor]:
+    """Scalars of one batch, on its device: means over its pairs."""
+    output, focus = result.output, result.focus
+    metrics = {
+        "loss": output.loss.detach(),
+        "margin": output.margin.mean(),
+        "logit": output.logits.mean(),
+        "accuracy": output.accuracy,
+        "error/policy_win": output.policy_win.mean(),
+        "error/policy_lose": output.policy_lose.mean(),
+        "error/reference_win": output.reference_win.mean(),
+        "error/reference_lose": output.reference_lose.mean(),
+        "time": result.t.mean(),
+    }
+    if focus is not None:
+        metrics |= {
+            "focus/coverage": focus.coverage.mean(),
+            "focus/detail_share": focus.uses_detail.float().mean(),
+            "focus/coverage_floor": focus.coverage_floor.mean(),
+            "focus/detail_unreachable": (focus.coverage_floor > focus.tau).float().mean(),
+        }
+    return metrics
+
+
+class Averager:
+    """Means of metrics over batches of different size, then over processes."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._sums: dict[str, Tensor] = {}
+        self._pairs = 0
+
+    def add(self, metrics: dict[str, Tensor], pairs: int) -> None:
+        self._pairs += pairs
+        for name, value in metrics.items():
+            self._sums[name] = self._sums.get(name, 0) + value.double() * pairs
+
+    def result(self) -> dict[str, float]:
+        """The means of all processes, and the pairs they are over as "pairs"; starts anew."""
+        names = list(self._sums)
+        count = torch.tensor(float(self._pairs), dtype=torch.float64, device=self._accelerator.device)
+        values = torch.stack([self._sums[name].to(count) for name in names] + [count])
+        total = self._accelerator.reduce(values, reduction="sum").tolist()
+        self._sums, self._pairs = {}, 0
+        return {name: value / total[-1] for name, value in zip(names, total, strict=False)} | {"pairs": total[-1]}
+
+
+class MetricsFile:
+    """metrics.jsonl: one object per optimiser step, written as it happens.
+
+    Args:
+        path: the file.
+        resume_step: keep what was written up to this step and drop what came after, which is about to be computed again.
+    """
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        kept = [row for row in read_metrics(path) if row["step"] <= resume_step] if path.exists() else []
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        partial.replace(path)
+        self._stream = path.open("a", buffering=1)
+
+    def write(self, row: dict[str, float]) -> None:
+        self._stream.write(json.dumps(row) + "\n")
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics.jsonl; a last line cut short by a kill is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak memory of this process in MiB: allocated on the accelerator, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kibibytes / 2**20 if sys.platform == "darwin" else kibibytes / 2**10

@@ -1,0 +1,198 @@
+"""One preference step: from a batch of pairs to the loss, the same for training and for evaluation."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.training_utils import compute_density_for_timestep_sampling
+from torch import Tensor
+
+from focusdpo.data import PairBatch
+from focusdpo.data.images import PATCH_SIZE
+from focusdpo.features import SimilarityTap, pool_mask, reference_token_mask
+from focusdpo.loss import FocusDPOOutput, focus_dpo_loss
+from focusdpo.mask import FocusMask, focus_mask
+from focusdpo.models import Backbone, PromptEmbeddings, TokenLayout
+from focusdpo.training.adapter import reference_model
+from focusdpo.training.config import FocusConfig, LossConfig
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Loss and logged quantities of one batch, the masks (None unless `focus.mask` is "focus"), and the times t [B]."""
+
+    output: FocusDPOOutput
+    focus: FocusMask | None
+    t: Tensor
+
+
+@dataclass(frozen=True)
+class Noised:
+    """A batch at its times: everything the two models see, winner and loser as one batch [2B, ...]."""
+
+    tokens: Tensor
+    target: Tensor
+    t: Tensor
+    references: Tensor
+    prompts: PromptEmbeddings
+    layout: TokenLayout
+
+
+class PreferenceStep:
+    """Computes the FocusDPO loss of a batch.
+
+    Args:
+        backbone: whose transformer carries the adapter.
+        focus, loss: settings.
+        backend: of the kernels.
+    """
+
+    def __init__(self, backbone: Backbone, focus: FocusConfig, loss: LossConfig, backend: str | None = None) -> None:
+        self.backbone = backbone
+        self.focus = focus
+        self.loss = loss
+        self.backend = backend
+        self.paths = tapped_paths(backbone, focus)
+        # The tap and the switch of the adapter need the module itself; `backbone.transformer` may get wrapped later.
+        self._module: Any = backbone.transformer
+        self._prompts: dict[str, PromptEmbeddings] = {}
+
+    def sample_times(self, batch: int, generator: torch.Generator) -> Tensor:
+        """Logit-normal t in (0, 1), [B]."""
+        return compute_density_for_timestep_sampling(
+            "logit_normal", batch, logit_mean=self.loss.logit_mean, logit_std=self.loss.logit_std, generator=generator
+        )
+
+    def __call__(self, batch: PairBatch, generator: torch.Generator, t: Tensor | None = None) -> StepResult:
+        """The loss of a batch.
+
+        Args:
+            batch: pairs, on the model's device.
+            generator: CPU generator that draws times and noise, so that they are the same on every device.
+            t: times [B]; None draws them.
+        """
+        noised = self.noise(batch, generator, t)
+        pairs = len(batch.prompts)
+        reference_mask = reference_token_mask(batch.reference_masks)
+        prior = pool_mask(batch.prior)
+        from_policy = self.focus.feature_source == "policy"
+        tap = self._tap(noised.layout, reference_mask) if self.focus.mask == "focus" else None
+
+        with torch.no_grad(), reference_model(self._module), nullcontext() if from_policy or tap is None else tap:
+            reference = self._predict(noised)
+        with tap if tap is not None and from_policy else nullcontext():
+            policy = self._predict(noised)
+
+        focus, focus_lose = None, None
+        masks: tuple[Tensor | FocusMask | None, Tensor | FocusMask | None] = (None, None)
+        if tap is not None:
+            scores = tap.scores()
+            focus = self._mask(scores[:pairs], prior, batch.winner, reference_mask)
+            if self.focus.mask_from == "each":
+                focus_lose = self._mask(scores[pairs:], prior, batch.loser, reference_mask)
+            masks = (focus, focus_lose)
+        elif self.focus.mask == "prior":
+            masks = ((prior if prior.ndim == 2 else prior.any(1)).float(), None)
+
+        loss = self.loss
+        times = noised.t[:pairs]
+        output = focus_dpo_loss(
+            policy[:pairs],
+            policy[pairs:],
+            reference[:pairs],
+            reference[pairs:],
+            noised.target[:pairs],
+            noised.target[pairs:],
+            focus=masks[0],
+            focus_lose=masks[1],
+            beta=loss.beta,
+            timestep_weight=(1 - times) ** 2 if loss.timestep_weight == "noise" else None,
+            reduction=loss.reduction,
+            mask_power=loss.mask_power,
+            loss_type=loss.loss_type,
+            label_smoothing=loss.label_smoothing,
+            winner_anchor=loss.winner_anchor,
+            loser_scale=loss.loser_scale,
+            sdpo_mu=loss.sdpo_mu,
+            backend=self.backend,
+        )
+        return StepResult(output, focus, times)
+
+    @torch.no_grad()
+    def noise(self, batch: PairBatch, generator: torch.Generator, t: Tensor | None = None) -> Noised:
+        """Encodes a batch and brings winner and loser to the same times with the same noise (E2)."""
+        pairs = len(batch.prompts)
+        if t is None:
+            t = self.sample_times(pairs, generator)
+        clean = self.backbone.encode_images(torch.cat([batch.winner, batch.loser])).float()  # [2B, P, C]
+        references = torch.cat([self.backbone.encode_images(image) for image in batch.references], dim=1)
+        noise = torch.randn(pairs, *clean.shape[1:], generator=generator).to(clean.device).repeat(2, 1, 1)
+        t = t.to(clean.device).repeat(2)
+        tokens = (1 - t[:, None, None]) * clean + t[:, None, None] * noise
+        grids = [image.shape[-2:] for image in (batch.winner, *batch.references)]
+        target, *others = [(height // PATCH_SIZE, width // PATCH_SIZE) for height, width in grids]
+        return Noised(
+            tokens=tokens,
+            target=noise - clean,
+            t=t,
+            references=references.repeat(2, 1, 1),
+            prompts=self._embed(batch.prompts).repeat(2),
+            layout=TokenLayout(target, tuple(others)),
+        )
+
+    def _predict(self, noised: Noised) -> Tensor:
+        return self.backbone.predict(noised.tokens, noised.t, noised.prompts, noised.references, noised.layout)
+
+    def _tap(self, layout: TokenLayout, reference_mask: Tensor) -> SimilarityTap:
+        each = self.focus.mask_from == "each"
+        return SimilarityTap(
+            self._module,
+            self.paths,
+            image_tokens=self.backbone.image_tokens,
+            num_target=layout.num_target,
+            reference_mask=reference_mask.repeat(2, 1, 1) if each else reference_mask,
+            rows=slice(None) if each else slice(0, reference_mask.shape[0]),
+            backend=self.backend,
+        )
+
+    def _mask(self, scores: Tensor, prior: Tensor, images: Tensor, reference_mask: Tensor) -> FocusMask:
+        focus = self.focus
+        return focus_mask(
+            scores,
+            prior,
+            images,
+            reference_mask=reference_mask,
+            match_count=focus.match_count,
+            per_subject=focus.per_subject,
+            tau=focus.tau,
+            gamma=focus.gamma,
+            patch_size=PATCH_SIZE,
+            entropy_method=focus.entropy_method,
+            entropy_bins=focus.entropy_bins,
+            entropy_sigma=focus.entropy_sigma,
+            check_range=False,  # pixels come from 8-bit files
+            backend=self.backend,
+        )
+
+    def _embed(self, prompts: list[str]) -> PromptEmbeddings:
+        """Text conditioning; each prompt is encoded once in a run and kept on the CPU."""
+        for prompt in prompts:
+            if prompt not in self._prompts:
+                embedded = self.backbone.encode_prompts([prompt])
+                self._prompts[prompt] = embedded.to(torch.device("cpu"), self.backbone.dtype)
+        stacked = PromptEmbeddings.stack([self._prompts[prompt] for prompt in prompts])
+        return stacked.to(self.backbone.device, self.backbone.dtype)
+
+
+def tapped_paths(backbone: Backbone, focus: FocusConfig) -> list[str]:
+    """Paths of the tapped blocks; ValueError for a number that the model does not have."""
+    paths = backbone.tap_paths()
+    if focus.layers == "all":
+        return paths
+    for layer in focus.layers:
+        if not 0 <= layer < len(paths):
+            raise ValueError(f"focus.layers: the model has blocks 0 to {len(paths) - 1}, got {layer}")
+    return [paths[layer] for layer in focus.layers]

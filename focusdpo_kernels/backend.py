@@ -1,0 +1,67 @@
+"""Which implementation runs, and why.
+
+``backend`` of every public function is "triton", "torch" or None. An argument wins over the environment variable
+``FOCUSDPO_BACKEND``, which wins over the automatic choice: Triton on accelerator tensors, PyTorch elsewhere and for float64.
+With ``TRITON_INTERPRET=1`` set before the import, the Triton kernels run on CPU tensors as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Literal, cast
+
+import torch
+import triton
+
+Backend = Literal["triton", "torch"]
+BACKENDS = ("triton", "torch")
+ACCELERATORS = ("cuda", "xpu")  # ROCm devices call themselves cuda
+
+# Triton decides when a kernel is decorated, so what counts is the value at import.
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+
+def resolve_backend(backend: str | None, *tensors: torch.Tensor) -> Backend:
+    """Chooses the implementation for a call.
+
+    Args:
+        backend: "triton", "torch" or None (environment, then automatic).
+        tensors: the call's tensor arguments; they decide the automatic choice.
+
+    Returns:
+        "triton" or "torch".
+
+    Raises:
+        ValueError: an unknown name, or Triton asked for tensors that it cannot reach.
+        TypeError: Triton asked for float64, which only the PyTorch backend computes.
+    """
+    source = "argument backend"
+    if backend is None:
+        backend = os.environ.get("FOCUSDPO_BACKEND") or None
+        source = "environment variable FOCUSDPO_BACKEND"
+    on_accelerator = all(t.device.type in ACCELERATORS for t in tensors)
+    has_float64 = any(t.dtype == torch.float64 for t in tensors)
+    if backend is None:
+        return "triton" if on_accelerator and not has_float64 else "torch"
+    if backend not in BACKENDS:
+        raise ValueError(f"{source}: got {backend!r}; expected one of {', '.join(BACKENDS)}")
+    if backend == "triton":
+        if not (on_accelerator or INTERPRETED):
+            devices = sorted({t.device.type for t in tensors})
+            raise ValueError(
+                f"{source}: 'triton' needs tensors on an accelerator, got device {', '.join(devices)}; move them there, "
+                "use backend='torch', or set TRITON_INTERPRET=1 before importing to run the kernels in the interpreter"
+            )
+        if has_float64:
+            raise TypeError(f"{source}: the Triton kernels take fp16, bf16 and fp32; use backend='torch' for float64")
+    return cast(Backend, backend)
+
+
+def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """Makes the tensor's device current: Triton launches on the current one, whatever its arguments say."""
+    if tensor.device.type == "cuda":
+        return torch.cuda.device(tensor.device)
+    if tensor.device.type == "xpu":
+        return torch.xpu.device(tensor.device)
+    return contextlib.nullcontext()

@@ -1,0 +1,160 @@
+"""Argument checks shared by both backends.
+
+Every message names the argument, what came, what is allowed and the likely fix. The checks read shapes, dtypes and
+devices only; none waits for a device (the value range of images is looked at on the CPU, or when asked for).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def describe(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
+
+
+def check_tensor(
+    name: str, value: object, *, ndim: int | tuple[int, ...], dtypes: Sequence[torch.dtype] | None = None, layout: str
+) -> torch.Tensor:
+    """A tensor of the given rank (and dtypes); `layout` names the axes in the message."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor {layout}, got {type(value).__name__}")
+    ranks = (ndim,) if isinstance(ndim, int) else ndim
+    if value.ndim not in ranks:
+        raise ValueError(f"{name}: expected a tensor {layout}, got {describe(value)}")
+    if dtypes is not None and value.dtype not in dtypes:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name}: got dtype {str(value.dtype).removeprefix('torch.')}; allowed are {allowed}")
+    return value
+
+
+def check_shape(name: str, value: torch.Tensor, shape: Sequence[int], why: str) -> None:
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected shape {list(shape)} ({why}), got {describe(value)}")
+
+
+def check_device(name: str, value: torch.Tensor, device: torch.device, other: str) -> None:
+    if value.device != device:
+        raise ValueError(f"{name}: is on {value.device} while {other} is on {device}; move both to one device")
+
+
+def check_no_grad(name: str, value: torch.Tensor, why: str) -> None:
+    if value.requires_grad:
+        raise ValueError(f"{name}: requires grad, but {why}; pass {name}.detach() or compute it under torch.no_grad()")
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    # `1 == True`: without the type test, a stray boolean would pass as a number.
+    if not any(type(value) is type(c) and value == c for c in choices):
+        raise ValueError(f"{name}: got {value!r}; expected one of {', '.join(repr(c) for c in choices)}")
+
+
+def check_unit_interval(name: str, value: float) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name}: got {value!r}; expected a number from 0 to 1")
+
+
+def check_layers(name: str, layers: object, layout: str) -> tuple[torch.Tensor, ...]:
+    """A sequence of N tensors, or one tensor with a leading N, as a tuple of views. Never stacks, never copies."""
+    if isinstance(layers, torch.Tensor):
+        if layers.ndim != 4:
+            raise ValueError(
+                f"{name}: expected a sequence of N tensors {layout} or one tensor with a leading N, got {describe(layers)}; "
+                f"wrap a single layer in a list"
+            )
+        layers = layers.unbind(0)
+    if not isinstance(layers, Sequence):
+        raise TypeError(f"{name}: expected a sequence of N tensors {layout}, got {type(layers).__name__}")
+    if len(layers) == 0:
+        raise ValueError(f"{name}: got no layer; at least one is needed")
+    tensors = tuple(check_tensor(f"{name}[{n}]", layer, ndim=3, dtypes=FLOATS, layout=layout) for n, layer in enumerate(layers))
+    first = tensors[0]
+    for n, layer in enumerate(tensors):
+        check_shape(f"{name}[{n}]", layer, first.shape, f"as {name}[0]")
+        check_device(f"{name}[{n}]", layer, first.device, f"{name}[0]")
+        if layer.dtype != first.dtype:
+            raise TypeError(f"{name}[{n}]: got dtype {layer.dtype}, while {name}[0] has {first.dtype}; use one for all layers")
+    return tensors
+
+
+def check_similarity(
+    target: object, reference: object, reference_mask: object
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...], torch.Tensor]:
+    """Arguments of E3/E4: N x [B, P, D], N x [B, Q, D] and [B, R, Q]."""
+    targets = check_layers("target", target, "[B, P, D]")
+    references = check_layers("reference", reference, "[B, Q, D]")
+    mask = check_tensor("reference_mask", reference_mask, ndim=3, layout="[B, R, Q]")
+    if len(targets) != len(references):
+        raise ValueError(
+            f"reference: got {len(references)} layers, while target has {len(targets)}; pass one of each per layer"
+        )
+    batch, _, width = targets[0].shape
+    check_shape("reference[0]", references[0], (batch, references[0].shape[1], width), "B and D as target[0]")
+    check_shape("reference_mask", mask, (batch, mask.shape[1], references[0].shape[1]), "B of target, Q of reference")
+    if references[0].dtype != targets[0].dtype:
+        raise TypeError(f"reference: got dtype {references[0].dtype}, while target has {targets[0].dtype}; use one for both")
+    for name, value in (("reference", references[0]), ("reference_mask", mask)):
+        check_device(name, value, targets[0].device, "target")
+    return targets, references, mask
+
+
+def check_scores(name: str, value: object, *, ndim: int | None = None) -> torch.Tensor:
+    ranks = tuple(range(1, 9)) if ndim is None else ndim
+    layout = "[..., P]" if ndim is None else "[B, R, P]"
+    return check_tensor(name, value, ndim=ranks, dtypes=FLOATS, layout=layout)
+
+
+def check_k(k: object, scores: torch.Tensor) -> int | torch.Tensor:
+    """k of a top-K over the last axis: an int in 0..P, or an integer tensor that broadcasts to the leading axes."""
+    patches = scores.shape[-1]
+    if isinstance(k, torch.Tensor):
+        if k.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8):
+            raise TypeError(f"k: got dtype {k.dtype}; expected an integer tensor, e.g. mask.sum(-1)")
+        check_device("k", k, scores.device, "scores")
+        try:
+            return k.expand(scores.shape[:-1])
+        except RuntimeError:
+            raise ValueError(
+                f"k: shape {list(k.shape)} does not broadcast to {list(scores.shape[:-1])}, scores without P"
+            ) from None
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"k: expected an int or an integer tensor, got {type(k).__name__}")
+    if not 0 <= k <= patches:
+        raise ValueError(f"k: got {k}; expected 0 to P = {patches}, the number of scores in a row")
+    return k
+
+
+def check_prior(prior: object, batch: int, subjects: int | None, patches: int) -> torch.Tensor:
+    """A prior [B, P], or [B, R, P] with one per subject."""
+    value = check_tensor("prior", prior, ndim=(2, 3), layout="[B, P] or [B, R, P]")
+    if value.ndim == 2 or subjects is None:
+        check_shape("prior", value, (batch, *value.shape[1:-1], patches), "B and P as the scores")
+    else:
+        check_shape("prior", value, (batch, subjects, patches), "B, R and P as the scores")
+    return value
+
+
+def check_images(images: object, patch_size: int, check_range: bool | None) -> torch.Tensor:
+    """Images [B, 1 or 3, H, W] that patches divide, floats in [0, 1] or uint8."""
+    value = check_tensor("images", images, ndim=4, dtypes=(*FLOATS, torch.uint8), layout="[B, 1 or 3, H, W]")
+    if value.shape[1] not in (1, 3):
+        raise ValueError(f"images: expected 1 (gray) or 3 (RGB) channels, got {describe(value)}")
+    if patch_size < 1:
+        raise ValueError(f"patch_size: got {patch_size}; expected at least 1 pixel")
+    height, width = value.shape[2:]
+    if height % patch_size or width % patch_size:
+        raise ValueError(f"patch_size: {patch_size} does not divide images of {height}x{width} pixels; crop or resize them")
+    if check_range is None:
+        check_range = value.device.type == "cpu"
+    if check_range and value.dtype != torch.uint8 and value.numel() and not torch.compiler.is_compiling():
+        low, high = (float(x) for x in value.aminmax())
+        if not (low >= 0.0 and high <= 1.0):
+            raise ValueError(
+                f"images: values from {low:.4g} to {high:.4g}; expected [0, 1]. For images in [-1, 1] pass (images + 1) / 2 "
+                "(and clamp what a decoder overshoots)"
+            )
+    return value

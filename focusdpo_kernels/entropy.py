@@ -1,0 +1,208 @@
+"""Patch entropy (docs/method.md, E7).
+
+    q[b]  proportional to  mean_{x in patch} exp(-((x - mu[b]) / sigma)^2 / 2)     kde
+    q[b]  =                share of the patch's pixels in bin b                     histogram
+    H[p]  = -sum_b q[b] log q[b]                                                    nats
+
+A program takes one patch, chunk by chunk of BLOCK pixels, so any patch size works. Bytes: B C H W itemsize in, 4 B P out;
+`normalize` reads and writes the 4 B P once more in a second launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from focusdpo_kernels import reference as spec
+from focusdpo_kernels.backend import device_guard, resolve_backend
+from focusdpo_kernels.checks import check_choice, check_images
+from focusdpo_kernels.launch import POINTERS, Launch, next_power_of_2
+
+METHODS = ("kde", "histogram")
+# exp(-x^2 / 2) stays a normal fp32 number up to here; a pixel must be this near (in sigmas) to some bin.
+MAX_SIGMAS = 13.0
+
+
+@triton.jit
+def _entropy_kernel(
+    images_ptr,  # [B, C, H, W]
+    out_ptr,  # [B, P] fp32
+    COLUMNS,  # patches in a row of the image
+    P,
+    stride_b,
+    stride_c,
+    stride_h,
+    stride_w,
+    CHANNELS: tl.constexpr,
+    PATCH: tl.constexpr,
+    BINS: tl.constexpr,
+    BINS_PAD: tl.constexpr,
+    INVERSE_SIGMA: tl.constexpr,
+    HISTOGRAM: tl.constexpr,
+    PIXEL_SCALE: tl.constexpr,
+    LUMA_R: tl.constexpr,
+    LUMA_G: tl.constexpr,
+    LUMA_B: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    p = tl.program_id(0)
+    b = tl.program_id(1).to(tl.int64)
+    row = (p // COLUMNS).to(tl.int64) * PATCH
+    column = (p % COLUMNS).to(tl.int64) * PATCH
+    corner = images_ptr + b * stride_b + row * stride_h + column * stride_w
+    offs_bin = tl.arange(0, BINS_PAD)
+    weight = tl.zeros([BINS_PAD], tl.float32)
+    for start in range(0, PATCH * PATCH, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        valid = offs < PATCH * PATCH
+        offsets = (offs // PATCH).to(tl.int64) * stride_h + (offs % PATCH).to(tl.int64) * stride_w
+        gray = tl.load(corner + offsets, mask=valid, other=0).to(tl.float32)
+        if CHANNELS == 3:
+            green = tl.load(corner + stride_c + offsets, mask=valid, other=0).to(tl.float32)
+            blue = tl.load(corner + 2 * stride_c + offsets, mask=valid, other=0).to(tl.float32)
+            gray = LUMA_R * gray + LUMA_G * green + LUMA_B * blue
+        gray = gray * PIXEL_SCALE
+        if HISTOGRAM:
+            index = tl.minimum(tl.maximum(tl.floor(gray * BINS), 0.0), BINS - 1.0).to(tl.int32)
+            member = (index[:, None] == offs_bin[None, :]).to(tl.float32)
+        else:
+            mu = offs_bin.to(tl.float32) / (BINS - 1)
+            distance = (gray[:, None] - mu[None, :]) * INVERSE_SIGMA
+            member = tl.exp(-0.5 * distance * distance)
+        weight += tl.sum(tl.where(valid[:, None] & (offs_bin < BINS)[None, :], member, 0.0), axis=0)
+    q = weight / tl.sum(weight, axis=0)
+    entropy = -tl.sum(tl.where(q > 0, q * tl.log(tl.where(q > 0, q, 1.0)), 0.0), axis=0)
+    # A NaN pixel must not end as a plausible number.
+    entropy = tl.where(tl.sum(weight, axis=0) > 0, entropy, float("nan"))
+    tl.store(out_ptr + b * P + p, entropy)
+
+
+@triton.jit
+def _normalize_kernel(entropy_ptr, out_ptr, P, BLOCK: tl.constexpr):
+    """Min-max over the P patches of one image; zeros where all are equal."""
+    b = tl.program_id(0).to(tl.int64)
+    low = tl.full([BLOCK], float("inf"), tl.float32)
+    high = tl.full([BLOCK], float("-inf"), tl.float32)
+    for start in range(0, P, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        low = tl.minimum(low, tl.load(entropy_ptr + b * P + offs, mask=offs < P, other=float("inf")))
+        high = tl.maximum(high, tl.load(entropy_ptr + b * P + offs, mask=offs < P, other=float("-inf")))
+    minimum = tl.min(low, axis=0)
+    span = tl.max(high, axis=0) - minimum
+    for start in range(0, P, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        entropy = tl.load(entropy_ptr + b * P + offs, mask=offs < P, other=0.0)
+        complexity = tl.where(span > 0, (entropy - minimum) / tl.where(span > 0, span, 1.0), 0.0)
+        tl.store(out_ptr + b * P + offs, complexity, mask=offs < P)
+
+
+def _entropy_launch(dtype: torch.dtype, channels: int, patch_size: int, bins: int, sigma: float, method: str) -> Launch:
+    red, green, blue = spec.LUMA
+    return Launch(
+        _entropy_kernel,
+        {
+            "CHANNELS": channels,
+            "PATCH": patch_size,
+            "BINS": bins,
+            "BINS_PAD": next_power_of_2(bins),
+            "INVERSE_SIGMA": 1.0 / sigma,
+            "HISTOGRAM": method == "histogram",
+            "PIXEL_SCALE": 1.0 / 255.0 if dtype == torch.uint8 else 1.0,
+            "LUMA_R": red,
+            "LUMA_G": green,
+            "LUMA_B": blue,
+            # Half of the registers at 4 warps: 32 values of the pixel x bin tile per thread.
+            "BLOCK": max(min(next_power_of_2(patch_size * patch_size), 4096 // next_power_of_2(bins)), 16),
+        },
+        num_warps=4,
+        types={"images_ptr": POINTERS[dtype], "out_ptr": "*fp32"},
+        aligned=("stride_b", "stride_c", "stride_h"),
+    )
+
+
+def _normalize_launch() -> Launch:
+    return Launch(_normalize_kernel, {"BLOCK": 1024}, num_warps=4, types={"entropy_ptr": "*fp32", "out_ptr": "*fp32"})
+
+
+@torch.library.custom_op("focusdpo::patch_entropy", mutates_args=())
+def patch_entropy_op(images: Tensor, patch_size: int, bins: int, sigma: float, method: str, normalize: bool) -> Tensor:
+    batch, channels, height, width = images.shape
+    columns = width // patch_size
+    patches = (height // patch_size) * columns
+    entropy = torch.empty((batch, patches), dtype=torch.float32, device=images.device)
+    if entropy.numel() == 0:
+        return entropy
+    launch = _entropy_launch(images.dtype, channels, patch_size, bins, sigma, method)
+    with device_guard(images):
+        launch((patches, batch), images, entropy, columns, patches, *images.stride())
+        if not normalize:
+            return entropy
+        complexity = torch.empty_like(entropy)
+        _normalize_launch()((batch,), entropy, complexity, patches)
+    return complexity
+
+
+@patch_entropy_op.register_fake
+def _(images, patch_size, bins, sigma, method, normalize):
+    batch, _, height, width = images.shape
+    return images.new_empty((batch, (height // patch_size) * (width // patch_size)), dtype=torch.float32)
+
+
+def patch_entropy(
+    images: Tensor,
+    patch_size: int = 16,
+    *,
+    bins: int = 32,
+    sigma: float = 0.01,
+    method: str = "kde",
+    normalize: bool = False,
+    check_range: bool | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Shannon entropy of the gray values of each patch (E7), in nats.
+
+    Args:
+        images: [B, C, H, W] in [0, 1] (uint8: 0 to 255), C = 3 (RGB) or 1 (gray); fp16, bf16, fp32 or uint8 (float64 on the
+            torch backend).
+        patch_size: pixels along a patch's side; must divide H and W. 16 is one FLUX token.
+        bins: number of bins over [0, 1], at least 2.
+        sigma: width of the Gaussian kernel around a bin's centre, in gray values.
+        method: "kde" (Gaussian kernel) or "histogram" (hard bins: the entropy of the patch quantised to `bins` levels).
+        normalize: min-max over an image's patches, giving M_d before the prior; all zeros where every patch is alike.
+        check_range: look at the values and refuse what is outside [0, 1]. None looks at CPU tensors only, because on an
+            accelerator the look would wait for the device.
+        backend: "triton", "torch" or None; see `focusdpo_kernels.backend`.
+
+    Returns:
+        [B, H/p * W/p], row-major; fp32 (float64 for float64 images). Carries no gradient.
+
+    Raises:
+        TypeError, ValueError: arguments of wrong type, shape, dtype or range, each named.
+    """
+    images = check_images(images, patch_size, check_range).detach()
+    check_choice("method", method, METHODS)
+    if bins < 2:
+        raise ValueError(f"bins: got {bins}; expected at least 2")
+    if method == "kde" and not 0.5 / (bins - 1) <= MAX_SIGMAS * sigma < float("inf"):
+        raise ValueError(
+            f"sigma: {sigma!r} is too narrow for {bins} bins, a pixel between two bins would reach neither; "
+            f"use at least {0.5 / (bins - 1) / MAX_SIGMAS:.2g}"
+        )
+    if resolve_backend(backend, images) == "torch":
+        return spec.patch_entropy(images, patch_size, bins, sigma, method, normalize)
+    return patch_entropy_op(images, patch_size, bins, sigma, method, normalize)
+
+
+def launches() -> Iterator[Launch]:
+    """Every shipped launch configuration, for ahead-of-time compilation."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.uint8):
+        for channels in (1, 3):
+            for method in METHODS:
+                yield _entropy_launch(dtype, channels, 16, 32, 0.01, method)
+    yield _entropy_launch(torch.float32, 3, 16, 256, 0.01, "histogram")
+    yield _entropy_launch(torch.float32, 3, 32, 32, 0.01, "kde")
+    yield _normalize_launch()

@@ -1,0 +1,191 @@
+"""The specification: every public function in plain PyTorch, float64-capable.
+
+Equation numbers are those of docs/method.md. The maths is defined here once; the Triton kernels are tested against it.
+The arguments are taken as already checked (checks.py); see the public functions for shapes and meaning.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+EPS = 1e-8  # lower bound of a norm in a cosine, as in torch.nn.functional.cosine_similarity
+LUMA = (0.2989, 0.587, 0.114)  # E7: R, G, B to gray
+
+
+class PreferenceResidual(NamedTuple):
+    """What `preference_residual` returns: fp32 tensors [B] (float64 for float64 input).
+
+    The four errors e = reduce(M * (target - prediction)^2) and the margin
+    (policy_win - reference_win) - (policy_lose - reference_lose), computed from factored differences.
+    `winner_norm` = |g_w|^2 and `inner` = <g_w, g_l> are the output-space products of SDPO with
+    g = M * (prediction - target), reduced like the errors; they carry no gradient.
+    """
+
+    policy_win: Tensor
+    policy_lose: Tensor
+    reference_win: Tensor
+    reference_lose: Tensor
+    margin: Tensor
+    winner_norm: Tensor
+    inner: Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def layer_similarity(target: Tensor, reference: Tensor, reference_mask: Tensor) -> Tensor:
+    """E3 and one term of E4: cosine of the pooled reference token with every target token, [B, R, P]; absent subjects 0."""
+    dtype = accumulation_dtype(target.dtype)
+    mask = (reference_mask != 0).to(dtype)  # [B, R, Q]
+    # Hooks run inside the model's autocast, which would round both products to bf16.
+    with torch.autocast(device_type=target.device.type, enabled=False):
+        pooled = mask @ reference.to(dtype) / mask.sum(-1, keepdim=True).clamp_min(1)  # [B, R, D]
+        target = target.to(dtype)  # [B, P, D]
+        pooled_norm = torch.linalg.vector_norm(pooled, dim=-1).clamp_min(EPS)  # [B, R]
+        target_norm = torch.linalg.vector_norm(target, dim=-1).clamp_min(EPS)  # [B, P]
+        return pooled @ target.mT / (pooled_norm[:, :, None] * target_norm[:, None, :])
+
+
+def finish_similarity(total: Tensor, total_weight: float, reference_mask: Tensor) -> Tensor:
+    """E4's average over layers; a subject without a reference token gets -inf."""
+    absent = (reference_mask == 0).all(-1, keepdim=True)  # [B, R, 1]
+    return (total / total_weight).masked_fill(absent, -math.inf)
+
+
+def cross_layer_similarity(
+    target: Sequence[Tensor], reference: Sequence[Tensor], reference_mask: Tensor, layer_weights: Sequence[float]
+) -> Tensor:
+    """E4: S[b, r, p], the weighted mean over layers of cos(pooled reference r, target token p)."""
+    total = torch.zeros((), device=target[0].device)
+    for target_n, reference_n, weight in zip(target, reference, layer_weights, strict=True):
+        total = total + weight * layer_similarity(target_n, reference_n, reference_mask)
+    return finish_similarity(total, sum(layer_weights), reference_mask)
+
+
+def topk_mask(scores: Tensor, k: int | Tensor) -> Tensor:
+    """E5: bool [..., P], true for the k largest of each row; ties to the lower index; NaN and -inf never."""
+    finite = ~scores.isnan() & (scores != -math.inf)
+    # A stable descending sort keeps equal scores in index order, which is the tie rule.
+    order = scores.masked_fill(~finite, -math.inf).sort(dim=-1, descending=True, stable=True).indices
+    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(scores.shape[-1], device=scores.device).expand_as(order))
+    limit = k.unsqueeze(-1) if isinstance(k, Tensor) else k
+    return (rank < limit) & finite
+
+
+def binary_prior(prior: Tensor) -> Tensor:
+    """A prior as bool: booleans and integers where not 0, floats where above one half."""
+    return prior > 0.5 if prior.is_floating_point() else prior != 0
+
+
+def structure_field(scores: Tensor, k: int | Tensor, prior: Tensor, per_subject: bool) -> tuple[Tensor, Tensor]:
+    """E5, E6 and E8's coverage: (M_s [B, P], A [B])."""
+    matched = topk_mask(scores, k)  # [B, R, P]
+    inside = binary_prior(prior)
+    union = inside if inside.ndim == 2 else inside.any(1)  # [B, P]
+    structure = (inside & ~matched).any(1) if per_subject else union & ~matched.any(1)
+    dtype = accumulation_dtype(scores.dtype)
+    size = union.sum(-1)
+    return structure.to(dtype), structure.sum(-1).to(dtype) / size.clamp_min(1)
+
+
+def patch_entropy(images: Tensor, patch_size: int, bins: int, sigma: float, method: str, normalize: bool) -> Tensor:
+    """E7: Shannon entropy (nats) of each patch, [B, H/p * W/p]; `normalize` gives M_d before the prior."""
+    batch, channels, height, width = images.shape
+    dtype = accumulation_dtype(images.dtype)
+    pixels = images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
+    gray = pixels[:, 0]  # [B, H, W]
+    if channels == 3:
+        gray = LUMA[0] * gray + LUMA[1] * pixels[:, 1] + LUMA[2] * pixels[:, 2]
+    rows, columns = height // patch_size, width // patch_size
+    patches = gray.reshape(batch, rows, patch_size, columns, patch_size).transpose(2, 3).reshape(batch, rows * columns, -1)
+    if method == "kde":
+        mu = torch.arange(bins, dtype=dtype, device=images.device) / (bins - 1)
+        # One bin at a time: all at once would hold pixels x bins values.
+        weight = torch.stack([torch.exp(-0.5 * ((patches - mu[b]) / sigma) ** 2).sum(-1) for b in range(bins)], -1)
+    else:
+        index = (patches * bins).floor().clamp(0, bins - 1)
+        weight = torch.stack([(index == b).sum(-1) for b in range(bins)], -1).to(dtype)
+    q = weight / weight.sum(-1, keepdim=True)  # [B, P, bins]
+    entropy = -torch.special.xlogy(q, q).sum(-1)
+    return normalize_complexity(entropy) if normalize else entropy
+
+
+def normalize_complexity(entropy: Tensor) -> Tensor:
+    """E7's min-max over an image's patches; all zeros where they are equal."""
+    if entropy.shape[-1] == 0:
+        return entropy
+    low, high = entropy.amin(-1, keepdim=True), entropy.amax(-1, keepdim=True)
+    span = high - low
+    return torch.where(span > 0, (entropy - low) / torch.where(span > 0, span, 1), 0)
+
+
+def fuse_focus(structure: Tensor, coverage: Tensor, complexity: Tensor, prior: Tensor, tau: float, gamma: float) -> Tensor:
+    """E8: M_s where A > tau, else gamma * M_s + (1 - gamma) * M_d with M_d = complexity * prior."""
+    inside = binary_prior(prior)
+    union = inside if inside.ndim == 2 else inside.any(1)
+    detail = complexity * union
+    return torch.where(coverage[:, None] > tau, structure, gamma * structure + (1 - gamma) * detail)
+
+
+def element_weight(weight: Tensor, prediction: Tensor, mask_power: int) -> Tensor:
+    """M^mask_power, shaped to broadcast over a prediction: [B, P, 1] for tokens, [B, 1, H, W] for latents (2x2 patches)."""
+    weight = weight.to(accumulation_dtype(prediction.dtype)) ** mask_power
+    if prediction.ndim == 3:
+        return weight[:, :, None]
+    batch, _, height, width = prediction.shape
+    grid = weight.reshape(batch, 1, height // 2, width // 2)
+    return grid.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+
+
+def preference_residual(
+    policy_win: Tensor,
+    policy_lose: Tensor,
+    reference_win: Tensor,
+    reference_lose: Tensor,
+    target_win: Tensor,
+    target_lose: Tensor,
+    weight_win: Tensor | None,
+    weight_lose: Tensor | None,
+    reduction: str,
+    mask_power: int,
+) -> PreferenceResidual:
+    """E9's errors and the margin of E1, per sample."""
+    dtype = accumulation_dtype(policy_win.dtype)
+    axes = tuple(range(1, policy_win.ndim))
+
+    def side(policy: Tensor, reference: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, ...]:
+        a, b, t = policy.to(dtype), reference.to(dtype), target.to(dtype)
+        m = torch.ones_like(t) if weight is None else element_weight(weight, t, mask_power).expand_as(t)
+        if reduction == "mean":
+            scale = torch.full((t.shape[0],), 1 / max(math.prod(t.shape[1:]), 1), dtype=dtype, device=t.device)
+        elif reduction == "sum":
+            scale = torch.ones(t.shape[0], dtype=dtype, device=t.device)
+        else:
+            total = m.sum(axes)
+            scale = torch.where(total > 0, 1 / torch.where(total > 0, total, 1), 0)
+        gradient = (m * (a - t)).detach()
+        policy_error = (m * (a - t) ** 2).sum(axes) * scale
+        reference_error = (m * (b - t) ** 2).sum(axes) * scale
+        # (a - t)^2 - (b - t)^2, factored: no cancellation, and exactly 0 where policy and reference agree.
+        difference = (m * (a - b) * (a + b - 2 * t)).sum(axes) * scale
+        return policy_error, reference_error, difference, gradient, scale
+
+    win_policy, win_reference, win_difference, win_gradient, win_scale = side(policy_win, reference_win, target_win, weight_win)
+    lose_policy, lose_reference, lose_difference, lose_gradient, lose_scale = side(
+        policy_lose, reference_lose, target_lose, weight_lose
+    )
+    return PreferenceResidual(
+        win_policy,
+        lose_policy,
+        win_reference,
+        lose_reference,
+        win_difference - lose_difference,
+        (win_gradient**2).sum(axes) * win_scale**2,
+        (win_gradient * lose_gradient).sum(axes) * win_scale * lose_scale,
+    )

@@ -1,0 +1,342 @@
+"""Cross-layer patch similarity (docs/method.md, E3 and E4).
+
+    c[r, n] = sum_q m[r, q] h_ref[n, q] / sum_q m[r, q]
+    S[r, p] = sum_n w[n] cos(c[r, n], h_tgt[n, p]) / sum_n w[n]
+
+Two launches: `_pool_kernel` reads each reference token once and writes the pooled tokens (N R D floats per sample),
+`_similarity_kernel` reads each target token once. Bytes: N (P + Q) D itemsize + B R Q + 4 B R P, plus the small pooled
+tokens. The N layers are reached through a table of pointers in device memory: they are never stacked, and each may be a
+strided slice of a longer sequence.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from focusdpo_kernels import reference as spec
+from focusdpo_kernels.backend import device_guard, resolve_backend
+from focusdpo_kernels.checks import check_choice, check_no_grad, check_similarity
+from focusdpo_kernels.launch import TRITON_DTYPES, Launch, next_power_of_2
+
+POOLINGS = ("reference",)
+
+# A row of the table: pointer and three strides of the target, the same of the reference, bits of the fp32 weight.
+TABLE_COLUMNS = 9
+
+
+@triton.jit
+def _row_base(table_ptr, column: tl.constexpr, n, b, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr):
+    """Pointer to layer n's sample b and its row stride, from the table. 16-byte alignment is promised where ALIGNED."""
+    row = table_ptr + n * COLUMNS + column
+    base = tl.load(row).to(tl.pointer_type(DTYPE)) + tl.load(row + 1) * b
+    stride = tl.load(row + 2)
+    if ALIGNED:
+        base = tl.multiple_of(base, 16)
+        stride = tl.multiple_of(stride, 8)
+    return base, stride
+
+
+@triton.jit
+def _pool_kernel(
+    table_ptr,  # [N, COLUMNS] int64
+    mask_ptr,  # [B, R, Q] uint8
+    pooled_ptr,  # [B, N, R, D] fp32
+    count_ptr,  # [B, R] fp32
+    N,
+    Q,
+    D,
+    stride_mb,
+    stride_mr,
+    stride_mq,
+    R: tl.constexpr,
+    R_PAD: tl.constexpr,
+    DTYPE: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    n = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    ref, stride_q = _row_base(table_ptr, 4, n, b, DTYPE, CONTIGUOUS, COLUMNS)
+    stride_d = 1 if CONTIGUOUS else tl.load(table_ptr + n * COLUMNS + 7)
+    offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    offs_r = tl.arange(0, R_PAD)
+    mask_base = mask_ptr + b * stride_mb
+    pooled = tl.zeros([R_PAD, BLOCK_D], tl.float32)
+    count = tl.zeros([R_PAD], tl.float32)
+    for q in range(0, Q, BLOCK_Q):
+        offs_q = q + tl.arange(0, BLOCK_Q)
+        mask_q = offs_q < Q
+        # 64-bit before the multiplication: a slice of a long batch passes 2^31 elements.
+        offsets = offs_q.to(tl.int64)[:, None] * stride_q + offs_d[None, :] * stride_d
+        h = tl.load(ref + offsets, mask=mask_q[:, None] & mask_d[None, :], other=0.0).to(tl.float32)  # [BLOCK_Q, BLOCK_D]
+        for r in tl.static_range(R):
+            m = tl.load(mask_base + r * stride_mr + offs_q.to(tl.int64) * stride_mq, mask=mask_q, other=0) != 0
+            m = m.to(tl.float32)
+            row = offs_r == r
+            pooled += tl.where(row[:, None], tl.sum(h * m[:, None], axis=0)[None, :], 0.0)
+            count += tl.where(row, tl.sum(m, axis=0), 0.0)
+    pooled = pooled / tl.maximum(count, 1.0)[:, None]
+    out = pooled_ptr + ((b * N + n) * R + offs_r[:, None]) * D + offs_d[None, :]
+    tl.store(out, pooled, mask=(offs_r < R)[:, None] & mask_d[None, :])
+    if n == 0 and tl.program_id(0) == 0:
+        tl.store(count_ptr + b * R + offs_r, count, mask=offs_r < R)
+
+
+@triton.jit
+def _similarity_kernel(
+    table_ptr,  # [N, COLUMNS] int64
+    pooled_ptr,  # [B, N, R, D] fp32
+    count_ptr,  # [B, R] fp32
+    out_ptr,  # [B, R, P] fp32
+    N,
+    P,
+    D,
+    R: tl.constexpr,
+    R_PAD: tl.constexpr,
+    DTYPE: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    b = tl.program_id(1).to(tl.int64)
+    offs_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    mask_p = offs_p < P
+    offs_r = tl.arange(0, R_PAD)
+    total = tl.zeros([R_PAD, BLOCK_P], tl.float32)
+    total_weight = 0.0
+    for n in range(N):
+        tgt, stride_p = _row_base(table_ptr, 0, n, b, DTYPE, CONTIGUOUS, COLUMNS)
+        stride_d = 1 if CONTIGUOUS else tl.load(table_ptr + n * COLUMNS + 3)
+        weight = tl.load(table_ptr + n * COLUMNS + 8).to(tl.int32).to(tl.float32, bitcast=True)
+        pooled = pooled_ptr + (b * N + n) * R * D
+        rows = tgt + offs_p.to(tl.int64)[:, None] * stride_p
+        dot = tl.zeros([R_PAD, BLOCK_P], tl.float32)
+        target_square = tl.zeros([BLOCK_P], tl.float32)
+        pooled_square = tl.zeros([R_PAD], tl.float32)
+        for d in range(0, D, BLOCK_D):
+            offs_d = d + tl.arange(0, BLOCK_D)
+            mask_d = offs_d < D
+            h = tl.load(rows + offs_d[None, :] * stride_d, mask=mask_p[:, None] & mask_d[None, :], other=0.0)
+            h = h.to(tl.float32)  # [BLOCK_P, BLOCK_D]
+            target_square += tl.sum(h * h, axis=1)
+            for r in tl.static_range(R):
+                c = tl.load(pooled + r * D + offs_d, mask=mask_d, other=0.0)
+                row = offs_r == r
+                dot += tl.where(row[:, None], tl.sum(h * c[None, :], axis=1)[None, :], 0.0)
+                pooled_square += tl.where(row, tl.sum(c * c, axis=0), 0.0)
+        norm = tl.maximum(tl.sqrt(pooled_square), EPS)[:, None] * tl.maximum(tl.sqrt(target_square), EPS)[None, :]
+        total += weight * (dot / norm)
+        total_weight += weight
+    mask_out = (offs_r < R)[:, None] & mask_p[None, :]
+    out = out_ptr + (b * R + offs_r[:, None]) * P + offs_p[None, :]
+    if ACCUMULATE:
+        total += tl.load(out, mask=mask_out, other=0.0)
+    else:
+        count = tl.load(count_ptr + b * R + offs_r, mask=offs_r < R, other=0.0)
+        total = tl.where(count[:, None] > 0, total / total_weight, float("-inf"))
+    tl.store(out, total, mask=mask_out)
+
+
+def _launches(dtype: torch.dtype, subjects: int, contiguous: bool, accumulate: bool) -> tuple[Launch, Launch]:
+    """The two launches for a dtype and number of subjects. Sizes that vary from batch to batch play no part."""
+    shared = {
+        "R": subjects,
+        "R_PAD": next_power_of_2(subjects),
+        "DTYPE": TRITON_DTYPES[dtype],
+        "CONTIGUOUS": contiguous,
+        "COLUMNS": TABLE_COLUMNS,
+    }
+    table = {"table_ptr": "*i64", "pooled_ptr": "*fp32", "count_ptr": "*fp32"}
+    # One warp covers BLOCK_D with 16-byte loads, so that the sum over tokens stays inside a thread. Without unit stride
+    # every element has a 64-bit address of its own: fewer rows, or registers spill.
+    pool = Launch(
+        _pool_kernel,
+        {**shared, "BLOCK_Q": 8 if contiguous else 2, "BLOCK_D": 256},
+        num_warps=1,
+        types={**table, "mask_ptr": "*u8"},
+        aligned=("D",),
+    )
+    similarity = Launch(
+        _similarity_kernel,
+        {**shared, "ACCUMULATE": accumulate, "EPS": spec.EPS, "BLOCK_P": 16, "BLOCK_D": 256},
+        num_warps=4,
+        types={**table, "out_ptr": "*fp32"},
+        aligned=("D",),
+    )
+    return pool, similarity
+
+
+def _is_vectorizable(layers: Sequence[Tensor]) -> bool:
+    """Unit stride along D, and rows that start on 16-byte boundaries."""
+    lanes = 16 // layers[0].element_size()
+    return all(
+        h.stride(2) == 1 and h.data_ptr() % 16 == 0 and h.stride(0) % lanes == 0 and h.stride(1) % 8 == 0 for h in layers
+    )
+
+
+def _pointer_table(target: Sequence[Tensor], reference: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """[N, COLUMNS] int64 on the layers' device, without waiting for it."""
+    rows = []
+    for h_tgt, h_ref, weight in zip(target, reference, weights, strict=True):
+        bits = struct.unpack("<i", struct.pack("<f", weight))[0]
+        rows.append([h_tgt.data_ptr(), *h_tgt.stride(), h_ref.data_ptr(), *h_ref.stride(), bits])
+    table = torch.tensor(rows, dtype=torch.int64)
+    device = target[0].device
+    if device.type == "cpu":
+        return table
+    return table.pin_memory().to(device, non_blocking=True)
+
+
+def _launch(
+    target: Sequence[Tensor], reference: Sequence[Tensor], mask: Tensor, weights: Sequence[float], out: Tensor, accumulate: bool
+) -> None:
+    batch, subjects, patches = out.shape
+    tokens, width = reference[0].shape[1:]
+    if out.numel() == 0:
+        return
+    contiguous = _is_vectorizable([*target, *reference])
+    pool, similarity = _launches(target[0].dtype, subjects, contiguous, accumulate)
+    device, layers = out.device, len(target)
+    mask = (mask if mask.dtype == torch.bool else mask != 0).view(torch.uint8)
+    pooled = torch.empty((batch, layers, subjects, width), dtype=torch.float32, device=device)
+    count = torch.empty((batch, subjects), dtype=torch.float32, device=device)
+    with device_guard(out):
+        table = _pointer_table(target, reference, weights)
+        # At least one block along D: with D = 0 the counts are still needed.
+        blocks = max(triton.cdiv(width, pool.constants["BLOCK_D"]), 1)
+        pool((blocks, layers, batch), table, mask, pooled, count, layers, tokens, width, *mask.stride())
+        blocks = triton.cdiv(patches, similarity.constants["BLOCK_P"])
+        similarity((blocks, batch), table, pooled, count, out, layers, patches, width)
+
+
+@torch.library.custom_op("focusdpo::cross_layer_similarity", mutates_args=())
+def cross_layer_similarity_op(
+    target: Sequence[Tensor], reference: Sequence[Tensor], reference_mask: Tensor, layer_weights: Sequence[float]
+) -> Tensor:
+    batch, patches, _ = target[0].shape
+    out = torch.empty((batch, reference_mask.shape[1], patches), dtype=torch.float32, device=target[0].device)
+    _launch(target, reference, reference_mask, layer_weights, out, accumulate=False)
+    return out
+
+
+@cross_layer_similarity_op.register_fake
+def _(target, reference, reference_mask, layer_weights):
+    batch, patches, _ = target[0].shape
+    return target[0].new_empty((batch, reference_mask.shape[1], patches), dtype=torch.float32)
+
+
+def _check_weights(layer_weights: Sequence[float] | None, layers: int) -> list[float]:
+    if layer_weights is None:
+        return [1.0] * layers
+    weights = [float(w) for w in layer_weights]
+    if len(weights) != layers:
+        raise ValueError(f"layer_weights: got {len(weights)} weights for {layers} layers; pass one per layer")
+    if not all(0 < w < float("inf") for w in weights):
+        raise ValueError(
+            f"layer_weights: got {weights}; expected positive numbers (leave a layer out instead of weighting it 0)"
+        )
+    return weights
+
+
+def cross_layer_similarity(
+    target: Sequence[Tensor] | Tensor,
+    reference: Sequence[Tensor] | Tensor,
+    reference_mask: Tensor,
+    *,
+    pooling: str = "reference",
+    layer_weights: Sequence[float] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Cosine of each subject's pooled reference token with every target token, averaged over layers (E3, E4).
+
+    Args:
+        target: N hidden states [B, P, D] of the target tokens (a sequence, or one tensor [N, B, P, D]); fp16, bf16, fp32
+            (float64 on the torch backend). Any strides; slices of a longer sequence are not copied.
+        reference: N hidden states [B, Q, D] of the reference tokens, dtype as `target`.
+        reference_mask: [B, R, Q]; not zero where token q shows subject r.
+        pooling: "reference", the mean over a subject's tokens before the comparison.
+        layer_weights: N positive weights of the average; None weights all layers alike.
+        backend: "triton", "torch" or None; see `focusdpo_kernels.backend`.
+
+    Returns:
+        S [B, R, P] fp32 (float64 for float64 input); a subject without a reference token gets -inf. Carries no gradient.
+
+    Raises:
+        TypeError, ValueError: arguments of wrong type, shape, dtype or device, each named.
+    """
+    targets, references, mask = check_similarity(target, reference, reference_mask)
+    check_choice("pooling", pooling, POOLINGS)
+    weights = _check_weights(layer_weights, len(targets))
+    with torch.no_grad():
+        if resolve_backend(backend, *targets, *references, mask) == "torch":
+            return spec.cross_layer_similarity(targets, references, mask, weights)
+        return cross_layer_similarity_op(targets, references, mask, weights)
+
+
+class SimilarityAccumulator:
+    """The same S layer by layer, so that no layer's hidden states are kept (E3, E4).
+
+    Args:
+        reference_mask: [B, R, Q]; not zero where token q shows subject r.
+        pooling, backend: as in `cross_layer_similarity`.
+
+    Example:
+        >>> similarity = SimilarityAccumulator(reference_mask)
+        >>> for target_n, reference_n in layers:
+        ...     similarity.update(target_n, reference_n)
+        >>> scores = similarity.result()  # [B, R, P]
+    """
+
+    def __init__(self, reference_mask: Tensor, *, pooling: str = "reference", backend: str | None = None) -> None:
+        check_choice("pooling", pooling, POOLINGS)
+        check_no_grad("reference_mask", reference_mask, "masks carry no gradient")
+        self._mask = reference_mask
+        self._backend = backend
+        self._total: Tensor | None = None
+        self._total_weight = 0.0
+        self.layers = 0
+
+    @torch.no_grad()
+    def update(self, target: Tensor, reference: Tensor, weight: float = 1.0) -> None:
+        """Adds one layer: target [B, P, D], reference [B, Q, D], its positive weight in the average."""
+        (target,), (reference,), mask = check_similarity([target], [reference], self._mask)
+        (weight,) = _check_weights([weight], 1)
+        shape = (target.shape[0], mask.shape[1], target.shape[1])
+        if self._total is None:
+            dtype = spec.accumulation_dtype(target.dtype)
+            self._total = torch.zeros(shape, dtype=dtype, device=target.device)
+        elif self._total.shape != shape:
+            raise ValueError(f"target: got {shape[2]} tokens, while earlier layers had {self._total.shape[2]}")
+        if resolve_backend(self._backend, target, reference, mask) == "torch":
+            self._total += weight * spec.layer_similarity(target, reference, mask)
+        else:
+            _launch([target], [reference], mask, [weight], self._total, accumulate=True)
+        self._total_weight += weight
+        self.layers += 1
+
+    def result(self) -> Tensor:
+        """S [B, R, P] of the layers so far; raises RuntimeError before the first."""
+        if self._total is None:
+            raise RuntimeError("SimilarityAccumulator.result: no layer was added; call update(target, reference) first")
+        return spec.finish_similarity(self._total, self._total_weight, self._mask)
+
+
+def launches() -> Iterator[Launch]:
+    """Every shipped launch configuration, for ahead-of-time compilation."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for subjects in (1, 2, 4, 6):
+            yield from _launches(dtype, subjects, contiguous=True, accumulate=False)
+        yield _launches(dtype, 2, contiguous=True, accumulate=True)[1]
+        yield from _launches(dtype, 2, contiguous=False, accumulate=False)

@@ -1,0 +1,53 @@
+"""Shared fixtures. Without a GPU the Triton kernels run in the interpreter, which has to be chosen before they are imported."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest  # after the choice of the interpreter
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HALF_AND_FULL = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return DEVICE
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fills every freshly allocated tensor with NaN, so that an output that is not written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from focusdpo.demo.tiny_flux import write_tiny_flux
+
+    return write_tiny_flux(tmp_path_factory.mktemp("model") / "tiny-flux")
+
+
+@pytest.fixture(scope="session")
+def tiny_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight small pairs of composed photographs; returns their pairs.jsonl."""
+    from focusdpo.demo.scenes import write_dataset
+
+    return write_dataset(tmp_path_factory.mktemp("data") / "pairs", 8, 96, seed=0)

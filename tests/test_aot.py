@@ -1,0 +1,35 @@
+"""Every launch configuration compiles for every architecture, without a GPU, and does not spill."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from focusdpo_kernels.inspect import TARGETS, launches
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_compiles_without_spills(arch):
+    # A process of its own: kernels that were imported for the interpreter cannot be compiled.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "focusdpo_kernels.inspect", "--arch", arch, "--json"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert run.returncode == 0, run.stderr[-3000:]
+    compiled = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(compiled) == len(list(launches()))
+    assert {c["arch"] for c in compiled} == {arch}
+    assert {c["kernel"] for c in compiled} == {
+        "_pool_kernel", "_similarity_kernel", "_topk_kernel", "_structure_kernel", "_entropy_kernel", "_normalize_kernel",
+        "_fuse_kernel", "_forward_kernel", "_finish_kernel", "_backward_kernel",
+    }  # fmt: skip
+    assert [c for c in compiled if c["spills"]] == []
+    assert [c for c in compiled if c["fp64"]] == []
+    streaming = [
+        c for c in compiled if c["kernel"] in ("_pool_kernel", "_similarity_kernel") and "CONTIGUOUS=True" in c["configuration"]
+    ]
+    streaming += [c for c in compiled if c["kernel"] in ("_forward_kernel", "_backward_kernel")]
+    assert [c for c in streaming if not c["wide_loads"]] == [], "16-byte loads in the streaming loops"

@@ -1,0 +1,101 @@
+"""The command line: every setting documented, every mistake refused by name before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import typing
+
+import pytest
+
+from focusdpo import cli
+from focusdpo.training.config import TrainConfig
+
+MINIMAL = "model: {path: nobody/nothing}\ndata: {train: /nowhere}\noutput_dir: out\n"
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    file = tmp_path / "train.yaml"
+    file.write_text(MINIMAL)
+    return file
+
+
+def settings(config_class, prefix=""):
+    for name, kind in typing.get_type_hints(config_class).items():
+        if dataclasses.is_dataclass(kind):
+            yield from settings(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", config_class
+
+
+def test_file_with_overrides(yaml_file):
+    name, config = cli.parse_config(
+        ["train", "--config", str(yaml_file), "--focus.tau", "0.25", "--lora.rank", "4", "--focus.layers", "[0, 2]"]
+    )
+    assert name == "train" and isinstance(config, TrainConfig)
+    assert (config.focus.tau, config.lora.rank, config.focus.layers, config.model.path) == (0.25, 4, [0, 2], "nobody/nothing")
+    assert config.focus.match_count == "reference" and config.loss.beta == 2000.0
+
+
+@pytest.mark.parametrize(("text", "value"), [("prior", "prior"), ("40", 40), ("0.5", 0.5)])
+def test_match_count_keeps_its_type(yaml_file, text, value):
+    _, config = cli.parse_config(["train", "--config", str(yaml_file), "--focus.match_count", text])
+    assert config.focus.match_count == value and type(config.focus.match_count) is type(value)
+
+
+def test_help_documents_every_setting(capsys):
+    with pytest.raises(SystemExit):
+        cli.parse_config(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for name, config_class in settings(TrainConfig):
+        assert f"--{name}" in text
+        described = config_class.__doc__.split(f"{name.split('.')[-1]}: ", 1)
+        assert len(described) == 2, f"{name} is not in the docstring"
+        first_words = " ".join(described[1].split()[:2])
+        assert first_words in text, f"{name}: its meaning is not in --help"
+
+
+REFUSED = {
+    "unknown option": (["--focus.tua", "1"], "unrecognized arguments: --focus.tua"),
+    "unknown choice": (["--focus.mask", "all"], "focus.mask"),
+    "wrong type": (["--max_steps", "many"], "max_steps"),
+    "out of range": (["--focus.tau", "3"], "focus.tau: got 3.0; expected 0 to 1"),
+    "negative": (["--optim.lr", "-1"], "optim.lr: got -1.0; expected a positive number"),
+    "resolution": (["--data.resolution", "8"], "data.resolution: got 8; expected at least 16 pixels"),
+    "fraction": (["--focus.match_count", "1.5"], "focus.match_count: got 1.5"),
+    "smoothing": (["--loss.label_smoothing", "0.1", "--loss.loss_type", "ipo"], "loss.label_smoothing: got 0.1"),
+    "resume and overwrite": (
+        ["--resume", "latest", "--overwrite", "true"],
+        "overwrite: got True; expected false together with",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_by_name(yaml_file, case, capsys):
+    arguments, message = REFUSED[case]
+    with pytest.raises(SystemExit) as stop:
+        cli.parse_config(["train", "--config", str(yaml_file), *arguments])
+    assert stop.value.code not in (0, None)
+    assert message in f"{stop.value.code} {capsys.readouterr().err}"
+
+
+def test_unknown_field_in_the_file_is_refused(yaml_file, capsys):
+    yaml_file.write_text(MINIMAL + "focus: {tua: 0.1}\n")
+    with pytest.raises(SystemExit):
+        cli.parse_config(["train", "--config", str(yaml_file)])
+    assert "does not accept option 'focus.tua'" in capsys.readouterr().err
+
+
+def test_missing_dataset_is_an_error_without_traceback(yaml_file, tmp_path):
+    """In a process of its own, as a user has it; also shows that no model is loaded before the data is looked at."""
+    run = subprocess.run(
+        [sys.executable, "-m", "focusdpo", "train", "--config", str(yaml_file), "--output_dir", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1
+    assert "focusdpo train: error: no such dataset: /nowhere" in run.stderr and "Traceback" not in run.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,117 @@
+"""Bad arguments are refused by name, with what came and what to do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import focusdpo
+import focusdpo_kernels as kernels
+from focusdpo_kernels import backend as backends
+from tests.conftest import DEVICE
+
+T = torch.randn(2, 6, 4)  # [B, P, D] and [B, P, C]
+Q = torch.randn(2, 5, 4)
+MASK = torch.ones(2, 3, 5)
+SCORES = torch.randn(2, 3, 6)
+PRIOR = torch.ones(2, 6)
+IMAGES = torch.rand(2, 3, 32, 48)
+SIX = [torch.randn(2, 6, 4) for _ in range(6)]
+
+CASES = {
+    "no layer": (lambda: kernels.cross_layer_similarity([], [], MASK), ValueError, "target: got no layer"),
+    "one tensor for a list": (lambda: kernels.cross_layer_similarity(T, Q, MASK), ValueError, "target: .*wrap a single layer in a list"),
+    "not tensors": (lambda: kernels.cross_layer_similarity(["x"], [Q], MASK), TypeError, r"target\[0\]: expected a tensor .*got str"),
+    "number of layers": (lambda: kernels.cross_layer_similarity([T, T], [Q], MASK), ValueError, "reference: got 1 layers, while target has 2"),
+    "layer shapes": (lambda: kernels.cross_layer_similarity([T, T[:, 1:]], [Q, Q], MASK), ValueError, r"target\[1\]: expected shape \[2, 6, 4\]"),
+    "widths": (lambda: kernels.cross_layer_similarity([T], [Q[..., 1:]], MASK), ValueError, r"reference\[0\]: expected shape \[2, 5, 4\]"),
+    "dtypes of layers": (lambda: kernels.cross_layer_similarity([T], [Q.half()], MASK), TypeError, "reference: got dtype torch.float16"),
+    "integer layers": (lambda: kernels.cross_layer_similarity([T.int()], [Q], MASK), TypeError, r"target\[0\]: got dtype int32; allowed are float16"),
+    "reference mask": (lambda: kernels.cross_layer_similarity([T], [Q], MASK[..., 1:]), ValueError, r"reference_mask: expected shape \[2, 3, 5\]"),
+    "pooling": (lambda: kernels.cross_layer_similarity([T], [Q], MASK, pooling="sum"), ValueError, "pooling: got 'sum'; expected one of 'reference'"),
+    "layer weights": (lambda: kernels.cross_layer_similarity([T], [Q], MASK, layer_weights=[1, 2]), ValueError, "layer_weights: got 2 weights for 1 layers"),
+    "zero weight": (lambda: kernels.cross_layer_similarity([T], [Q], MASK, layer_weights=[0]), ValueError, "layer_weights: .*leave a layer out"),
+    "accumulator without layers": (lambda: kernels.SimilarityAccumulator(MASK).result(), RuntimeError, r"no layer was added; call update"),
+    "k above P": (lambda: kernels.topk_mask(SCORES, 7), ValueError, "k: got 7; expected 0 to P = 6"),
+    "negative k": (lambda: kernels.topk_mask(SCORES, -1), ValueError, "k: got -1"),
+    "float k": (lambda: kernels.topk_mask(SCORES, 2.5), TypeError, "k: expected an int or an integer tensor, got float"),
+    "float k tensor": (lambda: kernels.topk_mask(SCORES, torch.ones(2, 3)), TypeError, "k: got dtype torch.float32"),
+    "shape of k": (lambda: kernels.topk_mask(SCORES, torch.ones(4, dtype=torch.int64)), ValueError, r"k: shape \[4\] does not broadcast to \[2, 3\]"),
+    "integer scores": (lambda: kernels.topk_mask(SCORES.int(), 2), TypeError, "scores: got dtype int32"),
+    "prior shape": (lambda: kernels.structure_field(SCORES, 2, PRIOR[:, 1:]), ValueError, r"prior: expected shape \[2, 6\]"),
+    "per subject without priors": (lambda: kernels.structure_field(SCORES, 2, PRIOR, per_subject=True), ValueError, "prior: per_subject=True needs one prior per subject"),
+    "image range": (lambda: kernels.patch_entropy(IMAGES * 2 - 1), ValueError, r"images: values from -.*\(images \+ 1\) / 2"),
+    "image channels": (lambda: kernels.patch_entropy(IMAGES[:, :2]), ValueError, r"images: expected 1 \(gray\) or 3 \(RGB\) channels"),
+    "image rank": (lambda: kernels.patch_entropy(IMAGES[0]), ValueError, r"images: expected a tensor \[B, 1 or 3, H, W\], got float32 \[3, 32, 48\]"),
+    "patch size": (lambda: kernels.patch_entropy(IMAGES, 20), ValueError, "patch_size: 20 does not divide images of 32x48"),
+    "bins": (lambda: kernels.patch_entropy(IMAGES, bins=1), ValueError, "bins: got 1; expected at least 2"),
+    "sigma": (lambda: kernels.patch_entropy(IMAGES, sigma=1e-4), ValueError, "sigma: 0.0001 is too narrow for 32 bins"),
+    "method": (lambda: kernels.patch_entropy(IMAGES, method="hist"), ValueError, "method: got 'hist'; expected one of 'kde', 'histogram'"),
+    "tau": (lambda: kernels.fuse_focus(PRIOR, PRIOR[:, 0], PRIOR, PRIOR, tau=2.0), ValueError, "tau: got 2.0; expected a number from 0 to 1"),
+    "gamma": (lambda: kernels.fuse_focus(PRIOR, PRIOR[:, 0], PRIOR, PRIOR, gamma=-1), ValueError, "gamma: got -1"),
+    "coverage": (lambda: kernels.fuse_focus(PRIOR, PRIOR[:1, 0], PRIOR, PRIOR), ValueError, r"coverage: expected shape \[2\]"),
+    "prediction shapes": (lambda: kernels.preference_residual(*SIX[:5], T[:, 1:]), ValueError, r"target_lose: expected shape \[2, 6, 4\] \(as policy_win\)"),
+    "prediction rank": (lambda: kernels.preference_residual(*[x[0] for x in SIX]), ValueError, r"policy_win: expected a tensor \[B, P, C\] or \[B, C, H, W\]"),
+    "weight shape": (lambda: kernels.preference_residual(*SIX, torch.ones(2, 5)), ValueError, r"weight: expected shape \[2, 6\]"),
+    "odd latents": (lambda: kernels.preference_residual(*[torch.randn(1, 2, 3, 4)] * 6, torch.ones(1, 3)), ValueError, "latents of 3x4 have no whole 2x2 patches"),
+    "reduction": (lambda: kernels.preference_residual(*SIX, reduction="none"), ValueError, "reduction: got 'none'; expected one of 'mean'"),
+    "mask power": (lambda: kernels.preference_residual(*SIX, mask_power=3), ValueError, "mask_power: got 3"),
+    "loser's weight alone": (lambda: kernels.preference_residual(*SIX, weight_lose=PRIOR), ValueError, "weight_lose: given without weight"),
+    "beta": (lambda: focusdpo.focus_dpo_loss(*SIX, beta=0), ValueError, "beta: got 0; expected a positive number"),
+    "loss type": (lambda: focusdpo.focus_dpo_loss(*SIX, loss_type="kto"), ValueError, "loss_type: got 'kto'"),
+    "smoothing": (lambda: focusdpo.focus_dpo_loss(*SIX, label_smoothing=0.5), ValueError, "label_smoothing: got 0.5"),
+    "smoothing of hinge": (lambda: focusdpo.focus_dpo_loss(*SIX, label_smoothing=0.1, loss_type="hinge"), ValueError, "works with loss_type='sigmoid' only"),
+    "loser scale": (lambda: focusdpo.focus_dpo_loss(*SIX, loser_scale="x"), ValueError, "loser_scale: got 'x'"),
+    "sample weight": (lambda: focusdpo.focus_dpo_loss(*SIX, sample_weight=torch.ones(3)), ValueError, r"sample_weight: expected shape \[2\]"),
+    "match count": (lambda: focusdpo.focus_mask(SCORES, PRIOR, IMAGES, match_count="all"), ValueError, "match_count: got 'all'; expected 'reference'"),
+    "match count without masks": (lambda: focusdpo.focus_mask(SCORES, PRIOR, IMAGES), ValueError, "reference_mask: needed for match_count='reference'"),
+    "image grid": (lambda: focusdpo.focus_mask(SCORES, PRIOR, IMAGES[..., :16], match_count=2), ValueError, r"images: .* give \[2, 2\] tokens, while scores"),
+    "backend name": (lambda: kernels.topk_mask(SCORES, 2, backend="cuda"), ValueError, "argument backend: got 'cuda'; expected one of triton, torch"),
+    "float64 on triton": (lambda: kernels.topk_mask(SCORES.double(), 2, backend="triton"), (TypeError, ValueError), "torch"),
+    "elements": (lambda: focusdpo.convert_beta(1.0, 0, source="mean", target="sum"), ValueError, "elements: got 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_message(case):
+    call, kind, message = CASES[case]
+    with pytest.raises(kind, match=message):
+        call()
+
+
+def test_devices_must_agree():
+    with pytest.raises(ValueError, match="prior: is on meta while scores is on cpu; move both to one device"):
+        kernels.structure_field(SCORES, 2, PRIOR.to("meta"))
+
+
+def test_triton_needs_an_accelerator(monkeypatch):
+    monkeypatch.setattr(backends, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="argument backend: 'triton' needs tensors on an accelerator, got device cpu"):
+        kernels.topk_mask(SCORES, 2, backend="triton")
+    monkeypatch.setenv("FOCUSDPO_BACKEND", "triton")
+    with pytest.raises(ValueError, match="environment variable FOCUSDPO_BACKEND: 'triton' needs"):
+        kernels.topk_mask(SCORES, 2)
+    assert kernels.topk_mask(SCORES, 2, backend="torch").any(), "the argument wins over the environment"
+    monkeypatch.setenv("FOCUSDPO_BACKEND", "jax")
+    with pytest.raises(ValueError, match="environment variable FOCUSDPO_BACKEND: got 'jax'"):
+        kernels.topk_mask(SCORES, 2)
+
+
+def test_automatic_choice(monkeypatch):
+    monkeypatch.delenv("FOCUSDPO_BACKEND", raising=False)
+    assert backends.resolve_backend(None, T) == "torch"
+    on_device = T.to(DEVICE)
+    expected = "triton" if DEVICE.type == "cuda" else "torch"
+    assert backends.resolve_backend(None, on_device) == expected
+    assert backends.resolve_backend(None, on_device.double()) == "torch"
+
+
+def test_inputs_are_never_written():
+    inputs = [*SIX, PRIOR, SCORES, IMAGES, MASK, T, Q]
+    before = [x.clone() for x in inputs]
+    for backend in ("triton", "torch") if DEVICE.type == "cpu" else ("torch",):
+        scores = kernels.cross_layer_similarity([T], [Q], MASK, backend=backend)
+        focus = focusdpo.focus_mask(scores, PRIOR, IMAGES, reference_mask=MASK, backend=backend)
+        policy = [x.clone().requires_grad_() for x in SIX[:2]]
+        focusdpo.focus_dpo_loss(*policy, *SIX[2:], focus=focus, backend=backend).loss.backward()
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))

@@ -1,0 +1,110 @@
+"""Tapping hidden states, and masks on the token grid."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from focusdpo.features import SimilarityTap, pool_mask, reference_token_mask
+from focusdpo_kernels import cross_layer_similarity
+
+
+class Blocks(nn.Module):
+    """A stack of blocks with (text, image) outputs, as FLUX has them."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+            self.runs = 0
+
+        def forward(self, text, image):
+            self.runs += 1
+            return text, image + torch.tanh(self.linear(image))
+
+    def __init__(self, reentrant=None):
+        super().__init__()
+        self.blocks = nn.ModuleList(self.Block() for _ in range(3))
+        self.reentrant = reentrant
+
+    def forward(self, image):
+        text, self.seen = image[:, :0], []
+        for block in self.blocks:
+            if self.reentrant is None:
+                text, image = block(text, image)
+            else:
+                text, image = checkpoint(block, text, image, use_reentrant=self.reentrant)
+            self.seen.append(image.detach())
+        return image
+
+
+def tapped(model, image, mask, rows=slice(None), paths=("blocks.0", "blocks.2")):
+    return SimilarityTap(model, paths, image_tokens=lambda output: output[1], num_target=5, reference_mask=mask, rows=rows)
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_streams_what_the_kernels_compute_at_once(reentrant):
+    model, mask = Blocks(reentrant), torch.rand(2, 3, 4) > 0.3
+    image = torch.randn(4, 9, 8, requires_grad=True)
+    with tapped(model, image, mask, rows=slice(0, 2)) as tap:
+        output = model(image)
+        # The backward pass inside the context recomputes the blocks: they must not count again.
+        output.sum().backward()
+    if reentrant is not None:
+        assert model.blocks[0].runs == 2, "the blocks were recomputed"
+    layers = [model.seen[0][:2], model.seen[2][:2]]
+    expected = cross_layer_similarity([h[:, :5] for h in layers], [h[:, 5:] for h in layers], mask)
+    torch.testing.assert_close(tap.scores(), expected)
+
+
+def test_hooks_are_removed_even_after_an_error():
+    model, mask = Blocks(), torch.ones(2, 1, 4)
+    with pytest.raises(RuntimeError, match="stop"), tapped(model, None, mask):
+        raise RuntimeError("stop")
+    assert not any(block._forward_hooks for block in model.blocks)
+
+
+def test_keeps_no_hidden_state():
+    model, mask = Blocks(), torch.ones(2, 1, 4)
+    with tapped(model, None, mask) as tap, torch.no_grad():
+        model(torch.randn(2, 9, 8))
+    held = [x for x in vars(tap._similarity).values() if isinstance(x, torch.Tensor)]
+    assert sum(x.numel() for x in held) == mask.numel() + 2 * 1 * 5
+
+
+def test_refusals():
+    model, mask = Blocks(), torch.ones(2, 1, 4)
+    with pytest.raises(ValueError, match=r"paths: the model has no block 'blocks.7'; its children are blocks"):
+        tapped(model, None, mask, paths=("blocks.7",))
+    with pytest.raises(ValueError, match="paths: no block to tap"):
+        tapped(model, None, mask, paths=())
+    with pytest.raises(ValueError, match="named twice"):
+        tapped(model, None, mask, paths=("blocks.0", "blocks.0"))
+    with tapped(model, None, mask) as tap:
+        pass
+    with pytest.raises(RuntimeError, match="did not run inside the context: blocks.0, blocks.2"):
+        tap.scores()
+
+
+def test_pool_mask():
+    mask = torch.zeros(32, 48)
+    mask[:16, :16] = 1  # all of token 0
+    mask[:8, 16:32] = 1  # half of token 1
+    mask[:7, 32:] = 1  # less than half of token 2
+    assert pool_mask(mask).tolist() == [True, True, False, False, False, False]
+    small = torch.zeros(2, 32, 48)
+    small[0, 20:23, 40:43] = 1  # a small subject stays, in the token it covers best
+    assert pool_mask(small).tolist() == [[False] * 5 + [True], [False] * 6]
+    with pytest.raises(ValueError, match="mask: 30x48 pixels are not whole patches of 16"):
+        pool_mask(mask[:30])
+
+
+def test_reference_token_mask_is_block_diagonal():
+    first, second = torch.zeros(2, 16, 32), torch.ones(2, 32, 16)
+    first[0, :, 16:] = 1
+    tokens = reference_token_mask([first, second])
+    assert tokens.shape == (2, 2, 4)
+    assert tokens[0].tolist() == [[False, True, False, False], [False, False, True, True]]
+    assert tokens[1].tolist() == [[False] * 4, [False, False, True, True]]

@@ -1,0 +1,242 @@
+"""The loss against Diffusion-DPO as diffusers has it, its family, and the invariants of docs/method.md."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from focusdpo import FocusDPOOutput, convert_beta, focus_dpo_loss, focus_mask
+from focusdpo_kernels import cross_layer_similarity
+from tests.conftest import DEVICE
+
+BACKENDS = ["triton", "torch"]
+TOKENS, LATENTS = (4, 24, 8), (4, 3, 8, 6)
+
+
+def make(shape=TOKENS, dtype=torch.float32):
+    predictions = [torch.randn(shape, device=DEVICE).to(dtype) for _ in range(6)]
+    # Policy near reference, as in training: the loss is then neither saturated nor flat.
+    for side in (0, 1):
+        predictions[side] = predictions[side + 2] + 1e-3 * torch.randn_like(predictions[side])
+    return predictions, torch.rand(shape[0], 24 if len(shape) == 3 else 12, device=DEVICE)
+
+
+def loss_and_gradients(predictions, backend, **options):
+    policy = [x.detach().clone().requires_grad_() for x in predictions[:2]]
+    out = focus_dpo_loss(*policy, *predictions[2:], backend=backend, **options)
+    out.loss.backward()
+    return out, [x.grad for x in policy]
+
+
+def sdxl_formula(policy_win, policy_lose, reference_win, reference_lose, target_win, target_lose, beta):
+    """Diffusion-DPO as in diffusers' SDXL script: mean over elements, half of beta, logsigmoid, mean over the batch."""
+
+    def error(prediction, target):
+        return (prediction - target).pow(2).mean(dim=list(range(1, target.ndim)))
+
+    model_diff = error(policy_win, target_win) - error(policy_lose, target_lose)
+    reference_diff = error(reference_win, target_win) - error(reference_lose, target_lose)
+    return -F.logsigmoid(-0.5 * beta * (model_diff - reference_diff)).mean()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [TOKENS, LATENTS])
+def test_is_diffusion_dpo_without_a_mask(shape, backend):
+    predictions, weight = make(shape)
+    for focus in (None, torch.ones_like(weight)):
+        out, gradients = loss_and_gradients(predictions, backend, focus=focus, beta=2000.0)
+        # The formula cancels in fp32 (the errors are near 2, their difference near 1e-4): in float64 it is the truth.
+        exact = [x.double() for x in predictions]
+        policy = [x.requires_grad_() for x in exact[:2]]
+        expected = sdxl_formula(*policy, *exact[2:], beta=2000.0)
+        expected.backward()
+        assert out.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+        for gradient, reference in zip(gradients, policy, strict=True):
+            torch.testing.assert_close(
+                gradient.double(), reference.grad, rtol=1e-5, atol=1e-6 * float(reference.grad.abs().max())
+            )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_is_diffusion_dpo_in_its_own_fp32(backend):
+    """Value and gradient within 1e-6 of the script's fp32 arithmetic where that does not cancel."""
+    predictions, _ = make()
+    for side in (0, 1):
+        predictions[side] = torch.randn_like(predictions[side])
+    out, gradients = loss_and_gradients(predictions, backend, beta=1.0)
+    policy = [x.clone().requires_grad_() for x in predictions[:2]]
+    expected = sdxl_formula(*policy, *predictions[2:], beta=1.0)
+    expected.backward()
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for gradient, reference in zip(gradients, policy, strict=True):
+        torch.testing.assert_close(gradient, reference.grad, rtol=1e-6, atol=1e-6 * float(reference.grad.abs().max()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_invariant_1_initialisation(backend):
+    predictions, weight = make(dtype=torch.bfloat16)
+    predictions[:2] = predictions[2:4]
+    out, _ = loss_and_gradients(predictions, backend, focus=weight)
+    assert (out.logits == 0).all()
+    assert out.loss.item() == pytest.approx(math.log(2), abs=1e-7)
+    assert float(out.accuracy) == 0.5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "masked_mean"])
+@pytest.mark.parametrize("loser_scale", [None, "sdpo"])
+def test_invariant_2_nothing_in_focus(backend, reduction, loser_scale):
+    predictions, weight = make()
+    out, gradients = loss_and_gradients(
+        predictions, backend, focus=torch.zeros_like(weight), reduction=reduction, loser_scale=loser_scale
+    )
+    assert (out.logits == 0).all()
+    assert out.loss.item() == pytest.approx(math.log(2), abs=1e-7)
+    assert all((g == 0).all() for g in gradients)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_invariant_3_exchange_and_scale(backend):
+    predictions, weight = make()
+    out = focus_dpo_loss(*predictions, focus=weight, backend=backend)
+    exchanged = [predictions[i] for i in (1, 0, 3, 2, 5, 4)]
+    swapped = focus_dpo_loss(*exchanged, focus=weight, backend=backend)
+    assert torch.equal(out.logits, -swapped.logits)
+    assert float(out.accuracy + swapped.accuracy) == 1.0
+
+    focus, features = make_focus(backend)
+    scaled, _ = make_focus(backend, features, scale=256.0)
+    assert torch.equal(focus.mask, scaled.mask)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_invariant_4_permutation(backend):
+    """The image is permuted patch by patch together with tokens and prior."""
+    focus, features = make_focus(backend)
+    target, reference, mask, prior, images = features
+    order = torch.randperm(24, device=DEVICE)
+    patches = images.reshape(2, 3, 4, 16, 6, 16).permute(0, 1, 2, 4, 3, 5).reshape(2, 3, 24, 16, 16)[:, :, order]
+    permuted = patches.reshape(2, 3, 4, 6, 16, 16).permute(0, 1, 2, 4, 3, 5).reshape(2, 3, 64, 96)
+    moved, _ = make_focus(backend, ([h[:, order] for h in target], reference, mask, prior[..., order], permuted))
+    torch.testing.assert_close(moved.mask, focus.mask[:, order], rtol=0, atol=1e-6)
+
+
+def make_focus(backend, features=None, scale=1.0):
+    if features is None:
+        target = [torch.randn(2, 24, 16, device=DEVICE) for _ in range(3)]
+        reference = [torch.randn(2, 10, 16, device=DEVICE) for _ in range(3)]
+        mask = torch.zeros(2, 2, 10, device=DEVICE)
+        mask[:, 0, :3] = 1
+        mask[:, 1, 6:] = 1
+        prior = torch.rand(2, 2, 24, device=DEVICE) > 0.5
+        features = (target, reference, mask, prior, torch.rand(2, 3, 64, 96, device=DEVICE))
+    target, reference, mask, prior, images = features
+    scores = cross_layer_similarity([h * scale for h in target], [h * scale for h in reference], mask, backend=backend)
+    return focus_mask(scores, prior, images, reference_mask=mask, tau=0.75, backend=backend), features
+
+
+@pytest.mark.parametrize("name", ["reference_win", "reference_lose", "target_win", "target_lose"])
+def test_invariant_5_only_the_policy_learns(name):
+    names = ["policy_win", "policy_lose", "reference_win", "reference_lose", "target_win", "target_lose"]
+    predictions, weight = make()
+    arguments = dict(zip(names, predictions, strict=True))
+    arguments[name] = arguments[name].clone().requires_grad_()
+    with pytest.raises(ValueError, match=f"{name}: requires grad, but gradient reaches the two policy"):
+        focus_dpo_loss(**arguments)
+    with pytest.raises(ValueError, match="weight: requires grad"):
+        focus_dpo_loss(*predictions, focus=weight.requires_grad_())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_invariant_6_form_of_the_gradient(backend):
+    predictions, weight = make()
+    _, (gradient, _) = loss_and_gradients(predictions, backend, focus=weight)
+    direction = weight[:, :, None] * (predictions[0] - predictions[4])
+    scale = (gradient * direction).sum((1, 2)) / (direction**2).sum((1, 2))
+    torch.testing.assert_close(gradient, scale[:, None, None] * direction, rtol=1e-4, atol=1e-6 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_loss_family(backend):
+    predictions, weight = make()
+    options = {"focus": weight, "beta": 500.0, "backend": backend}
+    base = focus_dpo_loss(*predictions, **options)
+    logits = base.logits.double()
+
+    def loss(**more):
+        return float(focus_dpo_loss(*predictions, **options, **more).loss)
+
+    assert loss() == pytest.approx(float(-F.logsigmoid(logits).mean()), rel=1e-6)
+    smoothed = -(0.9 * F.logsigmoid(logits) + 0.1 * F.logsigmoid(-logits)).mean()
+    assert loss(label_smoothing=0.1) == pytest.approx(float(smoothed), rel=1e-6)
+    assert loss(loss_type="hinge") == pytest.approx(float(torch.relu(1 - logits).mean()), rel=1e-6)
+    assert loss(loss_type="ipo") == pytest.approx(float(((logits / 500 - 1 / 1000) ** 2).mean()), rel=1e-5)
+    assert loss(winner_anchor=0.7) == pytest.approx(loss() + 0.7 * float(base.policy_win.double().mean()), rel=1e-6)
+    weights = torch.rand(4, device=DEVICE)
+    assert loss(sample_weight=weights) == pytest.approx(float((-F.logsigmoid(logits) * weights.double()).mean()), rel=1e-6)
+    times = torch.rand(4, device=DEVICE)
+    assert loss(timestep_weight=times) == pytest.approx(float(-F.logsigmoid(logits * times.double()).mean()), rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sdpo_scales_only_the_losers_gradient(backend):
+    predictions, weight = make()
+    # Make the two sides' residuals alike, so that the loser's ascent would hurt the winner, in half of the pairs.
+    predictions[1][:2], predictions[5][:2] = 1.5 * predictions[0][:2], 1.5 * predictions[4][:2]
+    plain, (plain_win, plain_lose) = loss_and_gradients(predictions, backend, focus=weight)
+    safe, (safe_win, safe_lose) = loss_and_gradients(predictions, backend, focus=weight, loser_scale="sdpo", sdpo_mu=0.2)
+    assert torch.equal(plain.loss, safe.loss) and torch.equal(plain_win, safe_win)
+    g_win = weight[:, :, None] * (predictions[0] - predictions[4])
+    g_lose = weight[:, :, None] * (predictions[1] - predictions[5])
+    inner, norm = (g_win * g_lose).sum((1, 2)), (g_win**2).sum((1, 2))
+    scale = torch.where(inner > 0, (0.8 * norm / inner).clamp(max=1), 1)
+    assert (scale[:2] < 0.6).all()
+    torch.testing.assert_close(safe_lose, scale[:, None, None] * plain_lose, rtol=1e-4, atol=1e-9)
+    # The step's effect on the winner's error, to first order in output space: not above -mu |g_w|^2 of its share.
+    assert ((-norm + scale * inner)[:2] <= -0.2 * norm[:2] * (1 - 1e-5)).all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_convert_beta(reduction):
+    predictions, weight = make()
+    other = {"mean": "sum", "sum": "mean"}[reduction]
+    beta = 500.0 if reduction == "mean" else 500.0 / 192
+    converted = convert_beta(beta, 192, source=reduction, target=other)
+    first = focus_dpo_loss(*predictions, focus=weight, beta=beta, reduction=reduction)
+    second = focus_dpo_loss(*predictions, focus=weight, beta=converted, reduction=other)
+    torch.testing.assert_close(first.logits, second.logits, rtol=1e-5, atol=1e-7)
+    assert convert_beta(2000.0, 65536, source="mean", target="sum") == pytest.approx(0.0305, rel=1e-2)
+
+
+def test_own_mask_for_the_loser():
+    predictions, weight = make()
+    other = torch.rand_like(weight)
+    out = focus_dpo_loss(*predictions, focus=weight, focus_lose=other)
+    lose = focus_dpo_loss(*predictions, focus=other)
+    torch.testing.assert_close(out.policy_lose, lose.policy_lose)
+
+
+def test_empty_batch_is_finite():
+    predictions, _ = make()
+    out, gradients = loss_and_gradients([x[:0] for x in predictions], None)
+    assert out.loss.item() == 0 and gradients[0].shape == (0, 24, 8)
+
+
+def test_autocast_and_output():
+    predictions, weight = make(dtype=torch.bfloat16)
+    outside = focus_dpo_loss(*predictions, focus=weight)
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        out = focus_dpo_loss(*predictions, focus=weight)
+    assert isinstance(out, FocusDPOOutput) and out[0] is out.loss
+    assert out.loss.dtype == torch.float32 and torch.equal(out.loss, outside.loss)
+
+
+def test_extreme_beta_is_finite():
+    predictions, weight = make()
+    predictions[0] = predictions[0] + 100
+    for beta in (1e-6, 1e9):
+        out, gradients = loss_and_gradients(predictions, None, focus=weight, beta=beta)
+        assert out.loss.isfinite() and all(g.isfinite().all() for g in gradients)

@@ -1,0 +1,74 @@
+"""The kernels as citizens of PyTorch: registered operators, and compilation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import focusdpo_kernels as kernels
+from focusdpo import focus_dpo_loss
+from focusdpo_kernels.entropy import patch_entropy_op
+from focusdpo_kernels.fusion import fuse_focus_op
+from focusdpo_kernels.matching import structure_field_op, topk_mask_op
+from focusdpo_kernels.residual import preference_residual_backward_op, preference_residual_op
+from focusdpo_kernels.similarity import cross_layer_similarity_op
+from tests.conftest import DEVICE
+
+
+def operators():
+    def tensor(*shape):
+        return torch.randn(shape, device=DEVICE)
+
+    predictions = [tensor(2, 6, 4) for _ in range(6)]
+    policy = [x.requires_grad_() for x in predictions[:2]]
+    mask = torch.ones(2, 3, 5, device=DEVICE)
+    k = torch.full((2, 3), 2, device=DEVICE)
+    prior = torch.ones(2, 6, device=DEVICE)
+    weight = torch.rand(2, 6, device=DEVICE)
+    plain = [x.detach() for x in predictions]
+    return {
+        "similarity": (cross_layer_similarity_op, ([tensor(2, 6, 4)], [tensor(2, 5, 4)], mask, [1.0])),
+        "top-K": (topk_mask_op, (tensor(2, 3, 6), k, 0)),
+        "structure": (structure_field_op, (tensor(2, 3, 6), None, 2, prior, False)),
+        "entropy": (patch_entropy_op, (torch.rand(1, 3, 32, 32, device=DEVICE), 16, 32, 0.01, "kde", True)),
+        "fusion": (fuse_focus_op, (prior, weight[:, 0], weight, prior, 0.1, 0.3)),
+        "residual": (preference_residual_op, (*policy, *plain[2:], weight, weight, "mean", 1)),
+        "residual without mask": (preference_residual_op, (*policy, *plain[2:], None, None, "masked_mean", 2)),
+        "residual backward": (
+            preference_residual_backward_op,
+            (tensor(9, 2), tensor(9, 2), *plain[:2], *plain[4:], weight, weight, 1),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", operators())
+def test_opcheck(name):
+    torch.library.opcheck(*operators()[name])
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_compiled_loss_is_the_same(backend):
+    predictions = [torch.randn(2, 6, 4, device=DEVICE) for _ in range(6)]
+    weight = torch.rand(2, 6, device=DEVICE)
+
+    def loss(policy_win, policy_lose):
+        return focus_dpo_loss(policy_win, policy_lose, *predictions[2:], focus=weight, beta=1.0, backend=backend).loss
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        policy = [x.clone().requires_grad_() for x in predictions[:2]]
+        value = function(*policy)
+        value.backward()
+        results.append([value.detach(), *[x.grad for x in policy]])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-9)
+
+
+def test_compiled_mask_is_the_same():
+    scores, prior = torch.randn(2, 3, 6, device=DEVICE), torch.rand(2, 6, device=DEVICE) > 0.5
+
+    def fields(scores):
+        return kernels.structure_field(scores, 2, prior, backend="triton")
+
+    compiled = torch.compile(fields, fullgraph=True, backend="aot_eager")
+    assert all(torch.equal(a, b) for a, b in zip(fields(scores), compiled(scores), strict=True))

@@ -1,0 +1,175 @@
+"""Preference residual: kernel against float64, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from focusdpo_kernels import preference_residual
+from tests.conftest import DEVICE, HALF_AND_FULL
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+BACKENDS = ["triton", "torch"]
+REDUCTIONS = ["mean", "sum", "masked_mean"]
+SHAPES = [(2, 37, 5), (1, 1, 1), (3, 130, 64), (2, 3, 4, 6), (1, 4, 10, 2)]
+
+
+def make(shape, dtype, weighted=True):
+    predictions = [torch.randn(shape, device=DEVICE).to(dtype) for _ in range(6)]
+    patches = shape[1] if len(shape) == 3 else shape[2] * shape[3] // 4
+    weight = torch.rand(shape[0], patches, device=DEVICE) if weighted else None
+    return predictions, weight
+
+
+def errors(policy, reference, target, weight, reduction, power):
+    """E9 for one side in float64, written out per element."""
+    a, b, t = policy.double(), reference.double(), target.double()
+    if weight is None:
+        m = torch.ones_like(t)
+    elif t.ndim == 3:
+        m = weight.double()[:, :, None].expand_as(t)
+    else:
+        rows, columns = t.shape[2:]
+        m = torch.empty_like(t)
+        for i in range(rows):
+            for j in range(columns):
+                m[:, :, i, j] = weight[:, (i // 2) * (columns // 2) + j // 2, None].double()
+    m = m**power
+    size = {"sum": torch.ones(len(t)), "mean": torch.full((len(t),), t[0].numel()), "masked_mean": m.flatten(1).sum(1)}[
+        reduction
+    ]
+    scale = 1 / size.to(m)
+    return [(m * (x - t) ** 2).flatten(1).sum(1) * scale for x in (a, b)] + [
+        m * (a - t) * scale.reshape(-1, *[1] * (t.ndim - 1))
+    ]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", HALF_AND_FULL, ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward_and_gradient(shape, reduction, dtype, backend):
+    for power, weighted in ((1, True), (2, True), (1, False)):
+        predictions, weight = make(shape, dtype, weighted)
+        policy = [x.clone().requires_grad_() for x in predictions[:2]]
+        out = preference_residual(*policy, *predictions[2:], weight, reduction=reduction, mask_power=power, backend=backend)
+        sides = [errors(*predictions[side::2], weight, reduction, power) for side in (0, 1)]
+        (win, reference_win, gradient_win), (lose, reference_lose, gradient_lose) = sides
+        margin = (win - reference_win) - (lose - reference_lose)
+        axes = tuple(range(1, len(shape)))
+        expected = [win, lose, reference_win, reference_lose, margin]
+        expected += [(gradient_win**2).sum(axes), (gradient_win * gradient_lose).sum(axes)]
+        for name, actual, value in zip(out._fields, out, expected, strict=True):
+            scale = float(win.abs().max() + lose.abs().max())
+            torch.testing.assert_close(actual.double(), value, rtol=2e-6, atol=2e-6 * scale, msg=lambda m, n=name: f"{n}: {m}")
+        # d/d policy of 3 margin + 0.5 (e_win + e_lose)
+        (3 * out.margin + 0.5 * (out.policy_win + out.policy_lose)).sum().backward()
+        rounding = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+        for side, gradient, factor in ((0, gradient_win, 3.5), (1, gradient_lose, -2.5)):
+            assert policy[side].grad.dtype == dtype
+            torch.testing.assert_close(policy[side].grad.double(), 2 * factor * gradient, rtol=rounding, atol=rounding * 1e-2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_margin_is_exactly_zero_at_initialisation(backend):
+    predictions, weight = make((2, 64, 16), torch.bfloat16)
+    predictions[0:2] = [x.clone() for x in predictions[2:4]]
+    out = preference_residual(*predictions, weight, backend=backend)
+    assert (out.margin == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_margin_does_not_cancel(backend):
+    """Errors near 1.35 that differ by 1e-7 of themselves: subtracting fp32 errors would leave noise."""
+    predictions, weight = make((4, 256, 64), torch.float32)
+    for side in (0, 1):
+        predictions[side] = predictions[side + 2] + 1e-6 * torch.randn_like(predictions[side])
+    exact = preference_residual(*[x.double() for x in predictions], weight, backend="torch").margin
+    actual = preference_residual(*predictions, weight, backend=backend)
+    assert (actual.margin.double() - exact).abs().max() < 1e-4 * exact.abs().max()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_all_masked(backend, reduction):
+    predictions, weight = make((2, 9, 4), torch.float32)
+    policy = [x.requires_grad_() for x in predictions[:2]]
+    out = preference_residual(*policy, *predictions[2:], torch.zeros_like(weight), reduction=reduction, backend=backend)
+    assert all((value == 0).all() for value in out)
+    (out.margin + out.policy_win).sum().backward()
+    assert all((x.grad == 0).all() for x in policy)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_own_mask_for_the_loser(backend):
+    predictions, weight = make((2, 9, 4), torch.float32)
+    weight_lose = torch.rand_like(weight)
+    out = preference_residual(*predictions, weight, weight_lose=weight_lose, reduction="masked_mean", backend=backend)
+    win = preference_residual(*predictions, weight, reduction="masked_mean", backend=backend)
+    lose = preference_residual(*predictions, weight_lose, reduction="masked_mean", backend=backend)
+    torch.testing.assert_close(out.policy_win, win.policy_win, rtol=1e-6, atol=0)
+    torch.testing.assert_close(out.policy_lose, lose.policy_lose, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("empty", [(0, 5, 4), (2, 0, 4), (2, 5, 0)])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_empty(backend, empty, reduction):
+    predictions, weight = make(empty, torch.float32)
+    policy = [x.requires_grad_() for x in predictions[:2]]
+    out = preference_residual(*policy, *predictions[2:], weight, reduction=reduction, backend=backend)
+    assert out.margin.shape == (empty[0],) and (out.margin == 0).all()
+    out.margin.sum().backward()
+    assert policy[0].grad.shape == empty
+
+
+def test_slices_expanded_and_transposed_inputs():
+    wide = [torch.randn(2, 30, 8, device=DEVICE) for _ in range(6)]
+    predictions = [x[:, 4:21] for x in wide[:3]]  # slices of a longer sequence
+    predictions += [
+        torch.randn(1, 17, 8, device=DEVICE).expand(2, -1, -1),
+        torch.randn(8, 17, 2, device=DEVICE).permute(2, 1, 0),
+    ]
+    predictions += [torch.randn(2, 17, 8, device=DEVICE)]
+    weight = torch.rand(17, 2, device=DEVICE).T
+    results = []
+    for backend in BACKENDS:
+        policy = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in predictions[:2]]
+        out = preference_residual(*policy, *predictions[2:], weight, backend=backend)
+        out.margin.expand(2).sum().backward()  # an incoming gradient of stride 0
+        results.append([*[x.detach() for x in out], *[x.grad for x in policy]])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_mixed_dtypes():
+    """Under autocast predictions arrive in bf16 while targets are fp32."""
+    predictions, weight = make((2, 17, 8), torch.float32)
+    mixed = [x.bfloat16() if i < 4 else x for i, x in enumerate(predictions)]
+    out = preference_residual(*mixed, weight, backend="triton")
+    expected = preference_residual(*[x.double() for x in mixed], weight, backend="torch")
+    for actual, value in zip(out, expected, strict=True):
+        torch.testing.assert_close(actual.double(), value, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_deterministic_and_independent_of_the_batch(reduction):
+    predictions, weight = make((3, 300, 33), torch.bfloat16)
+    first = preference_residual(*predictions, weight, reduction=reduction, backend="triton")
+    again = preference_residual(*predictions, weight, reduction=reduction, backend="triton")
+    alone = preference_residual(*[x[1:2] for x in predictions], weight[1:2], reduction=reduction, backend="triton")
+    for a, b, c in zip(first, again, alone, strict=True):
+        assert torch.equal(a, b) and torch.equal(a[1:2], c)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 3), (1, 2, 4, 4)])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_gradcheck(shape, reduction):
+    predictions, weight = make(shape, torch.float64)
+    fixed = predictions[2:]
+
+    def function(a, b):
+        out = preference_residual(a, b, *fixed, weight.double(), reduction=reduction, mask_power=2)
+        return out.policy_win, out.policy_lose, out.margin
+
+    assert torch.autograd.gradcheck(function, [x.requires_grad_() for x in predictions[:2]])

@@ -1,0 +1,282 @@
+"""Training runs on a tiny FLUX: same numbers after a resume, with checkpointing, on two processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+
+from focusdpo.data import DatasetError, PairDataset, SizeBatches, collate, load_pairs
+from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from focusdpo.training.metrics import read_metrics
+from focusdpo.training.trainer import Trainer
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Each run sets accelerate up anew, as its own process would."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def config(tiny_flux, tiny_pairs, tmp_path):
+    """Six steps with everything that could spoil a resume: dropout, accumulation, a schedule, shuffled epochs."""
+    return TrainConfig(
+        model=ModelConfig(path=str(tiny_flux), dtype="fp32", max_sequence_length=16),
+        data=DataConfig(
+            train=str(tiny_pairs),
+            validation=str(tiny_pairs),
+            resolution=96,
+            reference_resolution_multiple=48,
+            batch_size=2,
+            num_workers=0,
+        ),
+        output_dir=str(tmp_path / "run"),
+        lora=LoraConfig(rank=4, alpha=8, dropout=0.1),
+        focus=FocusConfig(tau=0.6),
+        optim=OptimConfig(lr=1e-3, scheduler="cosine", warmup_steps=2),
+        max_steps=6,
+        gradient_accumulation=2,
+        mixed_precision="no",
+        checkpoint_every=3,
+        validate_every=3,
+        cpu=True,
+    )
+
+
+def without_clock(rows):
+    return [{k: v for k, v in row.items() if k not in ("pairs_per_second", "peak_memory_mib")} for row in rows]
+
+
+def run(config):
+    trainer = Trainer(config)
+    trainer.train()
+    folder = Path(config.output_dir)
+    metrics = without_clock(read_metrics(folder / "metrics.jsonl"))
+    validation = without_clock(read_metrics(folder / "validation.jsonl"))
+    return metrics, validation, load_file(folder / "lora" / "pytorch_lora_weights.safetensors"), trainer
+
+
+def test_resume_gives_the_same_bits(config, tmp_path, monkeypatch):
+    straight, validation, lora, _ = run(config)
+    assert [row["step"] for row in straight] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in validation] == [0, 3, 6]
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+    config.output_dir = str(tmp_path / "interrupted")
+    interrupted = Trainer(config)
+    log = interrupted._log
+
+    def killed(row, file):
+        log(row, file)
+        if interrupted.progress.step == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(interrupted, "_log", killed)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.train()
+    assert len(read_metrics(tmp_path / "interrupted" / "metrics.jsonl")) == 5
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+    torch.manual_seed(12345)  # whatever the new process's random state is
+    config.resume = "latest"
+    resumed, resumed_validation, resumed_lora, _ = run(config)
+    assert resumed == straight and resumed_validation == validation
+    assert lora.keys() == resumed_lora.keys()
+    assert all(torch.equal(value, resumed_lora[name]) for name, value in lora.items())
+
+
+def test_metrics(config):
+    metrics, validation, _, trainer = run(config)
+    first = validation[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and first["accuracy"] == 0.5 and first["margin"] == 0
+    assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=0.05)
+    expected = {
+        "step", "loss", "margin", "logit", "accuracy", "time", "pairs", "gradient_norm", "learning_rate",
+        "error/policy_win", "error/policy_lose", "error/reference_win", "error/reference_lose",
+        "focus/coverage", "focus/detail_share", "focus/coverage_floor", "focus/detail_unreachable",
+    }  # fmt: skip
+    assert set(metrics[0]) == expected
+    rows = read_metrics(Path(config.output_dir) / "metrics.jsonl")
+    assert all(row["pairs_per_second"] > 0 and row["peak_memory_mib"] > 100 for row in rows)
+    assert all(math.isfinite(v) for row in metrics for v in row.values())
+    # Cosine with two warm-up steps, the rate that each step used.
+    assert [round(row["learning_rate"] / 1e-3, 3) for row in metrics] == [0.0, 0.5, 1.0, 0.854, 0.5, 0.146]
+    assert trainer.progress.batches == 12
+    assert list((Path(config.output_dir) / "tensorboard").glob("**/events.*")), "TensorBoard has its file"
+    written = yaml.safe_load((Path(config.output_dir) / "config.yaml").read_text())
+    assert written == dataclasses.asdict(config)
+
+
+@pytest.mark.parametrize("feature_source", ["policy", "reference"])
+def test_gradient_checkpointing_changes_nothing(config, feature_source):
+    config.lora.dropout = 0.0
+    config.focus.feature_source = feature_source
+    results = []
+    for checkpointing in (True, False):
+        config.model.gradient_checkpointing = checkpointing
+        config.output_dir += "x"
+        trainer = Trainer(config)
+        trainer.module.train()
+        for p in trainer.parameters:
+            torch.nn.init.normal_(p, std=0.05, generator=torch.Generator().manual_seed(0))
+        batch = collate([trainer.train_set[0]])
+        result = trainer.step(batch, torch.Generator().manual_seed(0))
+        result.output.loss.backward()
+        results.append((result, [p.grad for p in trainer.parameters]))
+    (first, gradients), (second, others) = results
+    assert float(first.output.margin) != 0
+    assert torch.equal(first.focus.mask, second.focus.mask)
+    assert torch.equal(first.output.loss, second.output.loss)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, others, strict=True))
+
+
+def test_the_base_stays_frozen_and_the_adapter_learns(config):
+    trainer = Trainer(config)
+    before = {n: p.clone() for n, p in trainer.module.named_parameters() if "lora" not in n}
+    adapter = [p.clone() for p in trainer.parameters]
+    trainer.train()
+    assert all(torch.equal(p, before[n]) for n, p in trainer.module.named_parameters() if n in before)
+    assert all(not torch.equal(a, b) for a, b in zip(adapter, trainer.parameters, strict=True))
+
+
+SWITCHES = {
+    "prior": {"focus": FocusConfig(mask="prior")},
+    "no mask": {"focus": FocusConfig(mask="none")},
+    "each": {"focus": FocusConfig(mask_from="each", layers=[0, 3], match_count=0.5, tau=1.0)},
+    "reference features": {"focus": FocusConfig(feature_source="reference", entropy_method="histogram", match_count="prior")},
+    "loss family": {
+        "loss": LossConfig(loser_scale="sdpo", winner_anchor=0.1, timestep_weight="noise", reduction="masked_mean")
+    },
+    "bf16": {"mixed_precision": "bf16"},
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_switches_train(config, name):
+    config = dataclasses.replace(config, max_steps=2, validate_every=0, **SWITCHES[name])
+    if name == "bf16":
+        config.model.dtype = "bf16"
+    metrics, validation, _, _ = run(config)
+    # At initialisation the margin is exactly 0 whatever the mask; winner_anchor adds the winner's error.
+    anchor = config.loss.winner_anchor * validation[0]["error/policy_win"]
+    assert validation[0]["margin"] == 0 and validation[0]["loss"] == pytest.approx(math.log(2) + anchor, abs=1e-5)
+    assert len(metrics) == 2 and metrics[1]["gradient_norm"] > 0
+    assert ("focus/coverage" in metrics[0]) == (config.focus.mask == "focus")
+
+
+def test_masks_differ_between_switches(config):
+    masks = {}
+    for name in ("prior", "each", "reference features"):
+        trainer = Trainer(dataclasses.replace(config, output_dir=config.output_dir + name[0], **SWITCHES[name]))
+        result = trainer.step(collate([trainer.train_set[0]]), torch.Generator().manual_seed(0))
+        masks[name] = result.focus.mask if result.focus else None
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert masks["prior"] is None and not torch.equal(masks["each"], masks["reference features"])
+
+
+def test_unreachable_detail_warns_once(config, caplog):
+    config.focus = FocusConfig(match_count=0)
+    run(config)
+    warnings = [r for r in caplog.records if "coverage cannot fall to tau" in r.getMessage()]
+    assert len(warnings) == 1
+
+
+def test_earlier_run_is_protected(config, tmp_path):
+    run(dataclasses.replace(config, max_steps=1))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    metrics = Path(config.output_dir) / "metrics.jsonl"
+    before = metrics.read_text()
+    with pytest.raises(FileExistsError, match="output_dir: .* holds an earlier run .*--resume latest.*--overwrite true"):
+        Trainer(config)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for path, message in {"/nowhere": "model.path: no such folder", str(empty): "it has no model_index.json"}.items():
+        with pytest.raises(FileNotFoundError, match=message):
+            Trainer(dataclasses.replace(config, overwrite=True, model=ModelConfig(path=path)))
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "model_index.json").write_text(json.dumps({"_class_name": "NoSuchPipeline"}))
+    with pytest.raises((OSError, ValueError, TypeError, AttributeError)):
+        Trainer(dataclasses.replace(config, overwrite=True, model=ModelConfig(path=str(broken))))
+    assert metrics.read_text() == before, "a run that cannot start deletes nothing"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    rows, _, _, _ = run(dataclasses.replace(config, overwrite=True, max_steps=2))
+    assert len(rows) == 2
+    assert not (Path(config.output_dir) / "checkpoints" / "step-000001").exists()
+
+
+def test_nothing_to_resume(config, tmp_path):
+    with pytest.raises(FileNotFoundError, match="resume: no checkpoint under"):
+        Trainer(dataclasses.replace(config, resume="latest"))
+    with pytest.raises(FileNotFoundError, match="is not a checkpoint"):
+        Trainer(dataclasses.replace(config, resume=str(tmp_path)))
+
+
+def test_half_written_checkpoints_are_ignored(config):
+    run(dataclasses.replace(config, max_steps=1))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    (Path(config.output_dir) / "checkpoints" / "step-000009.partial").mkdir()
+    trainer = Trainer(dataclasses.replace(config, resume="latest"))
+    assert trainer.progress.step == 1
+
+
+def test_problems_of_both_datasets_come_before_the_model(config, tmp_path):
+    for name in ("train", "held_out"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pairs.jsonl").write_text("{}\n")
+    config.data.train, config.data.validation = str(tmp_path / "train"), str(tmp_path / "held_out")
+    config.model.path = "nobody/no-such-model"
+    with pytest.raises(DatasetError) as error:
+        Trainer(config)
+    assert {p.file.parent.name for p in error.value.problems} == {"train", "held_out"}
+    assert len(error.value.problems) == 10
+
+
+def test_per_subject_needs_per_subject_priors(config):
+    config.focus.per_subject = True
+    with pytest.raises(DatasetError, match="prior: is one mask, but focus.per_subject needs a list"):
+        Trainer(config)
+
+
+def test_layers_beyond_the_model(config):
+    config.focus.layers = [4]
+    with pytest.raises(ValueError, match=r"focus.layers: the model has blocks 0 to 3, got 4"):
+        Trainer(config)
+
+
+def test_two_processes(config):
+    """`accelerate launch` with two processes: all see all gradients, and metrics are gathered.
+
+    On a machine without a GPU accelerate starts several processes only by its GPU launcher, torchrun; `cpu: true` in the
+    settings then chooses gloo.
+    """
+    config.data.validation = None
+    config = dataclasses.replace(config, max_steps=2)
+    file = Path(config.output_dir).with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(dataclasses.asdict(config)))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    worker = [str(Path(__file__).with_name("distributed_worker.py")), "--config", str(file)]
+    done = subprocess.run([*launch, *worker], capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(Path(config.output_dir) / f"rank{rank}.pt") for rank in (0, 1))
+    assert any(value.any() for name, value in first.items() if "lora_B" in name), "the adapter moved"
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    rows = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    # What a step reports is over the pairs of both processes' two batches.
+    sizes = PairDataset(load_pairs(config.data.train), resolution=96, reference_resolution=48, reference_resolution_multiple=48)
+    shares = [SizeBatches(sizes, 2, shuffle=True, seed=0, rank=rank, world_size=2).epoch(0) for rank in (0, 1)]
+    expected = sum(len(batch) for share in shares for batch in share[:2])
+    assert rows[0]["pairs"] == expected > 2
