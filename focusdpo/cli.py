@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.getLogger("focusdpo").setLevel(logging.INFO)
     try:
         work = COMMANDS[name].prepare(config)
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
         sys.exit(f"focusdpo {name}: error: {error}")
     work()
 

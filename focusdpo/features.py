@@ -59,8 +59,9 @@ def reference_token_mask(masks: Sequence[Tensor], patch_size: int = 16) -> Tenso
 class SimilarityTap:
     """Context manager: cross-layer similarity S (E3, E4) of the forward pass that runs inside it.
 
-    Each tapped block counts once, so that a recomputation under gradient checkpointing changes nothing. Blocks are found by
-    their path in the model, which survives wrapping by torch.compile.
+    One tap serves one forward pass. Each tapped block counts once in it, so that a recomputation under gradient checkpointing
+    changes nothing. Blocks are found by their path in the model. With torch.compile, compile block by block (regional
+    compilation): a model that was compiled as a whole and has run before never looks at hooks that are added later.
 
     Args:
         model: the module that holds the blocks (not wrapped by DDP: pass the unwrapped module).
@@ -107,6 +108,8 @@ class SimilarityTap:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> SimilarityTap:
+        if self._seen:
+            raise RuntimeError("SimilarityTap: it has served a forward pass already; make a new one for each")
         for path, block in self._blocks.items():
             self._handles.append(block.register_forward_hook(self._hook(path)))
         return self
@@ -132,7 +135,10 @@ class SimilarityTap:
         """S [B, R, P] of the forward pass; RuntimeError when a tapped block did not run."""
         missing = [path for path in self._blocks if path not in self._seen]
         if missing:
-            raise RuntimeError(f"SimilarityTap: these blocks did not run inside the context: {', '.join(missing)}")
+            raise RuntimeError(
+                f"SimilarityTap: these blocks did not run inside the context: {', '.join(missing)}; "
+                "run the model once inside it, and if it is compiled, compile block by block"
+            )
         return self._similarity.result()
 
 

@@ -176,7 +176,8 @@ def focus_dpo_loss(
 
     pairs = max(losses.shape[0], 1)  # an empty batch gives 0, not NaN
     logits = logits.detach()
-    accuracy = ((logits > 0).to(logits.dtype) + 0.5 * (logits == 0)).sum() / pairs
+    correct = (logits > 0).to(logits.dtype) + 0.5 * (logits == 0)
+    accuracy = correct.masked_fill(logits.isnan(), torch.nan).sum() / pairs
     return FocusDPOOutput(
         losses.sum() / pairs,
         logits,

@@ -24,7 +24,8 @@ class FocusMask:
         complexity: M_d [B, P] in [0, 1] before it is multiplied by the prior, E7.
         coverage: A [B] = |M_s| / |prior|, E8.
         prior: [B, P] bool, the union over subjects.
-        matches: [B] int, the sum of K_r over the subjects that have reference tokens.
+        coverage_floor: [B], the lowest A that so many matches can reach: where it is above tau, M_d never switches on.
+        all_matched: bool [B], one subject alone may match every target token: no structure can be left.
         tau: the threshold on A that was used.
     """
 
@@ -33,24 +34,19 @@ class FocusMask:
     complexity: Tensor
     coverage: Tensor
     prior: Tensor
-    matches: Tensor
+    coverage_floor: Tensor
+    all_matched: Tensor
     tau: float
 
     @property
     def detail(self) -> Tensor:
         """M_d * prior, [B, P]."""
-        return self.complexity * self.prior
+        return torch.where(self.prior, self.complexity, 0)
 
     @property
     def uses_detail(self) -> Tensor:
         """Bool [B]: A <= tau, the branch in which details get weight."""
         return self.coverage <= self.tau
-
-    @property
-    def coverage_floor(self) -> Tensor:
-        """The lowest A that so many matches can reach, [B]: where it is above tau, M_d never switches on."""
-        size = self.prior.sum(-1)
-        return (1 - self.matches / size.clamp_min(1)).clamp_min(0) * (size > 0)
 
 
 def match_counts(match_count: str | int | float, scores: Tensor, prior: Tensor, reference_mask: Tensor | None) -> int | Tensor:
@@ -146,13 +142,21 @@ def focus_mask(
     structure, coverage = structure_field(scores, counts, prior, per_subject=per_subject, backend=backend)
     mask = fuse_focus(structure, coverage, complexity, prior, tau=tau, gamma=gamma, backend=backend)
     inside = binary_prior(prior)
+    union = inside if inside.ndim == 2 else inside.any(1)
     present = (scores > -torch.inf).any(-1)  # [B, R]
+    matches = present * counts  # [B, R]
+    if per_subject:
+        # Another subject's matches do not help: at least the neediest subject's rest remains.
+        rest = (inside.sum(-1) - matches).amax(-1) if matches.shape[1] else union.sum(-1)
+    else:
+        rest = union.sum(-1) - matches.sum(-1)
     return FocusMask(
         mask=mask,
         structure=structure,
         complexity=complexity,
         coverage=coverage,
-        prior=inside if inside.ndim == 2 else inside.any(1),
-        matches=(present * counts).sum(-1),
+        prior=union,
+        coverage_floor=rest.clamp_min(0) / union.sum(-1).clamp_min(1),
+        all_matched=(matches >= scores.shape[-1]).any(-1),
         tau=tau,
     )

@@ -27,7 +27,7 @@ METHODS = ("kde", "histogram")
 MAX_SIGMAS = 13.0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["COLUMNS", "P"])
 def _entropy_kernel(
     images_ptr,  # [B, C, H, W]
     out_ptr,  # [B, P] fp32
@@ -44,13 +44,14 @@ def _entropy_kernel(
     INVERSE_SIGMA: tl.constexpr,
     HISTOGRAM: tl.constexpr,
     PIXEL_SCALE: tl.constexpr,
+    TOLERANCE: tl.constexpr,
     LUMA_R: tl.constexpr,
     LUMA_G: tl.constexpr,
     LUMA_B: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    p = tl.program_id(0)
-    b = tl.program_id(1).to(tl.int64)
+    p = tl.program_id(0) % P
+    b = (tl.program_id(0) // P).to(tl.int64)
     row = (p // COLUMNS).to(tl.int64) * PATCH
     column = (p % COLUMNS).to(tl.int64) * PATCH
     corner = images_ptr + b * stride_b + row * stride_h + column * stride_w
@@ -63,12 +64,15 @@ def _entropy_kernel(
         gray = tl.load(corner + offsets, mask=valid, other=0).to(tl.float32)
         if CHANNELS == 3:
             green = tl.load(corner + stride_c + offsets, mask=valid, other=0).to(tl.float32)
-            blue = tl.load(corner + 2 * stride_c + offsets, mask=valid, other=0).to(tl.float32)
+            blue = tl.load(corner + 2 * tl.cast(stride_c, tl.int64) + offsets, mask=valid, other=0).to(tl.float32)
             gray = LUMA_R * gray + LUMA_G * green + LUMA_B * blue
         gray = gray * PIXEL_SCALE
+        # A pixel that is NaN or far out of range must not end as a plausible number.
+        gray = tl.where((gray >= -TOLERANCE) & (gray <= 1 + TOLERANCE), gray, float("nan"))
         if HISTOGRAM:
             index = tl.minimum(tl.maximum(tl.floor(gray * BINS), 0.0), BINS - 1.0).to(tl.int32)
             member = (index[:, None] == offs_bin[None, :]).to(tl.float32)
+            member = tl.where((gray == gray)[:, None], member, float("nan"))
         else:
             mu = offs_bin.to(tl.float32) / (BINS - 1)
             distance = (gray[:, None] - mu[None, :]) * INVERSE_SIGMA
@@ -76,27 +80,31 @@ def _entropy_kernel(
         weight += tl.sum(tl.where(valid[:, None] & (offs_bin < BINS)[None, :], member, 0.0), axis=0)
     q = weight / tl.sum(weight, axis=0)
     entropy = -tl.sum(tl.where(q > 0, q * tl.log(tl.where(q > 0, q, 1.0)), 0.0), axis=0)
-    # A NaN pixel must not end as a plausible number.
     entropy = tl.where(tl.sum(weight, axis=0) > 0, entropy, float("nan"))
     tl.store(out_ptr + b * P + p, entropy)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def _normalize_kernel(entropy_ptr, out_ptr, P, BLOCK: tl.constexpr):
-    """Min-max over the P patches of one image; zeros where all are equal."""
+    """Min-max over the P patches of one image; zeros where all are equal, NaN where one is NaN."""
     b = tl.program_id(0).to(tl.int64)
     low = tl.full([BLOCK], float("inf"), tl.float32)
     high = tl.full([BLOCK], float("-inf"), tl.float32)
-    for start in range(0, P, BLOCK):
-        offs = start + tl.arange(0, BLOCK)
-        low = tl.minimum(low, tl.load(entropy_ptr + b * P + offs, mask=offs < P, other=float("inf")))
-        high = tl.maximum(high, tl.load(entropy_ptr + b * P + offs, mask=offs < P, other=float("-inf")))
-    minimum = tl.min(low, axis=0)
-    span = tl.max(high, axis=0) - minimum
+    broken = tl.zeros([BLOCK], tl.int32)
     for start in range(0, P, BLOCK):
         offs = start + tl.arange(0, BLOCK)
         entropy = tl.load(entropy_ptr + b * P + offs, mask=offs < P, other=0.0)
-        complexity = tl.where(span > 0, (entropy - minimum) / tl.where(span > 0, span, 1.0), 0.0)
+        number = (offs < P) & (entropy == entropy)
+        low = tl.minimum(low, tl.where(number, entropy, float("inf")))
+        high = tl.maximum(high, tl.where(number, entropy, float("-inf")))
+        broken += (entropy != entropy).to(tl.int32)
+    minimum = tl.min(low, axis=0)
+    span = tl.max(high, axis=0) - minimum
+    span = tl.where(tl.sum(broken, axis=0) > 0, float("nan"), span)
+    for start in range(0, P, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        entropy = tl.load(entropy_ptr + b * P + offs, mask=offs < P, other=0.0)
+        complexity = tl.where(span == 0, 0.0, (entropy - minimum) / tl.where(span == 0, 1.0, span))
         tl.store(out_ptr + b * P + offs, complexity, mask=offs < P)
 
 
@@ -109,23 +117,28 @@ def _entropy_launch(dtype: torch.dtype, channels: int, patch_size: int, bins: in
             "PATCH": patch_size,
             "BINS": bins,
             "BINS_PAD": next_power_of_2(bins),
-            "INVERSE_SIGMA": 1.0 / sigma,
+            "INVERSE_SIGMA": 1.0 / sigma if method == "kde" else 0.0,
             "HISTOGRAM": method == "histogram",
             "PIXEL_SCALE": 1.0 / 255.0 if dtype == torch.uint8 else 1.0,
+            "TOLERANCE": spec.RANGE_TOLERANCE,
             "LUMA_R": red,
             "LUMA_G": green,
             "LUMA_B": blue,
-            # Half of the registers at 4 warps: 32 values of the pixel x bin tile per thread.
+            # 32 values of the pixel x bin tile per thread.
             "BLOCK": max(min(next_power_of_2(patch_size * patch_size), 4096 // next_power_of_2(bins)), 16),
         },
-        num_warps=4,
+        threads=128,
+        registers=80,
         types={"images_ptr": POINTERS[dtype], "out_ptr": "*fp32"},
         aligned=("stride_b", "stride_c", "stride_h"),
+        ones=("stride_w",),
     )
 
 
 def _normalize_launch() -> Launch:
-    return Launch(_normalize_kernel, {"BLOCK": 1024}, num_warps=4, types={"entropy_ptr": "*fp32", "out_ptr": "*fp32"})
+    return Launch(
+        _normalize_kernel, {"BLOCK": 1024}, threads=128, registers=64, types={"entropy_ptr": "*fp32", "out_ptr": "*fp32"}
+    )
 
 
 @torch.library.custom_op("focusdpo::patch_entropy", mutates_args=())
@@ -138,7 +151,7 @@ def patch_entropy_op(images: Tensor, patch_size: int, bins: int, sigma: float, m
         return entropy
     launch = _entropy_launch(images.dtype, channels, patch_size, bins, sigma, method)
     with device_guard(images):
-        launch((patches, batch), images, entropy, columns, patches, *images.stride())
+        launch((batch * patches,), images, entropy, columns, patches, *images.stride())
         if not normalize:
             return entropy
         complexity = torch.empty_like(entropy)
@@ -174,7 +187,7 @@ def patch_entropy(
         method: "kde" (Gaussian kernel) or "histogram" (hard bins: the entropy of the patch quantised to `bins` levels).
         normalize: min-max over an image's patches, giving M_d before the prior; all zeros where every patch is alike.
         check_range: look at the values and refuse what is outside [0, 1]. None looks at CPU tensors only, because on an
-            accelerator the look would wait for the device.
+            accelerator the look would wait for the device. Where nobody looks, a patch with such a pixel gives NaN.
         backend: "triton", "torch" or None; see `focusdpo_kernels.backend`.
 
     Returns:

@@ -28,7 +28,7 @@ from focusdpo_kernels.checks import (
 from focusdpo_kernels.launch import Launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "PRIOR_ROWS"])
 def _fuse_kernel(
     structure_ptr,  # [B, P] fp32
     coverage_ptr,  # [B] fp32
@@ -44,16 +44,17 @@ def _fuse_kernel(
     stride_mp,
     BLOCK: tl.constexpr,
 ):
-    b = tl.program_id(1).to(tl.int64)
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b = tl.program_id(0).to(tl.int64)
+    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     valid = offs < P
     union = tl.zeros([BLOCK], tl.int32)
     for r in range(PRIOR_ROWS):
-        prior = tl.load(prior_ptr + b * stride_mb + r * stride_mr + offs.to(tl.int64) * stride_mp, mask=valid, other=0)
+        offsets = b * stride_mb + tl.cast(r, tl.int64) * stride_mr + offs.to(tl.int64) * stride_mp
+        prior = tl.load(prior_ptr + offsets, mask=valid, other=0)
         union |= (prior != 0).to(tl.int32)
     structure = tl.load(structure_ptr + b * P + offs, mask=valid, other=0.0)
     complexity = tl.load(complexity_ptr + b * P + offs, mask=valid, other=0.0)
-    blended = gamma * structure + (1 - gamma) * (complexity * union.to(tl.float32))
+    blended = gamma * structure + (1 - gamma) * tl.where(union != 0, complexity, 0.0)
     tl.store(out_ptr + b * P + offs, tl.where(tl.load(coverage_ptr + b) > tau, structure, blended), mask=valid)
 
 
@@ -62,9 +63,11 @@ def _fuse_launch() -> Launch:
     return Launch(
         _fuse_kernel,
         {"BLOCK": 1024},
-        num_warps=4,
+        threads=128,
+        registers=48,
         types={**dict.fromkeys(pointers, "*fp32"), "prior_ptr": "*u8", "tau": "fp32", "gamma": "fp32"},
-        aligned=("P", "stride_mb", "stride_mr"),
+        aligned=("stride_mb", "stride_mr"),
+        ones=("stride_mp",),
     )
 
 
@@ -79,7 +82,7 @@ def fuse_focus_op(structure: Tensor, coverage: Tensor, complexity: Tensor, prior
     fields = [x.to(torch.float32).contiguous() for x in (structure, coverage, complexity)]
     launch = _fuse_launch()
     with device_guard(structure):
-        grid = (triton.cdiv(patches, launch.constants["BLOCK"]), batch)
+        grid = (batch, triton.cdiv(patches, launch.constants["BLOCK"]))
         launch(grid, *fields, inside, out, patches, inside.shape[1], tau, gamma, *inside.stride())
     return out
 

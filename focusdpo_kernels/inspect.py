@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from focusdpo_kernels import entropy, fusion, matching, residual, similarity
+from focusdpo_kernels import dense_similarity, entropy, fusion, matching, residual, similarity
 from focusdpo_kernels.backend import INTERPRETED
 from focusdpo_kernels.launch import Launch
 
@@ -36,7 +36,32 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-FAMILIES = (similarity, matching, entropy, fusion, residual)
+FAMILIES = (similarity, dense_similarity, matching, entropy, fusion, residual)
+
+
+# Sizes of real models: layers N, target tokens P, reference tokens Q, width D, subjects R, channels C of a token.
+SHAPES = {
+    "uno-512": {"N": 19, "P": 1024, "Q": 800, "D": 3072, "R": 2, "C": 64},
+    "uno-1024": {"N": 57, "P": 4096, "Q": 1600, "D": 3072, "R": 4, "C": 64},
+    "flux2-klein-4b": {"N": 25, "P": 4096, "Q": 8192, "D": 3072, "R": 2, "C": 128},
+    "flux2-dev": {"N": 56, "P": 4096, "Q": 8192, "D": 6144, "R": 2, "C": 128},
+    "qwen-edit-plus": {"N": 60, "P": 4096, "Q": 8192, "D": 3072, "R": 2, "C": 64},
+}
+
+
+def bytes_moved(N: int, P: int, Q: int, D: int, R: int, C: int) -> dict[str, int]:
+    """Bytes of one sample that have to move, each input read and each output written once.
+
+    Hidden states and predictions are bf16, pixels fp32 RGB, scores and masks fp32, priors and reference masks one byte.
+    """
+    return {
+        "similarity": 2 * N * (P + Q) * D + R * Q + 4 * R * P,
+        "structure field": 4 * R * P + P + 4 * P,
+        "entropy": 4 * 3 * 256 * P + 4 * P,
+        "fusion": 4 * P + 4 * P + P + 4 * P,
+        "residual forward": 6 * 2 * P * C + 4 * P,
+        "residual backward": 4 * 2 * P * C + 4 * P + 2 * 2 * P * C,
+    }
 
 
 @dataclass(frozen=True)
@@ -48,6 +73,7 @@ class Compiled:
     configuration: str
     types: str
     registers: int
+    budget: int
     shared_bytes: int
     spills: int
     wide_loads: int
@@ -62,10 +88,11 @@ def launches() -> Iterator[Launch]:
 
 def _source(launch: Launch) -> ASTSource:
     names = launch.kernel.arg_names
-    signature = {name: "constexpr" if name in launch.constants else launch.types.get(name, "i32") for name in names}
+    constants = {**launch.constants, **dict.fromkeys(launch.ones, 1)}
+    signature = {name: "constexpr" if name in constants else launch.types.get(name, "i32") for name in names}
     aligned = [name for name in names if signature[name].startswith("*") or name in launch.aligned]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    return ASTSource(launch.kernel, signature, constexprs=dict(launch.constants), attrs=attributes)
+    return ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
 
 
 def _tool(name: str) -> str:
@@ -107,8 +134,7 @@ def _amd_figures(assembly: str) -> dict[str, int]:
 def compile_launch(launch: Launch, arch: str) -> Compiled:
     """Compiles one configuration for "sm_80", "sm_90", "sm_100" or "gfx942"."""
     target = TARGETS[arch]
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    compiled: Any = triton.compile(_source(launch), target=target, options=options)
+    compiled: Any = triton.compile(_source(launch), target=target, options=launch.options(target.warp_size))
     figures = _nvidia_figures(compiled.asm["cubin"]) if target.backend == "cuda" else _amd_figures(compiled.asm["amdgcn"])
     types = sorted({t for t in launch.types.values() if t.startswith("*")})
     return Compiled(
@@ -116,6 +142,7 @@ def compile_launch(launch: Launch, arch: str) -> Compiled:
         kernel=launch.kernel.__name__,
         configuration=launch.label,
         types=" ".join(types),
+        budget=launch.registers,
         shared_bytes=compiled.metadata.shared,
         **figures,
     )
@@ -136,13 +163,19 @@ def main(argv: list[str] | None = None) -> None:
     if INTERPRETED:
         parser.error("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
     if not arguments.json:
-        print(f"{'arch':8}{'registers':>10}{'shared':>8}{'spills':>8}{'wide':>6}{'fp64':>6}  configuration")
+        print(f"{'arch':8}{'registers':>10}{'budget':>8}{'shared':>8}{'spills':>8}{'wide':>6}{'fp64':>6}  configuration")
     for c in compile_all(arguments.arch or TARGETS):
         if arguments.json:
             print(json.dumps(asdict(c)), flush=True)
         else:
-            figures = f"{c.registers:>10}{c.shared_bytes:>8}{c.spills:>8}{c.wide_loads:>6}{c.fp64:>6}"
+            figures = f"{c.registers:>10}{c.budget:>8}{c.shared_bytes:>8}{c.spills:>8}{c.wide_loads:>6}{c.fp64:>6}"
             print(f"{c.arch:8}{figures}  {c.configuration} {c.types}", flush=True)
+    if not arguments.json:
+        print("\nMiB that have to move per sample")
+        moved = {name: bytes_moved(**sizes) for name, sizes in SHAPES.items()}
+        print(f"{'':20}" + "".join(f"{name:>16}" for name in SHAPES))
+        for kernel in moved["uno-512"]:
+            print(f"{kernel:20}" + "".join(f"{sizes[kernel] / 2**20:16.2f}" for sizes in moved.values()))
 
 
 if __name__ == "__main__":

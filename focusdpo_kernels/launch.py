@@ -29,6 +29,8 @@ POINTERS = {
     torch.int64: "*i64",
 }
 
+WARP_SIZE = 64 if torch.version.hip else 32
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -37,25 +39,43 @@ class Launch:
     Args:
         kernel: the @triton.jit function.
         constants: its tl.constexpr arguments.
-        num_warps, num_stages: warps per program and depth of software pipelining.
+        threads: per program; a power of two. So many warps of 32 or 64, by device, that a thread has the same work.
+        registers: budget, at most so many per thread on any architecture.
+        num_stages: depth of software pipelining.
         types: Triton types of the arguments that are not 32-bit integers, for ahead-of-time compilation.
-        aligned: integer arguments that are multiples of 16 at the named shapes (Triton specialises on that).
+        aligned, ones: integer arguments that are multiples of 16, or 1, at the named shapes (Triton specialises on both).
+        fp_fusion: whether a * b + c may become one rounding. Stated for every kernel, because Triton's default changes.
     """
 
     kernel: Any
     constants: Mapping[str, Any]
-    num_warps: int
+    threads: int
+    registers: int
     num_stages: int = 2
     types: Mapping[str, str] = field(default_factory=dict)
     aligned: tuple[str, ...] = ()
+    ones: tuple[str, ...] = ()
+    fp_fusion: bool = True
 
     def __call__(self, grid: tuple[int, ...], *args: Any) -> None:
-        self.kernel[grid](*args, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
+        self.kernel[grid](*args, **self.constants, **self.options(WARP_SIZE))
+
+    def options(self, warp_size: int) -> dict[str, Any]:
+        """What the compiler is told, for warps of 32 (NVIDIA) or 64 (AMD) threads."""
+        options = {
+            "num_warps": max(self.threads // warp_size, 1),
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": self.fp_fusion,
+        }
+        if warp_size == 32:
+            # Left alone, ptxas aims at an occupancy and spills a few registers for it.
+            options["maxnreg"] = min(255, 65536 // self.threads)
+        return options
 
     @property
     def label(self) -> str:
         constants = ", ".join(f"{name}={value}" for name, value in self.constants.items())
-        return f"{self.kernel.__name__}[{constants}; warps={self.num_warps}, stages={self.num_stages}]"
+        return f"{self.kernel.__name__}[{constants}; threads={self.threads}, stages={self.num_stages}]"
 
 
 def next_power_of_2(n: int) -> int:

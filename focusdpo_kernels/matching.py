@@ -75,7 +75,7 @@ def _matched(keys, threshold, ties_left):
     return match, ties_left - tl.sum(tie.to(tl.int32), axis=1)
 
 
-@triton.jit(do_not_specialize=["k_value"])
+@triton.jit(do_not_specialize=["P", "k_value"])
 def _topk_kernel(
     scores_ptr,  # [M, P]
     k_ptr,  # [M] int32, read where K_TENSOR
@@ -101,7 +101,7 @@ def _topk_kernel(
         tl.store(out_ptr + rows[:, None] * P + offs_p[None, :], match.to(tl.uint8), mask=(offs_p < P)[None, :])
 
 
-@triton.jit(do_not_specialize=["k_value"])
+@triton.jit(do_not_specialize=["P", "k_value"])
 def _structure_kernel(
     scores_ptr,  # [B, R, P]
     k_ptr,  # [B, R] int32, read where K_TENSOR
@@ -155,24 +155,26 @@ def _structure_kernel(
 
 
 def _blocking(rows: int, patches: int) -> tuple[dict[str, Any], int]:
-    """Block sizes for so many rows a program, and the warps: a thread holds at most 32 keys while it selects."""
+    """Block sizes for so many rows a program, and the threads: each holds at most 32 keys while it selects."""
     limit = BLOCK // rows if rows < 8 else BLOCK // (2 * rows)  # eight thresholds leave fewer registers for keys
     # A row that does not fit is read again for each bit anyway: small blocks then. Rows up to 256 share one variant.
-    block = max(next_power_of_2(patches) if patches <= limit else min(4096 // rows, limit), 256)
-    warps = min(max(rows * block // 512, 4), 16)
-    # The output pass reads the scores once more, in blocks of 8 keys a thread: its masks and sums need registers too.
-    return {"BLOCK_P": block, "BLOCK_OUT": max(min(block, 256 * warps // rows), 256), "ONE": patches <= block}, warps
+    block = max(next_power_of_2(patches) if patches <= limit else min(8192 // rows, limit), 256)
+    threads = min(max(rows * block // 16, 128), 512)
+    # The output pass reads the scores once more, in blocks of 4 keys a thread: its masks and sums need registers too.
+    return {"BLOCK_P": block, "BLOCK_OUT": max(min(block, 4 * threads // rows), 256), "ONE": patches <= block}, threads
 
 
 def _topk_launch(patches: int, k_tensor: bool, dtype: torch.dtype) -> Launch:
-    blocks, warps = _blocking(1, patches)
+    blocks, threads = _blocking(1, patches)
     pointer = {torch.float16: "*fp16", torch.bfloat16: "*bf16"}.get(dtype, "*fp32")
     return Launch(
         _topk_kernel,
         {"K_TENSOR": k_tensor, **blocks},
-        num_warps=warps,
+        threads=threads,
+        registers=96,
         types={"scores_ptr": pointer, "k_ptr": "*i32", "out_ptr": "*u8"},
-        aligned=("P", "stride_r"),
+        aligned=("stride_r",),
+        ones=("stride_p",),
     )
 
 
@@ -180,7 +182,7 @@ def _structure_launch(
     subjects: int, patches: int, prior_rows: int, per_subject: bool, k_tensor: bool, dtype: torch.dtype
 ) -> Launch:
     padded = next_power_of_2(max(subjects, prior_rows))
-    blocks, warps = _blocking(padded, patches)
+    blocks, threads = _blocking(padded, patches)
     pointer = {torch.float16: "*fp16", torch.bfloat16: "*bf16"}.get(dtype, "*fp32")
     return Launch(
         _structure_kernel,
@@ -192,15 +194,19 @@ def _structure_launch(
             "K_TENSOR": k_tensor,
             **blocks,
         },
-        num_warps=warps,
+        threads=threads,
+        registers=128,
         types={"scores_ptr": pointer, "k_ptr": "*i32", "prior_ptr": "*u8", "structure_ptr": "*fp32", "coverage_ptr": "*fp32"},
-        aligned=("P", "stride_sb", "stride_sr", "stride_mb", "stride_mr"),
+        aligned=("stride_sb", "stride_sr", "stride_mb", "stride_mr"),
+        ones=("stride_sp", "stride_mp"),
     )
 
 
 def _k_arguments(k: Tensor | None, k_value: int, scores: Tensor) -> tuple[Tensor, int]:
     """The kernel's k pointer (any valid one where k is a number) and value."""
-    return (scores if k is None else k.to(torch.int32).contiguous()), k_value
+    if k is None:
+        return scores, k_value
+    return k.clamp(-1, scores.shape[-1]).to(torch.int32).contiguous(), k_value  # clamped first: int64 may not fit
 
 
 @torch.library.custom_op("focusdpo::topk_mask", mutates_args=())

@@ -15,6 +15,7 @@ from torch import Tensor
 
 EPS = 1e-8  # lower bound of a norm in a cosine, as in torch.nn.functional.cosine_similarity
 LUMA = (0.2989, 0.587, 0.114)  # E7: R, G, B to gray
+RANGE_TOLERANCE = 1e-3  # gray values further outside [0, 1] give NaN
 
 
 class PreferenceResidual(NamedTuple):
@@ -39,17 +40,33 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def layer_similarity(target: Tensor, reference: Tensor, reference_mask: Tensor) -> Tensor:
-    """E3 and one term of E4: cosine of the pooled reference token with every target token, [B, R, P]; absent subjects 0."""
+def layer_similarity(target: Tensor, reference: Tensor, reference_mask: Tensor, pooling: str = "reference") -> Tensor:
+    """One term of E4, [B, R, P]: cosine of every target token with the pooled reference token (E3), or with the best one.
+
+    Absent subjects get 0 ("reference") or -inf ("max"); `finish_similarity` makes both -inf.
+    """
     dtype = accumulation_dtype(target.dtype)
-    mask = (reference_mask != 0).to(dtype)  # [B, R, Q]
-    # Hooks run inside the model's autocast, which would round both products to bf16.
+    target, reference = target.to(dtype), reference.to(dtype)  # [B, P, D], [B, Q, D]
+    inside = reference_mask != 0  # [B, R, Q]
+    # Hooks run inside the model's autocast, which would round the products to bf16.
     with torch.autocast(device_type=target.device.type, enabled=False):
-        pooled = mask @ reference.to(dtype) / mask.sum(-1, keepdim=True).clamp_min(1)  # [B, R, D]
-        target = target.to(dtype)  # [B, P, D]
-        pooled_norm = torch.linalg.vector_norm(pooled, dim=-1).clamp_min(EPS)  # [B, R]
-        target_norm = torch.linalg.vector_norm(target, dim=-1).clamp_min(EPS)  # [B, P]
-        return pooled @ target.mT / (pooled_norm[:, :, None] * target_norm[:, None, :])
+        if pooling == "reference":
+            mask = inside.to(dtype)
+            pooled = mask @ reference / mask.sum(-1, keepdim=True).clamp_min(1)  # [B, R, D]
+            return _cosine(pooled, target)
+        cosine = _cosine(reference, target)  # [B, Q, P]
+        cosine = cosine.masked_fill(cosine.isnan(), -math.inf)  # a NaN token is never the best match
+        best = [cosine.masked_fill(~inside[:, r, :, None], -math.inf) for r in range(inside.shape[1])]
+        absent = cosine.new_full((cosine.shape[0], 1, cosine.shape[2]), -math.inf)
+        best = [torch.cat([one, absent], dim=1).amax(1) for one in best]
+        return torch.stack(best, dim=1) if best else cosine[:, :0]
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Cosines of [B, I, D] with [B, J, D]: [B, I, J]."""
+    norm_a = torch.linalg.vector_norm(a, dim=-1).clamp_min(EPS)
+    norm_b = torch.linalg.vector_norm(b, dim=-1).clamp_min(EPS)
+    return a @ b.mT / (norm_a[:, :, None] * norm_b[:, None, :])
 
 
 def finish_similarity(total: Tensor, total_weight: float, reference_mask: Tensor) -> Tensor:
@@ -59,12 +76,16 @@ def finish_similarity(total: Tensor, total_weight: float, reference_mask: Tensor
 
 
 def cross_layer_similarity(
-    target: Sequence[Tensor], reference: Sequence[Tensor], reference_mask: Tensor, layer_weights: Sequence[float]
+    target: Sequence[Tensor],
+    reference: Sequence[Tensor],
+    reference_mask: Tensor,
+    layer_weights: Sequence[float],
+    pooling: str = "reference",
 ) -> Tensor:
-    """E4: S[b, r, p], the weighted mean over layers of cos(pooled reference r, target token p)."""
+    """E4: S[b, r, p], the weighted mean over layers of `layer_similarity`."""
     total = torch.zeros((), device=target[0].device)
     for target_n, reference_n, weight in zip(target, reference, layer_weights, strict=True):
-        total = total + weight * layer_similarity(target_n, reference_n, reference_mask)
+        total = total + weight * layer_similarity(target_n, reference_n, reference_mask, pooling)
     return finish_similarity(total, sum(layer_weights), reference_mask)
 
 
@@ -102,8 +123,11 @@ def patch_entropy(images: Tensor, patch_size: int, bins: int, sigma: float, meth
     gray = pixels[:, 0]  # [B, H, W]
     if channels == 3:
         gray = LUMA[0] * gray + LUMA[1] * pixels[:, 1] + LUMA[2] * pixels[:, 2]
+    in_range = (gray >= -RANGE_TOLERANCE) & (gray <= 1 + RANGE_TOLERANCE)
+    gray = gray.masked_fill(~in_range, math.nan)
     rows, columns = height // patch_size, width // patch_size
-    patches = gray.reshape(batch, rows, patch_size, columns, patch_size).transpose(2, 3).reshape(batch, rows * columns, -1)
+    patches = gray.reshape(batch, rows, patch_size, columns, patch_size).transpose(2, 3)
+    patches = patches.reshape(batch, rows * columns, patch_size * patch_size)
     if method == "kde":
         mu = torch.arange(bins, dtype=dtype, device=images.device) / (bins - 1)
         # One bin at a time: all at once would hold pixels x bins values.
@@ -111,25 +135,28 @@ def patch_entropy(images: Tensor, patch_size: int, bins: int, sigma: float, meth
     else:
         index = (patches * bins).floor().clamp(0, bins - 1)
         weight = torch.stack([(index == b).sum(-1) for b in range(bins)], -1).to(dtype)
+        weight = weight.masked_fill(patches.isnan().any(-1, keepdim=True), math.nan)
     q = weight / weight.sum(-1, keepdim=True)  # [B, P, bins]
     entropy = -torch.special.xlogy(q, q).sum(-1)
     return normalize_complexity(entropy) if normalize else entropy
 
 
 def normalize_complexity(entropy: Tensor) -> Tensor:
-    """E7's min-max over an image's patches; all zeros where they are equal."""
+    """E7's min-max over an image's patches; all zeros where they are equal, NaN where one is NaN."""
     if entropy.shape[-1] == 0:
         return entropy
     low, high = entropy.amin(-1, keepdim=True), entropy.amax(-1, keepdim=True)
     span = high - low
-    return torch.where(span > 0, (entropy - low) / torch.where(span > 0, span, 1), 0)
+    return torch.where(span == 0, 0, (entropy - low) / torch.where(span == 0, 1, span))
 
 
 def fuse_focus(structure: Tensor, coverage: Tensor, complexity: Tensor, prior: Tensor, tau: float, gamma: float) -> Tensor:
     """E8: M_s where A > tau, else gamma * M_s + (1 - gamma) * M_d with M_d = complexity * prior."""
+    dtype = accumulation_dtype(structure.dtype)
+    structure, coverage, complexity = structure.to(dtype), coverage.to(dtype), complexity.to(dtype)
     inside = binary_prior(prior)
     union = inside if inside.ndim == 2 else inside.any(1)
-    detail = complexity * union
+    detail = torch.where(union, complexity, 0)
     return torch.where(coverage[:, None] > tau, structure, gamma * structure + (1 - gamma) * detail)
 
 
@@ -172,8 +199,9 @@ def preference_residual(
         gradient = (m * (a - t)).detach()
         policy_error = (m * (a - t) ** 2).sum(axes) * scale
         reference_error = (m * (b - t) ** 2).sum(axes) * scale
-        # (a - t)^2 - (b - t)^2, factored: no cancellation, and exactly 0 where policy and reference agree.
-        difference = (m * (a - b) * (a + b - 2 * t)).sum(axes) * scale
+        # (a - t)^2 - (b - t)^2, factored: no cancellation, and exactly 0 where policy and reference agree. Its gradient is
+        # the policy error's; that of the factors would cancel.
+        difference = (m * (a - b) * (a + b - 2 * t)).sum(axes).detach() * scale + (policy_error - policy_error.detach())
         return policy_error, reference_error, difference, gradient, scale
 
     win_policy, win_reference, win_difference, win_gradient, win_scale = side(policy_win, reference_win, target_win, weight_win)

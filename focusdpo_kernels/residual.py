@@ -55,7 +55,7 @@ def _side_sums(policy_ptr, reference_ptr, target_ptr, offs, valid, m):
     return gradient * (a - t), m * (b - t) * (b - t), m * (a - b) * (a + b - 2 * t), gradient
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "SPLITS", "HEIGHT"])
 def _forward_kernel(
     policy_win_ptr,
     policy_lose_ptr,
@@ -83,8 +83,8 @@ def _forward_kernel(
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    split = tl.program_id(0)
-    b = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(1)
+    b = tl.program_id(0).to(tl.int64)
     zero = tl.zeros([BLOCK], tl.float32)
     policy_win, policy_lose, reference_win, reference_lose = zero, zero, zero, zero
     difference_win, difference_lose, winner_norm, inner, mass_win, mass_lose = zero, zero, zero, zero, zero, zero
@@ -141,7 +141,7 @@ def _total(partial_ptr, column: tl.constexpr, offs, SPLITS, COLUMNS: tl.constexp
     return tl.sum(tl.load(partial_ptr + offs * COLUMNS + column, mask=offs < SPLITS, other=0.0), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["E", "B", "SPLITS"])
 def _finish_kernel(
     partial_ptr,  # [B, SPLITS, SUMS] fp32
     out_ptr,  # [ROWS, B] fp32
@@ -177,7 +177,7 @@ def _finish_kernel(
     tl.store(out + 8 * B, lose)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "B", "HEIGHT", "stride_gr", "stride_gb"])
 def _backward_kernel(
     grad_ptr,  # [ROWS, B] fp32, any strides
     result_ptr,  # [ROWS, B] fp32, the forward's
@@ -205,8 +205,8 @@ def _backward_kernel(
     POWER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    b = tl.program_id(1).to(tl.int64)
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b = tl.program_id(0).to(tl.int64)
+    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     valid = offs < E
     grad = grad_ptr + b * stride_gb
     margin = tl.load(grad + 4 * stride_gr)
@@ -236,9 +236,10 @@ def _forward_launch(dtypes: tuple[torch.dtype, ...], has_weight: bool, latent: b
     return Launch(
         _forward_kernel,
         {"HAS_WEIGHT": has_weight, "LATENT": latent, "POWER": power, "COLUMNS": SUMS, "BLOCK": BLOCK},
-        num_warps=8,
+        threads=256,
+        registers=240,
         types={**types, **dict.fromkeys(floats, "*fp32")},
-        aligned=("E", "P", "INNER", "stride_pw", "stride_pl", "stride_rw", "stride_rl", "stride_tw", "stride_tl"),
+        aligned=("E", "INNER", "stride_pw", "stride_pl", "stride_rw", "stride_rl", "stride_tw", "stride_tl"),
     )
 
 
@@ -246,8 +247,11 @@ def _finish_launch(splits: int, reduction: str) -> Launch:
     return Launch(
         _finish_kernel,
         {"REDUCTION": reduction, "COLUMNS": SUMS, "SPLITS_PAD": next_power_of_2(splits)},
-        num_warps=1,
+        threads=32,
+        registers=32,
         types={"partial_ptr": "*fp32", "out_ptr": "*fp32"},
+        # Fused, the margin's difference would round its two products differently: not antisymmetric, not 0 for equal sides.
+        fp_fusion=False,
     )
 
 
@@ -259,9 +263,10 @@ def _backward_launch(dtypes: tuple[torch.dtype, ...], has_weight: bool, latent: 
     return Launch(
         _backward_kernel,
         {"HAS_WEIGHT": has_weight, "LATENT": latent, "POWER": power, "BLOCK": BLOCK},
-        num_warps=8,
+        threads=256,
+        registers=72,
         types={**dict(zip(names, [*pointers, *pointers[:2]], strict=True)), **dict.fromkeys(floats, "*fp32")},
-        aligned=("E", "P", "INNER", "stride_pw", "stride_pl", "stride_tw", "stride_tl"),
+        aligned=("E", "INNER", "stride_pw", "stride_pl", "stride_tw", "stride_tl"),
     )
 
 
@@ -305,7 +310,7 @@ def preference_residual_op(
     forward = _forward_launch(tuple(x.dtype for x in predictions), weight_win is not None, policy_win.ndim == 4, mask_power)
     with device_guard(policy_win):
         strides = [x.stride(0) for x in predictions]
-        forward((splits, batch), *predictions, *weights, partial, elements, patches, splits, inner, height, *strides)
+        forward((batch, splits), *predictions, *weights, partial, elements, patches, splits, inner, height, *strides)
         _finish_launch(splits, reduction)((batch,), partial, out, elements, batch, splits)
     return out
 
@@ -338,7 +343,7 @@ def preference_residual_backward_op(
     with device_guard(policy_win):
         tensors = (grad, result, *predictions, *weights, *grads)
         strides = (*grad.stride(), *(x.stride(0) for x in predictions))
-        backward((triton.cdiv(elements, BLOCK), batch), *tensors, elements, patches, batch, inner, height, *strides)
+        backward((batch, triton.cdiv(elements, BLOCK)), *tensors, elements, patches, batch, inner, height, *strides)
     return grads[0], grads[1]
 
 
@@ -399,8 +404,8 @@ def preference_residual(
         backend: "triton", "torch" or None; see `focusdpo_kernels.backend`.
 
     Returns:
-        PreferenceResidual of tensors [B], fp32 (float64 for float64 predictions). The margin is exactly 0 where policy and
-        reference agree, and no mask leads to NaN.
+        PreferenceResidual of tensors [B], fp32 (float64 for float64 predictions), differentiable once. The margin is
+        exactly 0 where policy and reference agree, and no mask leads to NaN.
 
     Raises:
         TypeError, ValueError: arguments of wrong type, shape, dtype or device, or a reference, target or weight that

@@ -11,7 +11,6 @@ strided slice of a longer sequence.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -22,29 +21,20 @@ from torch import Tensor
 from focusdpo_kernels import reference as spec
 from focusdpo_kernels.backend import device_guard, resolve_backend
 from focusdpo_kernels.checks import check_choice, check_no_grad, check_similarity
-from focusdpo_kernels.launch import TRITON_DTYPES, Launch, next_power_of_2
+from focusdpo_kernels.dense_similarity import launch_dense
+from focusdpo_kernels.launch import POINTERS, TRITON_DTYPES, Launch, next_power_of_2
+from focusdpo_kernels.layers import COLUMNS, REFERENCE, TARGET, TYPES, LayerArguments, is_vectorizable, layer_rows, layer_weight
 
-POOLINGS = ("reference",)
-
-# A row of the table: pointer and three strides of the target, the same of the reference, bits of the fp32 weight.
-TABLE_COLUMNS = 9
-
-
-@triton.jit
-def _row_base(table_ptr, column: tl.constexpr, n, b, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr):
-    """Pointer to layer n's sample b and its row stride, from the table. 16-byte alignment is promised where ALIGNED."""
-    row = table_ptr + n * COLUMNS + column
-    base = tl.load(row).to(tl.pointer_type(DTYPE)) + tl.load(row + 1) * b
-    stride = tl.load(row + 2)
-    if ALIGNED:
-        base = tl.multiple_of(base, 16)
-        stride = tl.multiple_of(stride, 8)
-    return base, stride
+POOLINGS = ("reference", "max")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "Q"])
 def _pool_kernel(
-    table_ptr,  # [N, COLUMNS] int64
+    table_ptr,
+    direct_ptr,
+    stride_b,
+    stride_t,
+    stride_d,
     mask_ptr,  # [B, R, Q] uint8
     pooled_ptr,  # [B, N, R, D] fp32
     count_ptr,  # [B, R] fp32
@@ -57,16 +47,18 @@ def _pool_kernel(
     R: tl.constexpr,
     R_PAD: tl.constexpr,
     DTYPE: tl.constexpr,
+    TABLE: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     n = tl.program_id(1)
-    b = tl.program_id(2).to(tl.int64)
-    ref, stride_q = _row_base(table_ptr, 4, n, b, DTYPE, CONTIGUOUS, COLUMNS)
-    stride_d = 1 if CONTIGUOUS else tl.load(table_ptr + n * COLUMNS + 7)
-    offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    b = tl.program_id(0).to(tl.int64)
+    reference, stride_q, width = layer_rows(
+        table_ptr, direct_ptr, stride_b, stride_t, stride_d, n, b, 4, DTYPE, TABLE, CONTIGUOUS, COLUMNS
+    )
+    offs_d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     offs_r = tl.arange(0, R_PAD)
     mask_base = mask_ptr + b * stride_mb
@@ -76,24 +68,29 @@ def _pool_kernel(
         offs_q = q + tl.arange(0, BLOCK_Q)
         mask_q = offs_q < Q
         # 64-bit before the multiplication: a slice of a long batch passes 2^31 elements.
-        offsets = offs_q.to(tl.int64)[:, None] * stride_q + offs_d[None, :] * stride_d
-        h = tl.load(ref + offsets, mask=mask_q[:, None] & mask_d[None, :], other=0.0).to(tl.float32)  # [BLOCK_Q, BLOCK_D]
+        offsets = offs_q.to(tl.int64)[:, None] * stride_q + offs_d[None, :] * width
+        h = tl.load(reference + offsets, mask=mask_q[:, None] & mask_d[None, :], other=0.0).to(tl.float32)  # [BLOCK_Q, BLOCK_D]
         for r in tl.static_range(R):
-            m = tl.load(mask_base + r * stride_mr + offs_q.to(tl.int64) * stride_mq, mask=mask_q, other=0) != 0
-            m = m.to(tl.float32)
+            offsets_m = tl.cast(r, tl.int64) * stride_mr + offs_q.to(tl.int64) * stride_mq
+            m = (tl.load(mask_base + offsets_m, mask=mask_q, other=0) != 0).to(tl.float32)
             row = offs_r == r
             pooled += tl.where(row[:, None], tl.sum(h * m[:, None], axis=0)[None, :], 0.0)
             count += tl.where(row, tl.sum(m, axis=0), 0.0)
     pooled = pooled / tl.maximum(count, 1.0)[:, None]
     out = pooled_ptr + ((b * N + n) * R + offs_r[:, None]) * D + offs_d[None, :]
     tl.store(out, pooled, mask=(offs_r < R)[:, None] & mask_d[None, :])
-    if n == 0 and tl.program_id(0) == 0:
+    if n == 0 and tl.program_id(2) == 0:
         tl.store(count_ptr + b * R + offs_r, count, mask=offs_r < R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "P"])
 def _similarity_kernel(
-    table_ptr,  # [N, COLUMNS] int64
+    table_ptr,
+    direct_ptr,
+    stride_b,
+    stride_t,
+    stride_d,
+    weight,
     pooled_ptr,  # [B, N, R, D] fp32
     count_ptr,  # [B, R] fp32
     out_ptr,  # [B, R, P] fp32
@@ -103,6 +100,7 @@ def _similarity_kernel(
     R: tl.constexpr,
     R_PAD: tl.constexpr,
     DTYPE: tl.constexpr,
+    TABLE: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
     COLUMNS: tl.constexpr,
     ACCUMULATE: tl.constexpr,
@@ -110,25 +108,25 @@ def _similarity_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    b = tl.program_id(1).to(tl.int64)
-    offs_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    b = tl.program_id(0).to(tl.int64)
+    offs_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     mask_p = offs_p < P
     offs_r = tl.arange(0, R_PAD)
     total = tl.zeros([R_PAD, BLOCK_P], tl.float32)
     total_weight = 0.0
     for n in range(N):
-        tgt, stride_p = _row_base(table_ptr, 0, n, b, DTYPE, CONTIGUOUS, COLUMNS)
-        stride_d = 1 if CONTIGUOUS else tl.load(table_ptr + n * COLUMNS + 3)
-        weight = tl.load(table_ptr + n * COLUMNS + 8).to(tl.int32).to(tl.float32, bitcast=True)
+        target, stride_p, width = layer_rows(
+            table_ptr, direct_ptr, stride_b, stride_t, stride_d, n, b, 0, DTYPE, TABLE, CONTIGUOUS, COLUMNS
+        )
         pooled = pooled_ptr + (b * N + n) * R * D
-        rows = tgt + offs_p.to(tl.int64)[:, None] * stride_p
+        rows = target + offs_p.to(tl.int64)[:, None] * stride_p
         dot = tl.zeros([R_PAD, BLOCK_P], tl.float32)
         target_square = tl.zeros([BLOCK_P], tl.float32)
         pooled_square = tl.zeros([R_PAD], tl.float32)
         for d in range(0, D, BLOCK_D):
             offs_d = d + tl.arange(0, BLOCK_D)
             mask_d = offs_d < D
-            h = tl.load(rows + offs_d[None, :] * stride_d, mask=mask_p[:, None] & mask_d[None, :], other=0.0)
+            h = tl.load(rows + offs_d[None, :] * width, mask=mask_p[:, None] & mask_d[None, :], other=0.0)
             h = h.to(tl.float32)  # [BLOCK_P, BLOCK_D]
             target_square += tl.sum(h * h, axis=1)
             for r in tl.static_range(R):
@@ -137,8 +135,9 @@ def _similarity_kernel(
                 dot += tl.where(row[:, None], tl.sum(h * c[None, :], axis=1)[None, :], 0.0)
                 pooled_square += tl.where(row, tl.sum(c * c, axis=0), 0.0)
         norm = tl.maximum(tl.sqrt(pooled_square), EPS)[:, None] * tl.maximum(tl.sqrt(target_square), EPS)[None, :]
-        total += weight * (dot / norm)
-        total_weight += weight
+        w = layer_weight(table_ptr, weight, n, TABLE, COLUMNS)
+        total += w * (dot / norm)
+        total_weight += w
     mask_out = (offs_r < R)[:, None] & mask_p[None, :]
     out = out_ptr + (b * R + offs_r[:, None]) * P + offs_p[None, :]
     if ACCUMULATE:
@@ -149,90 +148,89 @@ def _similarity_kernel(
     tl.store(out, total, mask=mask_out)
 
 
-def _launches(dtype: torch.dtype, subjects: int, contiguous: bool, accumulate: bool) -> tuple[Launch, Launch]:
+def _launches(dtype: torch.dtype, subjects: int, contiguous: bool, table: bool, accumulate: bool) -> tuple[Launch, Launch]:
     """The two launches for a dtype and number of subjects. Sizes that vary from batch to batch play no part."""
     shared = {
         "R": subjects,
         "R_PAD": next_power_of_2(subjects),
         "DTYPE": TRITON_DTYPES[dtype],
+        "TABLE": table,
         "CONTIGUOUS": contiguous,
-        "COLUMNS": TABLE_COLUMNS,
+        "COLUMNS": COLUMNS,
     }
-    table = {"table_ptr": "*i64", "pooled_ptr": "*fp32", "count_ptr": "*fp32"}
+    types = {**TYPES, "direct_ptr": POINTERS[dtype], "pooled_ptr": "*fp32", "count_ptr": "*fp32"}
     # One warp covers BLOCK_D with 16-byte loads, so that the sum over tokens stays inside a thread. Without unit stride
     # every element has a 64-bit address of its own: fewer rows, or registers spill.
     pool = Launch(
         _pool_kernel,
         {**shared, "BLOCK_Q": 8 if contiguous else 2, "BLOCK_D": 256},
-        num_warps=1,
-        types={**table, "mask_ptr": "*u8"},
-        aligned=("D",),
+        threads=32,
+        registers=224,
+        types={**types, "mask_ptr": "*u8"},
+        aligned=("D", "stride_b", "stride_t"),
+        ones=("stride_d", "stride_mq") if contiguous else ("stride_mq",),
     )
     similarity = Launch(
         _similarity_kernel,
-        {**shared, "ACCUMULATE": accumulate, "EPS": spec.EPS, "BLOCK_P": 16, "BLOCK_D": 256},
-        num_warps=4,
-        types={**table, "out_ptr": "*fp32"},
-        aligned=("D",),
+        {**shared, "ACCUMULATE": accumulate, "EPS": spec.EPS, "BLOCK_P": 16 if contiguous else 8, "BLOCK_D": 256},
+        threads=128,
+        registers=184,
+        types={**types, "out_ptr": "*fp32"},
+        aligned=("D", "stride_b", "stride_t"),
+        ones=("stride_d",) if contiguous else (),
     )
     return pool, similarity
 
 
-def _is_vectorizable(layers: Sequence[Tensor]) -> bool:
-    """Unit stride along D, and rows that start on 16-byte boundaries."""
-    lanes = 16 // layers[0].element_size()
-    return all(
-        h.stride(2) == 1 and h.data_ptr() % 16 == 0 and h.stride(0) % lanes == 0 and h.stride(1) % 8 == 0 for h in layers
-    )
-
-
-def _pointer_table(target: Sequence[Tensor], reference: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """[N, COLUMNS] int64 on the layers' device, without waiting for it."""
-    rows = []
-    for h_tgt, h_ref, weight in zip(target, reference, weights, strict=True):
-        bits = struct.unpack("<i", struct.pack("<f", weight))[0]
-        rows.append([h_tgt.data_ptr(), *h_tgt.stride(), h_ref.data_ptr(), *h_ref.stride(), bits])
-    table = torch.tensor(rows, dtype=torch.int64)
-    device = target[0].device
-    if device.type == "cpu":
-        return table
-    return table.pin_memory().to(device, non_blocking=True)
-
-
-def _launch(
+def _launch_pooled(
     target: Sequence[Tensor], reference: Sequence[Tensor], mask: Tensor, weights: Sequence[float], out: Tensor, accumulate: bool
 ) -> None:
     batch, subjects, patches = out.shape
     tokens, width = reference[0].shape[1:]
-    if out.numel() == 0:
-        return
-    contiguous = _is_vectorizable([*target, *reference])
-    pool, similarity = _launches(target[0].dtype, subjects, contiguous, accumulate)
-    device, layers = out.device, len(target)
-    mask = (mask if mask.dtype == torch.bool else mask != 0).view(torch.uint8)
+    layers, device = len(target), out.device
+    contiguous = is_vectorizable([*target, *reference])
+    arguments = LayerArguments(target, reference, weights)
+    pool, similarity = _launches(target[0].dtype, subjects, contiguous, not arguments.single, accumulate)
     pooled = torch.empty((batch, layers, subjects, width), dtype=torch.float32, device=device)
     count = torch.empty((batch, subjects), dtype=torch.float32, device=device)
     with device_guard(out):
-        table = _pointer_table(target, reference, weights)
         # At least one block along D: with D = 0 the counts are still needed.
         blocks = max(triton.cdiv(width, pool.constants["BLOCK_D"]), 1)
-        pool((blocks, layers, batch), table, mask, pooled, count, layers, tokens, width, *mask.stride())
+        pool((batch, layers, blocks), *arguments.side(REFERENCE), mask, pooled, count, layers, tokens, width, *mask.stride())
         blocks = triton.cdiv(patches, similarity.constants["BLOCK_P"])
-        similarity((blocks, batch), table, pooled, count, out, layers, patches, width)
+        sides = (*arguments.side(TARGET), arguments.weight)
+        similarity((batch, blocks), *sides, pooled, count, out, layers, patches, width)
+
+
+def _launch(
+    target: Sequence[Tensor],
+    reference: Sequence[Tensor],
+    mask: Tensor,
+    weights: Sequence[float],
+    pooling: str,
+    out: Tensor,
+    accumulate: bool,
+) -> None:
+    """Writes S into `out` [B, R, P], or adds the layers' weighted cosines to it where `accumulate`."""
+    if out.numel() == 0:
+        return
+    mask = (mask if mask.dtype == torch.bool else mask != 0).view(torch.uint8)
+    launch = _launch_pooled if pooling == "reference" else launch_dense
+    launch(target, reference, mask, weights, out, accumulate)
 
 
 @torch.library.custom_op("focusdpo::cross_layer_similarity", mutates_args=())
 def cross_layer_similarity_op(
-    target: Sequence[Tensor], reference: Sequence[Tensor], reference_mask: Tensor, layer_weights: Sequence[float]
+    target: Sequence[Tensor], reference: Sequence[Tensor], reference_mask: Tensor, layer_weights: Sequence[float], pooling: str
 ) -> Tensor:
     batch, patches, _ = target[0].shape
     out = torch.empty((batch, reference_mask.shape[1], patches), dtype=torch.float32, device=target[0].device)
-    _launch(target, reference, reference_mask, layer_weights, out, accumulate=False)
+    _launch(target, reference, reference_mask, layer_weights, pooling, out, accumulate=False)
     return out
 
 
 @cross_layer_similarity_op.register_fake
-def _(target, reference, reference_mask, layer_weights):
+def _(target, reference, reference_mask, layer_weights, pooling):
     batch, patches, _ = target[0].shape
     return target[0].new_empty((batch, reference_mask.shape[1], patches), dtype=torch.float32)
 
@@ -266,7 +264,8 @@ def cross_layer_similarity(
             (float64 on the torch backend). Any strides; slices of a longer sequence are not copied.
         reference: N hidden states [B, Q, D] of the reference tokens, dtype as `target`.
         reference_mask: [B, R, Q]; not zero where token q shows subject r.
-        pooling: "reference", the mean over a subject's tokens before the comparison.
+        pooling: "reference" compares with the mean over a subject's tokens; "max" takes the best match among them, for
+            dense correspondence and look-alike subjects.
         layer_weights: N positive weights of the average; None weights all layers alike.
         backend: "triton", "torch" or None; see `focusdpo_kernels.backend`.
 
@@ -281,8 +280,8 @@ def cross_layer_similarity(
     weights = _check_weights(layer_weights, len(targets))
     with torch.no_grad():
         if resolve_backend(backend, *targets, *references, mask) == "torch":
-            return spec.cross_layer_similarity(targets, references, mask, weights)
-        return cross_layer_similarity_op(targets, references, mask, weights)
+            return spec.cross_layer_similarity(targets, references, mask, weights, pooling)
+        return cross_layer_similarity_op(targets, references, mask, weights, pooling)
 
 
 class SimilarityAccumulator:
@@ -303,11 +302,13 @@ class SimilarityAccumulator:
         check_choice("pooling", pooling, POOLINGS)
         check_no_grad("reference_mask", reference_mask, "masks carry no gradient")
         self._mask = reference_mask
+        self._pooling = pooling
         self._backend = backend
         self._total: Tensor | None = None
         self._total_weight = 0.0
         self.layers = 0
 
+    @torch.compiler.disable  # hooks of compiled blocks: a graph break here, not a trace into the launcher
     @torch.no_grad()
     def update(self, target: Tensor, reference: Tensor, weight: float = 1.0) -> None:
         """Adds one layer: target [B, P, D], reference [B, Q, D], its positive weight in the average."""
@@ -320,9 +321,9 @@ class SimilarityAccumulator:
         elif self._total.shape != shape:
             raise ValueError(f"target: got {shape[2]} tokens, while earlier layers had {self._total.shape[2]}")
         if resolve_backend(self._backend, target, reference, mask) == "torch":
-            self._total += weight * spec.layer_similarity(target, reference, mask)
+            self._total += weight * spec.layer_similarity(target, reference, mask, self._pooling)
         else:
-            _launch([target], [reference], mask, [weight], self._total, accumulate=True)
+            _launch([target], [reference], mask, [weight], self._pooling, self._total, accumulate=True)
         self._total_weight += weight
         self.layers += 1
 
@@ -335,8 +336,9 @@ class SimilarityAccumulator:
 
 def launches() -> Iterator[Launch]:
     """Every shipped launch configuration, for ahead-of-time compilation."""
-    for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        for subjects in (1, 2, 4, 6):
-            yield from _launches(dtype, subjects, contiguous=True, accumulate=False)
-        yield _launches(dtype, 2, contiguous=True, accumulate=True)[1]
-        yield from _launches(dtype, 2, contiguous=False, accumulate=False)
+    for dtype in (torch.bfloat16, torch.float32):
+        for subjects in range(1, 7):
+            yield from _launches(dtype, subjects, contiguous=True, table=True, accumulate=False)
+            yield from _launches(dtype, subjects, contiguous=True, table=False, accumulate=True)
+        yield from _launches(dtype, 2, contiguous=False, table=True, accumulate=False)
+    yield from _launches(torch.float16, 2, contiguous=True, table=True, accumulate=False)

@@ -66,6 +66,8 @@ REFUSED = {
     "resolution": (["--data.resolution", "8"], "data.resolution: got 8; expected at least 16 pixels"),
     "fraction": (["--focus.match_count", "1.5"], "focus.match_count: got 1.5"),
     "smoothing": (["--loss.label_smoothing", "0.1", "--loss.loss_type", "ipo"], "loss.label_smoothing: got 0.1"),
+    "a block twice": (["--focus.layers", "[0, 0]"], "focus.layers: got [0, 0]"),
+    "ignored warm-up": (["--optim.scheduler", "constant", "--optim.warmup_steps", "5"], "optim.warmup_steps: got 5"),
     "resume and overwrite": (
         ["--resume", "latest", "--overwrite", "true"],
         "overwrite: got True; expected false together with",

@@ -66,6 +66,8 @@ BROKEN = {
     "class name": ({**RECORD, "references": [{"image": "a.png", "class_name": 3}]}, "references[0].class_name", "expected a text"),
     "path of another type": ({**RECORD, "winner": 5}, "winner", "expected the path of an image, got 5"),
     "number of priors": ({**RECORD, "prior": ["prior.png"]}, "prior", "expected one mask, or one per reference (2), got 1"),
+    "half a surrogate pair": (json.dumps(RECORD).replace("a cat", "\\ud83d cat"), "prompt", "holds half of a surrogate pair"),
+    "a huge number": ('{"meta": ' + "1" * 5000 + "}", "line", "is not JSON"),
     "meta": ({**RECORD, "meta": 1}, "meta", "expected an object, got int"),
     "no such file": ({**RECORD, "winner": "none.png"}, "winner", "no such file"),
     "not an image": ({**RECORD, "winner": "pairs.jsonl"}, "winner", "cannot be read as an image"),
@@ -181,12 +183,49 @@ def test_batches_cover_every_pair_once_and_never_mix():
     assert ordered[0] == [0, 1, 2] and ordered[-1] == [11]
 
 
-def test_batches_are_shared_out():
-    shares = [SizeBatches(Sizes(), 3, shuffle=True, seed=1, rank=r, world_size=4).epoch(0) for r in range(4)]
-    assert {len(share) for share in shares} == {2}
-    whole = SizeBatches(Sizes(), 3, shuffle=True, seed=1).epoch(0)
-    interleaved = [share[i] for i in range(2) for share in shares]
-    assert interleaved == whole + whole[:2]
+def test_seeds_beyond_32_bits_differ():
+    orders = [SizeBatches(Sizes(), 1, shuffle=True, seed=seed).epoch(0) for seed in (0, 1, 2**32 - 1)]
+    assert len({str(order) for order in orders}) == 3
+
+
+def test_transparent_cut_outs(folder):
+    """A reference on a transparent ground: white where it is transparent, and its own mask."""
+    cut = np.zeros((32, 32, 4), dtype=np.uint8)
+    cut[..., :3] = 77  # colours hidden under the transparency
+    cut[:16, :, 3] = 255
+    Image.fromarray(cut).save(folder / "cut_out.png")
+    write(folder, [{**RECORD, "references": [{"image": "cut_out.png"}]}])
+    sample = dataset(load_pairs(folder, progress=False))[0]
+    assert (sample.references[0][:, 40:] == 1).all()
+    assert sample.references[0][0, 10, 10] == pytest.approx(77 / 255, abs=1e-3)
+    assert sample.reference_masks[0][:30].all()
+    assert not sample.reference_masks[0][34:].any()
+
+
+def test_mask_in_the_transparency(tmp_path):
+    white = np.full((8, 8, 4), 255, dtype=np.uint8)
+    white[4:, :, 3] = 0
+    Image.fromarray(white).save(tmp_path / "m.png")
+    assert (np.asarray(read_mask(tmp_path / "m.png"))[:, 0] == 255).tolist() == [True] * 4 + [False] * 4
+
+
+def test_deep_images(folder):
+    """16 bits are scaled, not clipped; floating point has no known range and is refused."""
+    gray = (np.arange(96 * 64).reshape(64, 96) * 10).astype(np.uint16)
+    Image.fromarray(gray).save(folder / "deep.png")
+    shown = np.asarray(read_image(folder / "deep.png"))[..., 0]
+    assert np.abs(shown - gray / 257).max() <= 0.5
+    Image.fromarray(gray.astype(np.float32)).save(folder / "float.tiff")
+    write(folder, [{**RECORD, "winner": "float.tiff"}])
+    with pytest.raises(DatasetError, match=r"winner: .*float.tiff cannot be read as an image \(mode F, more than 8 bits"):
+        load_pairs(folder, progress=False)
+
+
+def test_thin_regions_stay():
+    mask = Image.new("L", (2000, 2000))
+    mask.paste(255, (0, 1000, 2000, 1001))
+    assert fit_mask(mask, (512, 512)).any()
+    assert not fit_mask(Image.new("L", (2000, 2000)), (512, 512)).any()
 
 
 def test_composed_pairs(tiny_pairs):

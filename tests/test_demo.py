@@ -70,5 +70,5 @@ def test_its_settings_file_trains(finished, tmp_path):
 def test_an_earlier_demo_is_protected(finished):
     folder, _ = finished
     done = demo(folder)
-    assert done.returncode == 1 and "holds an earlier demo" in done.stderr and "--overwrite true" in done.stderr
+    assert done.returncode == 1 and "holds an earlier run" in done.stderr and "--overwrite true" in done.stderr
     assert (folder / "sample.png").is_file()

@@ -101,12 +101,35 @@ def test_value_range_is_refused():
         patch_entropy(torch.full((1, 1, 16, 16), math.nan), check_range=True)
 
 
-def test_nan_pixels_stay_nan():
-    images = torch.rand(1, 1, 16, 32, device=DEVICE)
-    images[..., 20] = math.nan
+@pytest.mark.parametrize("value", [math.nan, -0.5, 1.2])
+@pytest.mark.parametrize("method", ["kde", "histogram"])
+@pytest.mark.parametrize("dtype", HALF_AND_FULL, ids=str)
+def test_pixels_out_of_range_never_end_as_plausible_numbers(value, method, dtype):
+    """On a GPU nobody looks at the values first: what cannot be refused must be loud."""
+    images = torch.rand(2, 1, 16, 32, device=DEVICE).to(dtype)
+    images[0, ..., 20] = value
     for backend in BACKENDS:
-        entropy = patch_entropy(images, check_range=False, backend=backend)
-        assert entropy[0, 0].isfinite() and entropy[0, 1].isnan()
+        entropy = patch_entropy(images, method=method, check_range=False, backend=backend)
+        assert entropy.isnan().tolist() == [[False, True], [False, False]]
+        complexity = patch_entropy(images, method=method, normalize=True, check_range=False, backend=backend)
+        assert complexity.isnan().tolist() == [[True, True], [False, False]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_outside_the_prior_stays_outside(backend):
+    prior = torch.tensor([[1, 0]], device=DEVICE)
+    complexity = torch.tensor([[0.5, math.nan]], device=DEVICE)
+    zero = torch.zeros(1, 2, device=DEVICE)
+    assert fuse_focus(zero, zero[:, 0], complexity, prior, gamma=0.0, backend=backend).tolist() == [[0.5, 0.0]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fusion_of_half_precision_fields_is_fp32(backend):
+    ones = torch.ones(1, 2, device=DEVICE).bfloat16()
+    coverage = torch.tensor([0.1], device=DEVICE).bfloat16()  # 0.1001 in bf16: above tau
+    mask = fuse_focus(0 * ones, coverage, ones, ones, tau=0.1, backend=backend)
+    assert mask.dtype == torch.float32
+    assert not mask.any()
 
 
 @pytest.mark.parametrize("per_subject", [False, True])

@@ -28,7 +28,7 @@ CASES = {
     "dtypes of layers": (lambda: kernels.cross_layer_similarity([T], [Q.half()], MASK), TypeError, "reference: got dtype torch.float16"),
     "integer layers": (lambda: kernels.cross_layer_similarity([T.int()], [Q], MASK), TypeError, r"target\[0\]: got dtype int32; allowed are float16"),
     "reference mask": (lambda: kernels.cross_layer_similarity([T], [Q], MASK[..., 1:]), ValueError, r"reference_mask: expected shape \[2, 3, 5\]"),
-    "pooling": (lambda: kernels.cross_layer_similarity([T], [Q], MASK, pooling="sum"), ValueError, "pooling: got 'sum'; expected one of 'reference'"),
+    "pooling": (lambda: kernels.cross_layer_similarity([T], [Q], MASK, pooling="sum"), ValueError, "pooling: got 'sum'; expected one of 'reference', 'max'"),
     "layer weights": (lambda: kernels.cross_layer_similarity([T], [Q], MASK, layer_weights=[1, 2]), ValueError, "layer_weights: got 2 weights for 1 layers"),
     "zero weight": (lambda: kernels.cross_layer_similarity([T], [Q], MASK, layer_weights=[0]), ValueError, "layer_weights: .*leave a layer out"),
     "accumulator without layers": (lambda: kernels.SimilarityAccumulator(MASK).result(), RuntimeError, r"no layer was added; call update"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -40,8 +43,9 @@ class Blocks(nn.Module):
         return image
 
 
-def tapped(model, image, mask, rows=slice(None), paths=("blocks.0", "blocks.2")):
-    return SimilarityTap(model, paths, image_tokens=lambda output: output[1], num_target=5, reference_mask=mask, rows=rows)
+def tapped(model, image, mask, rows=slice(None), paths=("blocks.0", "blocks.2"), backend=None):
+    options = {"image_tokens": lambda output: output[1], "num_target": 5, "reference_mask": mask, "backend": backend}
+    return SimilarityTap(model, paths, rows=rows, **options)
 
 
 @pytest.mark.parametrize("reentrant", [None, True, False])
@@ -68,10 +72,39 @@ def test_hooks_are_removed_even_after_an_error():
 
 def test_keeps_no_hidden_state():
     model, mask = Blocks(), torch.ones(2, 1, 4)
+    outputs = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, output: outputs.append(weakref.ref(output[1])))
     with tapped(model, None, mask) as tap, torch.no_grad():
         model(torch.randn(2, 9, 8))
-    held = [x for x in vars(tap._similarity).values() if isinstance(x, torch.Tensor)]
-    assert sum(x.numel() for x in held) == mask.numel() + 2 * 1 * 5
+        model.seen.clear()
+        gc.collect()
+        assert len(outputs) == 3
+        assert [ref() for ref in outputs] == [None] * 3, "a block's output is still held"
+        assert tap.scores().shape == (2, 1, 5)
+
+
+def test_serves_one_pass():
+    model, mask = Blocks(), torch.ones(2, 1, 4)
+    with tapped(model, None, mask) as tap:
+        model(torch.randn(2, 9, 8))
+    with pytest.raises(RuntimeError, match="has served a forward pass already; make a new one"), tap:
+        pass
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_blocks_compiled_one_by_one(backend):
+    model, mask = Blocks(), torch.rand(2, 3, 4) > 0.3
+    image = torch.randn(2, 9, 8)
+    scores = []
+    for compiled in (False, True):
+        if compiled:
+            for block in model.blocks:
+                block.compile(backend="aot_eager")
+        with tapped(model, None, mask, backend=backend) as tap, torch.no_grad():
+            model(image)
+        scores.append(tap.scores())
+    torch.testing.assert_close(*scores, rtol=0, atol=1e-6)
 
 
 def test_refusals():

@@ -63,6 +63,23 @@ def test_coverage_floor():
     focus = focus_mask(scores, prior, images, match_count=3)
     assert focus.coverage_floor.tolist() == pytest.approx([0.7, 0.0, 0.0])
     assert (focus.coverage >= focus.coverage_floor - 1e-6).all()
+    assert not focus.all_matched.any()
+    assert focus_mask(scores, prior, images, match_count=24).all_matched.all()
+
+
+def test_coverage_floor_per_subject():
+    """One subject's surplus of matches does not help another."""
+    scores = torch.randn(1, 2, 24, device=DEVICE)
+    prior = torch.zeros(1, 2, 24, dtype=torch.bool, device=DEVICE)
+    prior[0, 0, :10] = True
+    prior[0, 1, 10:20] = True
+    reference_mask = torch.zeros(1, 2, 21, device=DEVICE)
+    reference_mask[0, 0, :20] = 1
+    reference_mask[0, 1, 20:] = 1
+    images = torch.rand(1, 3, 64, 96, device=DEVICE)
+    focus = focus_mask(scores, prior, images, reference_mask=reference_mask, per_subject=True)
+    assert focus.coverage_floor.tolist() == pytest.approx([0.45])
+    assert (focus.coverage >= focus.coverage_floor - 1e-6).all()
 
 
 def test_backends_agree():

@@ -47,6 +47,8 @@ def test_k_per_row_from_a_tensor(backend):
     expected = [select(row.tolist(), max(int(n), 0)) for row, n in zip(scores.reshape(6, 50), k.reshape(6), strict=True)]
     actual = topk_mask(scores, k, backend=backend)
     assert torch.equal(actual, torch.tensor(expected, device=DEVICE).reshape(2, 3, 50))
+    huge = torch.tensor([2**32, 2**31 + 3], device=DEVICE)[:, None]
+    assert torch.equal(topk_mask(scores, huge, backend=backend), topk_mask(scores, 50, backend=backend))
     column = topk_mask(scores, k[:, :1], backend=backend)
     assert torch.equal(column[1], topk_mask(scores[1], 7, backend=backend))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 import focusdpo_kernels as kernels
 from focusdpo import focus_dpo_loss
@@ -27,7 +28,11 @@ def operators():
     weight = torch.rand(2, 6, device=DEVICE)
     plain = [x.detach() for x in predictions]
     return {
-        "similarity": (cross_layer_similarity_op, ([tensor(2, 6, 4)], [tensor(2, 5, 4)], mask, [1.0])),
+        "similarity": (cross_layer_similarity_op, ([tensor(2, 6, 4)], [tensor(2, 5, 4)], mask, [1.0], "reference")),
+        "dense similarity": (
+            cross_layer_similarity_op,
+            ([tensor(2, 6, 4)] * 2, [tensor(2, 5, 4)] * 2, mask, [1.0, 2.0], "max"),
+        ),
         "top-K": (topk_mask_op, (tensor(2, 3, 6), k, 0)),
         "structure": (structure_field_op, (tensor(2, 3, 6), None, 2, prior, False)),
         "entropy": (patch_entropy_op, (torch.rand(1, 3, 32, 32, device=DEVICE), 16, 32, 0.01, "kde", True)),
@@ -72,3 +77,46 @@ def test_compiled_mask_is_the_same():
 
     compiled = torch.compile(fields, fullgraph=True, backend="aot_eager")
     assert all(torch.equal(a, b) for a, b in zip(fields(scores), compiled(scores), strict=True))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_sizes_may_vary_without_recompilation(backend):
+    """B, P and Q vary; after the first sizes nothing is compiled again."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def step(target, reference, mask, prior, predictions):
+        scores = kernels.cross_layer_similarity([target], [reference], mask, backend=backend)
+        structure, _ = kernels.structure_field(scores, 3, prior, backend=backend)
+        return focus_dpo_loss(*predictions, focus=structure, backend=backend).loss
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    compilations = []
+    for batch, patches, tokens in ((3, 7, 5), (5, 11, 6), (9, 13, 19), (6, 64, 32)):
+        arguments = (
+            torch.randn(batch, patches, 8, device=DEVICE),
+            torch.randn(batch, tokens, 8, device=DEVICE),
+            torch.ones(batch, 2, tokens, device=DEVICE),
+            torch.rand(batch, patches, device=DEVICE) > 0.5,
+            [torch.randn(batch, patches, 4, device=DEVICE) for _ in range(6)],
+        )
+        torch.testing.assert_close(compiled(*arguments), step(*arguments), rtol=1e-5, atol=1e-6)
+        compilations.append(counter.frame_count)
+    assert len(set(compilations)) == 1, compilations
+
+
+def test_compiled_with_inductor():
+    """The default compiler, for the PyTorch backend that runs on CPUs."""
+    predictions = [torch.randn(2, 6, 4, device=DEVICE) for _ in range(6)]
+    weight = torch.rand(2, 6, device=DEVICE)
+
+    def loss(policy_win, policy_lose):
+        return focus_dpo_loss(policy_win, policy_lose, *predictions[2:], focus=weight, beta=1.0).loss
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True)):
+        policy = [x.clone().requires_grad_() for x in predictions[:2]]
+        value = function(*policy)
+        value.backward()
+        results.append([value.detach(), *[x.grad for x in policy]])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-7)

@@ -11,6 +11,7 @@ from tests.conftest import DEVICE, HALF_AND_FULL
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
+POOLINGS = ["reference", "max"]
 SHAPES = [  # N, B, P, Q, D, R
     (1, 1, 1, 1, 1, 1),
     (2, 2, 37, 23, 50, 3),
@@ -30,10 +31,15 @@ def make(layers, batch, patches, tokens, width, subjects, dtype):
     return target, reference, mask
 
 
-def truth(target, reference, mask):
+def truth(target, reference, mask, pooling="reference"):
     """E3 and E4 written out in float64 with a function of PyTorch that the reference does not use."""
     scores = []
     for h_tgt, h_ref in zip(target, reference, strict=True):
+        if pooling == "max":
+            cosine = F.cosine_similarity(h_ref.double()[:, :, None], h_tgt.double()[:, None], dim=-1)  # [B, Q, P]
+            best = [[cosine[b, mask[b, r]].amax(0) for r in range(mask.shape[1])] for b in range(len(mask))]
+            scores.append(torch.stack([torch.stack(rows) for rows in best]))
+            continue
         weights = mask.double()
         pooled = torch.einsum("brq,bqd->brd", weights, h_ref.double()) / weights.sum(-1, keepdim=True)
         scores.append(F.cosine_similarity(pooled[:, :, None], h_tgt.double()[:, None], dim=-1))
@@ -42,21 +48,23 @@ def truth(target, reference, mask):
 
 @pytest.mark.parametrize("dtype", HALF_AND_FULL, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_matches_float64(shape, dtype, backend):
+def test_matches_float64(shape, dtype, backend, pooling):
     target, reference, mask = make(*shape, dtype)
-    scores = cross_layer_similarity(target, reference, mask, backend=backend)
+    scores = cross_layer_similarity(target, reference, mask, pooling=pooling, backend=backend)
     assert scores.dtype == torch.float32
-    torch.testing.assert_close(scores.double(), truth(target, reference, mask), rtol=0, atol=5e-7)
+    torch.testing.assert_close(scores.double(), truth(target, reference, mask, pooling), rtol=0, atol=5e-7)
 
 
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_accumulator_gives_the_same(backend):
+def test_accumulator_gives_the_same(backend, pooling):
     target, reference, mask = make(3, 2, 19, 11, 70, 2, torch.bfloat16)
-    accumulator = SimilarityAccumulator(mask, backend=backend)
+    accumulator = SimilarityAccumulator(mask, pooling=pooling, backend=backend)
     for h_tgt, h_ref in zip(target, reference, strict=True):
         accumulator.update(h_tgt, h_ref)
-    expected = cross_layer_similarity(target, reference, mask, backend=backend)
+    expected = cross_layer_similarity(target, reference, mask, pooling=pooling, backend=backend)
     torch.testing.assert_close(accumulator.result(), expected, rtol=0, atol=2e-7)
 
 
@@ -72,25 +80,27 @@ def test_layer_weights(backend):
     torch.testing.assert_close(accumulator.result(), weighted, rtol=0, atol=2e-7)
 
 
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_absent_subject_and_zero_tokens(backend):
+def test_absent_subject_and_zero_tokens(backend, pooling):
     target, reference, mask = make(2, 2, 6, 5, 12, 3, torch.float32)
     mask[0, 1] = False
     target[0][1, 2] = 0
-    scores = cross_layer_similarity(target, reference, mask, backend=backend)
+    scores = cross_layer_similarity(target, reference, mask, pooling=pooling, backend=backend)
     assert (scores[0, 1] == -torch.inf).all()
     scores[0, 1] = 0
     assert scores.isfinite().all()
 
 
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("zero", ["batch", "patches", "tokens", "subjects", "width"])
-def test_sizes_of_zero(backend, zero):
+def test_sizes_of_zero(backend, zero, pooling):
     sizes = {"batch": 2, "patches": 3, "tokens": 4, "width": 5, "subjects": 2} | {zero: 0}
     target = [torch.randn(sizes["batch"], sizes["patches"], sizes["width"], device=DEVICE)]
     reference = [torch.randn(sizes["batch"], sizes["tokens"], sizes["width"], device=DEVICE)]
     mask = torch.ones(sizes["batch"], sizes["subjects"], sizes["tokens"], device=DEVICE)
-    scores = cross_layer_similarity(target, reference, mask, backend=backend)
+    scores = cross_layer_similarity(target, reference, mask, pooling=pooling, backend=backend)
     assert scores.shape == (sizes["batch"], sizes["subjects"], sizes["patches"])
     if zero == "tokens":
         assert (scores == -torch.inf).all()
@@ -98,17 +108,17 @@ def test_sizes_of_zero(backend, zero):
         assert (scores == 0).all()
 
 
-def test_any_strides():
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_any_strides(pooling):
     layers = torch.randn(2, 24, 3, 20, device=DEVICE)  # [N, D, B, P + Q]: every layer transposed
     hidden = layers.permute(0, 2, 3, 1)
     target, reference = hidden[:, :, :12].unbind(0), hidden[:, :, 12:].unbind(0)
     mask = (torch.rand(2, 8, 3, device=DEVICE) > 0.3).permute(2, 0, 1)
-    expected = cross_layer_similarity(
-        [t.contiguous() for t in target], [r.contiguous() for r in reference], mask, backend="torch"
-    )
-    actual = cross_layer_similarity(target, reference, mask, backend="triton")
+    contiguous = [[h.contiguous() for h in side] for side in (target, reference)]
+    expected = cross_layer_similarity(*contiguous, mask, pooling=pooling, backend="torch")
+    actual = cross_layer_similarity(target, reference, mask, pooling=pooling, backend="triton")
     torch.testing.assert_close(actual, expected, rtol=0, atol=5e-7)
-    stacked = cross_layer_similarity(hidden[:, :, :12], hidden[:, :, 12:], mask, backend="triton")
+    stacked = cross_layer_similarity(hidden[:, :, :12], hidden[:, :, 12:], mask, pooling=pooling, backend="triton")
     assert torch.equal(stacked, actual)
 
 
@@ -132,9 +142,10 @@ def test_outlier_channels():
     torch.testing.assert_close(scores.double(), truth(target, reference, mask), rtol=0, atol=1e-6)
 
 
-def test_bitwise_deterministic():
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_bitwise_deterministic(pooling):
     target, reference, mask = make(2, 2, 37, 23, 50, 3, torch.bfloat16)
-    runs = [cross_layer_similarity(target, reference, mask, backend="triton") for _ in range(2)]
+    runs = [cross_layer_similarity(target, reference, mask, pooling=pooling, backend="triton") for _ in range(2)]
     assert torch.equal(*runs)
 
 
@@ -150,3 +161,28 @@ def test_float64_on_the_torch_backend():
     scores = cross_layer_similarity(target, reference, mask)
     assert scores.dtype == torch.float64
     torch.testing.assert_close(scores, truth(target, reference, mask), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_nan_token_is_never_the_best_match(backend):
+    target, reference, mask = make(1, 1, 6, 5, 12, 1, torch.float32)
+    mask[:] = True
+    expected = cross_layer_similarity(target, [reference[0][:, 1:]], mask[..., 1:], pooling="max", backend=backend)
+    reference[0][:, 0] = torch.nan
+    actual = cross_layer_similarity(target, reference, mask, pooling="max", backend=backend)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_max_pooling_tells_look_alikes_apart(backend):
+    """Two subjects with the same mean and different tokens: only the dense match sees whose tokens these are."""
+    a, b, c, _ = torch.eye(4, device=DEVICE)
+    reference = torch.stack([a + b, a - b, a + c, a - c])[None]
+    mask = torch.tensor([[[1, 1, 0, 0], [0, 0, 1, 1]]], device=DEVICE)
+    target = torch.stack([a + b, a + c])[None]
+    pooled = cross_layer_similarity([target], [reference], mask, backend=backend)
+    dense = cross_layer_similarity([target], [reference], mask, pooling="max", backend=backend)
+    torch.testing.assert_close(pooled[0, 0], pooled[0, 1])
+    assert (dense[0, 0, 0], dense[0, 1, 1]) == pytest.approx((1, 1), abs=1e-6)
+    assert dense[0, 1, 0] < 0.6
+    assert dense[0, 0, 1] < 0.6

@@ -6,11 +6,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from focusdpo.data.images import Size, fit_image, fit_mask, read_image, read_mask, read_size, token_size
+from focusdpo.data.images import Size, fit_image, fit_mask, read_alpha, read_image, read_mask, read_size, token_size
 from focusdpo.data.records import PairRecord
 
 
@@ -98,8 +99,9 @@ class PairDataset(Dataset[PairSample]):
         references, reference_masks = [], []
         for reference, size in zip(record.references, sizes.references, strict=True):
             references.append(fit_image(read_image(reference.image), size))
+            mask = read_alpha(reference.image) if reference.mask is None else read_mask(reference.mask)
             whole = torch.ones(size[1], size[0], dtype=torch.bool)
-            reference_masks.append(whole if reference.mask is None else fit_mask(read_mask(reference.mask), size))
+            reference_masks.append(whole if mask is None else fit_mask(mask, size))
         priors = [fit_mask(read_mask(path), sizes.target) for path in record.prior]
         return PairSample(
             index=index,
@@ -133,25 +135,21 @@ class SizeBatches:
         batch_size: pairs per batch; the last batch of a size may be smaller.
         shuffle: a new order each epoch.
         seed: of that order.
-        rank, world_size: this process and how many there are; each takes every world_size-th batch, and the first batches
-            are repeated at the end where the count does not divide.
     """
 
-    def __init__(
-        self, dataset: PairDataset, batch_size: int, *, shuffle: bool, seed: int, rank: int = 0, world_size: int = 1
-    ) -> None:
+    def __init__(self, dataset: PairDataset, batch_size: int, *, shuffle: bool, seed: int) -> None:
         self._groups: dict[PairSizes, list[int]] = defaultdict(list)
         for index, sizes in enumerate(dataset.sizes):
             self._groups[sizes].append(index)
         self._batch_size = batch_size
         self._shuffle = shuffle
         self._seed = seed
-        self._rank = rank
-        self._world_size = world_size
 
     def epoch(self, epoch: int) -> list[list[int]]:
-        """This process's batches of indices in one epoch; every epoch has as many."""
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+        """Batches of indices, in the epoch's order; every epoch has as many."""
+        # PyTorch's CPU generator looks at 32 bits of its seed.
+        seed = int(np.random.SeedSequence([self._seed, epoch]).generate_state(1)[0])
+        generator = torch.Generator().manual_seed(seed)
 
         def order(count: int) -> list[int]:
             return torch.randperm(count, generator=generator).tolist() if self._shuffle else list(range(count))
@@ -160,6 +158,4 @@ class SizeBatches:
         for group in self._groups.values():
             shuffled = [group[i] for i in order(len(group))]
             batches += [shuffled[i : i + self._batch_size] for i in range(0, len(shuffled), self._batch_size)]
-        batches = [batches[i] for i in order(len(batches))]
-        rounds = -(-len(batches) // self._world_size)
-        return [batches[(i * self._world_size + self._rank) % len(batches)] for i in range(rounds)]
+        return [batches[i] for i in order(len(batches))]

@@ -23,16 +23,47 @@ def read_size(path: Path) -> Size:
 
 
 def read_image(path: Path) -> Image.Image:
-    """An RGB image, upright."""
+    """An RGB image, upright; what is transparent becomes white. ValueError for floating-point images."""
     with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        upright = _eight_bits(ImageOps.exif_transpose(image))
+    if not upright.has_transparency_data:
+        return upright.convert("RGB")
+    white = Image.new("RGBA", upright.size, "white")
+    return Image.alpha_composite(white, upright.convert("RGBA")).convert("RGB")
+
+
+def read_alpha(path: Path) -> Image.Image | None:
+    """The opaque part of an image with transparency as 0 and 255, else None: a cut-out is its own mask."""
+    with Image.open(path) as image:
+        upright = ImageOps.exif_transpose(image)
+        if not upright.has_transparency_data:
+            return None
+        return upright.convert("RGBA").getchannel("A").point(lambda a: 255 if a >= 128 else 0)
 
 
 def read_mask(path: Path) -> Image.Image:
-    """A mask as 0 and 255: inside is what is brighter than half of the brightest pixel, so 0/1 and 0/255 files both work."""
+    """A mask as 0 and 255: inside is what is brighter than half of the brightest pixel, so 0/1 and 0/255 files both work.
+
+    A mask file of one colour whose shape is in its transparency counts where it is opaque.
+    """
     with Image.open(path) as image:
-        values = np.asarray(ImageOps.exif_transpose(image).convert("L"))
+        upright = _eight_bits(ImageOps.exif_transpose(image))
+        values = np.asarray(upright.convert("L"))
+        if upright.has_transparency_data:
+            colours = upright.convert("RGBA")
+            rgba = np.asarray(colours)
+            if (rgba[..., :3] == rgba[0, 0, :3]).all():
+                values = rgba[..., 3]
     return Image.fromarray(np.where((values > values.max() / 2) & (values > 0), 255, 0).astype(np.uint8))
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit gray scaled to 8 bits (Pillow would clip it); floating-point and 32-bit images are refused."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
+    if image.mode in ("F", "I"):
+        raise ValueError(f"mode {image.mode}, more than 8 bits of unknown range")
+    return image
 
 
 def token_size(size: Size, longest: int) -> Size:
@@ -50,8 +81,9 @@ def fit_image(image: Image.Image, size: Size) -> Tensor:
 
 def fit_mask(mask: Image.Image, size: Size) -> Tensor:
     """A mask under the same scaling and cut: bool [H, W]."""
-    fitted = ImageOps.fit(mask, size, method=Image.Resampling.BOX)
-    return torch.from_numpy(np.asarray(fitted).copy()) >= 128
+    fitted = torch.from_numpy(np.asarray(ImageOps.fit(mask, size, method=Image.Resampling.BOX)).copy())
+    # A region thinner than a pixel of the target stays where it covers most.
+    return (fitted >= min(128, int(fitted.max()))) & (fitted > 0)
 
 
 def to_pil(image: Tensor) -> Image.Image:

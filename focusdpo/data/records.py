@@ -6,7 +6,8 @@
      "prior": "0_prior.png",            # or a list with one mask per reference
      "meta": {"any": "thing"}}
 
-A mask is an image whose bright part (above half of its maximum) is inside. A reference without a mask counts as all subject.
+A mask is an image whose bright part (above half of its maximum) is inside. A reference without a mask counts as subject
+where it is opaque.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ class _LineParser:
         except UnicodeDecodeError as error:
             self.problem("line", f"is not UTF-8 (byte {error.start}); save the file as UTF-8")
             return None
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             self.problem("line", f"is not JSON ({error}); write one object a line")
             return None
         if not isinstance(value, dict):
@@ -127,6 +128,8 @@ class _LineParser:
         prompt = value.get("prompt")
         if "prompt" in value and not (isinstance(prompt, str) and prompt.strip()):
             self.problem("prompt", f"expected a text that is not empty, got {prompt!r}")
+        elif isinstance(prompt, str) and any("\ud800" <= c <= "\udfff" for c in prompt):
+            self.problem("prompt", "holds half of a surrogate pair, which is no text; write the character itself")
         references = self.references(value["references"]) if "references" in value else ()
         winner = self.path("winner", value["winner"]) if "winner" in value else None
         loser = self.path("loser", value["loser"]) if "loser" in value else None

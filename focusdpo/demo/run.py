@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +20,7 @@ from focusdpo.evaluation.curves import draw_curves
 from focusdpo.evaluation.overlays import MaskAtTime, draw_overlays
 from focusdpo.training.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, TrainConfig
 from focusdpo.training.metrics import read_metrics
+from focusdpo.training.run_folder import check_folder, clear_folder
 from focusdpo.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -55,13 +55,9 @@ def train_config(config: DemoConfig, folder: Path) -> TrainConfig:
 
 
 def prepare_output(config: DemoConfig) -> None:
-    """Refuses to write over an earlier demo: FileExistsError, unless `overwrite` is on."""
-    folder = Path(config.out)
-    existing = [name for name in PARTS if (folder / name).exists()]
-    if existing and not config.overwrite:
-        raise FileExistsError(
-            f"out: {folder} holds an earlier demo ({', '.join(existing)}); delete it with --overwrite true, or name another"
-        )
+    """Refuses to write over an earlier demo (unless `overwrite` is on), or over anything else."""
+    hint = "delete it with --overwrite true, or name another folder"
+    check_folder("out", Path(config.out), PARTS, config.overwrite, hint)
 
 
 def run_demo(config: DemoConfig) -> None:
@@ -69,12 +65,7 @@ def run_demo(config: DemoConfig) -> None:
     started = time.perf_counter()
     prepare_output(config)
     folder = Path(config.out)
-    for path in (folder / name for name in PARTS):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    clear_folder(folder, PARTS)
 
     write_dataset(folder / "data" / "train", config.pairs, config.resolution, seed=config.seed)
     write_dataset(folder / "data" / "held_out", config.held_out, config.resolution, seed=config.seed + 1_000_003)

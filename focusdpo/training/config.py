@@ -136,7 +136,8 @@ class FocusConfig:
             )
         elif isinstance(self.match_count, int):
             _require(self.match_count >= 0, "focus.match_count", self.match_count, "0 or more tokens")
-        _require(self.layers == "all" or len(self.layers) > 0, "focus.layers", self.layers, '"all" or at least one block')
+        distinct = self.layers == "all" or 0 < len(set(self.layers)) == len(self.layers)
+        _require(distinct, "focus.layers", self.layers, '"all", or at least one block, each once')
         _require(self.entropy_bins >= 2, "focus.entropy_bins", self.entropy_bins, "at least 2")
         _require(self.entropy_sigma > 0, "focus.entropy_sigma", self.entropy_sigma, "a positive number")
 
@@ -216,6 +217,10 @@ class OptimConfig:
         _require(self.eps > 0, "optim.eps", self.eps, "a positive number")
         _require(self.max_grad_norm > 0, "optim.max_grad_norm", self.max_grad_norm, "a positive number")
         _require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "0 or more")
+        constant = self.scheduler == "constant" and self.warmup_steps > 0
+        _require(not constant, "optim.warmup_steps", self.warmup_steps, "0 with scheduler='constant' (or constant_with_warmup)")
+        ends = self.scheduler == "polynomial" and self.lr <= 1e-7
+        _require(not ends, "optim.lr", self.lr, "more than 1e-7 with scheduler='polynomial', which ends there")
 
 
 @dataclass

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from focusdpo.training.step import StepResult
 
-FILE_NAME = "metrics.jsonl"
-
 
 def step_metrics(result: StepResult) -> dict[str, Tensor]:
     """Scalars of one batch, on its device: means over its pairs."""
@@ -36,6 +34,7 @@ def step_metrics(result: StepResult) -> dict[str, Tensor]:
             "focus/detail_share": focus.uses_detail.float().mean(),
             "focus/coverage_floor": focus.coverage_floor.mean(),
             "focus/detail_unreachable": (focus.coverage_floor > focus.tau).float().mean(),
+            "focus/all_matched": focus.all_matched.float().mean(),
         }
     return metrics
 

@@ -19,6 +19,8 @@ from focusdpo.models import Backbone, PromptEmbeddings, TokenLayout
 from focusdpo.training.adapter import reference_model
 from focusdpo.training.config import FocusConfig, LossConfig
 
+KEPT_PROMPTS = 256  # 4 MiB each for FLUX.1 in bf16
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -178,12 +180,15 @@ class PreferenceStep:
         )
 
     def _embed(self, prompts: list[str]) -> PromptEmbeddings:
-        """Text conditioning; each prompt is encoded once in a run and kept on the CPU."""
-        for prompt in prompts:
-            if prompt not in self._prompts:
-                embedded = self.backbone.encode_prompts([prompt])
-                self._prompts[prompt] = embedded.to(torch.device("cpu"), self.backbone.dtype)
+        """Text conditioning; the prompts used last are kept on the CPU."""
+        for prompt in dict.fromkeys(prompts):
+            known = self._prompts.pop(prompt, None)
+            if known is None:
+                known = self.backbone.encode_prompts([prompt]).to(torch.device("cpu"), self.backbone.dtype)
+            self._prompts[prompt] = known  # last: the order is that of use
         stacked = PromptEmbeddings.stack([self._prompts[prompt] for prompt in prompts])
+        while len(self._prompts) > KEPT_PROMPTS:
+            del self._prompts[next(iter(self._prompts))]
         return stacked.to(self.backbone.device, self.backbone.dtype)
 
 

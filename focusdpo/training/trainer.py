@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-import shutil
+import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from diffusers.optimization import get_scheduler
@@ -19,19 +17,21 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from focusdpo.data import DatasetError, PairBatch, PairDataset, PairRecord, Problem, SizeBatches, collate, load_pairs
+from focusdpo.data.images import PATCH_SIZE
 from focusdpo.models import BACKBONES, Backbone
 from focusdpo.models.base import check_pipeline_path
 from focusdpo.training.adapter import add_adapter
-from focusdpo.training.checkpoints import Checkpoints, find_checkpoint
+from focusdpo.training.checkpoints import Checkpoints
 from focusdpo.training.config import TrainConfig
-from focusdpo.training.metrics import FILE_NAME, Averager, MetricsFile, peak_memory_mib, step_metrics
+from focusdpo.training.metrics import Averager, MetricsFile, peak_memory_mib, step_metrics
+from focusdpo.training.run_folder import METRICS_FILE, VALIDATION_FILE, RunFolder, settings_of
 from focusdpo.training.step import PreferenceStep
+from focusdpo_kernels.backend import resolve_backend
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.yaml"
-RUN_FILES = (CONFIG_FILE, FILE_NAME, "validation.jsonl", "checkpoints", "tensorboard", "lora")
 VALIDATION_SEED = 2**31  # held-out pairs see the same times and noise at every evaluation
+MAX_SKIPPED = 10  # steps in a row without a finite gradient, after which a run stops
 
 
 class Progress:
@@ -46,27 +46,6 @@ class Progress:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.step, self.batches = state["step"], state["batches"]
-
-
-def prepare_output(config: TrainConfig) -> Path:
-    """The output folder, ready to be written.
-
-    Raises:
-        FileExistsError: an earlier run is there, and neither resume nor overwrite was asked for.
-        FileNotFoundError: resume was asked for, and there is nothing to resume.
-    """
-    folder = Path(config.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"output_dir: {folder} is a file; name a folder")
-    existing = [name for name in RUN_FILES if (folder / name).exists()]
-    if config.resume:
-        find_checkpoint(config.resume, folder / "checkpoints")
-    elif existing and not config.overwrite:
-        raise FileExistsError(
-            f"output_dir: {folder} holds an earlier run ({', '.join(existing)}); "
-            "continue it with --resume latest, delete it with --overwrite true, or name another folder"
-        )
-    return folder
 
 
 def load_records(config: TrainConfig) -> tuple[list[PairRecord], list[PairRecord]]:
@@ -100,7 +79,8 @@ class Trainer:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
-        self.folder = prepare_output(config)
+        run = RunFolder.prepare(config)
+        self.folder = run.path
         check_pipeline_path(config.model.path)
         train, validation = load_records(config)
         self.accelerator = Accelerator(
@@ -110,38 +90,42 @@ class Trainer:
             log_with="tensorboard",
             project_config=ProjectConfiguration(project_dir=str(self.folder), logging_dir=str(self.folder)),
         )
+        resolve_backend(config.backend, torch.empty(0, device=self.accelerator.device))
+        settings = settings_of(config, self.accelerator.num_processes)
+        run.check_settings(settings)
         self.train_set, self.validation_set = self._dataset(train), self._dataset(validation)
+        self._check_match_count()
+        self.plan = SizeBatches(self.train_set, config.data.batch_size, shuffle=config.data.shuffle, seed=config.seed)
+        self._report_batches()
+
         self.backbone = self._load_backbone()
         self.module = self.backbone.transformer
-        parameters = add_adapter(self.module, config.lora, config.seed)
+        self.parameters = add_adapter(self.module, config.lora, config.seed)
         if config.model.gradient_checkpointing:
             self.module.enable_gradient_checkpointing()
         self.step = PreferenceStep(self.backbone, config.focus, config.loss, config.backend)
         optim = config.optim
         optimizer = torch.optim.AdamW(
-            parameters, lr=optim.lr, betas=(optim.beta1, optim.beta2), weight_decay=optim.weight_decay, eps=optim.eps
+            self.parameters, lr=optim.lr, betas=(optim.beta1, optim.beta2), weight_decay=optim.weight_decay, eps=optim.eps
         )
-        # accelerate steps the schedule once per process.
-        processes = self.accelerator.num_processes
-        scheduler = get_scheduler(
-            optim.scheduler,
-            optimizer,
-            num_warmup_steps=optim.warmup_steps * processes,
-            num_training_steps=config.max_steps * processes,
+        # Not prepared: accelerate would step it once per process, and a resume on others would miscount.
+        self.scheduler = get_scheduler(
+            optim.scheduler, optimizer, num_warmup_steps=optim.warmup_steps, num_training_steps=config.max_steps
         )
-        self._init_output()
         self.backbone.to(self.accelerator.device)
-        prepared = self.accelerator.prepare(self.module, optimizer, scheduler)
-        self.backbone.transformer, self.optimizer, self.scheduler = prepared
-        self.parameters = parameters
+        self.checkpoints = Checkpoints(self.accelerator, self.folder / "checkpoints", self.backbone, settings)
+        self.backbone.transformer, self.optimizer = self.accelerator.prepare(self.module, optimizer)
         self.progress = Progress()
-        self.accelerator.register_for_checkpointing(self.progress)
-        self.checkpoints = Checkpoints(self.accelerator, self.folder / "checkpoints", self.module)
-        if config.resume:
-            checkpoint = find_checkpoint(config.resume, self.folder / "checkpoints")
-            self.checkpoints.load(checkpoint)
-            logger.info("resumed from %s at step %d", checkpoint, self.progress.step)
-        self._warned_unreachable = False
+        self.accelerator.register_for_checkpointing(self.progress, self.scheduler)
+        if run.checkpoint is not None:
+            self.checkpoints.load(run.checkpoint)
+            logger.info("resumed from %s at step %d", run.checkpoint, self.progress.step)
+        if self.accelerator.is_main_process:
+            run.start(config)
+            self.checkpoints.retire_later(self.progress.step)
+        self.accelerator.wait_for_everyone()
+        self._warned: set[str] = set()
+        self._skipped = 0
 
     def _dataset(self, records: list[PairRecord]) -> PairDataset:
         data = self.config.data
@@ -152,25 +136,40 @@ class Trainer:
             reference_resolution_multiple=data.reference_resolution_multiple,
         )
 
-    def _init_output(self) -> None:
-        if self.accelerator.is_main_process:
-            if self.config.overwrite:
-                for name in RUN_FILES:
-                    path = self.folder / name
-                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / CONFIG_FILE).write_text(yaml.safe_dump(asdict(self.config), sort_keys=False))
-        self.accelerator.wait_for_everyone()
+    def _check_match_count(self) -> None:
+        """A fixed number of matches has to fit the smallest target."""
+        count = self.config.focus.match_count
+        if self.config.focus.mask == "focus" and isinstance(count, int):
+            width, height = min((s.target for s in self.train_set.sizes + self.validation_set.sizes), key=math.prod)
+            tokens = width * height // PATCH_SIZE**2
+            if count > tokens:
+                message = f"expected at most {tokens}, the tokens of the smallest target ({width}x{height})"
+                raise ValueError(f"focus.match_count: got {count}; {message}")
+
+    def _report_batches(self) -> None:
+        batches = self.plan.epoch(0)
+        mean = len(self.train_set) / len(batches)
+        if mean < 0.5 * self.config.data.batch_size and self._is_local_main:
+            logger.warning(
+                "data.batch_size is %d, but a batch holds %.1f pairs on average: only pairs of equal image sizes share one, "
+                "and the data has %d combinations of sizes",
+                self.config.data.batch_size,
+                mean,
+                len(set(self.train_set.sizes)),
+            )
 
     def _load_backbone(self) -> Backbone:
         model = self.config.model
-        return BACKBONES[model.backbone].from_pretrained(
-            model.path,
-            dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[model.dtype],
-            revision=model.revision,
-            guidance=model.guidance,
-            max_sequence_length=model.max_sequence_length,
-        )
+        try:
+            return BACKBONES[model.backbone].from_pretrained(
+                model.path,
+                dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[model.dtype],
+                revision=model.revision,
+                guidance=model.guidance,
+                max_sequence_length=model.max_sequence_length,
+            )
+        except OSError as error:
+            raise ValueError(f"model.path: {model.path} cannot be loaded: {error}") from error
 
     @property
     def _is_local_main(self) -> bool:
@@ -185,26 +184,46 @@ class Trainer:
             pin_memory=self.accelerator.device.type == "cuda",
         )
 
-    def _batches(self) -> Iterator[PairBatch]:
-        """Endless training batches from where the run stands."""
-        batches = SizeBatches(
-            self.train_set,
-            self.config.data.batch_size,
-            shuffle=self.config.data.shuffle,
-            seed=self.config.seed,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
-        )
-        epoch, start = divmod(self.progress.batches, len(batches.epoch(0)))
+    def _share(self, epoch: int) -> list[list[list[int]]]:
+        """The epoch's batches in rounds of one per process; the first are repeated where the last round is not full."""
+        batches, processes = self.plan.epoch(epoch), self.accelerator.num_processes
+        rounds = -(-len(batches) // processes)
+        return [[batches[(i * processes + rank) % len(batches)] for rank in range(processes)] for i in range(rounds)]
+
+    def _batches(self) -> Iterator[tuple[PairBatch, float]]:
+        """Endless training batches from where the run stands, each with the factor of its loss.
+
+        accelerate averages over accumulated batches and processes. The factor makes that a mean over pairs, as batches of one
+        step may differ in size.
+        """
+        position, rank = self.progress.batches, self.accelerator.process_index
+        rounds = len(self._share(0))
+        accumulated: list[int] = []
         while True:
-            for batch in self._loader(self.train_set, batches.epoch(epoch)[start:]):
-                yield batch.to(self.accelerator.device)
-            epoch, start = epoch + 1, 0
+            epoch, start = divmod(position, rounds)
+            share = self._share(epoch)
+            for batch in self._loader(self.train_set, [batches[rank] for batches in share[start:]]):
+                if not accumulated:
+                    accumulated = self._step_sizes(position)
+                factor = len(batch.prompts) * len(accumulated) / sum(accumulated)
+                yield batch.to(self.accelerator.device), factor
+                position += 1
+                if position % self.config.gradient_accumulation == 0:
+                    accumulated = []
+
+    def _step_sizes(self, position: int) -> list[int]:
+        """Pairs in each batch, of all processes, of the optimiser step that begins at a position."""
+        rounds = len(self._share(0))
+        sizes: list[int] = []
+        for i in range(position, position + self.config.gradient_accumulation):
+            sizes += [len(batch) for batch in self._share(i // rounds)[i % rounds]]
+        return sizes
 
     def _generator(self) -> torch.Generator:
         """Times, noise and dropout of a batch depend on seed, position and process alone: a resumed run draws the same."""
         position = self.progress.batches * self.accelerator.num_processes + self.accelerator.process_index
-        seed = (self.config.seed << 32) + position
+        # PyTorch's CPU generator looks at 32 bits of its seed.
+        seed = int(np.random.SeedSequence([self.config.seed, position]).generate_state(1)[0])
         torch.manual_seed(seed)  # dropout draws from the global generator
         return torch.Generator().manual_seed(seed)
 
@@ -213,7 +232,7 @@ class Trainer:
         config, accelerator = self.config, self.accelerator
         metrics_file = None
         if accelerator.is_main_process:
-            metrics_file = MetricsFile(self.folder / FILE_NAME, self.progress.step)
+            metrics_file = MetricsFile(self.folder / METRICS_FILE, self.progress.step)
         accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": self.progress.step + 1}})
         bar = tqdm(
             total=config.max_steps, initial=self.progress.step, desc="training", unit="step", disable=not self._is_local_main
@@ -224,17 +243,17 @@ class Trainer:
         batches = self._batches()
         self.module.train()
         while self.progress.step < config.max_steps:
-            batch = next(batches)
+            batch, factor = next(batches)
             with accelerator.accumulate(self.backbone.transformer):
                 with accelerator.autocast():
                     result = self.step(batch, self._generator())
-                accelerator.backward(result.output.loss)
+                accelerator.backward(result.output.loss * factor)
                 gradient_norm = None
                 if accelerator.sync_gradients:
-                    gradient_norm = accelerator.clip_grad_norm_(self.parameters, config.optim.max_grad_norm)
-                learning_rate = self.scheduler.get_last_lr()[0]
+                    gradient_norm = float(accelerator.clip_grad_norm_(self.parameters, config.optim.max_grad_norm))
+                    if not self._is_finite(gradient_norm):
+                        self.optimizer.zero_grad()
                 self.optimizer.step()
-                self.scheduler.step()
                 self.optimizer.zero_grad()
             averager.add(step_metrics(result), len(batch.prompts))
             self.progress.batches += 1
@@ -244,11 +263,13 @@ class Trainer:
             row = averager.result()
             elapsed = time.perf_counter() - started
             row |= {
-                "gradient_norm": float(gradient_norm),
-                "learning_rate": learning_rate,
+                "gradient_norm": gradient_norm,
+                "learning_rate": self.scheduler.get_last_lr()[0],
+                "skipped_in_a_row": self._skipped,
                 "pairs_per_second": row["pairs"] / elapsed,
                 "peak_memory_mib": peak_memory_mib(accelerator.device),
             }
+            self.scheduler.step()
             self._log(row, metrics_file)
             bar.update()
             bar.set_postfix(loss=f"{row['loss']:.4f}", accuracy=f"{row['accuracy']:.2f}")
@@ -265,18 +286,43 @@ class Trainer:
             self.backbone.save_lora(self.folder / "lora")
         accelerator.end_training()
 
+    def _is_finite(self, gradient_norm: float) -> bool:
+        """Whether a step may be taken; a step without a finite gradient is skipped, and too many in a row stop the run."""
+        if math.isfinite(gradient_norm):
+            self._skipped = 0
+            return True
+        self._skipped += 1
+        step = self.progress.step + 1
+        if self._is_local_main:
+            logger.warning("step %d skipped: the gradient norm is %s", step, gradient_norm)
+        if self._skipped >= MAX_SKIPPED:
+            raise FloatingPointError(
+                f"{MAX_SKIPPED} steps in a row up to step {step} had no finite gradient; the adapter is unharmed. Start anew "
+                "with a lower optim.lr or loss.beta, and look at the data of these steps"
+            )
+        return False
+
     def _log(self, row: dict[str, float], metrics_file: MetricsFile | None) -> None:
         self.accelerator.log(row, step=self.progress.step)
         if metrics_file is not None:
             metrics_file.write({"step": self.progress.step, **row})
-        if row.get("focus/detail_unreachable", 0) > 0 and not self._warned_unreachable and self._is_local_main:
-            self._warned_unreachable = True
-            logger.warning(
-                "%.0f %% of this step's pairs have fewer matches than their prior has tokens, so that coverage cannot fall to "
-                "tau and details never get weight there (docs/method.md, E8); raise focus.match_count or focus.tau, or use "
-                "larger references",
-                100 * row["focus/detail_unreachable"],
-            )
+        self._warn_once(
+            "focus/detail_unreachable",
+            row,
+            "have fewer matches than their prior has tokens: coverage cannot fall to tau, and details never get weight there "
+            "(docs/method.md, E8); raise focus.match_count or focus.tau, or use larger references",
+        )
+        self._warn_once(
+            "focus/all_matched",
+            row,
+            "match every target token: no structure is left to look at (docs/method.md, E5); give the references masks, use "
+            "smaller ones, or set focus.match_count",
+        )
+
+    def _warn_once(self, name: str, row: dict[str, float], message: str) -> None:
+        if row.get(name, 0) > 0 and name not in self._warned and self._is_local_main:
+            self._warned.add(name)
+            logger.warning("%.0f %% of the pairs of step %d %s", 100 * row[name], self.progress.step, message)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -302,6 +348,6 @@ class Trainer:
         row = self.evaluate()
         self.accelerator.log({f"validation/{name}": value for name, value in row.items()}, step=self.progress.step)
         if self.accelerator.is_main_process:
-            file = MetricsFile(self.folder / "validation.jsonl", self.progress.step - 1)
+            file = MetricsFile(self.folder / VALIDATION_FILE, self.progress.step - 1)
             file.write({"step": self.progress.step, **row})
             file.close()

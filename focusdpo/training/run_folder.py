@@ -1,0 +1,125 @@
+"""The output folder of a run: what may be written, deleted or gone on from. Looked at before a model is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from focusdpo.data.records import find_pairs_file
+from focusdpo.training.checkpoints import SETTINGS_FILE, find_checkpoint
+from focusdpo.training.config import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+VALIDATION_FILE = "validation.jsonl"
+RUN_FILES = (CONFIG_FILE, METRICS_FILE, VALIDATION_FILE, "checkpoints", "tensorboard", "lora")
+MARKER = ".focusdpo"  # stands in every folder that a command of this project made, so that nothing else gets deleted
+
+# What a resumed run may change: where things lie, how often it reports, how long it goes on.
+FREE = (
+    "output_dir", "resume", "overwrite", "max_steps", "checkpoint_every", "validate_every", "cpu", "backend",
+    "data.train", "data.validation", "data.check", "data.num_workers",
+)  # fmt: skip
+
+
+def check_folder(name: str, folder: Path, files: tuple[str, ...], overwrite: bool, hint: str) -> None:
+    """Refuses to write over what is there: FileExistsError, or NotADirectoryError where no folder can be made.
+
+    Args:
+        name: the setting that names the folder.
+        folder: the folder; it need not exist.
+        files: names in it that the command writes.
+        overwrite: whether its earlier files may be deleted.
+        hint: what else the user can do.
+    """
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(f"{name}: {path} is a file; name a folder")
+    existing = [file for file in files if (folder / file).exists()]
+    if existing and not overwrite:
+        raise FileExistsError(f"{name}: {folder} holds an earlier run ({', '.join(existing)}); {hint}")
+    if existing and not (folder / MARKER).exists():
+        raise FileExistsError(
+            f"{name}: {folder} holds {', '.join(existing)}, which no focusdpo command wrote; --overwrite deletes earlier runs "
+            "only, so name another folder"
+        )
+
+
+def clear_folder(folder: Path, files: tuple[str, ...]) -> None:
+    """Deletes what an earlier run left, and marks the folder as made by this project."""
+    for path in (folder / file for file in files):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).write_text("Made by focusdpo; --overwrite may delete its files.\n")
+
+
+def settings_of(config: TrainConfig, processes: int) -> dict[str, Any]:
+    """What decides a run's numbers, flat: kept in each checkpoint and compared when a run is resumed."""
+    flat: dict[str, Any] = {}
+    for name, value in asdict(config).items():
+        flat |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+    kept = {name: value for name, value in flat.items() if name not in FREE}
+    pairs = hashlib.sha256(find_pairs_file(config.data.train).read_bytes()).hexdigest()
+    return {**kept, "data.train (its content)": pairs[:16], "number of processes": processes}
+
+
+@dataclass
+class RunFolder:
+    """The output folder of a training run, and the checkpoint that it goes on from."""
+
+    path: Path
+    checkpoint: Path | None
+
+    @classmethod
+    def prepare(cls, config: TrainConfig) -> RunFolder:
+        """Decides whether the run may start.
+
+        Raises:
+            FileExistsError, NotADirectoryError: the folder holds something that may not be overwritten.
+            FileNotFoundError: the checkpoint to resume is not there.
+        """
+        folder = Path(config.output_dir)
+        checkpoints = folder / "checkpoints"
+        if not config.resume:
+            hint = "continue it with --resume latest, delete it with --overwrite true, or name another folder"
+            check_folder("output_dir", folder, RUN_FILES, config.overwrite, hint)
+            return cls(folder, None)
+        checkpoint = find_checkpoint(config.resume, checkpoints)
+        if checkpoint is None:
+            logger.warning("resume: no checkpoint under %s yet; starting at step 0", checkpoints)
+        elif checkpoint.resolve().parent != checkpoints.resolve():
+            hint = "a checkpoint of another run goes on in a new folder"
+            check_folder("output_dir", folder, RUN_FILES, False, hint)
+        return cls(folder, checkpoint)
+
+    def check_settings(self, settings: dict[str, Any]) -> None:
+        """ValueError names every setting that differs from the checkpoint's: the run could not go on to the same numbers."""
+        if self.checkpoint is None:
+            return
+        saved = json.loads((self.checkpoint / SETTINGS_FILE).read_text())
+        now = json.loads(json.dumps(settings))
+        differing = [
+            f"{name}: the checkpoint has {saved.get(name)!r}, got {now.get(name)!r}"
+            for name in {**saved, **now}
+            if saved.get(name) != now.get(name)
+        ]
+        if differing:
+            lines = "\n  ".join(differing)
+            raise ValueError(f"resume: {self.checkpoint} was made with other settings:\n  {lines}\nuse the run's own settings")
+
+    def start(self, config: TrainConfig) -> None:
+        """Makes the folder ready to be written. Called last, when nothing can be refused any more."""
+        clear_folder(self.path, RUN_FILES if config.overwrite else ())
+        (self.path / CONFIG_FILE).write_text(yaml.safe_dump(asdict(config), sort_keys=False))
