@@ -70,7 +70,7 @@ def _entropy_kernel(
         # A pixel that is NaN or far out of range must not end as a plausible number.
         gray = tl.where((gray >= -TOLERANCE) & (gray <= 1 + TOLERANCE), gray, float("nan"))
         if HISTOGRAM:
-            index = tl.minimum(tl.maximum(tl.floor(gray * BINS), 0.0), BINS - 1.0).to(tl.int32)
+            index = tl.minimum(tl.maximum(tl.floor(tl.where(gray == gray, gray, 0.0) * BINS), 0.0), BINS - 1.0).to(tl.int32)
             member = (index[:, None] == offs_bin[None, :]).to(tl.float32)
             member = tl.where((gray == gray)[:, None], member, float("nan"))
         else:
@@ -128,7 +128,7 @@ def _entropy_launch(dtype: torch.dtype, channels: int, patch_size: int, bins: in
             "BLOCK": max(min(next_power_of_2(patch_size * patch_size), 4096 // next_power_of_2(bins)), 16),
         },
         threads=128,
-        registers=80,
+        registers=(80, 64),
         types={"images_ptr": POINTERS[dtype], "out_ptr": "*fp32"},
         aligned=("stride_b", "stride_c", "stride_h"),
         ones=("stride_w",),
@@ -137,7 +137,7 @@ def _entropy_launch(dtype: torch.dtype, channels: int, patch_size: int, bins: in
 
 def _normalize_launch() -> Launch:
     return Launch(
-        _normalize_kernel, {"BLOCK": 1024}, threads=128, registers=64, types={"entropy_ptr": "*fp32", "out_ptr": "*fp32"}
+        _normalize_kernel, {"BLOCK": 1024}, threads=128, registers=(64, 56), types={"entropy_ptr": "*fp32", "out_ptr": "*fp32"}
     )
 
 

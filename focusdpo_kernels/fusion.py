@@ -64,7 +64,7 @@ def _fuse_launch() -> Launch:
         _fuse_kernel,
         {"BLOCK": 1024},
         threads=128,
-        registers=48,
+        registers=(48, 48),
         types={**dict.fromkeys(pointers, "*fp32"), "prior_ptr": "*u8", "tau": "fp32", "gamma": "fp32"},
         aligned=("stride_mb", "stride_mr"),
         ones=("stride_mp",),

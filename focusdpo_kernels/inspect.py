@@ -4,7 +4,8 @@
     python -m focusdpo_kernels.inspect --arch sm_90 --json
 
 NVIDIA figures come from the cubin with the cuobjdump and nvdisasm that ship inside the triton wheel, AMD figures from the
-assembly. Spills are local-memory instructions (NVIDIA) or spilled vector registers (AMD); wide loads are 16-byte global loads.
+assembly. Spills are local-memory instructions (NVIDIA) or spilled vector registers (AMD); wide loads are 16-byte global
+loads; mma are tensor-core instructions.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ class Compiled:
     shared_bytes: int
     spills: int
     wide_loads: int
+    tensor_cores: int
     fp64: int
 
 
@@ -112,6 +114,7 @@ def _nvidia_figures(cubin: bytes) -> dict[str, int]:
         "registers": int(registers[1]),
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", assembly)),
         "wide_loads": len(re.findall(r"\b(?:LDG|LDGSTS)\.E(?:\.\w+)*\.128\b", assembly)),
+        "tensor_cores": len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA|UTCQMMA)\b", assembly)),
         "fp64": len(re.findall(r"\b(?:DADD|DMUL|DFMA|DSETP|F2F\.F64\S*|I2F\.F64\S*)", assembly)),
     }
 
@@ -127,6 +130,7 @@ def _amd_figures(assembly: str) -> dict[str, int]:
         "registers": count("vgpr_count"),
         "spills": count("vgpr_spill_count"),
         "wide_loads": len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", assembly)),
+        "tensor_cores": len(re.findall(r"\bv_mfma_f32_\w+", assembly)),
         "fp64": len(re.findall(r"\bv_(?:add|mul|fma)_f64\b", assembly)),
     }
 
@@ -142,7 +146,7 @@ def compile_launch(launch: Launch, arch: str) -> Compiled:
         kernel=launch.kernel.__name__,
         configuration=launch.label,
         types=" ".join(types),
-        budget=launch.registers,
+        budget=launch.registers[0 if target.backend == "cuda" else 1],
         shared_bytes=compiled.metadata.shared,
         **figures,
     )
@@ -163,12 +167,16 @@ def main(argv: list[str] | None = None) -> None:
     if INTERPRETED:
         parser.error("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
     if not arguments.json:
-        print(f"{'arch':8}{'registers':>10}{'budget':>8}{'shared':>8}{'spills':>8}{'wide':>6}{'fp64':>6}  configuration")
+        print(
+            f"{'arch':8}{'registers':>10}{'budget':>8}{'shared':>8}{'spills':>8}{'wide':>6}{'mma':>5}{'fp64':>6}  configuration"
+        )
     for c in compile_all(arguments.arch or TARGETS):
         if arguments.json:
             print(json.dumps(asdict(c)), flush=True)
         else:
-            figures = f"{c.registers:>10}{c.budget:>8}{c.shared_bytes:>8}{c.spills:>8}{c.wide_loads:>6}{c.fp64:>6}"
+            figures = (
+                f"{c.registers:>10}{c.budget:>8}{c.shared_bytes:>8}{c.spills:>8}{c.wide_loads:>6}{c.tensor_cores:>5}{c.fp64:>6}"
+            )
             print(f"{c.arch:8}{figures}  {c.configuration} {c.types}", flush=True)
     if not arguments.json:
         print("\nMiB that have to move per sample")

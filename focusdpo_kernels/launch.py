@@ -40,7 +40,7 @@ class Launch:
         kernel: the @triton.jit function.
         constants: its tl.constexpr arguments.
         threads: per program; a power of two. So many warps of 32 or 64, by device, that a thread has the same work.
-        registers: budget, at most so many per thread on any architecture.
+        registers: budget, at most so many per thread; an NVIDIA figure, then an AMD one (vector registers).
         num_stages: depth of software pipelining.
         types: Triton types of the arguments that are not 32-bit integers, for ahead-of-time compilation.
         aligned, ones: integer arguments that are multiples of 16, or 1, at the named shapes (Triton specialises on both).
@@ -50,7 +50,7 @@ class Launch:
     kernel: Any
     constants: Mapping[str, Any]
     threads: int
-    registers: int
+    registers: tuple[int, int]
     num_stages: int = 2
     types: Mapping[str, str] = field(default_factory=dict)
     aligned: tuple[str, ...] = ()

@@ -237,7 +237,7 @@ def _forward_launch(dtypes: tuple[torch.dtype, ...], has_weight: bool, latent: b
         _forward_kernel,
         {"HAS_WEIGHT": has_weight, "LATENT": latent, "POWER": power, "COLUMNS": SUMS, "BLOCK": BLOCK},
         threads=256,
-        registers=240,
+        registers=(240, 184),
         types={**types, **dict.fromkeys(floats, "*fp32")},
         aligned=("E", "INNER", "stride_pw", "stride_pl", "stride_rw", "stride_rl", "stride_tw", "stride_tl"),
     )
@@ -248,7 +248,7 @@ def _finish_launch(splits: int, reduction: str) -> Launch:
         _finish_kernel,
         {"REDUCTION": reduction, "COLUMNS": SUMS, "SPLITS_PAD": next_power_of_2(splits)},
         threads=32,
-        registers=32,
+        registers=(32, 32),
         types={"partial_ptr": "*fp32", "out_ptr": "*fp32"},
         # Fused, the margin's difference would round its two products differently: not antisymmetric, not 0 for equal sides.
         fp_fusion=False,
@@ -264,7 +264,7 @@ def _backward_launch(dtypes: tuple[torch.dtype, ...], has_weight: bool, latent: 
         _backward_kernel,
         {"HAS_WEIGHT": has_weight, "LATENT": latent, "POWER": power, "BLOCK": BLOCK},
         threads=256,
-        registers=72,
+        registers=(72, 56),
         types={**dict(zip(names, [*pointers, *pointers[:2]], strict=True)), **dict.fromkeys(floats, "*fp32")},
         aligned=("E", "INNER", "stride_pw", "stride_pl", "stride_tw", "stride_tl"),
     )

@@ -27,6 +27,8 @@ def test_compiles_without_spills(arch):
     assert [c for c in compiled if c["spills"]] == []
     assert [c for c in compiled if c["fp64"]] == []
     assert [c for c in compiled if c["registers"] > c["budget"]] == []
+    half_dense = [c for c in compiled if c["kernel"] == "_dense_kernel" and "DTYPE=fp32" not in c["configuration"]]
+    assert half_dense and all(c["tensor_cores"] for c in half_dense), "fp16 and bf16 matches run on tensor cores"
     streaming = [
         c for c in compiled if c["kernel"] in ("_pool_kernel", "_similarity_kernel") and "CONTIGUOUS=True" in c["configuration"]
     ]

@@ -68,6 +68,17 @@ def test_rows_longer_than_a_block(monkeypatch):
         assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("patches", [16384, 65536])
+def test_long_rows(patches):
+    scores = torch.randn(1, 2, patches, device=DEVICE).half()  # half precision: many ties
+    k = torch.tensor([[patches // 3, patches - 1]], device=DEVICE)
+    prior = torch.rand(1, patches, device=DEVICE) > 0.5
+    assert torch.equal(topk_mask(scores, k, backend="triton"), topk_mask(scores, k, backend="torch"))
+    fields = [structure_field(scores, k, prior, backend=backend) for backend in BACKENDS]
+    assert torch.equal(fields[0][0], fields[1][0])
+    torch.testing.assert_close(fields[0][1], fields[1][1], rtol=1e-6, atol=0)
+
+
 def test_strided_scores():
     scores = torch.randn(9, 3, 2, device=DEVICE).permute(2, 1, 0)
     assert torch.equal(topk_mask(scores, 4, backend="triton"), topk_mask(scores.contiguous(), 4, backend="torch"))

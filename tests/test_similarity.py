@@ -18,6 +18,7 @@ SHAPES = [  # N, B, P, Q, D, R
     (3, 1, 16, 8, 256, 1),
     (2, 1, 33, 40, 264, 6),
     (1, 3, 5, 9, 300, 2),
+    (1, 2, 5, 330, 20, 3),  # so many reference tokens that they are split among programs
 ]
 
 

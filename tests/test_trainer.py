@@ -383,6 +383,15 @@ def test_layers_beyond_the_model(config):
         Trainer(config)
 
 
+def test_the_command_under_accelerate_launch(config):
+    file = Path(config.output_dir).with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(dataclasses.asdict(dataclasses.replace(config, max_steps=1, validate_every=0))))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "focusdpo"]
+    done = subprocess.run([*launch, "train", "--config", str(file)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(read_metrics(Path(config.output_dir) / "metrics.jsonl")) == 1
+
+
 def test_two_processes(config):
     """`accelerate launch` with two processes: all see all gradients, and metrics are gathered.
 
