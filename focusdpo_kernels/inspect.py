@@ -27,7 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from focusdpo_kernels import dense_similarity, entropy, fusion, matching, residual, similarity
+from focusdpo_kernels import dense_similarity, entropy, fusion, matching, pooled_similarity, residual
 from focusdpo_kernels.backend import INTERPRETED
 from focusdpo_kernels.launch import Launch
 
@@ -37,7 +37,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-FAMILIES = (similarity, dense_similarity, matching, entropy, fusion, residual)
+FAMILIES = (pooled_similarity, dense_similarity, matching, entropy, fusion, residual)
 
 
 # Sizes of real models: layers N, target tokens P, reference tokens Q, width D, subjects R, channels C of a token.
