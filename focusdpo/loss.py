@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from focusdpo.mask import FocusMask
-from focusdpo_kernels import preference_residual
+from focusdpo_kernels import FocusFields, preference_residual
 from focusdpo_kernels.checks import check_choice, check_device, check_no_grad, check_shape, check_tensor
 
 LOSS_TYPES = ("sigmoid", "ipo", "hinge")
@@ -56,7 +56,7 @@ def convert_beta(beta: float, elements: int, *, source: str, target: str) -> flo
     return beta / elements if target == "sum" else beta * elements
 
 
-def _mask_of(focus: Tensor | FocusMask | None) -> Tensor | None:
+def _mask_of(focus: Tensor | FocusFields | FocusMask | None) -> Tensor | FocusFields | None:
     return focus.mask if isinstance(focus, FocusMask) else focus
 
 
@@ -77,8 +77,8 @@ def focus_dpo_loss(
     target_win: Tensor,
     target_lose: Tensor,
     *,
-    focus: Tensor | FocusMask | None = None,
-    focus_lose: Tensor | FocusMask | None = None,
+    focus: Tensor | FocusFields | FocusMask | None = None,
+    focus_lose: Tensor | FocusFields | FocusMask | None = None,
     beta: float = 2000.0,
     timestep_weight: Tensor | None = None,
     sample_weight: Tensor | None = None,
@@ -100,7 +100,8 @@ def focus_dpo_loss(
             bf16 or fp32 (float64 on the torch backend). Gradient reaches these two only.
         reference_win, reference_lose: the frozen reference model's predictions, same shape.
         target_win, target_lose: the true noise or velocity, same shape. Winner and loser share timestep and noise.
-        focus: None (all ones), M [B, P], or a FocusMask; latents take one value per 2x2 patch.
+        focus: None (all ones), M [B, P], a FocusMask, or FocusFields, from which the kernels form M on the fly; latents take
+            one value per 2x2 patch.
         focus_lose: the loser's own mask (`mask_from="each"`); None uses `focus` for both.
         beta: strength of the preference, for the chosen reduction; see `convert_beta`.
         timestep_weight: w_t [B] inside the sigmoid; None is 1, (1 - t)^2 turns velocity errors into noise errors (E2).

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from focusdpo_kernels import reference as spec
 from focusdpo_kernels.backend import INTERPRETED, device_guard
-from focusdpo_kernels.launch import POINTERS, TRITON_DTYPES, Launch, next_power_of_2
+from focusdpo_kernels.launch import POINTERS, TRITON_DTYPES, Launch, Registers, next_power_of_2
 from focusdpo_kernels.layers import COLUMNS, REFERENCE, TARGET, TYPES, LayerArguments, is_vectorizable, layer_rows, layer_weight
 
 
@@ -154,7 +154,7 @@ def _launches(
             _norm_kernel,
             {"SIDE": side, **shared, "EPS": spec.EPS, "BLOCK_T": 16, "BLOCK_D": 256},
             threads=128,
-            registers=(128, 64),
+            registers=Registers(120, 128, 120, 64),
             types={**TYPES, "direct_ptr": pointer, "inverse_ptr": "*fp32"},
             aligned=("D", "stride_b", "stride_t"),
             ones=("stride_d",) if contiguous else (),
@@ -182,7 +182,7 @@ def _launches(
             **blocks,
         },
         threads=128,
-        registers=(255, 200),
+        registers=Registers(216, 216, 208, 192),
         num_stages=3 if large else 2 if half or not contiguous else 1,
         types={**TYPES, "target_ptr": pointer, "reference_ptr": pointer, "mask_ptr": "*u8", **dict.fromkeys(floats, "*fp32")},
         aligned=("D", "stride_tb", "stride_tt", "stride_rb", "stride_rt"),

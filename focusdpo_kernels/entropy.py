@@ -20,7 +20,7 @@ from torch import Tensor
 from focusdpo_kernels import reference as spec
 from focusdpo_kernels.backend import device_guard, resolve_backend
 from focusdpo_kernels.checks import check_choice, check_images
-from focusdpo_kernels.launch import POINTERS, Launch, next_power_of_2
+from focusdpo_kernels.launch import POINTERS, Launch, Registers, next_power_of_2
 
 METHODS = ("kde", "histogram")
 # exp(-x^2 / 2) stays a normal fp32 number up to here; a pixel must be this near (in sigmas) to some bin.
@@ -128,7 +128,7 @@ def _entropy_launch(dtype: torch.dtype, channels: int, patch_size: int, bins: in
             "BLOCK": max(min(next_power_of_2(patch_size * patch_size), 4096 // next_power_of_2(bins)), 16),
         },
         threads=128,
-        registers=(80, 64),
+        registers=Registers(64, 72, 72, 64),
         types={"images_ptr": POINTERS[dtype], "out_ptr": "*fp32"},
         aligned=("stride_b", "stride_c", "stride_h"),
         ones=("stride_w",),
@@ -137,7 +137,11 @@ def _entropy_launch(dtype: torch.dtype, channels: int, patch_size: int, bins: in
 
 def _normalize_launch() -> Launch:
     return Launch(
-        _normalize_kernel, {"BLOCK": 1024}, threads=128, registers=(64, 56), types={"entropy_ptr": "*fp32", "out_ptr": "*fp32"}
+        _normalize_kernel,
+        {"BLOCK": 1024},
+        threads=128,
+        registers=Registers(56, 56, 56, 48),
+        types={"entropy_ptr": "*fp32", "out_ptr": "*fp32"},
     )
 
 

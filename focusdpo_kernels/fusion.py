@@ -25,7 +25,7 @@ from focusdpo_kernels.checks import (
     check_tensor,
     check_unit_interval,
 )
-from focusdpo_kernels.launch import Launch
+from focusdpo_kernels.launch import Launch, Registers
 
 
 @triton.jit(do_not_specialize=["P", "PRIOR_ROWS"])
@@ -64,7 +64,7 @@ def _fuse_launch() -> Launch:
         _fuse_kernel,
         {"BLOCK": 1024},
         threads=128,
-        registers=(48, 48),
+        registers=Registers(32, 32, 32, 40),
         types={**dict.fromkeys(pointers, "*fp32"), "prior_ptr": "*u8", "tau": "fp32", "gamma": "fp32"},
         aligned=("stride_mb", "stride_mr"),
         ones=("stride_mp",),

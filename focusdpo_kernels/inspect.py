@@ -27,7 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from focusdpo_kernels import dense_similarity, entropy, fusion, matching, pooled_similarity, residual
+from focusdpo_kernels import dense_similarity, entropy, fusion, matching, pooled_similarity, residual_kernels
 from focusdpo_kernels.backend import INTERPRETED
 from focusdpo_kernels.launch import Launch
 
@@ -37,7 +37,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-FAMILIES = (pooled_similarity, dense_similarity, matching, entropy, fusion, residual)
+FAMILIES = (pooled_similarity, dense_similarity, matching, entropy, fusion, residual_kernels)
 
 
 # Sizes of real models: layers N, target tokens P, reference tokens Q, width D, subjects R, channels C of a token.
@@ -146,7 +146,7 @@ def compile_launch(launch: Launch, arch: str) -> Compiled:
         kernel=launch.kernel.__name__,
         configuration=launch.label,
         types=" ".join(types),
-        budget=launch.registers[0 if target.backend == "cuda" else 1],
+        budget=getattr(launch.registers, arch),
         shared_bytes=compiled.metadata.shared,
         **figures,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -32,6 +32,15 @@ POINTERS = {
 WARP_SIZE = 64 if torch.version.hip else 32
 
 
+class Registers(NamedTuple):
+    """Registers per thread by architecture (AMD: vector registers)."""
+
+    sm_80: int
+    sm_90: int
+    sm_100: int
+    gfx942: int
+
+
 @dataclass(frozen=True)
 class Launch:
     """One compiled variant of a kernel.
@@ -40,7 +49,7 @@ class Launch:
         kernel: the @triton.jit function.
         constants: its tl.constexpr arguments.
         threads: per program; a power of two. So many warps of 32 or 64, by device, that a thread has the same work.
-        registers: budget, at most so many per thread; an NVIDIA figure, then an AMD one (vector registers).
+        registers: budget, at most so many per thread on each architecture.
         num_stages: depth of software pipelining.
         types: Triton types of the arguments that are not 32-bit integers, for ahead-of-time compilation.
         aligned, ones: integer arguments that are multiples of 16, or 1, at the named shapes (Triton specialises on both).
@@ -50,7 +59,7 @@ class Launch:
     kernel: Any
     constants: Mapping[str, Any]
     threads: int
-    registers: tuple[int, int]
+    registers: Registers
     num_stages: int = 2
     types: Mapping[str, str] = field(default_factory=dict)
     aligned: tuple[str, ...] = ()

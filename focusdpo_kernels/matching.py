@@ -22,7 +22,7 @@ from torch import Tensor
 from focusdpo_kernels import reference as spec
 from focusdpo_kernels.backend import device_guard, resolve_backend
 from focusdpo_kernels.checks import check_device, check_k, check_prior, check_scores
-from focusdpo_kernels.launch import Launch, next_power_of_2
+from focusdpo_kernels.launch import Launch, Registers, next_power_of_2
 
 BLOCK = 16384  # scores of all rows of a program that are held at once
 
@@ -171,7 +171,7 @@ def _topk_launch(patches: int, k_tensor: bool, dtype: torch.dtype) -> Launch:
         _topk_kernel,
         {"K_TENSOR": k_tensor, **blocks},
         threads=threads,
-        registers=(96, 64),
+        registers=Registers(80, 72, 72, 56),
         types={"scores_ptr": pointer, "k_ptr": "*i32", "out_ptr": "*u8"},
         aligned=("stride_r",),
         ones=("stride_p",),
@@ -195,7 +195,7 @@ def _structure_launch(
             **blocks,
         },
         threads=threads,
-        registers=(128, 96),
+        registers=Registers(96, 96, 104, 88),
         types={"scores_ptr": pointer, "k_ptr": "*i32", "prior_ptr": "*u8", "structure_ptr": "*fp32", "coverage_ptr": "*fp32"},
         aligned=("stride_sb", "stride_sr", "stride_mb", "stride_mr"),
         ones=("stride_sp", "stride_mp"),

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from focusdpo_kernels import reference as spec
 from focusdpo_kernels.backend import device_guard
-from focusdpo_kernels.launch import POINTERS, TRITON_DTYPES, Launch, next_power_of_2
+from focusdpo_kernels.launch import POINTERS, TRITON_DTYPES, Launch, Registers, next_power_of_2
 from focusdpo_kernels.layers import COLUMNS, REFERENCE, TARGET, TYPES, LayerArguments, is_vectorizable, layer_rows, layer_weight
 
 BLOCK_Q, BLOCK_D = 8, 256
@@ -199,12 +199,19 @@ def _launches(
         _pool_kernel,
         {**rows, **layers, "PARTIAL": split, "BLOCK_Q": BLOCK_Q if contiguous else 2, "BLOCK_D": BLOCK_D},
         threads=32,
-        registers=(224, 176),
+        registers=Registers(208, 208, 224, 176),
         types=types,
         aligned=("D", "stride_b", "stride_t"),
         ones=("stride_d", "stride_mq") if contiguous else ("stride_mq",),
     )
-    combine = Launch(_combine_kernel, {**rows, "BLOCK_D": BLOCK_D}, threads=64, registers=(96, 96), types=types, aligned=("D",))
+    combine = Launch(
+        _combine_kernel,
+        {**rows, "BLOCK_D": BLOCK_D},
+        threads=64,
+        registers=Registers(96, 96, 96, 56),
+        types=types,
+        aligned=("D",),
+    )
     similarity = Launch(
         _similarity_kernel,
         {
@@ -216,7 +223,7 @@ def _launches(
             "BLOCK_D": BLOCK_D,
         },
         threads=128,
-        registers=(184, 128),
+        registers=Registers(168, 168, 184, 120),
         types=types,
         aligned=("D", "stride_b", "stride_t"),
         ones=("stride_d",) if contiguous else (),

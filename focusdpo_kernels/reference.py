@@ -36,6 +36,22 @@ class PreferenceResidual(NamedTuple):
     inner: Tensor
 
 
+class FocusFields(NamedTuple):
+    """What M is made of (E6 to E8), for `preference_residual` to form it on the fly; no gradient.
+
+    structure: M_s [B, P]. entropy: H [B, P], not normalised. extremes: [B, 2], its minimum and maximum over each image.
+    coverage: A [B]. prior: [B, P], the union over subjects. tau, gamma: see `fuse_focus`.
+    """
+
+    structure: Tensor
+    entropy: Tensor
+    extremes: Tensor
+    coverage: Tensor
+    prior: Tensor
+    tau: float
+    gamma: float
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -145,9 +161,14 @@ def normalize_complexity(entropy: Tensor) -> Tensor:
     """E7's min-max over an image's patches; all zeros where they are equal, NaN where one is NaN."""
     if entropy.shape[-1] == 0:
         return entropy
-    low, high = entropy.amin(-1, keepdim=True), entropy.amax(-1, keepdim=True)
-    span = high - low
-    return torch.where(span == 0, 0, (entropy - low) / torch.where(span == 0, 1, span))
+    return scale_complexity(entropy, torch.stack([entropy.amin(-1), entropy.amax(-1)], dim=-1))
+
+
+def scale_complexity(entropy: Tensor, extremes: Tensor) -> Tensor:
+    """H [B, P] between its extremes [B, 2] as 0 and 1."""
+    low, high = extremes.unbind(-1)
+    span = (high - low)[..., None]
+    return torch.where(span == 0, 0, (entropy - low[..., None]) / torch.where(span == 0, 1, span))
 
 
 def fuse_focus(structure: Tensor, coverage: Tensor, complexity: Tensor, prior: Tensor, tau: float, gamma: float) -> Tensor:
@@ -158,6 +179,12 @@ def fuse_focus(structure: Tensor, coverage: Tensor, complexity: Tensor, prior: T
     union = inside if inside.ndim == 2 else inside.any(1)
     detail = torch.where(union, complexity, 0)
     return torch.where(coverage[:, None] > tau, structure, gamma * structure + (1 - gamma) * detail)
+
+
+def fields_mask(fields: FocusFields) -> Tensor:
+    """M of its fields (E7, E8)."""
+    complexity = scale_complexity(fields.entropy, fields.extremes)
+    return fuse_focus(fields.structure, fields.coverage, complexity, fields.prior, fields.tau, fields.gamma)
 
 
 def element_weight(weight: Tensor, prediction: Tensor, mask_power: int) -> Tensor:

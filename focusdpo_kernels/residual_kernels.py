@@ -1,0 +1,405 @@
+"""Kernels of the masked preference residual (docs/method.md, E9 and the margin of E1), forward and backward.
+
+    e(x)   = scale * sum_i M[i]^power (target[i] - prediction[i])^2
+    margin = (e_pol(win) - e_ref(win)) - (e_pol(lose) - e_ref(lose))
+
+The margin comes from (a - t)^2 - (b - t)^2 = (a - b)(a + b - 2t), so it does not cancel and is exactly 0 where policy and
+reference agree. Sums run in fp32 over a fixed split of each sample, first within programs, then over the splits: no
+atomics, the same bits every time and for every batch size. Bytes: six predictions and the mask once forward; four
+predictions and the mask in, two gradients out, backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from focusdpo_kernels.launch import POINTERS, Launch, Registers, next_power_of_2
+
+REDUCTIONS = ("mean", "sum", "masked_mean")
+BLOCK = 2048
+MAX_SPLITS = 128
+SUMS = 10  # columns of a split's partial sums
+ROWS = 9  # rows of the result: the seven fields of PreferenceResidual, then the scales of winner and loser
+
+
+@triton.jit
+def _mask_value(
+    weight_ptr,
+    entropy_ptr,
+    prior_ptr,
+    extremes_ptr,
+    coverage_ptr,
+    b,
+    P,
+    offs,
+    valid,
+    INNER,
+    HEIGHT,
+    tau,
+    gamma,
+    LATENT: tl.constexpr,
+    POWER: tl.constexpr,
+    FIELDS: tl.constexpr,
+):
+    """M^POWER at flat offsets of sample b: [P, C] tokens (INNER = C), or [C, H, W] latents in 2x2 patches (INNER = W).
+
+    With FIELDS, `weight_ptr` is M_s, and M is formed from it, entropy, prior, extremes and coverage (E7, E8).
+    """
+    if LATENT:
+        column = offs % INNER
+        row = (offs // INNER) % HEIGHT
+        patch = (row // 2) * (INNER // 2) + column // 2
+    else:
+        patch = offs // INNER
+    patch += b * P
+    m = tl.load(weight_ptr + patch, mask=valid, other=0.0).to(tl.float32)
+    if FIELDS:
+        low = tl.load(extremes_ptr + 2 * b)
+        span = tl.load(extremes_ptr + 2 * b + 1) - low
+        entropy = tl.load(entropy_ptr + patch, mask=valid, other=0.0)
+        detail = tl.where(span == 0, 0.0, (entropy - low) / tl.where(span == 0, 1.0, span))
+        detail = tl.where(tl.load(prior_ptr + patch, mask=valid, other=0) != 0, detail, 0.0)
+        m = tl.where(tl.load(coverage_ptr + b) > tau, m, gamma * m + (1 - gamma) * detail)
+        m = tl.where(valid, m, 0.0)
+    return m * m if POWER == 2 else m
+
+
+@triton.jit
+def _side_sums(policy_ptr, reference_ptr, target_ptr, offs, valid, m):
+    """M-weighted sums of one side over a block: policy error, reference error, their factored difference; and M (a - t)."""
+    a = tl.load(policy_ptr + offs, mask=valid, other=0.0).to(tl.float32)
+    b = tl.load(reference_ptr + offs, mask=valid, other=0.0).to(tl.float32)
+    t = tl.load(target_ptr + offs, mask=valid, other=0.0).to(tl.float32)
+    gradient = m * (a - t)
+    return gradient * (a - t), m * (b - t) * (b - t), m * (a - b) * (a + b - 2 * t), gradient
+
+
+@triton.jit(do_not_specialize=["P", "SPLITS", "HEIGHT"])
+def _forward_kernel(
+    policy_win_ptr,
+    policy_lose_ptr,
+    reference_win_ptr,
+    reference_lose_ptr,
+    target_win_ptr,
+    target_lose_ptr,  # six [B, E], samples contiguous
+    weight_win_ptr,
+    weight_lose_ptr,  # [B, P]
+    entropy_ptr,
+    prior_ptr,
+    extremes_ptr,
+    coverage_ptr,  # [B, P] fp32, [B, P] uint8, [B, 2] and [B] fp32, read where FIELDS
+    partial_ptr,  # [B, SPLITS, SUMS] fp32
+    E,
+    P,
+    SPLITS,
+    INNER,
+    HEIGHT,
+    stride_pw,
+    stride_pl,
+    stride_rw,
+    stride_rl,
+    stride_tw,
+    stride_tl,
+    tau,
+    gamma,
+    HAS_WEIGHT: tl.constexpr,
+    FIELDS: tl.constexpr,
+    LATENT: tl.constexpr,
+    POWER: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    split = tl.program_id(1)
+    b = tl.program_id(0).to(tl.int64)
+    zero = tl.zeros([BLOCK], tl.float32)
+    policy_win, policy_lose, reference_win, reference_lose = zero, zero, zero, zero
+    difference_win, difference_lose, winner_norm, inner, mass_win, mass_lose = zero, zero, zero, zero, zero, zero
+    for start in range(split * BLOCK, E, SPLITS * BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        valid = offs < E
+        if HAS_WEIGHT:
+            m_win = _mask_value(
+                weight_win_ptr,
+                entropy_ptr,
+                prior_ptr,
+                extremes_ptr,
+                coverage_ptr,
+                b,
+                P,
+                offs,
+                valid,
+                INNER,
+                HEIGHT,
+                tau,
+                gamma,
+                LATENT,
+                POWER,
+                FIELDS,
+            )
+            m_lose = m_win
+            if not FIELDS:
+                m_lose = _mask_value(
+                    weight_lose_ptr,
+                    entropy_ptr,
+                    prior_ptr,
+                    extremes_ptr,
+                    coverage_ptr,
+                    b,
+                    P,
+                    offs,
+                    valid,
+                    INNER,
+                    HEIGHT,
+                    tau,
+                    gamma,
+                    LATENT,
+                    POWER,
+                    FIELDS,
+                )
+        else:
+            m_win = valid.to(tl.float32)
+            m_lose = m_win
+        error, reference, difference, g_win = _side_sums(
+            policy_win_ptr + b * stride_pw,
+            reference_win_ptr + b * stride_rw,
+            target_win_ptr + b * stride_tw,
+            offs,
+            valid,
+            m_win,
+        )
+        policy_win += error
+        reference_win += reference
+        difference_win += difference
+        error, reference, difference, g_lose = _side_sums(
+            policy_lose_ptr + b * stride_pl,
+            reference_lose_ptr + b * stride_rl,
+            target_lose_ptr + b * stride_tl,
+            offs,
+            valid,
+            m_lose,
+        )
+        policy_lose += error
+        reference_lose += reference
+        difference_lose += difference
+        winner_norm += g_win * g_win
+        inner += g_win * g_lose
+        mass_win += m_win
+        mass_lose += m_lose
+    out = partial_ptr + (b * SPLITS + split) * COLUMNS
+    tl.store(out + 0, tl.sum(policy_win, axis=0))
+    tl.store(out + 1, tl.sum(policy_lose, axis=0))
+    tl.store(out + 2, tl.sum(reference_win, axis=0))
+    tl.store(out + 3, tl.sum(reference_lose, axis=0))
+    tl.store(out + 4, tl.sum(difference_win, axis=0))
+    tl.store(out + 5, tl.sum(difference_lose, axis=0))
+    tl.store(out + 6, tl.sum(winner_norm, axis=0))
+    tl.store(out + 7, tl.sum(inner, axis=0))
+    tl.store(out + 8, tl.sum(mass_win, axis=0))
+    tl.store(out + 9, tl.sum(mass_lose, axis=0))
+
+
+@triton.jit
+def _total(partial_ptr, column: tl.constexpr, offs, SPLITS, COLUMNS: tl.constexpr):
+    return tl.sum(tl.load(partial_ptr + offs * COLUMNS + column, mask=offs < SPLITS, other=0.0), axis=0)
+
+
+@triton.jit(do_not_specialize=["E", "B", "SPLITS"])
+def _finish_kernel(
+    partial_ptr,  # [B, SPLITS, SUMS] fp32
+    out_ptr,  # [ROWS, B] fp32
+    E,
+    B,
+    SPLITS,
+    REDUCTION: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
+):
+    b = tl.program_id(0).to(tl.int64)
+    offs = tl.arange(0, SPLITS_PAD)
+    partial = partial_ptr + b * SPLITS * COLUMNS
+    if REDUCTION == "masked_mean":
+        mass_win = _total(partial, 8, offs, SPLITS, COLUMNS)
+        mass_lose = _total(partial, 9, offs, SPLITS, COLUMNS)
+        win = tl.where(mass_win > 0, 1.0 / tl.where(mass_win > 0, mass_win, 1.0), 0.0)
+        lose = tl.where(mass_lose > 0, 1.0 / tl.where(mass_lose > 0, mass_lose, 1.0), 0.0)
+    else:
+        count = tl.maximum(E, 1).to(tl.float32)
+        win = 1.0 / count if REDUCTION == "mean" else count / count
+        lose = win
+    out = out_ptr + b
+    tl.store(out, _total(partial, 0, offs, SPLITS, COLUMNS) * win)
+    tl.store(out + B, _total(partial, 1, offs, SPLITS, COLUMNS) * lose)
+    tl.store(out + 2 * B, _total(partial, 2, offs, SPLITS, COLUMNS) * win)
+    tl.store(out + 3 * B, _total(partial, 3, offs, SPLITS, COLUMNS) * lose)
+    margin = _total(partial, 4, offs, SPLITS, COLUMNS) * win - _total(partial, 5, offs, SPLITS, COLUMNS) * lose
+    tl.store(out + 4 * B, margin)
+    tl.store(out + 5 * B, _total(partial, 6, offs, SPLITS, COLUMNS) * win * win)
+    tl.store(out + 6 * B, _total(partial, 7, offs, SPLITS, COLUMNS) * win * lose)
+    tl.store(out + 7 * B, win)
+    tl.store(out + 8 * B, lose)
+
+
+@triton.jit(do_not_specialize=["P", "B", "HEIGHT", "stride_gr", "stride_gb"])
+def _backward_kernel(
+    grad_ptr,  # [ROWS, B] fp32, any strides
+    result_ptr,  # [ROWS, B] fp32, the forward's
+    policy_win_ptr,
+    policy_lose_ptr,
+    target_win_ptr,
+    target_lose_ptr,
+    weight_win_ptr,
+    weight_lose_ptr,
+    entropy_ptr,
+    prior_ptr,
+    extremes_ptr,
+    coverage_ptr,
+    grad_win_ptr,
+    grad_lose_ptr,  # [B, E] contiguous
+    E,
+    P,
+    B,
+    INNER,
+    HEIGHT,
+    stride_gr,
+    stride_gb,
+    stride_pw,
+    stride_pl,
+    stride_tw,
+    stride_tl,
+    tau,
+    gamma,
+    HAS_WEIGHT: tl.constexpr,
+    FIELDS: tl.constexpr,
+    LATENT: tl.constexpr,
+    POWER: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    b = tl.program_id(0).to(tl.int64)
+    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    valid = offs < E
+    grad = grad_ptr + b * stride_gb
+    margin = tl.load(grad + 4 * stride_gr)
+    # d margin / d policy is d e / d policy for the winner, and its negative for the loser.
+    win = 2 * (tl.load(grad) + margin) * tl.load(result_ptr + 7 * B + b)
+    lose = 2 * (tl.load(grad + stride_gr) - margin) * tl.load(result_ptr + 8 * B + b)
+    if HAS_WEIGHT:
+        m_win = _mask_value(
+            weight_win_ptr,
+            entropy_ptr,
+            prior_ptr,
+            extremes_ptr,
+            coverage_ptr,
+            b,
+            P,
+            offs,
+            valid,
+            INNER,
+            HEIGHT,
+            tau,
+            gamma,
+            LATENT,
+            POWER,
+            FIELDS,
+        )
+        m_lose = m_win
+        if not FIELDS:
+            m_lose = _mask_value(
+                weight_lose_ptr,
+                entropy_ptr,
+                prior_ptr,
+                extremes_ptr,
+                coverage_ptr,
+                b,
+                P,
+                offs,
+                valid,
+                INNER,
+                HEIGHT,
+                tau,
+                gamma,
+                LATENT,
+                POWER,
+                FIELDS,
+            )
+    else:
+        m_win = 1.0
+        m_lose = 1.0
+    a = tl.load(policy_win_ptr + b * stride_pw + offs, mask=valid, other=0.0).to(tl.float32)
+    t = tl.load(target_win_ptr + b * stride_tw + offs, mask=valid, other=0.0).to(tl.float32)
+    tl.store(grad_win_ptr + b * E + offs, (win * (m_win * (a - t))).to(grad_win_ptr.dtype.element_ty), mask=valid)
+    a = tl.load(policy_lose_ptr + b * stride_pl + offs, mask=valid, other=0.0).to(tl.float32)
+    t = tl.load(target_lose_ptr + b * stride_tl + offs, mask=valid, other=0.0).to(tl.float32)
+    tl.store(grad_lose_ptr + b * E + offs, (lose * (m_lose * (a - t))).to(grad_lose_ptr.dtype.element_ty), mask=valid)
+
+
+PREDICTIONS = ("policy_win", "policy_lose", "reference_win", "reference_lose", "target_win", "target_lose")
+
+
+MASK_TYPES = {
+    **dict.fromkeys(("weight_win_ptr", "weight_lose_ptr", "entropy_ptr", "extremes_ptr", "coverage_ptr"), "*fp32"),
+    "prior_ptr": "*u8",
+    "tau": "fp32",
+    "gamma": "fp32",
+}
+
+
+def _mask_constants(mask: str, latent: bool, power: int) -> dict[str, Any]:
+    """`mask` is "none", "weight" or "fields"."""
+    return {"HAS_WEIGHT": mask != "none", "FIELDS": mask == "fields", "LATENT": latent, "POWER": power}
+
+
+def forward_launch(dtypes: tuple[torch.dtype, ...], mask: str, latent: bool, power: int) -> Launch:
+    types = {f"{name}_ptr": POINTERS[dtype] for name, dtype in zip(PREDICTIONS, dtypes, strict=True)}
+    return Launch(
+        _forward_kernel,
+        {**_mask_constants(mask, latent, power), "COLUMNS": SUMS, "BLOCK": BLOCK},
+        threads=256,
+        registers=Registers(184, 176, 232, 176),
+        types={**types, **MASK_TYPES, "partial_ptr": "*fp32"},
+        aligned=("E", "INNER", "stride_pw", "stride_pl", "stride_rw", "stride_rl", "stride_tw", "stride_tl"),
+    )
+
+
+def finish_launch(splits: int, reduction: str) -> Launch:
+    return Launch(
+        _finish_kernel,
+        {"REDUCTION": reduction, "COLUMNS": SUMS, "SPLITS_PAD": next_power_of_2(splits)},
+        threads=32,
+        registers=Registers(24, 24, 24, 16),
+        types={"partial_ptr": "*fp32", "out_ptr": "*fp32"},
+        # Fused, the margin's difference would round its two products differently: not antisymmetric, not 0 for equal sides.
+        fp_fusion=False,
+    )
+
+
+def backward_launch(dtypes: tuple[torch.dtype, ...], mask: str, latent: bool, power: int) -> Launch:
+    """`dtypes` of policy_win, policy_lose, target_win, target_lose; a gradient has its policy's."""
+    pointers = [POINTERS[dtype] for dtype in dtypes]
+    names = ("policy_win_ptr", "policy_lose_ptr", "target_win_ptr", "target_lose_ptr", "grad_win_ptr", "grad_lose_ptr")
+    types = dict(zip(names, [*pointers, *pointers[:2]], strict=True))
+    return Launch(
+        _backward_kernel,
+        {**_mask_constants(mask, latent, power), "BLOCK": BLOCK},
+        threads=256,
+        registers=Registers(72, 64, 64, 56),
+        types={**types, **MASK_TYPES, "grad_ptr": "*fp32", "result_ptr": "*fp32"},
+        aligned=("E", "INNER", "stride_pw", "stride_pl", "stride_tw", "stride_tl"),
+    )
+
+
+def launches() -> Iterator[Launch]:
+    """Every shipped launch configuration, for ahead-of-time compilation."""
+    half, full = torch.bfloat16, torch.float32
+    for dtypes in ((torch.float16,) * 6, (half,) * 6, (full,) * 6, (half, half, half, half, full, full)):
+        masks = (("none", False, 1), ("weight", False, 1), ("weight", False, 2), ("weight", True, 1), ("fields", False, 1))
+        for mask, latent, power in masks:
+            yield forward_launch(dtypes, mask, latent, power)
+            yield backward_launch((*dtypes[:2], *dtypes[4:]), mask, latent, power)
+    for reduction in REDUCTIONS:
+        for splits in (1, 32, MAX_SPLITS):
+            yield finish_launch(splits, reduction)
