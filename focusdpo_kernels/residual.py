@@ -35,7 +35,7 @@ def _by_sample(prediction: Tensor) -> Tensor:
 
 
 def _sizes(prediction: Tensor) -> tuple[int, int, int, int]:
-    """E, P, INNER and HEIGHT of `_mask_value`."""
+    """E, P, INNER and HEIGHT of `_masks`."""
     if prediction.ndim == 3:
         _, patches, channels = prediction.shape
         return patches * channels, patches, channels, 1

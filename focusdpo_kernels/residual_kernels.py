@@ -21,6 +21,7 @@ import triton.language as tl
 from focusdpo_kernels.launch import POINTERS, Launch, Registers, next_power_of_2
 
 REDUCTIONS = ("mean", "sum", "masked_mean")
+PREDICTIONS = ("policy_win", "policy_lose", "reference_win", "reference_lose", "target_win", "target_lose")
 BLOCK = 2048
 MAX_SPLITS = 128
 SUMS = 10  # columns of a split's partial sums
@@ -28,8 +29,9 @@ ROWS = 9  # rows of the result: the seven fields of PreferenceResidual, then the
 
 
 @triton.jit
-def _mask_value(
-    weight_ptr,
+def _masks(
+    weight_win_ptr,
+    weight_lose_ptr,
     entropy_ptr,
     prior_ptr,
     extremes_ptr,
@@ -46,9 +48,10 @@ def _mask_value(
     POWER: tl.constexpr,
     FIELDS: tl.constexpr,
 ):
-    """M^POWER at flat offsets of sample b: [P, C] tokens (INNER = C), or [C, H, W] latents in 2x2 patches (INNER = W).
+    """M^POWER of winner and loser at flat offsets of sample b: [P, C] tokens (INNER = C), or [C, H, W] latents in 2x2 patches
+    (INNER = W).
 
-    With FIELDS, `weight_ptr` is M_s, and M is formed from it, entropy, prior, extremes and coverage (E7, E8).
+    With FIELDS both share one M, formed from M_s (`weight_win_ptr`), entropy, prior, extremes and coverage (E7, E8).
     """
     if LATENT:
         column = offs % INNER
@@ -57,16 +60,22 @@ def _mask_value(
     else:
         patch = offs // INNER
     patch += b * P
-    m = tl.load(weight_ptr + patch, mask=valid, other=0.0).to(tl.float32)
+    win = tl.load(weight_win_ptr + patch, mask=valid, other=0.0).to(tl.float32)
     if FIELDS:
         low = tl.load(extremes_ptr + 2 * b)
         span = tl.load(extremes_ptr + 2 * b + 1) - low
         entropy = tl.load(entropy_ptr + patch, mask=valid, other=0.0)
         detail = tl.where(span == 0, 0.0, (entropy - low) / tl.where(span == 0, 1.0, span))
         detail = tl.where(tl.load(prior_ptr + patch, mask=valid, other=0) != 0, detail, 0.0)
-        m = tl.where(tl.load(coverage_ptr + b) > tau, m, gamma * m + (1 - gamma) * detail)
-        m = tl.where(valid, m, 0.0)
-    return m * m if POWER == 2 else m
+        win = tl.where(tl.load(coverage_ptr + b) > tau, win, gamma * win + (1 - gamma) * detail)
+        win = tl.where(valid, win, 0.0)
+        lose = win
+    else:
+        lose = tl.load(weight_lose_ptr + patch, mask=valid, other=0.0).to(tl.float32)
+    if POWER == 2:
+        win = win * win
+        lose = lose * lose
+    return win, lose
 
 
 @triton.jit
@@ -123,8 +132,9 @@ def _forward_kernel(
         offs = start + tl.arange(0, BLOCK)
         valid = offs < E
         if HAS_WEIGHT:
-            m_win = _mask_value(
+            m_win, m_lose = _masks(
                 weight_win_ptr,
+                weight_lose_ptr,
                 entropy_ptr,
                 prior_ptr,
                 extremes_ptr,
@@ -141,26 +151,6 @@ def _forward_kernel(
                 POWER,
                 FIELDS,
             )
-            m_lose = m_win
-            if not FIELDS:
-                m_lose = _mask_value(
-                    weight_lose_ptr,
-                    entropy_ptr,
-                    prior_ptr,
-                    extremes_ptr,
-                    coverage_ptr,
-                    b,
-                    P,
-                    offs,
-                    valid,
-                    INNER,
-                    HEIGHT,
-                    tau,
-                    gamma,
-                    LATENT,
-                    POWER,
-                    FIELDS,
-                )
         else:
             m_win = valid.to(tl.float32)
             m_lose = m_win
@@ -288,8 +278,9 @@ def _backward_kernel(
     win = 2 * (tl.load(grad) + margin) * tl.load(result_ptr + 7 * B + b)
     lose = 2 * (tl.load(grad + stride_gr) - margin) * tl.load(result_ptr + 8 * B + b)
     if HAS_WEIGHT:
-        m_win = _mask_value(
+        m_win, m_lose = _masks(
             weight_win_ptr,
+            weight_lose_ptr,
             entropy_ptr,
             prior_ptr,
             extremes_ptr,
@@ -306,26 +297,6 @@ def _backward_kernel(
             POWER,
             FIELDS,
         )
-        m_lose = m_win
-        if not FIELDS:
-            m_lose = _mask_value(
-                weight_lose_ptr,
-                entropy_ptr,
-                prior_ptr,
-                extremes_ptr,
-                coverage_ptr,
-                b,
-                P,
-                offs,
-                valid,
-                INNER,
-                HEIGHT,
-                tau,
-                gamma,
-                LATENT,
-                POWER,
-                FIELDS,
-            )
     else:
         m_win = 1.0
         m_lose = 1.0
@@ -335,9 +306,6 @@ def _backward_kernel(
     a = tl.load(policy_lose_ptr + b * stride_pl + offs, mask=valid, other=0.0).to(tl.float32)
     t = tl.load(target_lose_ptr + b * stride_tl + offs, mask=valid, other=0.0).to(tl.float32)
     tl.store(grad_lose_ptr + b * E + offs, (lose * (m_lose * (a - t))).to(grad_lose_ptr.dtype.element_ty), mask=valid)
-
-
-PREDICTIONS = ("policy_win", "policy_lose", "reference_win", "reference_lose", "target_win", "target_lose")
 
 
 MASK_TYPES = {

@@ -40,12 +40,13 @@ class Progress:
     def __init__(self) -> None:
         self.step = 0
         self.batches = 0
+        self.skipped_in_a_row = 0
 
     def state_dict(self) -> dict[str, int]:
-        return {"step": self.step, "batches": self.batches}
+        return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.step, self.batches = state["step"], state["batches"]
+        vars(self).update(state)
 
 
 def load_records(config: TrainConfig) -> tuple[list[PairRecord], list[PairRecord]]:
@@ -125,7 +126,8 @@ class Trainer:
             self.checkpoints.retire_later(self.progress.step)
         self.accelerator.wait_for_everyone()
         self._warned: set[str] = set()
-        self._skipped = 0
+        self._shares: dict[int, list[list[list[int]]]] = {}
+        self._rounds = len(self._share(0))  # of every epoch
 
     def _dataset(self, records: list[PairRecord]) -> PairDataset:
         data = self.config.data
@@ -186,9 +188,13 @@ class Trainer:
 
     def _share(self, epoch: int) -> list[list[list[int]]]:
         """The epoch's batches in rounds of one per process; the first are repeated where the last round is not full."""
-        batches, processes = self.plan.epoch(epoch), self.accelerator.num_processes
-        rounds = -(-len(batches) // processes)
-        return [[batches[(i * processes + rank) % len(batches)] for rank in range(processes)] for i in range(rounds)]
+        if epoch not in self._shares:
+            batches, processes = self.plan.epoch(epoch), self.accelerator.num_processes
+            rounds = -(-len(batches) // processes)
+            share = [[batches[(i * processes + rank) % len(batches)] for rank in range(processes)] for i in range(rounds)]
+            # A step may reach into the next epoch: every step looks at one or two, and each takes time in the pairs.
+            self._shares = {known: self._shares[known] for known in (epoch - 1,) if known in self._shares} | {epoch: share}
+        return self._shares[epoch]
 
     def _batches(self) -> Iterator[tuple[PairBatch, float]]:
         """Endless training batches from where the run stands, each with the factor of its loss.
@@ -197,7 +203,7 @@ class Trainer:
         step may differ in size.
         """
         position, rank = self.progress.batches, self.accelerator.process_index
-        rounds = len(self._share(0))
+        rounds = self._rounds
         accumulated: list[int] = []
         while True:
             epoch, start = divmod(position, rounds)
@@ -213,7 +219,7 @@ class Trainer:
 
     def _step_sizes(self, position: int) -> list[int]:
         """Pairs in each batch, of all processes, of the optimiser step that begins at a position."""
-        rounds = len(self._share(0))
+        rounds = self._rounds
         sizes: list[int] = []
         for i in range(position, position + self.config.gradient_accumulation):
             sizes += [len(batch) for batch in self._share(i // rounds)[i % rounds]]
@@ -265,7 +271,7 @@ class Trainer:
             row |= {
                 "gradient_norm": gradient_norm,
                 "learning_rate": self.scheduler.get_last_lr()[0],
-                "skipped_in_a_row": self._skipped,
+                "skipped_in_a_row": self.progress.skipped_in_a_row,
                 "pairs_per_second": row["pairs"] / elapsed,
                 "peak_memory_mib": peak_memory_mib(accelerator.device),
             }
@@ -289,13 +295,13 @@ class Trainer:
     def _is_finite(self, gradient_norm: float) -> bool:
         """Whether a step may be taken; a step without a finite gradient is skipped, and too many in a row stop the run."""
         if math.isfinite(gradient_norm):
-            self._skipped = 0
+            self.progress.skipped_in_a_row = 0
             return True
-        self._skipped += 1
+        self.progress.skipped_in_a_row += 1
         step = self.progress.step + 1
         if self._is_local_main:
             logger.warning("step %d skipped: the gradient norm is %s", step, gradient_norm)
-        if self._skipped >= MAX_SKIPPED:
+        if self.progress.skipped_in_a_row >= MAX_SKIPPED:
             raise FloatingPointError(
                 f"{MAX_SKIPPED} steps in a row up to step {step} had no finite gradient; the adapter is unharmed. Start anew "
                 "with a lower optim.lr or loss.beta, and look at the data of these steps"
