@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 # The tests are many small ones: a process per core beats threads within one.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test lint format inspect clean
+.PHONY: demo test bench lint format inspect clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -17,6 +17,11 @@ demo: $(STAMP)  ## real photos, a tiny FLUX, the real training path: writes demo
 
 test: $(STAMP)  ## all tests; without a GPU the kernels run in Triton's interpreter
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+bench: $(STAMP)  ## kernels against every peer, with a report: writes bench-output/
+	mkdir -p bench-output
+	$(BIN)/python -m pytest benchmarks --benchmark-json bench-output/result.json --benchmark-columns=median,iqr,rounds
+	$(BIN)/python -m benchmarks.report bench-output/result.json
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -31,4 +36,4 @@ inspect: $(STAMP)  ## registers, spills and wide loads of every kernel, compiled
 	$(BIN)/python -m focusdpo_kernels.inspect
 
 clean:
-	rm -rf $(VENV) demo-output build *.egg-info
+	rm -rf $(VENV) demo-output bench-output build *.egg-info

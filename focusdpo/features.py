@@ -60,8 +60,9 @@ class SimilarityTap:
     """Context manager: cross-layer similarity S (E3, E4) of the forward pass that runs inside it.
 
     One tap serves one forward pass. Each tapped block counts once in it, so that a recomputation under gradient checkpointing
-    changes nothing. Blocks are found by their path in the model. With torch.compile, compile block by block (regional
-    compilation): a model that was compiled as a whole and has run before never looks at hooks that are added later.
+    changes nothing. Blocks are found by their path in the model. With torch.compile, compile the `forward` of each block: a
+    model compiled as a whole that has run before never looks at hooks that are added later, and a block compiled by
+    `block.compile()` is compiled anew for every tap.
 
     Args:
         model: the module that holds the blocks (not wrapped by DDP: pass the unwrapped module).

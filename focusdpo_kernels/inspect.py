@@ -3,9 +3,9 @@
     python -m focusdpo_kernels.inspect                    # table for all architectures
     python -m focusdpo_kernels.inspect --arch sm_90 --json
 
-NVIDIA figures come from the cubin with the cuobjdump and nvdisasm that ship inside the triton wheel, AMD figures from the
-assembly. Spills are local-memory instructions (NVIDIA) or spilled vector registers (AMD); wide loads are 16-byte global
-loads; mma are tensor-core instructions.
+Spills are local-memory instructions (NVIDIA) or spilled vector registers (AMD); wide loads are 16-byte global loads; mma are
+tensor-core instructions; blocks fit a multiprocessor at the same time, by registers, shared memory and threads; ahead are the
+KiB that they ask of memory before they use the first, at most. What a GPU needs of those is in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -13,14 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import triton
@@ -29,7 +25,9 @@ from triton.compiler import ASTSource
 
 from focusdpo_kernels import dense_similarity, entropy, fusion, matching, pooled_similarity, residual_kernels
 from focusdpo_kernels.backend import INTERPRETED
+from focusdpo_kernels.disassembly import Figures, amd_figures, nvidia_figures
 from focusdpo_kernels.launch import Launch
+from focusdpo_kernels.shapes import SHAPES, bytes_moved
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -40,31 +38,6 @@ TARGETS = {
 FAMILIES = (pooled_similarity, dense_similarity, matching, entropy, fusion, residual_kernels)
 
 
-# Sizes of real models: layers N, target tokens P, reference tokens Q, width D, subjects R, channels C of a token.
-SHAPES = {
-    "uno-512": {"N": 19, "P": 1024, "Q": 800, "D": 3072, "R": 2, "C": 64},
-    "uno-1024": {"N": 57, "P": 4096, "Q": 1600, "D": 3072, "R": 4, "C": 64},
-    "flux2-klein-4b": {"N": 25, "P": 4096, "Q": 8192, "D": 3072, "R": 2, "C": 128},
-    "flux2-dev": {"N": 56, "P": 4096, "Q": 8192, "D": 6144, "R": 2, "C": 128},
-    "qwen-edit-plus": {"N": 60, "P": 4096, "Q": 8192, "D": 3072, "R": 2, "C": 64},
-}
-
-
-def bytes_moved(N: int, P: int, Q: int, D: int, R: int, C: int) -> dict[str, int]:
-    """Bytes of one sample that have to move, each input read and each output written once.
-
-    Hidden states and predictions are bf16, pixels fp32 RGB, scores and masks fp32, priors and reference masks one byte.
-    """
-    return {
-        "similarity": 2 * N * (P + Q) * D + R * Q + 4 * R * P,
-        "structure field": 4 * R * P + P + 4 * P,
-        "entropy": 4 * 3 * 256 * P + 4 * P,
-        "fusion": 4 * P + 4 * P + P + 4 * P,
-        "residual forward": 6 * 2 * P * C + 4 * P,
-        "residual backward": 4 * 2 * P * C + 4 * P + 2 * 2 * P * C,
-    }
-
-
 @dataclass(frozen=True)
 class Compiled:
     """What one launch configuration became on one architecture."""
@@ -73,13 +46,9 @@ class Compiled:
     kernel: str
     configuration: str
     types: str
-    registers: int
     budget: int
     shared_bytes: int
-    spills: int
-    wide_loads: int
-    tensor_cores: int
-    fp64: int
+    figures: Figures
 
 
 def launches() -> Iterator[Launch]:
@@ -97,49 +66,15 @@ def _source(launch: Launch) -> ASTSource:
     return ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
 
 
-def _tool(name: str) -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
-def _nvidia_figures(cubin: bytes) -> dict[str, int]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = subprocess.run([_tool("cuobjdump"), "-res-usage", file.name], check=True, capture_output=True, text=True)
-        assembly = subprocess.run([_tool("nvdisasm"), "-c", file.name], check=True, capture_output=True, text=True).stdout
-    registers = re.search(r"REG:(\d+)", usage.stdout + usage.stderr)
-    if registers is None:
-        raise RuntimeError(f"cuobjdump -res-usage reports no register count: {usage.stdout}{usage.stderr}")
-    return {
-        "registers": int(registers[1]),
-        "spills": len(re.findall(r"\b(?:LDL|STL)\b", assembly)),
-        "wide_loads": len(re.findall(r"\b(?:LDG|LDGSTS)\.E(?:\.\w+)*\.128\b", assembly)),
-        "tensor_cores": len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA|UTCQMMA)\b", assembly)),
-        "fp64": len(re.findall(r"\b(?:DADD|DMUL|DFMA|DSETP|F2F\.F64\S*|I2F\.F64\S*)", assembly)),
-    }
-
-
-def _amd_figures(assembly: str) -> dict[str, int]:
-    def count(name: str) -> int:
-        found = re.search(rf"\.{name}:\s+(\d+)", assembly)
-        if found is None:
-            raise RuntimeError(f"the AMD assembly has no .{name}")
-        return int(found[1])
-
-    return {
-        "registers": count("vgpr_count"),
-        "spills": count("vgpr_spill_count"),
-        "wide_loads": len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", assembly)),
-        "tensor_cores": len(re.findall(r"\bv_mfma_f32_\w+", assembly)),
-        "fp64": len(re.findall(r"\bv_(?:add|mul|fma)_f64\b", assembly)),
-    }
-
-
 def compile_launch(launch: Launch, arch: str) -> Compiled:
     """Compiles one configuration for "sm_80", "sm_90", "sm_100" or "gfx942"."""
     target = TARGETS[arch]
     compiled: Any = triton.compile(_source(launch), target=target, options=launch.options(target.warp_size))
-    figures = _nvidia_figures(compiled.asm["cubin"]) if target.backend == "cuda" else _amd_figures(compiled.asm["amdgcn"])
+    shared = compiled.metadata.shared
+    if target.backend == "cuda":
+        figures = nvidia_figures(compiled.asm["cubin"], arch, launch.threads, shared, launch.num_stages)
+    else:
+        figures = amd_figures(compiled.asm["amdgcn"])
     types = sorted({t for t in launch.types.values() if t.startswith("*")})
     return Compiled(
         arch=arch,
@@ -147,8 +82,8 @@ def compile_launch(launch: Launch, arch: str) -> Compiled:
         configuration=launch.label,
         types=" ".join(types),
         budget=getattr(launch.registers, arch),
-        shared_bytes=compiled.metadata.shared,
-        **figures,
+        shared_bytes=shared,
+        figures=figures,
     )
 
 
@@ -159,6 +94,17 @@ def compile_all(archs: Iterable[str]) -> Iterator[Compiled]:
         yield from pool.map(lambda job: compile_launch(*job), jobs)
 
 
+HEADER = "registers  budget  shared  spills  wide   mma  fp64  blocks   ahead"
+
+
+def _columns(c: Compiled) -> str:
+    f = c.figures
+    ahead = "-" if f.in_flight is None else f"{f.in_flight / 1024:.0f}"
+    values = (f.registers, c.budget, c.shared_bytes, f.spills, f.wide_loads, f.tensor_cores, f.fp64, f.blocks or "-", ahead)
+    widths = (9, 8, 8, 8, 6, 6, 6, 8, 8)
+    return "".join(f"{value:>{width}}" for value, width in zip(values, widths, strict=True))
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m focusdpo_kernels.inspect", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", action="append", choices=list(TARGETS), help="architecture; may be repeated (default: all)")
@@ -167,17 +113,11 @@ def main(argv: list[str] | None = None) -> None:
     if INTERPRETED:
         parser.error("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
     if not arguments.json:
-        print(
-            f"{'arch':8}{'registers':>10}{'budget':>8}{'shared':>8}{'spills':>8}{'wide':>6}{'mma':>5}{'fp64':>6}  configuration"
-        )
+        print(f"{'arch':8}{HEADER}  configuration")
     for c in compile_all(arguments.arch or TARGETS):
-        if arguments.json:
-            print(json.dumps(asdict(c)), flush=True)
-        else:
-            figures = (
-                f"{c.registers:>10}{c.budget:>8}{c.shared_bytes:>8}{c.spills:>8}{c.wide_loads:>6}{c.tensor_cores:>5}{c.fp64:>6}"
-            )
-            print(f"{c.arch:8}{figures}  {c.configuration} {c.types}", flush=True)
+        row = asdict(c)
+        row = {**row, **row.pop("figures")}
+        print(json.dumps(row) if arguments.json else f"{c.arch:8}{_columns(c)}  {c.configuration} {c.types}", flush=True)
     if not arguments.json:
         print("\nMiB that have to move per sample")
         moved = {name: bytes_moved(**sizes) for name, sizes in SHAPES.items()}

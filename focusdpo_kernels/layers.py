@@ -18,6 +18,9 @@ from torch import Tensor
 # Of a row: pointer and three strides of the target, the same of the reference, bits of the fp32 weight.
 TARGET, REFERENCE, WEIGHT, COLUMNS = 0, 4, 8, 9
 
+# Host tables that CUDA graphs copy again at each replay: their memory must not be given to anybody else.
+_CAPTURED: list[Tensor] = []
+
 # The arguments and constants that every kernel over layers takes, with their Triton types for ahead-of-time compilation.
 TYPES = {"table_ptr": "*i64", "weight": "fp32"}
 
@@ -101,5 +104,9 @@ def _pointer_table(target: Sequence[Tensor], reference: Sequence[Tensor], weight
         rows.append([h_tgt.data_ptr(), *h_tgt.stride(), h_ref.data_ptr(), *h_ref.stride(), bits])
     table = torch.tensor(rows, dtype=torch.int64)
     device = target[0].device
-    # A pageable copy would make the host wait.
-    return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
+    if device.type == "cpu":
+        return table
+    pinned = table.pin_memory()  # a pageable copy would make the host wait
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _CAPTURED.append(pinned)
+    return pinned.to(device, non_blocking=True)

@@ -1,18 +1,24 @@
 """Pooled cross-layer similarity, `pooling="reference"` (docs/method.md, E3 and E4).
 
-    c[r, n] = sum_q m[r, q] h_ref[n, q] / sum_q m[r, q]
-    S[r, p] = sum_n w[n] cos(c[r, n], h_tgt[n, p]) / sum_n w[n]
+    c[r, n] = sum_q m[r, q] h_ref[n, q] / sum_q m[r, q],    u[r, n] = c / |c|
+    S[r, p] = sum_n w[n] <u[r, n], h_tgt[n, p]> / |h_tgt[n, p]| / sum_n w[n]
 
-`_pool_kernel` reads each reference token once and writes the pooled tokens (N R D floats per sample), `_similarity_kernel`
-reads each target token once. Few layers would leave most of a GPU idle while they are pooled: their tokens are then split
-among programs, and `_combine_kernel` adds the parts in a fixed order. Bytes: N (P + Q) D itemsize + B R Q + 4 B R P, plus the
-small pooled tokens. The N layers are reached through a table of pointers in device memory: they are never stacked, and each
-may be a strided slice of a longer sequence.
+`_pool_kernel` reads each reference token once and sums it into its subjects, `_unit_kernel` turns the sums into unit vectors,
+`_compare_kernel` reads each target token once. The sums over tokens and over widths are matrix products of a tile of hidden
+states with a few columns: on tensor cores for fp16 and bf16, with tiles that arrive in shared memory while earlier ones are
+used. A unit vector is split into three parts of the hidden states' type, so that nothing of it is rounded away; a mask is 0 or
+1 anyway.
+
+The work is split among programs until a large GPU is full: tokens of a layer while it is pooled, layers while they are
+compared. Parts are added in a fixed order. Bytes: N (P + Q) D itemsize + B R Q + 4 B R P, plus the small unit vectors. The N
+layers are reached through a table of pointers in device memory: they are never stacked, and each may be a strided slice of a
+longer sequence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,13 +26,13 @@ import triton.language as tl
 from torch import Tensor
 
 from focusdpo_kernels import reference as spec
-from focusdpo_kernels.backend import device_guard
+from focusdpo_kernels.backend import INTERPRETED, device_guard
 from focusdpo_kernels.launch import POINTERS, TRITON_DTYPES, Launch, Registers, next_power_of_2
 from focusdpo_kernels.layers import COLUMNS, REFERENCE, TARGET, TYPES, LayerArguments, is_vectorizable, layer_rows, layer_weight
 
-BLOCK_Q, BLOCK_D = 8, 256
-TARGET_PROGRAMS = 256  # programs that pool at the same time: about two for each multiprocessor of a large GPU
-MIN_SPAN = 64  # reference tokens below which a split is not worth its launch
+FILL = 512  # programs that fill a large GPU: about four for each multiprocessor
+MIN_SPAN, MAX_SPAN = 128, 2048  # reference tokens of a program: fewer are not worth a split, more leave a long tail
+SCALE = 256.0  # of unit vectors, so that their smallest parts stay normal in fp16
 
 
 @triton.jit(do_not_specialize=["N", "Q", "SPLITS", "SPAN"])
@@ -37,7 +43,7 @@ def _pool_kernel(
     stride_t,
     stride_d,
     mask_ptr,  # [B, R, Q] uint8
-    pooled_ptr,  # [B, N, SPLITS, R, D] fp32: means where PARTIAL is off, else sums
+    sum_ptr,  # [B, N, SPLITS, R, D] fp32
     count_ptr,  # [B, SPLITS, R] fp32
     N,
     Q,
@@ -53,7 +59,7 @@ def _pool_kernel(
     TABLE: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    PARTIAL: tl.constexpr,
+    UPCAST: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -66,174 +72,255 @@ def _pool_kernel(
     offs_d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     offs_r = tl.arange(0, R_PAD)
-    mask_base = mask_ptr + b * stride_mb
-    pooled = tl.zeros([R_PAD, BLOCK_D], tl.float32)
-    count = tl.zeros([R_PAD], tl.float32)
+    mask_r = offs_r < R
+    # 64-bit before the multiplication: a slice of a long batch passes 2^31 elements.
+    mask_rows = mask_ptr + b * stride_mb + offs_r.to(tl.int64)[:, None] * stride_mr
+    total = tl.zeros([R_PAD, BLOCK_D], tl.float32)
+    count = tl.zeros([R_PAD, BLOCK_Q], tl.float32)
     for q in range(split * SPAN, tl.minimum((split + 1) * SPAN, Q), BLOCK_Q):
         offs_q = q + tl.arange(0, BLOCK_Q)
         mask_q = offs_q < Q
-        # 64-bit before the multiplication: a slice of a long batch passes 2^31 elements.
         offsets = offs_q.to(tl.int64)[:, None] * stride_q + offs_d[None, :] * width
-        h = tl.load(reference + offsets, mask=mask_q[:, None] & mask_d[None, :], other=0.0).to(tl.float32)  # [BLOCK_Q, BLOCK_D]
-        for r in tl.static_range(R):
-            offsets_m = tl.cast(r, tl.int64) * stride_mr + offs_q.to(tl.int64) * stride_mq
-            m = (tl.load(mask_base + offsets_m, mask=mask_q, other=0) != 0).to(tl.float32)
-            row = offs_r == r
-            pooled += tl.where(row[:, None], tl.sum(h * m[:, None], axis=0)[None, :], 0.0)
-            count += tl.where(row, tl.sum(m, axis=0), 0.0)
-    if not PARTIAL:
-        pooled = pooled / tl.maximum(count, 1.0)[:, None]
-    out = pooled_ptr + (((b * N + n) * SPLITS + split) * R + offs_r[:, None]) * D + offs_d[None, :]
-    tl.store(out, pooled, mask=(offs_r < R)[:, None] & mask_d[None, :])
+        h = tl.load(reference + offsets, mask=mask_q[:, None] & mask_d[None, :], other=0.0)  # [BLOCK_Q, BLOCK_D]
+        inside = tl.load(mask_rows + offs_q.to(tl.int64)[None, :] * stride_mq, mask=mask_r[:, None] & mask_q[None, :], other=0)
+        if UPCAST:
+            h = h.to(tl.float32)
+        m = (inside != 0).to(h.dtype)  # [R_PAD, BLOCK_Q]
+        total = tl.dot(m, h, total, input_precision="ieee")
+        count += m.to(tl.float32)
+    out = sum_ptr + (((b * N + n) * SPLITS + split) * R + offs_r[:, None]) * D + offs_d[None, :]
+    tl.store(out, total, mask=mask_r[:, None] & mask_d[None, :])
     if n == 0 and tl.program_id(2) == 0:
-        tl.store(count_ptr + (b * SPLITS + split) * R + offs_r, count, mask=offs_r < R)
+        tl.store(count_ptr + (b * SPLITS + split) * R + offs_r, tl.sum(count, axis=1), mask=mask_r)
+
+
+@triton.jit
+def _mean(sums, offs_d, D, SPLITS, stride_split, count, BLOCK_D: tl.constexpr):
+    """A block of a subject's mean token: its splits, added in order."""
+    mask_d = offs_d < D
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for split in range(SPLITS):
+        total += tl.load(sums + split * stride_split + offs_d, mask=mask_d, other=0.0)
+    return total / tl.maximum(count, 1.0)
 
 
 @triton.jit(do_not_specialize=["N", "SPLITS"])
-def _combine_kernel(
-    part_ptr,  # [B, N, SPLITS, R, D] fp32
+def _unit_kernel(
+    sum_ptr,  # [B, N, SPLITS, R, D] fp32
     part_count_ptr,  # [B, SPLITS, R] fp32
-    pooled_ptr,  # [B, N, R, D] fp32
+    unit_ptr,  # [B, N, PARTS, R, D] in the hidden states' type
     count_ptr,  # [B, R] fp32
     N,
     D,
     SPLITS,
     R: tl.constexpr,
-    R_PAD: tl.constexpr,
+    PARTS: tl.constexpr,
+    EPS: tl.constexpr,
+    SCALE: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    n = tl.program_id(1)
     b = tl.program_id(0).to(tl.int64)
-    offs_d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
-    offs_r = tl.arange(0, R_PAD)
-    mask_r = offs_r < R
-    mask = mask_r[:, None] & (offs_d < D)[None, :]
-    pooled = tl.zeros([R_PAD, BLOCK_D], tl.float32)
-    count = tl.zeros([R_PAD], tl.float32)
+    n = tl.program_id(1)
+    r = tl.program_id(2)
+    count = 0.0
     for split in range(SPLITS):
-        part = part_ptr + (((b * N + n) * SPLITS + split) * R + offs_r[:, None]) * D + offs_d[None, :]
-        pooled += tl.load(part, mask=mask, other=0.0)
-        count += tl.load(part_count_ptr + (b * SPLITS + split) * R + offs_r, mask=mask_r, other=0.0)
-    pooled = pooled / tl.maximum(count, 1.0)[:, None]
-    tl.store(pooled_ptr + ((b * N + n) * R + offs_r[:, None]) * D + offs_d[None, :], pooled, mask=mask)
-    if n == 0 and tl.program_id(2) == 0:
-        tl.store(count_ptr + b * R + offs_r, count, mask=mask_r)
+        count += tl.load(part_count_ptr + (b * SPLITS + split) * R + r)
+    sums = sum_ptr + ((b * N + n) * SPLITS * R + r) * D
+    stride_split = tl.cast(R, tl.int64) * D
+    square = tl.zeros([BLOCK_D], tl.float32)
+    for d in range(0, D, BLOCK_D):
+        c = _mean(sums, d + tl.arange(0, BLOCK_D), D, SPLITS, stride_split, count, BLOCK_D)
+        square += c * c
+    norm = tl.maximum(tl.sqrt(tl.sum(square, axis=0)), EPS)
+    for d in range(0, D, BLOCK_D):
+        offs_d = d + tl.arange(0, BLOCK_D)
+        rest = SCALE * (_mean(sums, offs_d, D, SPLITS, stride_split, count, BLOCK_D) / norm)
+        for i in tl.static_range(PARTS):
+            part = rest.to(unit_ptr.dtype.element_ty)
+            tl.store(unit_ptr + (((b * N + n) * PARTS + i) * R + r) * D + offs_d, part, mask=offs_d < D)
+            rest -= part.to(tl.float32)
+    if n == 0:
+        tl.store(count_ptr + b * R + r, count)
 
 
-@triton.jit(do_not_specialize=["N", "P"])
-def _similarity_kernel(
+@triton.jit(do_not_specialize=["N", "P", "LAYERS"])
+def _compare_kernel(
     table_ptr,
     direct_ptr,
     stride_b,
     stride_t,
     stride_d,
     weight,
-    pooled_ptr,  # [B, N, R, D] fp32
-    count_ptr,  # [B, R] fp32
-    out_ptr,  # [B, R, P] fp32
+    unit_ptr,  # [B, N, PARTS, R, D] in the hidden states' type
+    out_ptr,  # [B, SPLITS, R, P] fp32
     N,
     P,
     D,
+    LAYERS,  # of a split
     R: tl.constexpr,
     R_PAD: tl.constexpr,
+    PARTS: tl.constexpr,
+    PARTS_PAD: tl.constexpr,
     DTYPE: tl.constexpr,
     TABLE: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
     COLUMNS: tl.constexpr,
     ACCUMULATE: tl.constexpr,
+    UPCAST: tl.constexpr,
     EPS: tl.constexpr,
+    SCALE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
     offs_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     mask_p = offs_p < P
-    offs_r = tl.arange(0, R_PAD)
-    total = tl.zeros([R_PAD, BLOCK_P], tl.float32)
-    total_weight = 0.0
-    for n in range(N):
+    split = tl.program_id(2)
+    # A column for each part of each subject's unit vector.
+    part = tl.arange(0, PARTS_PAD * R_PAD) // R_PAD
+    subject = tl.arange(0, PARTS_PAD * R_PAD) % R_PAD
+    mask_c = (part < PARTS) & (subject < R)
+    columns = (part * R + subject).to(tl.int64) * D
+    total = tl.zeros([BLOCK_P, R_PAD], tl.float32)
+    for n in range(split * LAYERS, tl.minimum((split + 1) * LAYERS, N)):
         target, stride_p, width = layer_rows(
             table_ptr, direct_ptr, stride_b, stride_t, stride_d, n, b, 0, DTYPE, TABLE, CONTIGUOUS, COLUMNS
         )
-        pooled = pooled_ptr + (b * N + n) * R * D
         rows = target + offs_p.to(tl.int64)[:, None] * stride_p
-        dot = tl.zeros([R_PAD, BLOCK_P], tl.float32)
-        target_square = tl.zeros([BLOCK_P], tl.float32)
-        pooled_square = tl.zeros([R_PAD], tl.float32)
+        unit = unit_ptr + (b * N + n) * PARTS * R * D + columns[None, :]
+        dot = tl.zeros([BLOCK_P, PARTS_PAD * R_PAD], tl.float32)
+        square = tl.zeros([BLOCK_P], tl.float32)
         for d in range(0, D, BLOCK_D):
             offs_d = d + tl.arange(0, BLOCK_D)
             mask_d = offs_d < D
             h = tl.load(rows + offs_d[None, :] * width, mask=mask_p[:, None] & mask_d[None, :], other=0.0)
-            h = h.to(tl.float32)  # [BLOCK_P, BLOCK_D]
-            target_square += tl.sum(h * h, axis=1)
-            for r in tl.static_range(R):
-                c = tl.load(pooled + r * D + offs_d, mask=mask_d, other=0.0)
-                row = offs_r == r
-                dot += tl.where(row[:, None], tl.sum(h * c[None, :], axis=1)[None, :], 0.0)
-                pooled_square += tl.where(row, tl.sum(c * c, axis=0), 0.0)
-        norm = tl.maximum(tl.sqrt(pooled_square), EPS)[:, None] * tl.maximum(tl.sqrt(target_square), EPS)[None, :]
-        w = layer_weight(table_ptr, weight, n, TABLE, COLUMNS)
-        total += w * (dot / norm)
-        total_weight += w
-    mask_out = (offs_r < R)[:, None] & mask_p[None, :]
-    out = out_ptr + (b * R + offs_r[:, None]) * P + offs_p[None, :]
+            u = tl.load(unit + offs_d[:, None], mask=mask_d[:, None] & mask_c[None, :], other=0.0)
+            x = h.to(tl.float32)  # [BLOCK_P, BLOCK_D]
+            if UPCAST:
+                h = x
+                u = u.to(tl.float32)
+            dot = tl.dot(h, u, dot, input_precision="ieee")
+            square += tl.sum(x * x, axis=1)
+        scale = layer_weight(table_ptr, weight, n, TABLE, COLUMNS) / (SCALE * tl.maximum(tl.sqrt(square), EPS))
+        total += tl.sum(tl.reshape(dot, [BLOCK_P, PARTS_PAD, R_PAD]), axis=1) * scale[:, None]
+    offs_r = tl.arange(0, R_PAD)
+    mask_out = mask_p[:, None] & (offs_r < R)[None, :]
+    out = out_ptr + ((b * tl.num_programs(2) + split) * R + offs_r[None, :]) * P + offs_p[:, None]
     if ACCUMULATE:
         total += tl.load(out, mask=mask_out, other=0.0)
-    else:
-        count = tl.load(count_ptr + b * R + offs_r, mask=offs_r < R, other=0.0)
-        total = tl.where(count[:, None] > 0, total / total_weight, float("-inf"))
     tl.store(out, total, mask=mask_out)
 
 
-def _launches(
-    dtype: torch.dtype, subjects: int, contiguous: bool, table: bool, accumulate: bool, split: bool
-) -> tuple[Launch, Launch, Launch]:
-    """Launches that pool, combine and compare. Sizes that vary from batch to batch play no part."""
-    rows = {"R": subjects, "R_PAD": next_power_of_2(subjects)}
+@triton.jit(do_not_specialize=["P", "SPLITS"])
+def _average_kernel(
+    part_ptr,  # [B, SPLITS, R, P] fp32
+    count_ptr,  # [B, R] fp32
+    out_ptr,  # [B, R, P] fp32
+    P,
+    SPLITS,
+    total_weight,
+    R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    b = tl.program_id(0).to(tl.int64)
+    r = tl.program_id(1)
+    offs_p = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P)
+    mask_p = offs_p < P
+    total = tl.zeros([BLOCK_P], tl.float32)
+    for split in range(SPLITS):
+        total += tl.load(part_ptr + ((b * SPLITS + split) * R + r) * P + offs_p, mask=mask_p, other=0.0)
+    present = tl.load(count_ptr + b * R + r) > 0
+    tl.store(out_ptr + (b * R + r) * P + offs_p, tl.where(present, total / total_weight, float("-inf")), mask=mask_p)
+
+
+class _Launches(NamedTuple):
+    pool: Launch
+    unit: Launch
+    compare: Launch
+    average: Launch
+
+
+def _launches(dtype: torch.dtype, subjects: int, contiguous: bool, table: bool, accumulate: bool) -> _Launches:
+    half = dtype != torch.float32
+    parts = 3 if half else 1  # 3 x 8 bits of bf16 are all 24 of fp32
+    parts_pad = next_power_of_2(parts)
     layers = {"DTYPE": TRITON_DTYPES[dtype], "TABLE": table, "CONTIGUOUS": contiguous, "COLUMNS": COLUMNS}
-    floats = dict.fromkeys(("pooled_ptr", "count_ptr", "part_ptr", "part_count_ptr", "out_ptr"), "*fp32")
-    types = {**TYPES, **floats, "direct_ptr": POINTERS[dtype], "mask_ptr": "*u8"}
-    # One warp covers BLOCK_D with 16-byte loads, so that the sum over tokens stays inside a thread. Without unit stride
-    # every element has a 64-bit address of its own: fewer rows, or registers spill.
+    # The interpreter's dot takes the bits of bf16 for integers; products of bf16 are exact in fp32 as well.
+    upcast = {"UPCAST": INTERPRETED and dtype == torch.bfloat16}
+    scaled = {"EPS": spec.EPS, "SCALE": SCALE}
+    floats = dict.fromkeys(("sum_ptr", "part_count_ptr", "count_ptr", "part_ptr", "out_ptr", "total_weight"), "*fp32")
+    types = {
+        **TYPES,
+        **floats,
+        "total_weight": "fp32",
+        "direct_ptr": POINTERS[dtype],
+        "unit_ptr": POINTERS[dtype],
+        "mask_ptr": "*u8",
+    }
+    # Rows of 128 bytes and more, four tiles deep: some 100 KiB on their way to a multiprocessor (docs/performance.md).
+    # Without unit stride every element has a 64-bit address of its own, and fp32 runs on ordinary cores: fewer rows, or
+    # registers spill.
+    large = half and contiguous
+    rows = 64 if large else 32 if half or contiguous else 16
     pool = Launch(
         _pool_kernel,
-        {**rows, **layers, "PARTIAL": split, "BLOCK_Q": BLOCK_Q if contiguous else 2, "BLOCK_D": BLOCK_D},
-        threads=32,
-        registers=Registers(208, 208, 224, 176),
+        {
+            "R": subjects,
+            "R_PAD": max(next_power_of_2(subjects), 16),
+            **layers,
+            **upcast,
+            "BLOCK_Q": min(rows, 32),
+            "BLOCK_D": 128 if large else 32,
+        },
+        threads=128,
+        registers=Registers(112, 112, 112, 96),
+        num_stages=4 if large else 3,
         types=types,
         aligned=("D", "stride_b", "stride_t"),
         ones=("stride_d", "stride_mq") if contiguous else ("stride_mq",),
     )
-    combine = Launch(
-        _combine_kernel,
-        {**rows, "BLOCK_D": BLOCK_D},
-        threads=64,
-        registers=Registers(96, 96, 96, 56),
+    unit = Launch(
+        _unit_kernel,
+        {"R": subjects, "PARTS": parts, **scaled, "BLOCK_D": 1024},
+        threads=128,
+        registers=Registers(96, 96, 96, 48),
         types=types,
         aligned=("D",),
     )
-    similarity = Launch(
-        _similarity_kernel,
+    compare = Launch(
+        _compare_kernel,
         {
-            **rows,
+            "R": subjects,
+            "R_PAD": max(next_power_of_2(subjects), 16 // parts_pad),
+            "PARTS": parts,
+            "PARTS_PAD": parts_pad,
             **layers,
             "ACCUMULATE": accumulate,
-            "EPS": spec.EPS,
-            "BLOCK_P": 16 if contiguous else 8,
-            "BLOCK_D": BLOCK_D,
+            **upcast,
+            **scaled,
+            "BLOCK_P": rows,
+            "BLOCK_D": 64 if large else 32,
         },
         threads=128,
-        registers=Registers(168, 168, 184, 120),
+        registers=Registers(208, 160, 152, 200),
+        num_stages=4 if large else 3,
         types=types,
         aligned=("D", "stride_b", "stride_t"),
         ones=("stride_d",) if contiguous else (),
     )
-    return pool, combine, similarity
+    average = Launch(
+        _average_kernel,
+        {"R": subjects, "BLOCK_P": 256},
+        threads=128,
+        registers=Registers(32, 32, 32, 32),
+        types=types,
+    )
+    return _Launches(pool, unit, compare, average)
 
 
-def _splits(layers: int, blocks: int, tokens: int) -> int:
-    """Programs that share a layer's tokens. It looks at no batch size, so that a sample's result does not depend on others."""
-    wanted = triton.cdiv(TARGET_PROGRAMS, layers * blocks)
+def _token_splits(layers: int, blocks: int, tokens: int) -> int:
+    """Programs that share a layer's reference tokens. It looks at no batch size: a sample's result depends on no other."""
+    wanted = max(FILL // (layers * blocks), triton.cdiv(tokens, MAX_SPAN))
     return max(min(wanted, triton.cdiv(tokens, MIN_SPAN)), 1)
 
 
@@ -243,34 +330,41 @@ def launch_pooled(
     """Writes S into `out` [B, R, P], or adds weighted cosines to it where `accumulate`. `mask` is uint8."""
     batch, subjects, patches = out.shape
     tokens, width = reference[0].shape[1:]
-    layers, device = len(target), out.device
+    layers, device, dtype = len(target), out.device, target[0].dtype
     contiguous = is_vectorizable([*target, *reference])
     arguments = LayerArguments(target, reference, weights)
+    pool, unit, compare, average = _launches(dtype, subjects, contiguous, not arguments.single, accumulate)
+
+    def floats(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=device)
+
     # At least one block along D: with D = 0 the counts are still needed.
-    blocks = max(triton.cdiv(width, BLOCK_D), 1)
-    splits = _splits(layers, blocks, tokens)
-    span = triton.cdiv(triton.cdiv(tokens, splits), BLOCK_Q) * BLOCK_Q
-    pool, combine, similarity = _launches(target[0].dtype, subjects, contiguous, not arguments.single, accumulate, splits > 1)
-    parts = torch.empty((batch, layers, splits, subjects, width), dtype=torch.float32, device=device)
-    part_count = torch.empty((batch, splits, subjects), dtype=torch.float32, device=device)
+    blocks = max(triton.cdiv(width, pool.constants["BLOCK_D"]), 1)
+    splits = _token_splits(layers, blocks, tokens)
+    span = triton.cdiv(triton.cdiv(tokens, splits), pool.constants["BLOCK_Q"]) * pool.constants["BLOCK_Q"]
+    sums, part_count = floats(batch, layers, splits, subjects, width), floats(batch, splits, subjects)
+    units = torch.empty((batch, layers, unit.constants["PARTS"], subjects, width), dtype=dtype, device=device)
+    count = floats(batch, subjects)
+    tiles = triton.cdiv(patches, compare.constants["BLOCK_P"])
+    layers_each = triton.cdiv(layers, max(min(FILL // tiles, layers), 1))
+    layer_splits = triton.cdiv(layers, layers_each)
+    parts = out if accumulate else floats(batch, layer_splits, subjects, patches)
     with device_guard(out):
         sizes = (layers, tokens, width, splits, span, *mask.stride())
-        pool((batch, layers * splits, blocks), *arguments.side(REFERENCE), mask, parts, part_count, *sizes)
-        pooled, count = parts, part_count
-        if splits > 1:
-            pooled = torch.empty((batch, layers, subjects, width), dtype=torch.float32, device=device)
-            count = torch.empty((batch, subjects), dtype=torch.float32, device=device)
-            combine((batch, layers, blocks), parts, part_count, pooled, count, layers, width, splits)
+        pool((batch, layers * splits, blocks), *arguments.side(REFERENCE), mask, sums, part_count, *sizes)
+        unit((batch, layers, subjects), sums, part_count, units, count, layers, width, splits)
         sides = (*arguments.side(TARGET), arguments.weight)
-        grid = (batch, triton.cdiv(patches, similarity.constants["BLOCK_P"]))
-        similarity(grid, *sides, pooled, count, out, layers, patches, width)
+        compare((batch, tiles, layer_splits), *sides, units, parts, layers, patches, width, layers_each)
+        if not accumulate:
+            grid = (batch, subjects, triton.cdiv(patches, average.constants["BLOCK_P"]))
+            average(grid, parts, count, out, patches, layer_splits, float(sum(weights)))
 
 
 def launches() -> Iterator[Launch]:
     """Every shipped launch configuration, for ahead-of-time compilation."""
     for dtype in (torch.bfloat16, torch.float32):
-        for subjects in range(1, 7):
-            yield from _launches(dtype, subjects, contiguous=True, table=True, accumulate=False, split=False)
-            yield from _launches(dtype, subjects, contiguous=True, table=False, accumulate=True, split=True)
-        yield from _launches(dtype, 2, contiguous=False, table=True, accumulate=False, split=False)
-    yield from _launches(torch.float16, 2, contiguous=True, table=True, accumulate=False, split=True)
+        for subjects in (1, 2, 4, 6):
+            yield from _launches(dtype, subjects, contiguous=True, table=True, accumulate=False)
+            yield from _launches(dtype, subjects, contiguous=True, table=False, accumulate=True)
+        yield from _launches(dtype, 2, contiguous=False, table=True, accumulate=False)
+    yield from _launches(torch.float16, 2, contiguous=True, table=True, accumulate=False)

@@ -23,6 +23,7 @@ from focusdpo_kernels.launch import POINTERS, Launch, Registers, next_power_of_2
 REDUCTIONS = ("mean", "sum", "masked_mean")
 PREDICTIONS = ("policy_win", "policy_lose", "reference_win", "reference_lose", "target_win", "target_lose")
 BLOCK = 2048
+LANES = 8  # elements of a thread: 16 bytes of fp16 or bf16
 MAX_SPLITS = 128
 SUMS = 10  # columns of a split's partial sums
 ROWS = 9  # rows of the result: the seven fields of PreferenceResidual, then the scales of winner and loser
@@ -121,15 +122,17 @@ def _forward_kernel(
     LATENT: tl.constexpr,
     POWER: tl.constexpr,
     COLUMNS: tl.constexpr,
+    LANES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     split = tl.program_id(1)
     b = tl.program_id(0).to(tl.int64)
-    zero = tl.zeros([BLOCK], tl.float32)
+    # A thread adds its own LANES elements at once: sums of [BLOCK] would fill its registers.
+    zero = tl.zeros([BLOCK // LANES], tl.float32)
     policy_win, policy_lose, reference_win, reference_lose = zero, zero, zero, zero
     difference_win, difference_lose, winner_norm, inner, mass_win, mass_lose = zero, zero, zero, zero, zero, zero
     for start in range(split * BLOCK, E, SPLITS * BLOCK):
-        offs = start + tl.arange(0, BLOCK)
+        offs = start + LANES * tl.arange(0, BLOCK // LANES)[:, None] + tl.arange(0, LANES)[None, :]
         valid = offs < E
         if HAS_WEIGHT:
             m_win, m_lose = _masks(
@@ -162,9 +165,9 @@ def _forward_kernel(
             valid,
             m_win,
         )
-        policy_win += error
-        reference_win += reference
-        difference_win += difference
+        policy_win += tl.sum(error, axis=1)
+        reference_win += tl.sum(reference, axis=1)
+        difference_win += tl.sum(difference, axis=1)
         error, reference, difference, g_lose = _side_sums(
             policy_lose_ptr + b * stride_pl,
             reference_lose_ptr + b * stride_rl,
@@ -173,13 +176,13 @@ def _forward_kernel(
             valid,
             m_lose,
         )
-        policy_lose += error
-        reference_lose += reference
-        difference_lose += difference
-        winner_norm += g_win * g_win
-        inner += g_win * g_lose
-        mass_win += m_win
-        mass_lose += m_lose
+        policy_lose += tl.sum(error, axis=1)
+        reference_lose += tl.sum(reference, axis=1)
+        difference_lose += tl.sum(difference, axis=1)
+        winner_norm += tl.sum(g_win * g_win, axis=1)
+        inner += tl.sum(g_win * g_lose, axis=1)
+        mass_win += tl.sum(m_win, axis=1)
+        mass_lose += tl.sum(m_lose, axis=1)
     out = partial_ptr + (b * SPLITS + split) * COLUMNS
     tl.store(out + 0, tl.sum(policy_win, axis=0))
     tl.store(out + 1, tl.sum(policy_lose, axis=0))
@@ -325,9 +328,9 @@ def forward_launch(dtypes: tuple[torch.dtype, ...], mask: str, latent: bool, pow
     types = {f"{name}_ptr": POINTERS[dtype] for name, dtype in zip(PREDICTIONS, dtypes, strict=True)}
     return Launch(
         _forward_kernel,
-        {**_mask_constants(mask, latent, power), "COLUMNS": SUMS, "BLOCK": BLOCK},
+        {**_mask_constants(mask, latent, power), "COLUMNS": SUMS, "LANES": LANES, "BLOCK": BLOCK},
         threads=256,
-        registers=Registers(184, 176, 232, 176),
+        registers=Registers(136, 120, 128, 152),
         types={**types, **MASK_TYPES, "partial_ptr": "*fp32"},
         aligned=("E", "INNER", "stride_pw", "stride_pl", "stride_rw", "stride_rl", "stride_tw", "stride_tl"),
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
 
@@ -82,7 +83,15 @@ class Backbone(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def from_pretrained(cls, path: str, *, dtype: torch.dtype, revision: str | None = None) -> Backbone:
+    def from_pretrained(
+        cls,
+        path: str,
+        *,
+        dtype: torch.dtype,
+        revision: str | None = None,
+        guidance: float = 1.0,
+        max_sequence_length: int = 512,
+    ) -> Backbone:
         """Loads a diffusers pipeline folder, local or from the hub."""
 
     @abc.abstractmethod
@@ -109,9 +118,15 @@ class Backbone(abc.ABC):
     def image_tokens(self, output: Any) -> Tensor:
         """The image stream [B, P + Q, D], target first, of a tapped block's output."""
 
-    @abc.abstractmethod
     def save_lora(self, folder: Path) -> None:
         """Writes the transformer's adapter in diffusers' format, with the metadata that keeps its alpha."""
+        transformer = self.pipeline.transformer
+        self.pipeline.save_lora_weights(
+            folder,
+            transformer_lora_layers=get_peft_model_state_dict(transformer),
+            # Without it alpha is lost, and the adapter comes back with another scale.
+            transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
+        )
 
     def to(self, device: torch.device) -> None:
         """Moves all parts to a device."""

@@ -8,12 +8,10 @@ both start at the running sum of the rows and columns so far (bytedance/UNO).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, FluxKontextPipeline, FluxPipeline
-from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
 from focusdpo.data.images import PATCH_SIZE
@@ -50,7 +48,8 @@ class Flux1(Backbone):
         self.guidance = guidance
         self.max_sequence_length = max_sequence_length
         for part in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.transformer):
-            part.requires_grad_(False).eval()
+            if part is not None:
+                part.requires_grad_(False).eval()
 
     @classmethod
     def from_pretrained(
@@ -129,12 +128,3 @@ class Flux1(Backbone):
 
     def image_tokens(self, output: Any) -> Tensor:
         return output[1]  # (text stream, image stream), for both kinds of block since diffusers 0.35
-
-    def save_lora(self, folder: Path) -> None:
-        transformer = self.pipeline.transformer
-        self.pipeline.save_lora_weights(
-            folder,
-            transformer_lora_layers=get_peft_model_state_dict(transformer),
-            # Without it alpha is lost, and the adapter comes back with another scale.
-            transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
-        )

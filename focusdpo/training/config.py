@@ -24,20 +24,30 @@ class ModelConfig:
         revision: Revision on the hub.
         dtype: Precision of the frozen weights.
         guidance: Guidance value fed to guidance-distilled models; UNO trains with 1.
-        max_sequence_length: T5 tokens of a prompt.
+        max_sequence_length: Text tokens of a prompt.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        compile: Compile the transformer's blocks with torch.compile: the first steps take minutes, all others less time.
+        activation_budget: Share of the activations inside a compiled block that is kept for the backward pass: 0 recomputes
+            all, 1 keeps what PyTorch keeps by default. Needs compile=true, gradient_checkpointing=false and no dropout.
     """
 
     path: str
-    backbone: Literal["flux"] = "flux"
+    backbone: Literal["flux", "flux2"] = "flux"
     revision: str | None = None
     dtype: Literal["bf16", "fp32"] = "bf16"
     guidance: float = 1.0
     max_sequence_length: int = 512
     gradient_checkpointing: bool = True
+    compile: bool = False
+    activation_budget: float | None = None
 
     def __post_init__(self) -> None:
         _require(1 <= self.max_sequence_length <= 512, "model.max_sequence_length", self.max_sequence_length, "1 to 512")
+        budget, name = self.activation_budget, "model.activation_budget"
+        if budget is not None:
+            _require(0 <= budget <= 1, name, budget, "0 to 1")
+            _require(self.compile, name, budget, "none without model.compile=true")
+            _require(not self.gradient_checkpointing, name, budget, "none unless model.gradient_checkpointing=false")
 
 
 @dataclass
@@ -273,3 +283,6 @@ class TrainConfig:
         _require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 or more")
         _require(self.validate_every >= 0, "validate_every", self.validate_every, "0 or more")
         _require(not (self.resume and self.overwrite), "overwrite", self.overwrite, "false together with resume")
+        # PyTorch recomputes dropout with other random numbers (pytorch/pytorch#190758): gradients would be wrong in silence.
+        redrawn = self.model.activation_budget is not None and self.lora.dropout > 0
+        _require(not redrawn, "lora.dropout", self.lora.dropout, "0 with model.activation_budget")

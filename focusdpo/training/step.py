@@ -76,8 +76,16 @@ class PreferenceStep:
             generator: CPU generator that draws times and noise, so that they are the same on every device.
             t: times [B]; None draws them.
         """
-        noised = self.noise(batch, generator, t)
-        pairs = len(batch.prompts)
+        return self.compare(self.noise(batch, generator, t), batch)
+
+    def compare(self, noised: Noised, batch: PairBatch) -> StepResult:
+        """Runs reference and policy on a noised batch, forms the mask and takes the loss.
+
+        Args:
+            noised: tokens and conditioning of the batch.
+            batch: the pairs themselves: the mask looks at their pixels, priors and reference masks.
+        """
+        pairs = noised.tokens.shape[0] // 2
         reference_mask = reference_token_mask(batch.reference_masks)
         prior = pool_mask(batch.prior)
         from_policy = self.focus.feature_source == "policy"

@@ -22,6 +22,7 @@ from focusdpo.models import BACKBONES, Backbone
 from focusdpo.models.base import check_pipeline_path
 from focusdpo.training.adapter import add_adapter
 from focusdpo.training.checkpoints import Checkpoints
+from focusdpo.training.compilation import compile_blocks
 from focusdpo.training.config import TrainConfig
 from focusdpo.training.metrics import Averager, MetricsFile, peak_memory_mib, step_metrics
 from focusdpo.training.run_folder import METRICS_FILE, VALIDATION_FILE, RunFolder, settings_of
@@ -104,10 +105,18 @@ class Trainer:
         self.parameters = add_adapter(self.module, config.lora, config.seed)
         if config.model.gradient_checkpointing:
             self.module.enable_gradient_checkpointing()
+        if config.model.compile:
+            budget = config.model.activation_budget
+            compile_blocks(self.backbone, sizes_vary=self._sizes_vary(), activation_budget=budget)
         self.step = PreferenceStep(self.backbone, config.focus, config.loss, config.backend)
         optim = config.optim
         optimizer = torch.optim.AdamW(
-            self.parameters, lr=optim.lr, betas=(optim.beta1, optim.beta2), weight_decay=optim.weight_decay, eps=optim.eps
+            self.parameters,
+            lr=optim.lr,
+            betas=(optim.beta1, optim.beta2),
+            weight_decay=optim.weight_decay,
+            eps=optim.eps,
+            fused=True,
         )
         # Not prepared: accelerate would step it once per process, and a resume on others would miscount.
         self.scheduler = get_scheduler(
@@ -159,6 +168,15 @@ class Trainer:
                 mean,
                 len(set(self.train_set.sizes)),
             )
+
+    def _sizes_vary(self) -> bool:
+        """Whether the model sees more than one number of pairs or tokens."""
+        seen = set()
+        for dataset in (self.train_set, self.validation_set):
+            for batch in SizeBatches(dataset, self.config.data.batch_size, shuffle=False, seed=0).epoch(0):
+                sizes = dataset.sizes[batch[0]]
+                seen.add((len(batch), sum(math.prod(size) for size in (sizes.target, *sizes.references))))
+        return len(seen) > 1
 
     def _load_backbone(self) -> Backbone:
         model = self.config.model

@@ -1,0 +1,415 @@
+"""What is measured: sizes, inputs, and for each group the exact result, the bytes that have to move, and the providers.
+
+A provider is one way to compute the group's results: ours, the PyTorch specification as it is or compiled, or the well-known
+pieces that a user would otherwise put together.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import pieces
+from focusdpo import focus_dpo_loss, focus_mask
+from focusdpo_kernels import cross_layer_similarity, patch_entropy, preference_residual, structure_field
+from focusdpo_kernels import reference as spec
+from focusdpo_kernels.backend import INTERPRETED
+from focusdpo_kernels.shapes import SHAPES, bytes_moved
+
+Sizes = dict[str, int]
+Inputs = Any
+Provider = Callable[[Inputs], tuple[Tensor, ...]]
+
+TINY = {"N": 3, "P": 64, "Q": 40, "D": 64, "R": 2, "C": 16}
+SWEEP = {"N": (1, 4, 19, 57), "P": (256, 1024, 4096, 16384), "R": (1, 2, 4, 6)}
+# From which one size at a time departs in the sweep.
+SWEEP_BASE = {"cuda": {"N": 19, "P": 4096, "Q": 1600, "D": 3072, "R": 2, "C": 64}, "cpu": {**TINY, "P": 256, "D": 256}}
+SWEEP_LIMIT = {"cuda": {"N": 57, "P": 16384}, "cpu": {"N": 19, "P": 1024}}
+LARGEST = {"cuda": 40 << 30, "cpu": 300 << 20}  # bytes of hidden states
+COMPILED = {"cuda": ("uno-1024",), "cpu": ("tiny", "uno-512")}  # compiling takes long
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A named size. `sweep` names the size that was varied, if any."""
+
+    name: str
+    sizes: Sizes
+    batch: int = 1
+    sweep: str | None = None
+
+    @property
+    def label(self) -> str:
+        return self.name if self.batch == 1 else f"{self.name} B={self.batch}"
+
+
+def shapes(device: torch.device) -> Iterator[Shape]:
+    """The named shapes that fit the device, and the sweep."""
+    named = {"tiny": TINY, **SHAPES}
+    for name, sizes in named.items():
+        if bytes_moved(**sizes)["similarity"] <= LARGEST[device.type]:
+            yield Shape(name, sizes)
+    base, limit = SWEEP_BASE[device.type], SWEEP_LIMIT[device.type]
+    for size, values in SWEEP.items():
+        for value in values:
+            if value <= limit.get(size, value):
+                yield Shape(f"{size}={value}", {**base, size: value}, sweep=size)
+
+
+@dataclass(frozen=True)
+class Group:
+    """One thing to compute.
+
+    Args:
+        name: of the group.
+        inputs: makes random inputs of a shape on a device.
+        exact: the results in float64.
+        bytes: keys of `bytes_moved` that have to move, each once.
+        formula: those bytes in words.
+        providers: by name.
+        sweeps: sizes that its cost depends on.
+        batches: pairs in a call.
+        tolerance: largest relative error of our own and the specification's result.
+        loose: the same for the pieces, which compute in the inputs' own precision.
+    """
+
+    name: str
+    inputs: Callable[[Shape, torch.device], Inputs]
+    exact: Provider
+    bytes: tuple[str, ...]
+    formula: str
+    providers: dict[str, Provider]
+    sweeps: tuple[str, ...]
+    batches: tuple[int, ...] = (1,)
+    tolerance: float = 1e-5
+    loose: float = 2e-2
+
+    def bytes_of(self, shape: Shape) -> int:
+        moved = bytes_moved(**shape.sizes)
+        return shape.batch * sum(moved[name] for name in self.bytes)
+
+    def tolerance_of(self, provider: str) -> float:
+        return self.loose if provider in LOOSE else self.tolerance
+
+
+OURS, EAGER, COMPILE, COMPILE_MAX, PIECES = "focusdpo", "eager", "torch.compile", "torch.compile max-autotune", "pieces"
+LOOSE = (PIECES, "kornia", "scikit-image")
+
+
+def unavailable(provider: str, shape: Shape, device: torch.device) -> str | None:
+    """Why a provider is not measured there, or None."""
+    if provider == OURS and device.type == "cpu" and not INTERPRETED:
+        return "no GPU; on a CPU the library runs its PyTorch backend, which is measured as eager"
+    if provider in (COMPILE, COMPILE_MAX) and shape.name not in COMPILED[device.type]:
+        return f"compiled for {', '.join(COMPILED[device.type])} only"
+    if provider == COMPILE_MAX and device.type == "cpu":
+        return "tuned on a GPU only"
+    module = {"kornia": "kornia", "scikit-image": "skimage"}.get(provider)
+    if module and importlib.util.find_spec(module) is None:
+        return f"{provider} is not installed"
+    if provider == "scikit-image" and (device.type != "cpu" or shape.sizes["P"] > 4096):
+        return "scikit-image works on a CPU, patch by patch"
+    return None
+
+
+@dataclass
+class FocusInputs:
+    """Inputs of every group at one shape; those not needed are empty."""
+
+    target: list[Tensor] = field(default_factory=list)
+    reference: list[Tensor] = field(default_factory=list)
+    reference_mask: Tensor | None = None
+    prior: Tensor | None = None
+    images: Tensor | None = None
+    scores: Tensor | None = None
+    k: int = 0
+    predictions: list[Tensor] = field(default_factory=list)
+    mask: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        return [t for v in vars(self).values() for t in (v if isinstance(v, list) else [v]) if isinstance(t, Tensor)]
+
+
+def _similarity_inputs(shape: Shape, device: torch.device) -> FocusInputs:
+    s, b = shape.sizes, shape.batch
+    # Target and reference are slices of one sequence, as in a model.
+    states = [torch.randn(b, s["P"] + s["Q"], s["D"], device=device).bfloat16() for _ in range(s["N"])]
+    owner = torch.arange(s["Q"], device=device) * s["R"] // s["Q"]  # one reference after the other
+    mask = (owner == torch.arange(s["R"], device=device)[:, None]).expand(b, -1, -1).contiguous()
+    target, reference = [h[:, : s["P"]] for h in states], [h[:, s["P"] :] for h in states]
+    return FocusInputs(target=target, reference=reference, reference_mask=mask)
+
+
+def _field_inputs(shape: Shape, device: torch.device) -> FocusInputs:
+    s, b = shape.sizes, shape.batch
+    return FocusInputs(
+        scores=torch.randn(b, s["R"], s["P"], device=device),
+        prior=torch.rand(b, s["P"], device=device) > 0.6,
+        k=s["P"] // (3 * s["R"]),
+    )
+
+
+def _image_inputs(shape: Shape, device: torch.device) -> FocusInputs:
+    side = 16 * round(shape.sizes["P"] ** 0.5)
+    rows = shape.sizes["P"] * 256 // side
+    # Smooth colour with noise of changing strength: patches between flat and rich.
+    smooth = F.interpolate(torch.rand(shape.batch, 3, 4, 4, device=device), (rows, side), mode="bilinear")
+    noise = torch.rand(shape.batch, 3, rows, side, device=device) - 0.5
+    return FocusInputs(images=(smooth + noise * torch.linspace(0, 0.6, side, device=device)).clamp(0, 1))
+
+
+def _prediction_inputs(shape: Shape, device: torch.device) -> FocusInputs:
+    s, b = shape.sizes, shape.batch
+    targets = [torch.randn(b, s["P"], s["C"], device=device) for _ in range(2)]
+    references = [t + 0.3 * torch.randn_like(t) for t in targets]
+    policies = [r + 0.03 * torch.randn_like(r) for r in references]
+    predictions = [x.bfloat16() for x in (*policies, *references, *targets)]
+    return FocusInputs(predictions=predictions, mask=torch.rand(b, s["P"], device=device))
+
+
+def _step_inputs(shape: Shape, device: torch.device) -> FocusInputs:
+    parts = (_similarity_inputs, _field_inputs, _image_inputs, _prediction_inputs)
+    merged: dict[str, Any] = {}
+    for part in parts:
+        made = vars(part(shape, device))
+        merged |= {name: value for name, value in made.items() if isinstance(value, Tensor) or value}
+    return FocusInputs(**merged)
+
+
+def _double(x: FocusInputs) -> FocusInputs:
+    def up(value: Any) -> Any:
+        if isinstance(value, list):
+            return [up(v) for v in value]
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return FocusInputs(**{name: up(value) for name, value in vars(x).items()})
+
+
+def _similarity(backend: str) -> Provider:
+    return lambda x: (cross_layer_similarity(x.target, x.reference, x.reference_mask, backend=backend),)
+
+
+def _exact_similarity(x: FocusInputs) -> tuple[Tensor, ...]:
+    layers = zip(x.target, x.reference, strict=True)
+    total = sum(spec.layer_similarity(t.double(), r.double(), x.reference_mask) for t, r in layers)  # a layer at a time
+    return (spec.finish_similarity(total, len(x.target), x.reference_mask),)
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any], mode: str | None) -> Callable[..., Any]:
+    return torch.compile(function, mode=mode, dynamic=False)
+
+
+def _compiled_similarity(mode: str | None) -> Provider:
+    def provider(x: FocusInputs) -> tuple[Tensor, ...]:
+        layer = _compiled(spec.layer_similarity, mode)
+        total = sum(layer(t, r, x.reference_mask) for t, r in zip(x.target, x.reference, strict=True))
+        return (spec.finish_similarity(total, len(x.target), x.reference_mask),)
+
+    return provider
+
+
+def _structure(backend: str) -> Provider:
+    return lambda x: structure_field(x.scores, x.k, x.prior, backend=backend)
+
+
+def _compiled_structure(mode: str | None) -> Provider:
+    return lambda x: _compiled(spec.structure_field, mode)(x.scores, x.k, x.prior, False)
+
+
+def _entropy(backend: str, method: str) -> Provider:
+    return lambda x: (patch_entropy(x.images, method=method, check_range=False, backend=backend),)
+
+
+def _compiled_entropy(mode: str | None, method: str) -> Provider:
+    return lambda x: (_compiled(spec.patch_entropy, mode)(x.images, 16, 32, 0.01, method, False),)
+
+
+def _residual(backend: str) -> Callable[..., tuple[Tensor, ...]]:
+    return lambda *args: tuple(preference_residual(*args, backend=backend)[:5])
+
+
+def _plain_residual(*args: Tensor) -> tuple[Tensor, ...]:
+    *predictions, mask = args
+    return tuple(spec.preference_residual(*predictions, mask, mask, "mean", 1)[:5])
+
+
+def _compiled_residual(mode: str | None) -> Callable[..., tuple[Tensor, ...]]:
+    return lambda *args: _compiled(_plain_residual, mode)(*args)
+
+
+def _forward(residual: Callable[..., tuple[Tensor, ...]]) -> Provider:
+    def provider(x: FocusInputs) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return residual(*x.predictions, x.mask)
+
+    return provider
+
+
+def _backward(residual: Callable[..., tuple[Tensor, ...]]) -> Provider:
+    def provider(x: FocusInputs) -> tuple[Tensor, ...]:
+        policy = [p.detach().requires_grad_() for p in x.predictions[:2]]
+        margin = residual(*policy, *x.predictions[2:], x.mask)[4]
+        return (margin.detach(), *torch.autograd.grad(margin, policy, torch.ones_like(margin)))
+
+    return provider
+
+
+def _loss(x: FocusInputs, mask: Tensor | Any, residual: str) -> tuple[Tensor, ...]:
+    policy = [p.detach().requires_grad_() for p in x.predictions[:2]]
+    out = focus_dpo_loss(*policy, *x.predictions[2:], focus=mask, backend=residual)
+    return (out.loss.detach(), *torch.autograd.grad(out.loss, policy))
+
+
+def _step(backend: str) -> Provider:
+    def provider(x: FocusInputs) -> tuple[Tensor, ...]:
+        scores = cross_layer_similarity(x.target, x.reference, x.reference_mask, backend=backend)
+        focus = focus_mask(scores, x.prior, x.images, match_count=x.k, check_range=False, backend=backend)
+        return _loss(x, focus, backend)
+
+    return provider
+
+
+def _exact_step(x: FocusInputs) -> tuple[Tensor, ...]:
+    (scores,) = _exact_similarity(x)
+    y = _double(FocusInputs(prior=x.prior, images=x.images, predictions=x.predictions))
+    return _loss(y, focus_mask(scores, y.prior, y.images, match_count=x.k, check_range=False, backend="torch"), "torch")
+
+
+def _pieces_step(x: FocusInputs) -> tuple[Tensor, ...]:
+    scores = pieces.similarity(x.target, x.reference, x.reference_mask)
+    structure, coverage = pieces.structure(scores, x.k, x.prior)
+    mask = pieces.fuse(structure, coverage, pieces.entropy(x.images), x.prior, tau=0.1, gamma=0.3)
+    policy = [p.detach().requires_grad_() for p in x.predictions[:2]]
+    loss = pieces.dpo_loss(*policy, *x.predictions[2:], mask, beta=2000.0)
+    return (loss.detach(), *torch.autograd.grad(loss, policy))
+
+
+def _compile_modes(make: Callable[[str | None], Provider]) -> dict[str, Provider]:
+    # Without its own CUDA graphs: ours captures all providers alike.
+    return {COMPILE: make(None), COMPILE_MAX: make("max-autotune-no-cudagraphs")}
+
+
+def _residual_group(name: str, wrap: Callable[[Any], Provider], moved: tuple[str, ...], formula: str) -> Group:
+    return Group(
+        name,
+        _prediction_inputs,
+        lambda x: wrap(_residual("torch"))(_double(x)),
+        moved,
+        formula,
+        {
+            OURS: wrap(_residual("triton")),
+            EAGER: wrap(_residual("torch")),
+            **_compile_modes(lambda mode: wrap(_compiled_residual(mode))),
+            PIECES: wrap(pieces.residual),
+        },
+        sweeps=("P",),
+        batches=(1, 64),
+        tolerance=4e-3 if wrap is _backward else 1e-5,  # gradients are rounded to bf16
+    )
+
+
+GROUPS = (
+    Group(
+        "similarity",
+        _similarity_inputs,
+        _exact_similarity,
+        ("similarity",),
+        "2 N (P + Q) D + R Q + 4 R P",
+        {
+            OURS: _similarity("triton"),
+            EAGER: _similarity("torch"),
+            **_compile_modes(_compiled_similarity),
+            PIECES: lambda x: (pieces.similarity(x.target, x.reference, x.reference_mask),),
+        },
+        sweeps=("N", "P", "R"),
+        tolerance=2e-5,
+    ),
+    Group(
+        "structure field",
+        _field_inputs,
+        lambda x: structure_field(x.scores.double(), x.k, x.prior, backend="torch"),
+        ("structure field",),
+        "4 R P + P + 4 P",
+        {
+            OURS: _structure("triton"),
+            EAGER: _structure("torch"),
+            **_compile_modes(_compiled_structure),
+            PIECES: lambda x: pieces.structure(x.scores, x.k, x.prior),
+        },
+        sweeps=("P", "R"),
+        tolerance=1e-6,  # of the coverage; a patch on the wrong side shows as more than 1e-3
+        loose=1e-6,
+    ),
+    *(
+        Group(
+            name,
+            _image_inputs,
+            lambda x, method=method: (patch_entropy(x.images.double(), method=method, backend="torch"),),
+            ("entropy",),
+            "4 * 3 * 256 P + 4 P",
+            {
+                OURS: _entropy("triton", method),
+                EAGER: _entropy("torch", method),
+                **_compile_modes(functools.partial(_compiled_entropy, method=method)),
+                **others,
+            },
+            sweeps=("P",),
+            tolerance=tolerance,
+        )
+        # A pixel on the edge of a bin falls to either side of it by its last bit.
+        for name, method, tolerance, others in (
+            ("entropy", "kde", 1e-5, {PIECES: lambda x: (pieces.entropy(x.images),), "kornia": pieces.kornia_entropy}),
+            ("entropy, histogram", "histogram", 1e-4, {"scikit-image": pieces.skimage_entropy}),
+        )
+    ),
+    _residual_group("residual forward", _forward, ("residual forward",), "6 * 2 P C + 4 P"),
+    _residual_group(
+        "residual forward+backward",
+        _backward,
+        ("residual forward", "residual backward"),
+        "(6 * 2 P C + 4 P) + (4 * 2 P C + 4 P + 2 * 2 P C)",
+    ),
+    Group(
+        "focus step",
+        _step_inputs,
+        _exact_step,
+        ("similarity", "structure field", "entropy", "fusion", "residual forward", "residual backward"),
+        "the sum of the groups above",
+        {OURS: _step("triton"), EAGER: _step("torch"), PIECES: _pieces_step},
+        sweeps=("N", "P", "R"),
+        tolerance=1e-2,  # a patch at the edge of the K best may fall to either side
+        loose=0.2,
+    ),
+)
+
+
+def cases(device: torch.device) -> Iterator[tuple[Group, Shape, str]]:
+    """Every (group, shape, provider), the providers of a shape one after the other."""
+    for shape in shapes(device):
+        for group in GROUPS:
+            if shape.sweep is not None and shape.sweep not in group.sweeps:
+                continue
+            for batch in group.batches if shape.sweep is None else (1,):
+                for provider in group.providers:
+                    yield group, Shape(shape.name, shape.sizes, batch, shape.sweep), provider
+
+
+def relative_error(actual: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
+    """Largest |actual - exact| / |exact| over the results, in the Euclidean norm; NaN where finite values differ in place."""
+    errors = []
+    for a, e in zip(actual, exact, strict=True):
+        a, e = a.double(), e.double()
+        if a.shape != e.shape or not torch.equal(a.isfinite(), e.isfinite()):
+            return float("nan")
+        finite = e.isfinite()
+        difference, scale = (a - e)[finite].norm(), e[finite].norm()
+        errors.append(float(difference / scale) if scale > 0 else float(difference))
+    return max(errors)

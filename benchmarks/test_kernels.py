@@ -1,0 +1,77 @@
+"""Every group of cases.py, at every shape, by every provider: first the correctness gate, then the time.
+
+make bench                                        # all that fits this machine, with a report
+python -m pytest benchmarks --shape uno-512 -k "similarity and eager"
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.cases import OURS, FocusInputs, Group, Shape, cases, relative_error, unavailable
+from benchmarks.machine import DEVICE
+from benchmarks.timing import Clock, count_launches, extra_memory, plan, rotations
+
+clock = Clock()
+pytestmark = pytest.mark.benchmark(timer=clock)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    wanted, no_sweep = metafunc.config.getoption("--shape"), metafunc.config.getoption("--no-sweep")
+    chosen = [
+        (group, shape, provider)
+        for group, shape, provider in cases(DEVICE)
+        if (not wanted or shape.name in wanted) and not (no_sweep and shape.sweep)
+    ]
+    ids = [f"{group.name}-{shape.label}-{provider}" for group, shape, provider in chosen]
+    metafunc.parametrize(("group", "shape", "provider"), chosen, ids=ids)
+
+
+_last: dict[str, Any] = {}
+
+
+def _inputs(group: Group, shape: Shape) -> tuple[list[FocusInputs], tuple[torch.Tensor, ...]]:
+    """Several sets of inputs and the first one's exact result; kept while the providers of one shape follow each other."""
+    key = (group.name, shape.label)
+    if _last.get("key") != key:
+        _last.clear()
+        torch.manual_seed(0)
+        first = group.inputs(shape, DEVICE)
+        size = sum(t.numel() * t.element_size() for t in first.tensors())
+        others = [group.inputs(shape, DEVICE) for _ in range(rotations(size, DEVICE) - 1)]
+        _last.update(key=key, inputs=[first, *others], exact=group.exact(first))
+    return _last["inputs"], _last["exact"]
+
+
+def test_speed(benchmark: Any, group: Group, shape: Shape, provider: str) -> None:
+    reason = unavailable(provider, shape, DEVICE)
+    if reason:
+        pytest.skip(reason)
+    inputs, exact = _inputs(group, shape)
+    run = group.providers[provider]
+    error, tolerance = relative_error(run(inputs[0]), exact), group.tolerance_of(provider)
+    # Also false for NaN. A red gate reports no time.
+    assert error <= tolerance, f"{group.name} by {provider} at {shape.label}: error {error:.1e} against float64"
+    if provider == OURS and DEVICE.type == "cpu":
+        pytest.skip("correct; but the interpreter's time says nothing")
+    how = plan([lambda x=x: run(x) for x in inputs], DEVICE)
+    benchmark.group = f"{group.name}, {shape.label}"
+    benchmark.extra_info.update(
+        group=group.name,
+        shape=shape.label,
+        sizes={**shape.sizes, "B": shape.batch},
+        sweep=shape.sweep,
+        provider=provider,
+        bytes=group.bytes_of(shape),
+        formula=group.formula,
+        launches=count_launches(lambda: run(inputs[0]), DEVICE),
+        extra_memory=extra_memory(lambda: run(inputs[0]), DEVICE),
+        error=error,
+        method=how.method,
+        calls=how.calls,
+    )
+    clock.begin(how.calls)
+    benchmark.pedantic(how.round_, rounds=how.rounds)

@@ -1,0 +1,208 @@
+"""Timing that can be trusted: device events, inputs that the cache does not hold, graphs where launches would dominate.
+
+On a CPU the same functions use the host's clock.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import triton
+from torch.autograd import DeviceType
+
+Call = Callable[[], Any]
+
+GRAPH_BELOW = 100e-6  # seconds: shorter calls are replayed from a graph, whose launches cost little
+GRAPH_LENGTH = 2e-3  # seconds that one graph should last
+ROUND_LENGTH = 20e-3  # seconds, at least, between two readings of the host's clock
+MEASURE = 0.25  # seconds to measure for
+ROUNDS = (10, 200)  # at least, at most
+IDLE_CYCLES = 200_000  # the device waits so long (about 0.1 ms) before a round, so that the host can queue work ahead
+COPY_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a call is measured: `round_` runs it `calls` times, and there are `rounds` of them."""
+
+    round_: Call
+    calls: int
+    rounds: int
+    method: str
+
+
+class Clock:
+    """A timer for pytest-benchmark: seconds per call, read before and after a round.
+
+    On CUDA the first reading waits for the device and records an event, the second records another and waits for it.
+    """
+
+    def __init__(self) -> None:
+        self._calls = 1
+        self._seconds = 0.0
+        self._start: Any = None
+        self._cuda = torch.cuda.is_available()
+
+    def begin(self, calls: int) -> None:
+        """So many calls are in a round from now on."""
+        self._calls, self._start = calls, None
+
+    def __call__(self) -> float:
+        if not self._cuda:
+            return time.perf_counter() / self._calls
+        event = torch.cuda.Event(enable_timing=True)
+        if self._start is None:
+            torch.cuda.synchronize()
+            torch.cuda._sleep(IDLE_CYCLES)
+            event.record()
+            self._start = event
+        else:
+            event.record()
+            event.synchronize()
+            # Differences alone are added up: elapsed times since some origin would lose digits.
+            self._seconds += self._start.elapsed_time(event) / 1e3 / self._calls
+            self._start = None
+        return self._seconds
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def rotations(input_bytes: int, device: torch.device) -> int:
+    """So many copies of the inputs are used in turn that none is still in the last-level cache when it comes again."""
+    if device.type != "cuda":
+        return 2
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return min(max(math.ceil(3 * cache / max(input_bytes, 1)), 1), 64)
+
+
+def plan(calls: Sequence[Call], device: torch.device) -> Plan:
+    """Decides how to measure calls that do the same on different inputs, and warms them up."""
+    for call in calls:
+        call()
+    synchronize(device)
+    seconds = _estimate(calls, device)
+    if device.type == "cuda" and seconds < GRAPH_BELOW:
+        repeats = max(math.ceil(GRAPH_LENGTH / max(seconds, 1e-6) / len(calls)), 1)
+        graph = _graph([*calls] * repeats)
+        calls_in_round, round_, method = len(calls) * repeats, graph.replay, "CUDA graph"
+        seconds = max(GRAPH_LENGTH / calls_in_round, 1e-6)
+    else:
+        repeats = 1 if device.type == "cuda" else max(math.ceil(ROUND_LENGTH / max(seconds, 1e-9) / len(calls)), 1)
+        calls_in_round, method = len(calls) * repeats, "events" if device.type == "cuda" else "host clock"
+
+        def round_() -> None:
+            for _ in range(repeats):
+                for call in calls:
+                    call()
+
+    rounds = min(max(math.ceil(MEASURE / (seconds * calls_in_round)), ROUNDS[0]), ROUNDS[1])
+    return Plan(round_, calls_in_round, rounds, method)
+
+
+def _estimate(calls: Sequence[Call], device: torch.device) -> float:
+    """Seconds of a call, roughly; short ones by their launches."""
+    start = time.perf_counter()
+    for call in calls:
+        call()
+    synchronize(device)
+    host = (time.perf_counter() - start) / len(calls)
+    if device.type != "cuda":
+        return host
+    # Launching can take longer than the work: the kernels' own time decides.
+    return device_time(calls[0]) or host
+
+
+def _graph(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls[:3]:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    gc.collect()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    return graph
+
+
+def _kernels(call: Call) -> list[Any]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    events = [e for e in profile.events() if e.device_type == DeviceType.CUDA]
+    return [e for e in events if not e.name.startswith(("Memcpy", "Memset"))]
+
+
+def device_time(call: Call) -> float:
+    """Seconds that a call's kernels take on the device."""
+    return sum(e.time_range.elapsed_us() for e in _kernels(call)) / 1e6
+
+
+def count_launches(call: Call, device: torch.device) -> int | None:
+    """Kernels that a call launches, counted by the profiler; None without a GPU."""
+    return len(_kernels(call)) if device.type == "cuda" else None
+
+
+def extra_memory(call: Call, device: torch.device) -> int | None:
+    """Bytes that a call allocates at its peak, its results among them; None without a GPU."""
+    if device.type != "cuda":
+        return None
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+@triton.jit
+def _empty_kernel(x_ptr):
+    pass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What this device can do, measured in the same run. Bytes are read plus written."""
+
+    copy_bytes_per_second: float
+    empty_launch_seconds: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure_limits(device: torch.device) -> Limits:
+    """Copy bandwidth and, on a GPU, the time of an empty launch within a graph."""
+    size = COPY_BYTES if device.type == "cuda" else COPY_BYTES // 16
+    source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy = _median(plan([lambda: target.copy_(source)], device))
+    empty = None
+    if device.type == "cuda":
+        empty = _median(plan([lambda: _empty_kernel[(1,)](source)], device))
+    return Limits(2 * size / copy, empty)
+
+
+def _median(how: Plan) -> float:
+    clock = Clock()
+    clock.begin(how.calls)
+    seconds = []
+    for _ in range(how.rounds):
+        start = clock()
+        how.round_()
+        seconds.append(clock() - start)
+    return sorted(seconds)[len(seconds) // 2]

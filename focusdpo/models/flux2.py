@@ -1,0 +1,139 @@
+"""FLUX.2 (dev and klein) with several reference images, laid out as its own pipelines do.
+
+The image sequence is [target | reference 1 | reference 2 ...]; references share weights and timestep modulation with the
+target. Position ids are (t, row, column, l): t is 0 for the target and 10, 20, ... for the references, each of which counts its
+rows and columns from 0; text counts along l.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, Flux2KleinPipeline, Flux2Pipeline
+from torch import Tensor
+
+from focusdpo.models.base import Backbone, PromptEmbeddings, TokenLayout
+
+REFERENCE_SHIFT = 10  # along t, from one image to the next
+
+
+def position_ids(layout: TokenLayout) -> Tensor:
+    """Position ids of target and references, int64 [P + Q, 4]."""
+    grids = (layout.target, *layout.references)
+    return torch.cat([_grid(i * REFERENCE_SHIFT, rows, columns) for i, (rows, columns) in enumerate(grids)])
+
+
+def text_position_ids(length: int) -> Tensor:
+    """Position ids of the text, int64 [length, 4]."""
+    zero = torch.zeros(1, dtype=torch.int64)
+    return torch.cartesian_prod(zero, zero, zero, torch.arange(length))
+
+
+def _grid(t: int, rows: int, columns: int) -> Tensor:
+    return torch.cartesian_prod(torch.tensor([t]), torch.arange(rows), torch.arange(columns), torch.zeros(1, dtype=torch.int64))
+
+
+class Flux2(Backbone):
+    """FLUX.2 dev or klein.
+
+    Single blocks have one projection for query, key, value and MLP, `to_qkv_mlp_proj`, and one out of both: an adapter on to_q,
+    to_k, to_v and to_out.0 is in the double blocks only.
+    """
+
+    name = "flux2"
+
+    def __init__(self, pipeline: Flux2Pipeline | Flux2KleinPipeline, guidance: float, max_sequence_length: int) -> None:
+        self.pipeline = pipeline
+        self.transformer = pipeline.transformer
+        self.guidance = guidance
+        self.max_sequence_length = max_sequence_length
+        for part in (pipeline.vae, pipeline.text_encoder, pipeline.transformer):
+            if part is not None:
+                part.requires_grad_(False).eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str,
+        *,
+        dtype: torch.dtype,
+        revision: str | None = None,
+        guidance: float = 1.0,
+        max_sequence_length: int = 512,
+    ) -> Flux2:
+        """Loads a Flux2Pipeline (dev) or Flux2KleinPipeline folder, local or from the hub.
+
+        Args:
+            path: folder or hub id.
+            dtype: dtype of the frozen weights.
+            revision: hub revision.
+            guidance: guidance fed to dev; klein takes none.
+            max_sequence_length: text tokens that every prompt is padded or cut to, the chat template's among them.
+
+        Raises:
+            ValueError: the folder holds another kind of pipeline.
+        """
+        pipeline = DiffusionPipeline.from_pretrained(path, revision=revision, dtype=dtype)
+        if not isinstance(pipeline, Flux2Pipeline | Flux2KleinPipeline):
+            kind = type(pipeline).__name__
+            raise ValueError(f"model.path: {path} holds a {kind}; backbone 'flux2' takes Flux2Pipeline or Flux2KleinPipeline")
+        return cls(pipeline, guidance, max_sequence_length)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        # The posterior's mode, in patches of 2 x 2 latents, normalised by the VAE's batch statistics.
+        latents = self.pipeline._encode_vae_image((images * 2 - 1).to(vae.device, vae.dtype), generator=None)
+        return self.pipeline._pack_latents(latents)
+
+    @torch.no_grad()
+    def decode_images(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        vae = self.pipeline.vae
+        latents = tokens.transpose(1, 2).reshape(tokens.shape[0], -1, *grid)  # [B, C, rows, columns]
+        mean, variance = (x.to(latents).view(1, -1, 1, 1) for x in (vae.bn.running_mean, vae.bn.running_var))
+        latents = latents * torch.sqrt(variance + vae.config.batch_norm_eps) + mean
+        images = vae.decode(self.pipeline._unpatchify_latents(latents).to(vae.dtype), return_dict=False)[0]
+        return ((images.float() + 1) / 2).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeddings:
+        # The position ids are left out: embeddings travel in bf16, which has no 257.
+        embeds, _ = self.pipeline.encode_prompt(
+            prompt=list(prompts), device=self.device, max_sequence_length=self.max_sequence_length
+        )
+        return PromptEmbeddings({"prompt_embeds": embeds})
+
+    def predict(self, noisy: Tensor, t: Tensor, prompts: PromptEmbeddings, references: Tensor, layout: TokenLayout) -> Tensor:
+        embeds = prompts.tensors["prompt_embeds"]
+        if embeds.shape[1] != self.max_sequence_length:
+            expected = f"max_sequence_length={self.max_sequence_length}, to which encode_prompts pads them"
+            raise ValueError(f"prompts: got {embeds.shape[1]} text tokens; expected {expected}")
+        # The embedders' weights keep the base dtype; under autocast the matrix products take care of themselves.
+        hidden_states = torch.cat([noisy, references], dim=1).to(self.dtype)
+        guidance = None
+        if self.pipeline.transformer.config.guidance_embeds:
+            guidance = torch.full((noisy.shape[0],), self.guidance, device=noisy.device, dtype=self.dtype)
+        velocity = self.transformer(
+            hidden_states=hidden_states,
+            encoder_hidden_states=embeds.to(self.dtype),
+            timestep=t.to(self.dtype),
+            img_ids=position_ids(layout).to(noisy.device),
+            txt_ids=text_position_ids(embeds.shape[1]).to(noisy.device),
+            guidance=guidance,
+            return_dict=False,
+        )[0]
+        return velocity[:, : layout.num_target]
+
+    def tap_paths(self) -> list[str]:
+        double = [f"transformer_blocks.{i}" for i in range(len(self.transformer.transformer_blocks))]
+        single = [f"single_transformer_blocks.{i}" for i in range(len(self.transformer.single_transformer_blocks))]
+        return double + single
+
+    def image_tokens(self, output: Any) -> Tensor:
+        if isinstance(output, tuple):  # of a double block: (text stream, image stream)
+            return output[1]
+        # Of a single block: [text | target | references]. All prompts are of one length, so nothing has to be remembered of the
+        # forward pass that runs; a block that is recomputed later, or compiled, gives the same.
+        return output[:, self.max_sequence_length :]

@@ -1,0 +1,320 @@
+"""The FLUX.2 backbone on tiny checkpoints in the real format, against the pipelines themselves."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import Flux2KleinPipeline, Flux2Pipeline
+from PIL import Image
+from safetensors.torch import load_file
+from torch.utils.checkpoint import set_checkpoint_early_stop
+
+from focusdpo.data import PairDataset, collate, load_pairs
+from focusdpo.demo.tiny_flux2 import write_tiny_flux2
+from focusdpo.features import SimilarityTap
+from focusdpo.models import Flux2, PromptEmbeddings, TokenLayout
+from focusdpo.models.flux2 import position_ids
+from focusdpo.training.adapter import add_adapter, reference_model
+from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, LossConfig, ModelConfig, TrainConfig
+from focusdpo.training.metrics import read_metrics
+from focusdpo.training.step import PreferenceStep
+from focusdpo.training.trainer import Trainer
+from focusdpo_kernels import cross_layer_similarity
+
+TEXT = 24  # tokens
+LAYOUT = TokenLayout((4, 6), ((2, 3), (3, 2)))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("flux2")
+    return {kind: write_tiny_flux2(folder / kind, klein=kind == "klein") for kind in ("klein", "dev")}
+
+
+@pytest.fixture
+def load(folders):
+    def load(kind, dtype=torch.float32):
+        return Flux2.from_pretrained(str(folders[kind]), dtype=dtype, guidance=2.5, max_sequence_length=TEXT)
+
+    return load
+
+
+@pytest.fixture
+def backbone(load):
+    return load("klein")
+
+
+def inputs(batch=2, layout=LAYOUT):
+    return (
+        torch.randn(batch, layout.num_target, 16),
+        torch.rand(batch),
+        PromptEmbeddings({"prompt_embeds": torch.randn(batch, TEXT, 48)}),
+        torch.randn(batch, layout.num_reference, 16),
+        layout,
+    )
+
+
+def recorded_call(transformer, run):
+    """Arguments and output of the one call of the transformer in `run`."""
+    calls = []
+    handle = transformer.register_forward_hook(
+        lambda module, args, kwargs, output: calls.append({**kwargs, "output": output[0]}), with_kwargs=True
+    )
+    run()
+    handle.remove()
+    assert len(calls) == 1
+    return calls[0]
+
+
+def photos(*sizes):
+    """Noise of (height, width) pixels, as images and as pixels in [0, 1]."""
+    arrays = [np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8) for i, size in enumerate(sizes)]
+    return [Image.fromarray(a) for a in arrays], [torch.from_numpy(a[None]).permute(0, 3, 1, 2) / 255 for a in arrays]
+
+
+def test_position_ids():
+    expected = [(0, row, column, 0) for row in range(4) for column in range(6)]
+    expected += [(10, row, column, 0) for row in range(2) for column in range(3)]
+    expected += [(20, row, column, 0) for row in range(3) for column in range(2)]
+    assert list(map(tuple, position_ids(LAYOUT).tolist())) == expected
+
+
+@pytest.mark.parametrize("sizes", [[], [(96, 64)], [(64, 80), (96, 64), (64, 64)]], ids=len)
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("klein", torch.float32), ("dev", torch.float32), ("dev", torch.bfloat16)], ids=str
+)
+def test_it_is_the_pipelines_own_step(load, kind, dtype, sizes):
+    """One denoising step of the pipeline, whose transformer call is recorded, and the same from pixels and prompt."""
+    backbone = load(kind, dtype)
+    assert isinstance(backbone.pipeline, {"klein": Flux2KleinPipeline, "dev": Flux2Pipeline}[kind])
+    images, pixels = photos(*sizes)
+    theirs = recorded_call(
+        backbone.transformer,
+        lambda: backbone.pipeline(
+            image=images or None,
+            prompt="a cat and a cup",
+            height=64,
+            width=96,
+            sigmas=[0.6],
+            num_inference_steps=1,
+            guidance_scale=2.5 if kind == "dev" else 1.0,  # klein has none: more than 1 would be a second call
+            max_sequence_length=TEXT,
+            output_type="latent",
+        ),
+    )
+    layout = TokenLayout((4, 6), tuple((height // 16, width // 16) for height, width in sizes))
+    references = [torch.zeros(1, 0, 16), *(backbone.encode_images(image) for image in pixels)]
+    predictions = []
+    ours = recorded_call(
+        backbone.transformer,
+        lambda: predictions.append(
+            backbone.predict(
+                theirs["hidden_states"][:, :24],
+                theirs["timestep"],
+                backbone.encode_prompts(["a cat and a cup"]),
+                torch.cat([part.to(dtype) for part in references], dim=1),
+                layout,
+            )
+        ),
+    )
+    assert theirs["timestep"].item() == pytest.approx(0.6, rel=1e-2)
+    for name in ("hidden_states", "encoder_hidden_states", "timestep", "output"):
+        torch.testing.assert_close(ours[name], theirs[name], msg=lambda text, name=name: f"{name}: {text}")
+    for name in ("img_ids", "txt_ids"):
+        assert torch.equal(ours[name], theirs[name][0]), name
+    assert torch.equal(predictions[0], ours["output"][:, :24])
+    if kind == "dev":
+        assert ours["guidance"].tolist() == theirs["guidance"].tolist() == [2.5]
+    else:
+        assert ours["guidance"] is None and theirs["guidance"] is None
+
+
+def test_images_to_tokens_and_back(backbone):
+    images = torch.rand(2, 3, 64, 96)
+    tokens = backbone.encode_images(images)
+    assert tokens.shape == (2, 24, 16)
+    pipeline, vae = backbone.pipeline, backbone.pipeline.vae
+    for image, mine in zip(images, tokens, strict=True):
+        theirs, _ = pipeline.prepare_image_latents([image[None] * 2 - 1], 1, None, "cpu", torch.float32)
+        torch.testing.assert_close(mine, theirs[0])
+    latents = vae.encode(images * 2 - 1).latent_dist.mode()  # [2, 4, 8, 12]
+    patch = latents[1, :, 4:6, 2:4].reshape(-1)  # row 2, column 1 of the grid
+    expected = (patch - vae.bn.running_mean) / (vae.bn.running_var + 1e-4).sqrt()
+    torch.testing.assert_close(tokens[1, 2 * 6 + 1], expected)
+    decoded = backbone.decode_images(tokens, (4, 6))
+    torch.testing.assert_close(decoded, ((vae.decode(latents).sample + 1) / 2).clamp(0, 1))
+
+
+@pytest.mark.parametrize("kind", ["klein", "dev"])
+def test_prompts(load, kind):
+    backbone = load(kind)
+    both = backbone.encode_prompts(["a cat", "two dogs"]).tensors["prompt_embeds"]
+    assert both.shape == (2, TEXT, 48) and not torch.allclose(both[0], both[1])
+    torch.testing.assert_close(both[1:], backbone.encode_prompts(["two dogs"]).tensors["prompt_embeds"])
+
+
+def test_prompts_of_another_length_are_refused(backbone):
+    noisy, t, prompts, references, layout = inputs()
+    short = PromptEmbeddings({"prompt_embeds": prompts.tensors["prompt_embeds"][:, 1:]})
+    with pytest.raises(ValueError, match="prompts: got 23 text tokens; expected max_sequence_length=24, to which"):
+        backbone.predict(noisy, t, short, references, layout)
+
+
+def test_another_pipeline_is_refused(tiny_flux):
+    message = "holds a FluxPipeline; backbone 'flux2' takes Flux2Pipeline or Flux2KleinPipeline"
+    with pytest.raises(ValueError, match=message):
+        Flux2.from_pretrained(str(tiny_flux), dtype=torch.float32)
+
+
+def test_transformer_alone(backbone):
+    arguments = inputs()
+    alone = Flux2KleinPipeline(None, None, None, None, backbone.transformer.requires_grad_(True).train())
+    prediction = Flux2(alone, guidance=1.0, max_sequence_length=TEXT).predict(*arguments)
+    assert not prediction.requires_grad and not alone.transformer.training
+    assert torch.equal(prediction, backbone.predict(*arguments))
+
+
+def hidden_states(backbone, arguments):
+    """Image streams after each block, from what the next part of the transformer is given."""
+    transformer, streams = backbone.transformer, []
+
+    def keep(module, args, kwargs):
+        (stream,) = [v for k, v in kwargs.items() if k == "hidden_states"] or args[:1]
+        streams.append(stream.detach())
+
+    double, single = transformer.transformer_blocks, transformer.single_transformer_blocks
+    handles = [part.register_forward_pre_hook(keep, with_kwargs=True) for part in (*double[1:], *single, transformer.norm_out)]
+    with torch.no_grad():
+        backbone.predict(*arguments)
+    for handle in handles:
+        handle.remove()
+    between = len(double) - 1
+    # Single blocks are given the text in front; norm_out is given images alone.
+    return [*streams[:between], *(stream[:, TEXT:] for stream in streams[between:-1]), streams[-1]]
+
+
+@pytest.mark.parametrize("layers", [(1, 2), (2, 1)])
+def test_taps(tmp_path, layers):
+    folder = write_tiny_flux2(tmp_path, layers=layers)
+    backbone = Flux2.from_pretrained(str(folder), dtype=torch.float32, max_sequence_length=TEXT)
+    paths = [f"transformer_blocks.{i}" for i in range(layers[0])]
+    paths += [f"single_transformer_blocks.{i}" for i in range(layers[1])]
+    assert backbone.tap_paths() == paths
+    outputs = []
+    for path in paths:
+        backbone.transformer.get_submodule(path).register_forward_hook(
+            lambda module, args, output: outputs.append(backbone.image_tokens(output))
+        )
+    arguments = inputs()
+    backbone.predict(*arguments)
+    found = list(outputs)
+    expected = hidden_states(backbone, arguments)
+    assert [x.shape for x in found] == [(2, LAYOUT.num_target + LAYOUT.num_reference, 32)] * 3
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("run", ["eager", "checkpointed", "compiled"])
+def test_similarity_of_the_taps(backbone, run):
+    arguments = inputs()
+    mask = torch.rand(2, 2, LAYOUT.num_reference) > 0.3
+    layers = hidden_states(backbone, arguments)
+    expected = cross_layer_similarity([h[:, :24] for h in layers], [h[:, 24:] for h in layers], mask)
+    add_adapter(backbone.transformer, LoraConfig(rank=4, alpha=4), seed=0)
+    if run == "checkpointed":
+        backbone.transformer.enable_gradient_checkpointing()
+    if run == "compiled":
+        backbone.transformer.compile_repeated_blocks(backend="eager")
+    tap = SimilarityTap(
+        backbone.transformer, backbone.tap_paths(), image_tokens=backbone.image_tokens, num_target=24, reference_mask=mask
+    )
+    with tap:
+        backbone.predict(*arguments).sum().backward()
+    torch.testing.assert_close(tap.scores(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_recomputed_blocks_give_the_same_tokens(backbone):
+    """The backward pass of one prediction recomputes its blocks after another prediction, of another layout, has run."""
+    add_adapter(backbone.transformer, LoraConfig(rank=4, alpha=4), seed=0)
+    backbone.transformer.enable_gradient_checkpointing()
+    seen = {path: [] for path in backbone.tap_paths()}
+    for path, tokens in seen.items():
+        backbone.transformer.get_submodule(path).register_forward_hook(
+            lambda module, args, output, tokens=tokens: tokens.append(backbone.image_tokens(output).detach())
+        )
+    with set_checkpoint_early_stop(False):  # a block that is cut short calls no hook
+        first = backbone.predict(*inputs())
+        backbone.predict(*inputs(layout=TokenLayout((2, 2), ((3, 5),))))
+        first.sum().backward()
+    for tokens in seen.values():
+        assert len(tokens) == 3, "forward, the other forward, recomputed"
+        assert tokens[1].shape == (2, 4 + 15, 32)
+        assert torch.equal(tokens[2], tokens[0])
+
+
+def test_lora_loads_into_the_pipeline_with_its_alpha(backbone, folders, tmp_path):
+    arguments = inputs()
+    base = backbone.predict(*arguments)
+    config = LoraConfig(rank=4, alpha=16.0, target_modules=["to_q", "to_out.0", "to_qkv_mlp_proj"])
+    for parameter in add_adapter(backbone.transformer, config, seed=0):
+        torch.nn.init.normal_(parameter, std=0.1)
+    expected = backbone.predict(*arguments)
+    assert not torch.allclose(expected, base, atol=1e-2)
+    with reference_model(backbone.transformer):
+        assert torch.equal(backbone.predict(*arguments), base)
+    backbone.save_lora(tmp_path)
+    pipeline = Flux2KleinPipeline.from_pretrained(folders["klein"])
+    pipeline.load_lora_weights(tmp_path)
+    loaded = Flux2(pipeline, guidance=1.0, max_sequence_length=TEXT)
+    torch.testing.assert_close(loaded.predict(*arguments), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["klein", "dev"])
+def test_preference_step(load, kind, tiny_pairs):
+    backbone = load(kind)
+    parameters = add_adapter(backbone.transformer, LoraConfig(rank=4, alpha=8), seed=0)
+    backbone.transformer.enable_gradient_checkpointing()
+    pairs = PairDataset(load_pairs(str(tiny_pairs)), resolution=96, reference_resolution=48, reference_resolution_multiple=48)
+    batch = collate([pairs[0]])
+    step = PreferenceStep(backbone, FocusConfig(tau=0.6), LossConfig())
+    backbone.transformer.train()
+    result = step(batch, torch.Generator().manual_seed(0))
+    assert result.output.loss.item() == pytest.approx(math.log(2), abs=1e-6)
+    assert result.focus is not None and 0 < result.focus.mask.mean() < 1
+    result.output.loss.backward()
+    # At initialisation lora_B is zero, so that the gradient is in it alone.
+    moved = {n for n, p in backbone.transformer.named_parameters() if p.grad is not None and p.grad.any()}
+    adapted = {n for n, p in backbone.transformer.named_parameters() if "lora_B" in n}
+    assert moved == adapted and 2 * len(adapted) == len(parameters)
+
+
+@pytest.fixture
+def fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_training_run(folders, tiny_pairs, tmp_path):
+    config = TrainConfig(
+        model=ModelConfig(path=str(folders["klein"]), backbone="flux2", dtype="fp32", max_sequence_length=TEXT),
+        data=DataConfig(
+            train=str(tiny_pairs), resolution=96, reference_resolution_multiple=48, batch_size=2, num_workers=0, check="headers"
+        ),
+        output_dir=str(tmp_path / "run"),
+        lora=LoraConfig(rank=4, alpha=8, target_modules=["to_q", "to_qkv_mlp_proj"]),
+        focus=FocusConfig(tau=0.6),
+        max_steps=2,
+        mixed_precision="no",
+        cpu=True,
+    )
+    Trainer(config).train()
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2]
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and rows[1]["loss"] != rows[0]["loss"]
+    lora = load_file(tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors")
+    assert len(lora) == 6 and all(value.any() for value in lora.values())
