@@ -4,7 +4,7 @@
 #   bash benchmarks/gpu.sh OUTDIR
 #
 # PYTHON chooses the interpreter (python3), BENCH_COMMIT names the commit where there is no repository. A part that runs out of
-# its time keeps what it has measured. Nothing is timed where the tests are red.
+# its time keeps what it has measured. Where a test is red the result says so, and a case whose own gate is red is not timed.
 set -uo pipefail
 out=$(realpath -m "${1:?usage: bash benchmarks/gpu.sh OUTDIR}")
 python=${PYTHON:-python3}
@@ -12,35 +12,47 @@ cd "$(dirname "$0")/.."
 mkdir -p "$out"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 unset TRITON_INTERPRET
+deadline=$((SECONDS + 525))
+
+# part SECONDS COMMAND...: at most so long, and never into the 40 seconds that the report needs.
+part() {
+  local most=$1 left=$((deadline - SECONDS - 40))
+  shift
+  if [ "$left" -lt 15 ]; then
+    echo "gpu.sh: no time left for: $*"
+    return 124
+  fi
+  timeout -k 15 -s INT $((most < left ? most : left)) "$@"
+}
 
 "$python" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "gpu.sh: PyTorch sees no GPU here")' || exit 1
-"$python" -m focusdpo_kernels.env | tee "$out/env.txt"
+exec > >(tee "$out/log.txt") 2>&1
+"$python" -m focusdpo_kernels.env
 
 echo "== correctness"
-files=(tests/test_{gpu,similarity,matching,entropy,residual,loss,mask,accuracy,ops}.py)
-timeout -s INT 150 "$python" -m pytest -q -n 8 --benchmark-disable -p no:cacheprovider "${files[@]}" 2>&1 |
-  tee "$out/tests.txt" | tail -40
-red=${PIPESTATUS[0]}
+pytest=("$python" -m pytest -q -p no:cacheprovider --tb=short)
+red=0
+part 110 "${pytest[@]}" -n 8 --benchmark-disable tests/test_{similarity,matching,entropy,residual,loss,mask,accuracy,ops}.py || red=$?
+part 60 "${pytest[@]}" --benchmark-disable tests/test_gpu.py || red=$?
 if [ "$red" -ne 0 ]; then
-  echo "gpu.sh: the tests are red ($red): nothing is timed; see $out/tests.txt"
-  exit "$red"
+  export BENCH_TESTS="The tests of this run were red (exit status $red). The times below passed the gates of their own cases."
+  echo "gpu.sh: $BENCH_TESTS"
 fi
 
 echo "== kernels"
-timeout -s INT 220 "$python" -m pytest -q benchmarks -p no:cacheprovider --benchmark-columns=median,iqr,rounds \
-  --benchmark-json "$out/result.json" > "$out/kernels.txt" 2>&1
-kernels=$?
-grep -E "^FAILED|passed|failed|error" "$out/kernels.txt" | tail -20
+part 200 "${pytest[@]}" benchmarks --benchmark-columns=median,iqr,rounds --benchmark-json "$out/result.json" || red=$?
 
-if "$python" -c 'import diffusers, accelerate, peft' 2> /dev/null; then
-  echo "== steps"
+echo "== steps"
+if "$python" -c 'import benchmarks.step'; then
   step=("$python" -m benchmarks.step --device cuda --steps 5 --result "$out/result.json")
-  timeout -s INT 75 "${step[@]}" --backbone flux1 2>&1 | tee "$out/steps.txt"
-  timeout -s INT 60 "${step[@]}" --backbone flux1 --throughput --target 512 2>&1 | tee -a "$out/steps.txt"
-  timeout -s INT 30 "${step[@]}" --backbone flux2-klein-4b --target 512 2>&1 | tee -a "$out/steps.txt"
+  part 75 "${step[@]}" --backbone flux1 --target 512 || red=$?
+  part 50 "${step[@]}" --backbone flux2-klein-4b --target 512 || red=$?
+  part 150 "${step[@]}" --backbone flux1 --target 512 --throughput || true # compiling may not end in time
+  part 75 "${step[@]}" --backbone flux1 --target 1024 || true
 else
-  echo "== steps: left out, diffusers, accelerate or peft cannot be imported here"
+  echo "gpu.sh: the steps are left out, because diffusers, accelerate or peft cannot be imported here (see above)"
 fi
 
-"$python" -m benchmarks.report "$out/result.json" --out "$out"
-exit "$kernels"
+echo "== report"
+timeout -k 5 40 "$python" -m benchmarks.report "$out/result.json" --out "$out" || red=$?
+exit "$red"

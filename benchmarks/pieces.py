@@ -30,10 +30,13 @@ def structure(scores: Tensor, k: int, prior: Tensor) -> tuple[Tensor, Tensor]:
     return field.float(), field.sum(-1) / prior.sum(-1).clamp_min(1)
 
 
+def _gray(images: Tensor) -> Tensor:
+    return (0.2989 * images[:, 0] + 0.587 * images[:, 1] + 0.114 * images[:, 2])[:, None]
+
+
 def entropy(images: Tensor, patch_size: int = 16, bins: int = 32, sigma: float = 0.01) -> Tensor:
     """Entropy of a Gaussian kernel estimate over all patches, pixels and bins at once: [B, P]."""
-    gray = (images * images.new_tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
-    pixels = F.unfold(gray, patch_size, stride=patch_size).transpose(1, 2)  # [B, P, pixels]
+    pixels = F.unfold(_gray(images), patch_size, stride=patch_size).transpose(1, 2)  # [B, P, pixels]
     centres = torch.linspace(0, 1, bins, device=images.device)
     weight = torch.exp(-0.5 * ((pixels[..., None] - centres) / sigma) ** 2).mean(2)
     q = weight / weight.sum(-1, keepdim=True)
@@ -45,8 +48,7 @@ def kornia_entropy(x: Any) -> tuple[Tensor]:
     from kornia.enhance.histogram import marginal_pdf
 
     images = x.images
-    gray = (images * images.new_tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
-    pixels = F.unfold(gray, 16, stride=16).transpose(1, 2)
+    pixels = F.unfold(_gray(images), 16, stride=16).transpose(1, 2)
     batch, patches, count = pixels.shape
     centres, sigma = torch.linspace(0, 1, 32, device=images.device), torch.tensor(0.01, device=images.device)
     q, _ = marginal_pdf(pixels.reshape(-1, count, 1), centres, sigma)
@@ -57,9 +59,7 @@ def skimage_entropy(x: Any) -> tuple[Tensor]:
     """scikit-image's `shannon_entropy` of each patch's 32 gray levels."""
     from skimage.measure import shannon_entropy
 
-    images = x.images
-    gray = (images * images.new_tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
-    patches = F.unfold(gray, 16, stride=16).transpose(1, 2)
+    patches = F.unfold(_gray(x.images), 16, stride=16).transpose(1, 2)
     levels = (patches * 32).floor().clamp(0, 31).to(torch.uint8).numpy()
     values = [[shannon_entropy(patch, base=math.e) for patch in sample] for sample in levels]
     return (torch.tensor(values),)

@@ -156,13 +156,15 @@ def markdown(result: Result) -> str:
         if result.empty_launch:
             limits += f", empty launch {result.empty_launch * 1e6:.2f} us"
         lines += [f"{limits}.", ""]
+    if result.tests:
+        lines += [f"**{result.tests}**", ""]
     if result.machine["device_type"] == "cpu":
         lines += ["These are times of a CPU. They say nothing about a GPU, and the Triton kernels are not among them.", ""]
     for group in result.groups():
         formula = next(row.formula for row in result.rows if row.group == group)
         lines += [f"## {group}", "", f"Bytes that have to move per pair: {formula} (pixels and scores fp32, states bf16).", ""]
-        lines += ["| shape | provider | time | spread | GB/s | of copy | vs ours | launches | extra memory | error |"]
-        lines += ["|---|---|---:|---:|---:|---:|---:|---:|---:|---:|", *_table_rows(result, group), ""]
+        lines += ["| shape | provider | time | spread | GB/s | of copy | vs ours | launches | extra memory | error | timing |"]
+        lines += ["|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---|", *_table_rows(result, group), ""]
     for step in result.steps:
         lines += [f"## Step: {step['backbone']}, {step['setting']}", ""]
         lines += ["| variant | s per step | spread | vs first | in the focus part | pairs/s | peak memory, GiB |"]
@@ -200,6 +202,7 @@ def _table_rows(result: Result, group: str) -> Iterator[str]:
             "-" if row.launches is None else str(row.launches),
             "-" if row.extra_memory is None else f"{row.extra_memory / 2**20:.2f} MiB",
             f"{row.error:.0e}",
+            row.method + ("" if row.cold or result.machine["device_type"] == "cpu" else ", inputs in the cache"),
         )
         yield f"| {' | '.join(cells)} |"
 

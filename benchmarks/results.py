@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class Row:
     extra_memory: int | None
     error: float
     method: str
+    cold: bool  # whether the inputs do not fit the cache together
 
     @property
     def bandwidth(self) -> float:
@@ -50,6 +51,7 @@ class Result:
     empty_launch: float | None
     rows: list[Row]
     steps: list[dict[str, Any]]
+    tests: str  # what is to be known of the tests of the same run
 
     @property
     def ours(self) -> str:
@@ -83,20 +85,8 @@ def read_result(path: str | Path) -> Result:
     limits, rows = content.get("limits", {}), []
     for one in content["benchmarks"]:
         info, stats = one["extra_info"], one["stats"]
-        names = (
-            "group",
-            "shape",
-            "sweep",
-            "sizes",
-            "provider",
-            "bytes",
-            "formula",
-            "launches",
-            "extra_memory",
-            "error",
-            "method",
-        )
-        rows.append(Row(median=stats["median"], spread=stats["iqr"], **{name: info[name] for name in names}))
+        named = {field.name: info[field.name] for field in fields(Row) if field.name in info}
+        rows.append(Row(median=stats["median"], spread=stats["iqr"], **named))
     commit = (content.get("commit_info") or {}).get("id") or ""
     return Result(
         path,
@@ -107,11 +97,15 @@ def read_result(path: str | Path) -> Result:
         limits.get("empty_launch_seconds"),
         rows,
         content.get("steps", []),
+        content.get("tests", ""),
     )
 
 
 def add_step(path: Path, step: dict[str, Any], device: torch.device) -> None:
-    """Adds a measured step to a result file, which is made where there is none; ValueError for one of another device."""
+    """Puts a measured step into a result file, in place of one of the same backbone and setting.
+
+    The file is made where there is none; ValueError for one of another device.
+    """
     if path.exists():
         machine = read_result(path).machine
         if machine["device"] != machine_info(device)["device"]:
@@ -121,7 +115,9 @@ def add_step(path: Path, step: dict[str, Any], device: torch.device) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         date = datetime.datetime.now(datetime.UTC).date().isoformat()
         content = {"machine_info": machine_info(device), "commit_info": commit_info(), "date": date, "benchmarks": []}
-    content.setdefault("steps", []).append(step)
+    same = (step["backbone"], step["setting"])
+    others = [one for one in content.get("steps", []) if (one["backbone"], one["setting"]) != same]
+    content["steps"] = [*others, step]
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1))
     partial.replace(path)

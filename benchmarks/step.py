@@ -188,14 +188,15 @@ def throughput_variants(budgets: list[float]) -> Iterator[Variant]:
     yield Variant(PLAIN_LOOP, plain_loss, fused=False)
     yield Variant("FocusDPO, this library, fused AdamW", focus)
     yield Variant("FocusDPO, this library, no checkpointing", focus, checkpointing=False)
+    yield Variant(PLAIN_LOOP + ", again", plain_loss, fused=False)
+    # Last: compiling takes minutes.
     yield Variant("FocusDPO, this library, compiled", focus, compiled=True)
     for budget in budgets:
         name = f"FocusDPO, this library, compiled, activation budget {budget:g}"
         yield Variant(name, focus, checkpointing=False, compiled=True, budget=budget)
-    yield Variant(PLAIN_LOOP + ", again", plain_loss, fused=False)
 
 
-def measure_overhead(work: Workload, steps: int) -> list[dict[str, Any]]:
+def measure_overhead(work: Workload, steps: int) -> Iterator[list[dict[str, Any]]]:
     """All variants in turn, so that drift meets them alike."""
     measured: dict[str, list[tuple[float, int | None]]] = {variant.name: [] for variant in OVERHEAD}
     with OVERHEAD[0].applied(work) as optimizer:
@@ -205,11 +206,12 @@ def measure_overhead(work: Workload, steps: int) -> list[dict[str, Any]]:
                 if i >= 2:  # warm-up
                     measured[variant.name].append(result)
     plain = statistics.median(s for s, _ in measured[OVERHEAD[0].name])
-    return [summary(v, measured[v.name], plain if v is not OVERHEAD[0] else None) for v in OVERHEAD]
+    yield [summary(v, measured[v.name], plain if v is not OVERHEAD[0] else None) for v in OVERHEAD]
 
 
-def measure_throughput(work: Workload, steps: int, budgets: list[float]) -> list[dict[str, Any]]:
-    rows = []
+def measure_throughput(work: Workload, steps: int, budgets: list[float]) -> Iterator[list[dict[str, Any]]]:
+    """The variants measured so far, after each."""
+    rows: list[dict[str, Any]] = []
     for variant in tqdm(list(throughput_variants(budgets)), desc="throughput", unit="variant"):
         try:
             with variant.applied(work) as optimizer:
@@ -221,7 +223,7 @@ def measure_throughput(work: Workload, steps: int, budgets: list[float]) -> list
             torch.cuda.empty_cache()
             continue
         rows.append(summary(variant, results[2:], None))
-    return rows
+        yield rows
 
 
 def print_flops(work: Workload, setting: Setting) -> None:
@@ -270,10 +272,6 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.flops:
             print_flops(work, setting)
             continue
-        if arguments.throughput:
-            variants = measure_throughput(work, arguments.steps, arguments.budget or [0.2])
-        else:
-            variants = measure_overhead(work, arguments.steps)
         kind = "throughput" if arguments.throughput else "overhead"
         step = {
             "backbone": arguments.backbone,
@@ -282,13 +280,18 @@ def main(argv: list[str] | None = None) -> None:
             "lora_parameters": sum(p.numel() for p in work.parameters),
             "dtype": str(work.dtype),
             "steps": arguments.steps,
-            "variants": variants,
         }
-        if arguments.result:
-            try:
-                add_step(arguments.result, step, device)
-            except ValueError as error:
-                sys.exit(f"benchmarks.step: error: --result: {error}")
+        if arguments.throughput:
+            measured = measure_throughput(work, arguments.steps, arguments.budget or [0.2])
+        else:
+            measured = measure_overhead(work, arguments.steps)
+        for variants in measured:
+            step["variants"] = variants
+            if arguments.result:  # after each variant: a run that is cut short has those before
+                try:
+                    add_step(arguments.result, step, device)
+                except ValueError as error:
+                    sys.exit(f"benchmarks.step: error: --result: {error}")
         print_step(step, device)
 
 

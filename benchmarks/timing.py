@@ -18,23 +18,28 @@ from torch.autograd import DeviceType
 
 Call = Callable[[], Any]
 
-GRAPH_BELOW = 100e-6  # seconds: shorter calls are replayed from a graph, whose launches cost little
-GRAPH_LENGTH = 2e-3  # seconds that one graph should last
+GRAPH_BELOW = 10e-3  # seconds: shorter calls are replayed from a graph, or the host's launches would be measured
+GRAPH_LENGTH = 2e-3  # seconds that one graph should last, at least
 ROUND_LENGTH = 20e-3  # seconds, at least, between two readings of the host's clock
-MEASURE = 0.25  # seconds to measure for
+MEASURE = 0.1  # seconds to measure for
 ROUNDS = (10, 200)  # at least, at most
-IDLE_CYCLES = 200_000  # the device waits so long (about 0.1 ms) before a round, so that the host can queue work ahead
+IDLE_CYCLES = 2_000_000  # the device waits so long (about 1 ms) before a round, so that the host can queue work ahead
+MOST_COPIES = 512  # of inputs
 COPY_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a call is measured: `round_` runs it `calls` times, and there are `rounds` of them."""
+    """How a call is measured: `round_` runs it `calls` times, and there are `rounds` of them.
+
+    `result` is what the first call gave in the last round: a graph writes the same memory at every replay.
+    """
 
     round_: Call
     calls: int
     rounds: int
     method: str
+    result: Call
 
 
 class Clock:
@@ -80,8 +85,12 @@ def rotations(input_bytes: int, device: torch.device) -> int:
     """So many copies of the inputs are used in turn that none is still in the last-level cache when it comes again."""
     if device.type != "cuda":
         return 2
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return min(max(math.ceil(3 * cache / max(input_bytes, 1)), 1), 64)
+    return min(max(math.ceil(3 * cache_bytes(device) / max(input_bytes, 1)), 1), MOST_COPIES)
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Size of the last-level cache."""
+    return torch.cuda.get_device_properties(device).L2_cache_size
 
 
 def plan(calls: Sequence[Call], device: torch.device) -> Plan:
@@ -92,20 +101,30 @@ def plan(calls: Sequence[Call], device: torch.device) -> Plan:
     seconds = _estimate(calls, device)
     if device.type == "cuda" and seconds < GRAPH_BELOW:
         repeats = max(math.ceil(GRAPH_LENGTH / max(seconds, 1e-6) / len(calls)), 1)
-        graph = _graph([*calls] * repeats)
-        calls_in_round, round_, method = len(calls) * repeats, graph.replay, "CUDA graph"
-        seconds = max(GRAPH_LENGTH / calls_in_round, 1e-6)
+        graph, captured = _graph([*calls] * repeats)
+        round_, method = graph.replay, "CUDA graph"
+
+        def result() -> Any:
+            return captured
+
     else:
         repeats = 1 if device.type == "cuda" else max(math.ceil(ROUND_LENGTH / max(seconds, 1e-9) / len(calls)), 1)
-        calls_in_round, method = len(calls) * repeats, "events" if device.type == "cuda" else "host clock"
+        method = "events" if device.type == "cuda" else "host clock"
+        last: list[Any] = [None]
 
         def round_() -> None:
             for _ in range(repeats):
-                for call in calls:
-                    call()
+                for i, call in enumerate(calls):
+                    out = call()
+                    if i == 0:
+                        last[0] = out
 
+        def result() -> Any:
+            return last[0]
+
+    calls_in_round = len(calls) * repeats
     rounds = min(max(math.ceil(MEASURE / (seconds * calls_in_round)), ROUNDS[0]), ROUNDS[1])
-    return Plan(round_, calls_in_round, rounds, method)
+    return Plan(round_, calls_in_round, rounds, method, result)
 
 
 def _estimate(calls: Sequence[Call], device: torch.device) -> float:
@@ -121,7 +140,8 @@ def _estimate(calls: Sequence[Call], device: torch.device) -> float:
     return device_time(calls[0]) or host
 
 
-def _graph(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+def _graph(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A graph of all calls, and what it writes for the first."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -131,10 +151,11 @@ def _graph(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
     gc.collect()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for call in calls:
+        first = calls[0]()
+        for call in calls[1:]:
             call()
     graph.replay()
-    return graph
+    return graph, first
 
 
 def _kernels(call: Call) -> list[Any]:

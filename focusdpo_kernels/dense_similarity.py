@@ -55,7 +55,7 @@ def _norm_kernel(
         offsets = offs_t.to(tl.int64)[:, None] * stride + offs_d[None, :] * width
         h = tl.load(base + offsets, mask=mask_t[:, None] & (offs_d < D)[None, :], other=0.0).to(tl.float32)
         square += tl.sum(h * h, axis=1)
-    tl.store(inverse_ptr + (b * N + n) * T + offs_t, 1.0 / tl.maximum(tl.sqrt(square), EPS), mask=mask_t)
+    tl.store(inverse_ptr + (b * N + n) * T + offs_t, tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(square), EPS)), mask=mask_t)
 
 
 @triton.jit(do_not_specialize=["N", "P", "Q"])
@@ -139,7 +139,7 @@ def _dense_kernel(
     if ACCUMULATE:
         total += tl.load(out, mask=mask_out, other=0.0)
     else:
-        total = total / total_weight
+        total = tl.div_rn(total, total_weight)
     tl.store(out, total, mask=mask_out)
 
 

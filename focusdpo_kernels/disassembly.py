@@ -66,7 +66,8 @@ def nvidia_figures(cubin: bytes, arch: str, threads: int, shared: int, num_stage
 def resident_blocks(arch: str, registers: int, threads: int, shared: int) -> int:
     """Blocks that fit a multiprocessor at the same time, by registers, shared memory and threads."""
     per_warp = -(-registers * 32 // 256) * 256  # registers are given out to warps in units of 256
-    by_registers = REGISTER_FILE // per_warp * 32 // threads
+    warps = REGISTER_FILE // 4 // per_warp * 4  # each of four schedulers has its own part of the file
+    by_registers = warps * 32 // threads
     by_shared = SHARED_KIB[arch] * 1024 // (shared + 1024)
     return min(by_registers, by_shared, MAX_THREADS // threads, MAX_BLOCKS)
 

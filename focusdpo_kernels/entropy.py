@@ -104,7 +104,7 @@ def _normalize_kernel(entropy_ptr, out_ptr, P, BLOCK: tl.constexpr):
     for start in range(0, P, BLOCK):
         offs = start + tl.arange(0, BLOCK)
         entropy = tl.load(entropy_ptr + b * P + offs, mask=offs < P, other=0.0)
-        complexity = tl.where(span == 0, 0.0, (entropy - minimum) / tl.where(span == 0, 1.0, span))
+        complexity = tl.where(span == 0, 0.0, tl.div_rn(entropy - minimum, tl.where(span == 0, 1.0, span)))
         tl.store(out_ptr + b * P + offs, complexity, mask=offs < P)
 
 

@@ -151,7 +151,7 @@ def _structure_kernel(
         inside += tl.sum(union, axis=0)
         remaining += tl.sum(structure, axis=0)
     size = tl.maximum(inside, 1).to(tl.float32)
-    tl.store(coverage_ptr + b, remaining.to(tl.float32) / size)
+    tl.store(coverage_ptr + b, tl.div_rn(remaining.to(tl.float32), size))
 
 
 def _blocking(rows: int, patches: int) -> tuple[dict[str, Any], int]:

@@ -101,7 +101,7 @@ def _mean(sums, offs_d, D, SPLITS, stride_split, count, BLOCK_D: tl.constexpr):
     total = tl.zeros([BLOCK_D], tl.float32)
     for split in range(SPLITS):
         total += tl.load(sums + split * stride_split + offs_d, mask=mask_d, other=0.0)
-    return total / tl.maximum(count, 1.0)
+    return tl.div_rn(total, tl.maximum(count, 1.0))
 
 
 @triton.jit(do_not_specialize=["N", "SPLITS"])
@@ -131,10 +131,11 @@ def _unit_kernel(
     for d in range(0, D, BLOCK_D):
         c = _mean(sums, d + tl.arange(0, BLOCK_D), D, SPLITS, stride_split, count, BLOCK_D)
         square += c * c
-    norm = tl.maximum(tl.sqrt(tl.sum(square, axis=0)), EPS)
+    norm = tl.maximum(tl.sqrt_rn(tl.sum(square, axis=0)), EPS)
     for d in range(0, D, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)
-        rest = SCALE * (_mean(sums, offs_d, D, SPLITS, stride_split, count, BLOCK_D) / norm)
+        c = _mean(sums, offs_d, D, SPLITS, stride_split, count, BLOCK_D)
+        rest = SCALE * tl.div_rn(c, norm)
         for i in tl.static_range(PARTS):
             part = rest.to(unit_ptr.dtype.element_ty)
             tl.store(unit_ptr + (((b * N + n) * PARTS + i) * R + r) * D + offs_d, part, mask=offs_d < D)
@@ -201,7 +202,7 @@ def _compare_kernel(
                 u = u.to(tl.float32)
             dot = tl.dot(h, u, dot, input_precision="ieee")
             square += tl.sum(x * x, axis=1)
-        scale = layer_weight(table_ptr, weight, n, TABLE, COLUMNS) / (SCALE * tl.maximum(tl.sqrt(square), EPS))
+        scale = tl.div_rn(layer_weight(table_ptr, weight, n, TABLE, COLUMNS), SCALE * tl.maximum(tl.sqrt_rn(square), EPS))
         total += tl.sum(tl.reshape(dot, [BLOCK_P, PARTS_PAD, R_PAD]), axis=1) * scale[:, None]
     offs_r = tl.arange(0, R_PAD)
     mask_out = mask_p[:, None] & (offs_r < R)[None, :]
@@ -230,7 +231,7 @@ def _average_kernel(
     for split in range(SPLITS):
         total += tl.load(part_ptr + ((b * SPLITS + split) * R + r) * P + offs_p, mask=mask_p, other=0.0)
     present = tl.load(count_ptr + b * R + r) > 0
-    tl.store(out_ptr + (b * R + r) * P + offs_p, tl.where(present, total / total_weight, float("-inf")), mask=mask_p)
+    tl.store(out_ptr + (b * R + r) * P + offs_p, tl.where(present, tl.div_rn(total, total_weight), float("-inf")), mask=mask_p)
 
 
 class _Launches(NamedTuple):

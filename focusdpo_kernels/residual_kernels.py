@@ -66,7 +66,7 @@ def _masks(
         low = tl.load(extremes_ptr + 2 * b)
         span = tl.load(extremes_ptr + 2 * b + 1) - low
         entropy = tl.load(entropy_ptr + patch, mask=valid, other=0.0)
-        detail = tl.where(span == 0, 0.0, (entropy - low) / tl.where(span == 0, 1.0, span))
+        detail = tl.where(span == 0, 0.0, tl.div_rn(entropy - low, tl.where(span == 0, 1.0, span)))
         detail = tl.where(tl.load(prior_ptr + patch, mask=valid, other=0) != 0, detail, 0.0)
         win = tl.where(tl.load(coverage_ptr + b) > tau, win, gamma * win + (1 - gamma) * detail)
         win = tl.where(valid, win, 0.0)
@@ -218,11 +218,11 @@ def _finish_kernel(
     if REDUCTION == "masked_mean":
         mass_win = _total(partial, 8, offs, SPLITS, COLUMNS)
         mass_lose = _total(partial, 9, offs, SPLITS, COLUMNS)
-        win = tl.where(mass_win > 0, 1.0 / tl.where(mass_win > 0, mass_win, 1.0), 0.0)
-        lose = tl.where(mass_lose > 0, 1.0 / tl.where(mass_lose > 0, mass_lose, 1.0), 0.0)
+        win = tl.where(mass_win > 0, tl.div_rn(1.0, tl.where(mass_win > 0, mass_win, 1.0)), 0.0)
+        lose = tl.where(mass_lose > 0, tl.div_rn(1.0, tl.where(mass_lose > 0, mass_lose, 1.0)), 0.0)
     else:
         count = tl.maximum(E, 1).to(tl.float32)
-        win = 1.0 / count if REDUCTION == "mean" else count / count
+        win = tl.div_rn(1.0, count) if REDUCTION == "mean" else count / count
         lose = win
     out = out_ptr + b
     tl.store(out, _total(partial, 0, offs, SPLITS, COLUMNS) * win)
