@@ -10,6 +10,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from focusdpo.convert import ConvertUnoConfig, prepare_conversion
 from focusdpo.demo.config import DemoConfig
 from focusdpo.training.config import TrainConfig
 
@@ -32,16 +33,26 @@ def _demo(config: DemoConfig) -> Work:
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: its settings, what it does with them, and its line in --help."""
+    """A subcommand: its settings, what it does with them, its line in --help, and which settings are given by position.
+
+    Where `positional` names any, they are all of the settings without a default.
+    """
 
     config_class: type[Any]
     prepare: Callable[[Any], Work]
     description: str
+    positional: tuple[str, ...] = ()
 
 
 COMMANDS = {
     "train": Command(TrainConfig, _train, "Train a LoRA with FocusDPO on preference pairs."),
     "demo": Command(DemoConfig, _demo, "Build a small dataset of real photos, train on it, and draw what happened."),
+    "convert-uno": Command(
+        ConvertUnoConfig,
+        prepare_conversion,
+        "Convert UNO's LoRA to diffusers' format, and back.",
+        positional=("source", "out_dir"),
+    ),
 }
 
 
@@ -49,10 +60,10 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="focusdpo", description="FocusDPO for multi-subject image models.")
     commands = parser.add_subcommands(title="commands", dest="command")
     for name, command in COMMANDS.items():
-        usage = f"focusdpo {name} [--config FILE.yaml] [--NAME VALUE ...]"
+        usage = " ".join([f"focusdpo {name}", *map(str.upper, command.positional), "[--config FILE.yaml] [--NAME VALUE ...]"])
         options = ArgumentParser(prog=f"focusdpo {name}", description=command.description, usage=usage)
         options.add_argument("--config", action="config", help="YAML file with these settings; options after it override it.")
-        options.add_class_arguments(command.config_class)
+        options.add_class_arguments(command.config_class, as_positional=bool(command.positional))
         commands.add_subcommand(name, options, help=command.description)
     return parser
 

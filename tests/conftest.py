@@ -51,3 +51,13 @@ def tiny_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from focusdpo.demo.scenes import write_dataset
 
     return write_dataset(tmp_path_factory.mktemp("data") / "pairs", 8, 96, seed=0)
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """Forgets accelerate's global state after a test that trains."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import Flux2KleinPipeline, Flux2Pipeline
-from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
@@ -24,6 +21,7 @@ from focusdpo.training.metrics import read_metrics
 from focusdpo.training.step import PreferenceStep
 from focusdpo.training.trainer import Trainer
 from focusdpo_kernels import cross_layer_similarity
+from tests.backbones import photos, recorded_call
 
 TEXT = 24  # tokens
 LAYOUT = TokenLayout((4, 6), ((2, 3), (3, 2)))
@@ -56,24 +54,6 @@ def inputs(batch=2, layout=LAYOUT):
         torch.randn(batch, layout.num_reference, 16),
         layout,
     )
-
-
-def recorded_call(transformer, run):
-    """Arguments and output of the one call of the transformer in `run`."""
-    calls = []
-    handle = transformer.register_forward_hook(
-        lambda module, args, kwargs, output: calls.append({**kwargs, "output": output[0]}), with_kwargs=True
-    )
-    run()
-    handle.remove()
-    assert len(calls) == 1
-    return calls[0]
-
-
-def photos(*sizes):
-    """Noise of (height, width) pixels, as images and as pixels in [0, 1]."""
-    arrays = [np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8) for i, size in enumerate(sizes)]
-    return [Image.fromarray(a) for a in arrays], [torch.from_numpy(a[None]).permute(0, 3, 1, 2) / 255 for a in arrays]
 
 
 def test_position_ids():
@@ -289,13 +269,6 @@ def test_preference_step(load, kind, tiny_pairs):
     moved = {n for n, p in backbone.transformer.named_parameters() if p.grad is not None and p.grad.any()}
     adapted = {n for n, p in backbone.transformer.named_parameters() if "lora_B" in n}
     assert moved == adapted and 2 * len(adapted) == len(parameters)
-
-
-@pytest.fixture
-def fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.mark.usefixtures("fresh_accelerate")

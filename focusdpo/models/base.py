@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 def check_pipeline_path(path: str) -> None:
@@ -66,8 +67,9 @@ class PromptEmbeddings:
 
     @staticmethod
     def stack(single: Sequence[PromptEmbeddings]) -> PromptEmbeddings:
-        """Joins embeddings of one prompt each to a batch."""
-        return PromptEmbeddings({k: torch.cat([one.tensors[k] for one in single]) for k in single[0].tensors})
+        """Joins embeddings of one prompt each to a batch; shorter texts, and their masks, are padded with zeros at the end."""
+        names = single[0].tensors
+        return PromptEmbeddings({k: pad_sequence([one.tensors[k][0] for one in single], batch_first=True) for k in names})
 
 
 class Backbone(abc.ABC):
@@ -78,6 +80,7 @@ class Backbone(abc.ABC):
     """
 
     name: ClassVar[str]
+    prompts_see_references: ClassVar[bool] = False  # whether the text encoder looks at the reference images, too
     pipeline: Any
     transformer: Any  # an nn.Module; what the trainer calls on it comes from diffusers' mixins
 
@@ -103,8 +106,13 @@ class Backbone(abc.ABC):
         """Clean tokens [B, P, C] of a (rows, columns) grid to pixels [B, 3, H, W] in [0, 1]."""
 
     @abc.abstractmethod
-    def encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeddings:
-        """Text conditioning of a batch of prompts."""
+    def encode_prompts(self, prompts: Sequence[str], references: Sequence[Tensor] = ()) -> PromptEmbeddings:
+        """Text conditioning of a batch of prompts.
+
+        Args:
+            prompts: B texts.
+            references: pixels [B, 3, h, w] in [0, 1] of each reference, which only `prompts_see_references` makes a difference.
+        """
 
     @abc.abstractmethod
     def predict(self, noisy: Tensor, t: Tensor, prompts: PromptEmbeddings, references: Tensor, layout: TokenLayout) -> Tensor:

@@ -1,14 +1,19 @@
-"""FLUX.1 with several reference images in UNO's layout.
+"""FLUX.1 with several reference images, in UNO's layout or in Kontext's own.
 
 The image sequence is [target | reference 1 | reference 2 ...]; references share weights and timestep modulation with the
-target. Position ids are (0, row, column); each reference is shifted diagonally past everything before it: row and column
-both start at the running sum of the rows and columns so far (bytedance/UNO).
+target. The layouts differ in the position ids alone, three numbers a token:
+
+- UNO: (0, row, column); each reference is shifted diagonally past everything before it: row and column both start at the
+  running sum of the rows and columns so far (bytedance/UNO).
+- Kontext: (1, row, column) for a reference, whose rows and columns count from 0. The pipeline and the released weights know one
+  reference; several are put side by side as if stitched to one image, each right of or below the ones before, whichever leaves
+  the shorter side. That is ComfyUI's default, and asks nothing of the weights that they have not seen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import DiffusionPipeline, FluxKontextPipeline, FluxPipeline
@@ -30,8 +35,20 @@ def position_ids(layout: TokenLayout) -> Tensor:
     return torch.cat(grids)
 
 
-def _grid(rows: int, columns: int, row_offset: int, column_offset: int) -> Tensor:
-    ids = torch.zeros(rows, columns, 3)
+def kontext_position_ids(layout: TokenLayout) -> Tensor:
+    """Kontext's position ids of target and references, [P + Q, 3]."""
+    grids = [_grid(*layout.target, 0, 0)]
+    height, width = 0, 0  # of what the references cover so far
+    for rows, columns in layout.references:
+        below = height + rows <= width + columns
+        row_offset, column_offset = (height, 0) if below else (0, width)
+        grids.append(_grid(rows, columns, row_offset, column_offset, image=1))
+        height, width = max(height, row_offset + rows), max(width, column_offset + columns)
+    return torch.cat(grids)
+
+
+def _grid(rows: int, columns: int, row_offset: int, column_offset: int, image: int = 0) -> Tensor:
+    ids = torch.full((rows, columns, 3), float(image))
     ids[..., 1] = (torch.arange(rows) + row_offset)[:, None]
     ids[..., 2] = (torch.arange(columns) + column_offset)[None, :]
     return ids.reshape(rows * columns, 3)
@@ -41,6 +58,8 @@ class Flux1(Backbone):
     """FLUX.1 (dev, schnell, Kontext weights) with UNO's reference layout."""
 
     name = "flux"
+    pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]] = (FluxPipeline, FluxKontextPipeline)
+    position_ids = staticmethod(position_ids)
 
     def __init__(self, pipeline: FluxPipeline | FluxKontextPipeline, guidance: float, max_sequence_length: int) -> None:
         self.pipeline = pipeline
@@ -60,8 +79,8 @@ class Flux1(Backbone):
         revision: str | None = None,
         guidance: float = 1.0,
         max_sequence_length: int = 512,
-    ) -> Flux1:
-        """Loads a FluxPipeline or FluxKontextPipeline folder, local or from the hub.
+    ) -> Self:
+        """Loads a folder of one of `pipelines`, local or from the hub.
 
         Args:
             path: folder or hub id.
@@ -74,9 +93,9 @@ class Flux1(Backbone):
             ValueError: the folder holds another kind of pipeline.
         """
         pipeline = DiffusionPipeline.from_pretrained(path, revision=revision, dtype=dtype)
-        if not isinstance(pipeline, FluxPipeline | FluxKontextPipeline):
-            kind = type(pipeline).__name__
-            raise ValueError(f"model.path: {path} holds a {kind}; backbone 'flux' takes FluxPipeline or FluxKontextPipeline")
+        if not isinstance(pipeline, cls.pipelines):
+            kind, known = type(pipeline).__name__, " or ".join(known.__name__ for known in cls.pipelines)
+            raise ValueError(f"model.path: {path} holds a {kind}; backbone {cls.name!r} takes {known}")
         return cls(pipeline, guidance, max_sequence_length)
 
     @torch.no_grad()
@@ -96,7 +115,7 @@ class Flux1(Backbone):
         return ((images.float() + 1) / 2).clamp(0, 1)
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeddings:
+    def encode_prompts(self, prompts: Sequence[str], references: Sequence[Tensor] = ()) -> PromptEmbeddings:
         embeds, pooled, _ = self.pipeline.encode_prompt(
             prompt=list(prompts), prompt_2=None, device=self.device, max_sequence_length=self.max_sequence_length
         )
@@ -114,7 +133,7 @@ class Flux1(Backbone):
             encoder_hidden_states=embeds.to(self.dtype),
             pooled_projections=prompts.tensors["pooled_prompt_embeds"].to(self.dtype),
             timestep=t.to(self.dtype),
-            img_ids=position_ids(layout).to(noisy.device),
+            img_ids=self.position_ids(layout).to(noisy.device),
             txt_ids=torch.zeros(embeds.shape[1], 3, device=noisy.device),
             guidance=guidance,
             return_dict=False,
@@ -128,3 +147,11 @@ class Flux1(Backbone):
 
     def image_tokens(self, output: Any) -> Tensor:
         return output[1]  # (text stream, image stream), for both kinds of block since diffusers 0.35
+
+
+class Kontext(Flux1):
+    """FLUX.1 Kontext with the position ids of its own pipeline."""
+
+    name = "kontext"
+    pipelines = (FluxKontextPipeline,)
+    position_ids = staticmethod(kontext_position_ids)

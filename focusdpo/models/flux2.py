@@ -98,7 +98,7 @@ class Flux2(Backbone):
         return ((images.float() + 1) / 2).clamp(0, 1)
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeddings:
+    def encode_prompts(self, prompts: Sequence[str], references: Sequence[Tensor] = ()) -> PromptEmbeddings:
         # The position ids are left out: embeddings travel in bf16, which has no 257.
         embeds, _ = self.pipeline.encode_prompt(
             prompt=list(prompts), device=self.device, max_sequence_length=self.max_sequence_length

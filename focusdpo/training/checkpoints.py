@@ -1,14 +1,17 @@
 """Checkpoints: everything a run needs to go on to the same numbers.
 
-A checkpoint is written under a temporary name and renamed when complete, so that a folder `step-000250` is always whole.
-accelerate stores optimiser and random states; the adapter goes beside them, the frozen base does not. `lora/` in it is the
-adapter in diffusers' format, ready to be loaded into a pipeline.
+A checkpoint is written under a temporary name and renamed when complete, with checksums of all its files: a kill leaves no
+`step-000250` behind that is not whole, and a disk that lost something shows. accelerate stores optimiser and random states; the
+adapter goes beside them, the frozen base does not. `lora/` in it is the adapter in diffusers' format, ready to be loaded into a
+pipeline.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 from pathlib import Path
@@ -24,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 ADAPTER_FILE = "adapter.safetensors"
 SETTINGS_FILE = "settings.json"
+CHECKSUMS_FILE = "checksums.json"
 NAME = re.compile(r"step-(\d+)")
 
 
@@ -35,14 +39,23 @@ class Checkpoints:
         folder: where checkpoints go.
         backbone: whose transformer carries the adapter.
         settings: what decides the run's numbers; kept in each checkpoint.
+        limit: how many are kept; None keeps all.
     """
 
-    def __init__(self, accelerator: Accelerator, folder: Path, backbone: Backbone, settings: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        folder: Path,
+        backbone: Backbone,
+        settings: dict[str, Any],
+        limit: int | None = None,
+    ) -> None:
         self._accelerator = accelerator
         self._folder = folder
         self._backbone = backbone
         self._transformer = backbone.transformer  # before it gets wrapped
         self._settings = settings
+        self._limit = limit
         accelerator.register_save_state_pre_hook(self._save_adapter)
         accelerator.register_load_state_pre_hook(self._load_adapter)
 
@@ -70,9 +83,16 @@ class Checkpoints:
         self._accelerator.save_state(str(partial))
         self._accelerator.wait_for_everyone()
         if self._accelerator.is_main_process:
-            # A complete checkpoint of this step can be there already: a resumed run that came by again.
-            shutil.rmtree(final, ignore_errors=True)
+            checksums = {name: _checksum(partial / name) for name in _files(partial)}
+            (partial / CHECKSUMS_FILE).write_text(json.dumps(checksums, indent=1))
+            for path in (*(partial / name for name in _files(partial)), partial):
+                _to_disk(path)  # before the name says that it is whole
+            if final.exists():  # a resumed run that came by again
+                _delete(final)
             partial.rename(final)
+            _to_disk(self._folder)
+            for old in complete_checkpoints(self._folder)[: -self._limit] if self._limit else []:
+                _delete(old)
         self._accelerator.wait_for_everyone()
         return final
 
@@ -80,20 +100,68 @@ class Checkpoints:
         """Restores a checkpoint into everything that was prepared or registered.
 
         Raises:
-            ValueError: a file of it is missing, cut short, or does not fit the model.
+            ValueError: a file of it does not fit the model, or cannot be read by these versions of the libraries.
         """
         try:
             self._accelerator.load_state(str(checkpoint))
         except (OSError, EOFError, RuntimeError, KeyError) as error:
-            raise ValueError(f"resume: {checkpoint} is damaged ({error}); resume from the one before it by its path") from error
+            raise ValueError(f"resume: {checkpoint} cannot be restored: {error}") from error
 
-    def retire_later(self, step: int) -> None:
-        """Sets checkpoints beyond `step` aside: they belong to a continuation that is being given up."""
+    def tidy(self, step: int) -> None:
+        """Deletes what a kill left half done, and sets checkpoints beyond `step` aside.
+
+        The latter belong to a continuation that is being given up.
+        """
+        for pattern in ("step-*.partial", "step-*.deleted"):
+            for path in self._folder.glob(pattern):
+                shutil.rmtree(path)
         for later in (path for path in complete_checkpoints(self._folder) if checkpoint_step(path) > step):
             target = later.with_suffix(".abandoned")
             shutil.rmtree(target, ignore_errors=True)
             later.rename(target)
             logger.warning("resume: %s lies beyond step %d, renamed to %s", later, step, target.name)
+
+
+def _files(folder: Path) -> list[str]:
+    """All files of a checkpoint but the checksums, relative to it."""
+    files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in files if name != CHECKSUMS_FILE)
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _delete(checkpoint: Path) -> None:
+    """Deletes a checkpoint; its name goes first, so that a kill leaves no half of it that looks like one."""
+    doomed = checkpoint.with_suffix(".deleted")
+    shutil.rmtree(doomed, ignore_errors=True)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _to_disk(path: Path) -> None:
+    """Waits until a file's content, or a folder's names, would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None."""
+    try:
+        checksums = json.loads((checkpoint / CHECKSUMS_FILE).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        return f"{CHECKSUMS_FILE} cannot be read: {error}"
+    for name, expected in checksums.items():
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+        if _checksum(checkpoint / name) != expected:
+            return f"{name} is not what was written"
+    return None
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -102,21 +170,42 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints of a folder, by step."""
+    """The checkpoints of a folder that were written to their end, by step."""
     found = [path for path in folder.glob("step-*") if checkpoint_step(path) >= 0 and (path / ADAPTER_FILE).is_file()]
     return sorted(found, key=checkpoint_step)
 
 
 def find_checkpoint(resume: str, folder: Path) -> Path | None:
-    """The checkpoint that `resume` names: "latest" of `folder` (None where there is none yet), or a checkpoint's own folder.
+    """The checkpoint that `resume` names: the latest undamaged one of `folder`, or a checkpoint's own folder.
+
+    Args:
+        resume: "latest", or the folder of a checkpoint.
+        folder: where "latest" looks.
+
+    Returns:
+        None where "latest" finds none, because there is none yet.
 
     Raises:
         FileNotFoundError: the named folder is no checkpoint.
+        ValueError: it is damaged, or all that "latest" found are.
     """
-    if resume == "latest":
-        complete = complete_checkpoints(folder)
-        return complete[-1] if complete else None
-    path = Path(resume)
-    if not (path / ADAPTER_FILE).is_file():
-        raise FileNotFoundError(f"resume: {path} is not a checkpoint (no {ADAPTER_FILE} in it); pass 'latest' or its folder")
-    return path
+    if resume != "latest":
+        path = Path(resume)
+        if not (path / ADAPTER_FILE).is_file():
+            raise FileNotFoundError(
+                f"resume: {path} is not a checkpoint (no {ADAPTER_FILE} in it); pass 'latest' or its folder"
+            )
+        if wrong := damage(path):
+            raise ValueError(f"resume: {path} is damaged ({wrong}); resume from the one before it, or from 'latest'")
+        return path
+    complete = complete_checkpoints(folder)
+    for path in reversed(complete):
+        wrong = damage(path)
+        if wrong is None:
+            return path
+        logger.warning("resume: %s is damaged (%s), going back to the one before it", path, wrong)
+    if complete:
+        raise ValueError(
+            f"resume: all {len(complete)} checkpoints under {folder} are damaged; start anew with --overwrite true"
+        )
+    return None

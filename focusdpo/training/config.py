@@ -5,6 +5,7 @@ The docstrings are the `--help` of `focusdpo train`. Values are checked here, be
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -22,6 +23,9 @@ class ModelConfig:
         path: A diffusers pipeline, as a local folder or hub id.
         backbone: Which model family it is.
         revision: Revision on the hub.
+        base_lora: A LoRA that is merged into the frozen weights before the adapter is added: a file or its folder, in
+            diffusers' or UNO's format. The reference model is then the base with it.
+        base_lora_scale: Factor of its update.
         dtype: Precision of the frozen weights.
         guidance: Guidance value fed to guidance-distilled models; UNO trains with 1.
         max_sequence_length: Text tokens of a prompt.
@@ -32,8 +36,10 @@ class ModelConfig:
     """
 
     path: str
-    backbone: Literal["flux", "flux2"] = "flux"
+    backbone: Literal["flux", "kontext", "flux2", "qwen-edit-plus"] = "flux"
     revision: str | None = None
+    base_lora: str | None = None
+    base_lora_scale: float = 1.0
     dtype: Literal["bf16", "fp32"] = "bf16"
     guidance: float = 1.0
     max_sequence_length: int = 512
@@ -43,6 +49,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require(1 <= self.max_sequence_length <= 512, "model.max_sequence_length", self.max_sequence_length, "1 to 512")
+        scale, name = self.base_lora_scale, "model.base_lora_scale"
+        _require(math.isfinite(scale) and scale != 0, name, scale, "a finite number other than 0")
+        _require(scale == 1 or self.base_lora is not None, name, scale, "1 without model.base_lora")
         budget, name = self.activation_budget, "model.activation_budget"
         if budget is not None:
             _require(0 <= budget <= 1, name, budget, "0 to 1")
@@ -250,6 +259,7 @@ class TrainConfig:
         mixed_precision: Autocast of the forward pass.
         seed: Seed of the adapter, the order of the pairs, times and noise.
         checkpoint_every: Optimiser steps between checkpoints; 0 writes one at the end only.
+        checkpoints_total_limit: How many checkpoints are kept, the latest; none keeps all.
         validate_every: Optimiser steps between evaluations of the held-out pairs; 0 evaluates at the end only.
         resume: Checkpoint folder to go on from, or "latest".
         overwrite: Delete what an earlier run left in output_dir and start anew.
@@ -269,6 +279,7 @@ class TrainConfig:
     mixed_precision: Literal["no", "bf16"] = "bf16"
     seed: int = 0
     checkpoint_every: int = 250
+    checkpoints_total_limit: int | None = None
     validate_every: int = 0
     resume: str | None = None
     overwrite: bool = False
@@ -281,6 +292,8 @@ class TrainConfig:
         _require(self.gradient_accumulation >= 1, "gradient_accumulation", self.gradient_accumulation, "at least 1")
         _require(0 <= self.seed < 2**32, "seed", self.seed, "0 <= seed < 2^32")
         _require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 or more")
+        limit = self.checkpoints_total_limit
+        _require(limit is None or limit >= 1, "checkpoints_total_limit", limit, "at least 1, or null to keep all")
         _require(self.validate_every >= 0, "validate_every", self.validate_every, "0 or more")
         _require(not (self.resume and self.overwrite), "overwrite", self.overwrite, "false together with resume")
         # PyTorch recomputes dropout with other random numbers (pytorch/pytorch#190758): gradients would be wrong in silence.

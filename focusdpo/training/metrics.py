@@ -13,9 +13,17 @@ from torch import Tensor
 
 from focusdpo.training.step import StepResult
 
+TIME_BINS = 4  # of t, alike in width
+COVERAGE_BINS = 10  # of A
+BY_TIME, SHARE = "by_time/", "share"
+
 
 def step_metrics(result: StepResult) -> dict[str, Tensor]:
-    """Scalars of one batch, on its device: means over its pairs."""
+    """Scalars of one batch, on its device: means over its pairs.
+
+    Those of a bin of times, by_time/0.25/margin for t from 0.25 to 0.50, count pairs outside it as 0; `Averager` divides by the
+    share of those inside.
+    """
     output, focus = result.output, result.focus
     metrics = {
         "loss": output.loss.detach(),
@@ -26,7 +34,15 @@ def step_metrics(result: StepResult) -> dict[str, Tensor]:
         "error/policy_lose": output.policy_lose.mean(),
         "error/reference_win": output.reference_win.mean(),
         "error/reference_lose": output.reference_lose.mean(),
+        # Of the sigmoid loss: 1 at a logit of 0, near 0 where a pair has no more to teach.
+        "gradient_factor": 2 * torch.sigmoid(-output.logits).mean(),
         "time": result.t.mean(),
+    }
+    by_time = {
+        "margin": output.margin,
+        "accuracy": (output.logits > 0).float() + 0.5 * (output.logits == 0),
+        "error/policy_win": output.policy_win,
+        "error/policy_lose": output.policy_lose,
     }
     if focus is not None:
         metrics |= {
@@ -36,6 +52,17 @@ def step_metrics(result: StepResult) -> dict[str, Tensor]:
             "focus/detail_unreachable": (focus.coverage_floor > focus.tau).float().mean(),
             "focus/all_matched": focus.all_matched.float().mean(),
         }
+        by_time["focus/coverage"] = focus.coverage
+        bins = (focus.coverage * COVERAGE_BINS).long().clamp(0, COVERAGE_BINS - 1)
+        metrics |= {
+            f"focus/coverage_histogram/{i / COVERAGE_BINS:.1f}": (bins == i).float().mean() for i in range(COVERAGE_BINS)
+        }
+    bins = (result.t * TIME_BINS).long().clamp(0, TIME_BINS - 1)
+    for i in range(TIME_BINS):
+        inside = (bins == i).float()
+        place = f"{BY_TIME}{i / TIME_BINS:.2f}"
+        metrics[f"{place}/{SHARE}"] = inside.mean()
+        metrics |= {f"{place}/{name}": (value * inside).mean() for name, value in by_time.items()}
     return metrics
 
 
@@ -59,7 +86,22 @@ class Averager:
         values = torch.stack([self._sums[name].to(count) for name in names] + [count])
         total = self._accelerator.reduce(values, reduction="sum").tolist()
         self._sums, self._pairs = {}, 0
-        return {name: value / total[-1] for name, value in zip(names, total, strict=False)} | {"pairs": total[-1]}
+        means = {name: value / total[-1] for name, value in zip(names, total, strict=False)}
+        return _of_bins(means) | {"pairs": total[-1]}
+
+
+def _of_bins(means: dict[str, float]) -> dict[str, float]:
+    """Metrics of each bin of times over its own pairs; a bin without pairs has none."""
+    result = {}
+    for name, value in means.items():
+        if not name.startswith(BY_TIME):
+            result[name] = value
+            continue
+        place = name.split("/", 2)[1]
+        share = means[f"{BY_TIME}{place}/{SHARE}"]
+        if share > 0:
+            result[name] = value if name.endswith(f"/{SHARE}") else value / share
+    return result
 
 
 class MetricsFile:

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from focusdpo.data.records import find_pairs_file
+from focusdpo.models.base_lora import find_lora_file
 from focusdpo.training.checkpoints import SETTINGS_FILE, find_checkpoint
 from focusdpo.training.config import TrainConfig
 
@@ -26,8 +27,8 @@ MARKER = ".focusdpo"  # stands in every folder that a command of this project ma
 
 # What a resumed run may change: where things lie, how often it reports, how long it goes on.
 FREE = (
-    "output_dir", "resume", "overwrite", "max_steps", "checkpoint_every", "validate_every", "cpu", "backend",
-    "data.train", "data.validation", "data.check", "data.num_workers",
+    "output_dir", "resume", "overwrite", "max_steps", "checkpoint_every", "checkpoints_total_limit", "validate_every", "cpu",
+    "backend", "model.base_lora", "data.train", "data.validation", "data.check", "data.num_workers",
 )  # fmt: skip
 
 
@@ -72,6 +73,9 @@ def settings_of(config: TrainConfig, processes: int) -> dict[str, Any]:
         flat |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
     kept = {name: value for name, value in flat.items() if name not in FREE}
     pairs = hashlib.sha256(find_pairs_file(config.data.train).read_bytes()).hexdigest()
+    if config.model.base_lora is not None:
+        with find_lora_file("model.base_lora", config.model.base_lora).open("rb") as lora:
+            kept["model.base_lora (its content)"] = hashlib.file_digest(lora, "sha256").hexdigest()[:16]
     return {**kept, "data.train (its content)": pairs[:16], "number of processes": processes}
 
 
@@ -88,7 +92,7 @@ class RunFolder:
 
         Raises:
             FileExistsError, NotADirectoryError: the folder holds something that may not be overwritten.
-            FileNotFoundError: the checkpoint to resume is not there.
+            FileNotFoundError, ValueError: the checkpoint to resume is not there, or damaged.
         """
         folder = Path(config.output_dir)
         checkpoints = folder / "checkpoints"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +61,7 @@ class PreferenceStep:
         self.paths = tapped_paths(backbone, focus)
         # The tap and the switch of the adapter need the module itself; `backbone.transformer` may get wrapped later.
         self._module: Any = backbone.transformer
-        self._prompts: dict[str, PromptEmbeddings] = {}
+        self._prompts: dict[tuple[str, ...], PromptEmbeddings] = {}
 
     def sample_times(self, batch: int, generator: torch.Generator) -> Tensor:
         """Logit-normal t in (0, 1), [B]."""
@@ -149,7 +150,7 @@ class PreferenceStep:
             target=noise - clean,
             t=t,
             references=references.repeat(2, 1, 1),
-            prompts=self._embed(batch.prompts).repeat(2),
+            prompts=self._embed(batch).repeat(2),
             layout=TokenLayout(target, tuple(others)),
         )
 
@@ -187,17 +188,25 @@ class PreferenceStep:
             backend=self.backend,
         )
 
-    def _embed(self, prompts: list[str]) -> PromptEmbeddings:
-        """Text conditioning; the prompts used last are kept on the CPU."""
-        for prompt in dict.fromkeys(prompts):
-            known = self._prompts.pop(prompt, None)
+    def _embed(self, batch: PairBatch) -> PromptEmbeddings:
+        """Text conditioning; what was used last is kept on the CPU, by prompt and by what its encoder saw of the references."""
+        references = batch.references if self.backbone.prompts_see_references else ()
+        embeddings = []
+        for i, prompt in enumerate(batch.prompts):
+            seen = [images[i : i + 1] for images in references]
+            key = (prompt, *map(_fingerprint, seen))
+            known = self._prompts.pop(key, None)
             if known is None:
-                known = self.backbone.encode_prompts([prompt]).to(torch.device("cpu"), self.backbone.dtype)
-            self._prompts[prompt] = known  # last: the order is that of use
-        stacked = PromptEmbeddings.stack([self._prompts[prompt] for prompt in prompts])
+                known = self.backbone.encode_prompts([prompt], seen).to(torch.device("cpu"), self.backbone.dtype)
+            self._prompts[key] = known  # last: the order is that of use
+            embeddings.append(known)
         while len(self._prompts) > KEPT_PROMPTS:
             del self._prompts[next(iter(self._prompts))]
-        return stacked.to(self.backbone.device, self.backbone.dtype)
+        return PromptEmbeddings.stack(embeddings).to(self.backbone.device, self.backbone.dtype)
+
+
+def _fingerprint(image: Tensor) -> str:
+    return hashlib.sha256(str(tuple(image.shape)).encode() + image.cpu().numpy().tobytes()).hexdigest()
 
 
 def tapped_paths(backbone: Backbone, focus: FocusConfig) -> list[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,15 @@ from focusdpo.data import DatasetError, PairBatch, PairDataset, PairRecord, Prob
 from focusdpo.data.images import PATCH_SIZE
 from focusdpo.models import BACKBONES, Backbone
 from focusdpo.models.base import check_pipeline_path
+from focusdpo.models.base_lora import check_base_lora, merge_base_lora
 from focusdpo.training.adapter import add_adapter
 from focusdpo.training.checkpoints import Checkpoints
 from focusdpo.training.compilation import compile_blocks
 from focusdpo.training.config import TrainConfig
-from focusdpo.training.metrics import Averager, MetricsFile, peak_memory_mib, step_metrics
+from focusdpo.training.health import Alarm, Health
+from focusdpo.training.metrics import Averager, MetricsFile, peak_memory_mib, read_metrics, step_metrics
 from focusdpo.training.run_folder import METRICS_FILE, VALIDATION_FILE, RunFolder, settings_of
+from focusdpo.training.signals import StopSignals
 from focusdpo.training.step import PreferenceStep
 from focusdpo_kernels.backend import resolve_backend
 
@@ -77,13 +81,16 @@ class Trainer:
 
     Args:
         config: all settings.
+        on_alarm: called in the main process with each alarm (`focusdpo.training.health`), after it was logged.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, on_alarm: Callable[[Alarm], None] | None = None) -> None:
         self.config = config
         run = RunFolder.prepare(config)
         self.folder = run.path
         check_pipeline_path(config.model.path)
+        if config.model.base_lora is not None:
+            check_base_lora(config.model.base_lora)
         train, validation = load_records(config)
         self.accelerator = Accelerator(
             cpu=config.cpu,
@@ -101,6 +108,8 @@ class Trainer:
         self._report_batches()
 
         self.backbone = self._load_backbone()
+        if config.model.base_lora is not None:
+            merge_base_lora(self.backbone.pipeline, config.model.base_lora, config.model.base_lora_scale)
         self.module = self.backbone.transformer
         self.parameters = add_adapter(self.module, config.lora, config.seed)
         if config.model.gradient_checkpointing:
@@ -123,7 +132,8 @@ class Trainer:
             optim.scheduler, optimizer, num_warmup_steps=optim.warmup_steps, num_training_steps=config.max_steps
         )
         self.backbone.to(self.accelerator.device)
-        self.checkpoints = Checkpoints(self.accelerator, self.folder / "checkpoints", self.backbone, settings)
+        limit = config.checkpoints_total_limit
+        self.checkpoints = Checkpoints(self.accelerator, self.folder / "checkpoints", self.backbone, settings, limit)
         self.backbone.transformer, self.optimizer = self.accelerator.prepare(self.module, optimizer)
         self.progress = Progress()
         self.accelerator.register_for_checkpointing(self.progress, self.scheduler)
@@ -132,8 +142,10 @@ class Trainer:
             logger.info("resumed from %s at step %d", run.checkpoint, self.progress.step)
         if self.accelerator.is_main_process:
             run.start(config)
-            self.checkpoints.retire_later(self.progress.step)
+            self.checkpoints.tidy(self.progress.step)
         self.accelerator.wait_for_everyone()
+        self.health = Health(config, on_alarm)
+        self._pairs_of_step: list[int] = []
         self._warned: set[str] = set()
         self._shares: dict[int, list[list[list[int]]]] = {}
         self._rounds = len(self._share(0))  # of every epoch
@@ -252,11 +264,23 @@ class Trainer:
         return torch.Generator().manual_seed(seed)
 
     def train(self) -> None:
-        """Runs to `max_steps`, then writes a checkpoint, the held-out evaluation and the LoRA."""
+        """Runs to `max_steps`, then writes a checkpoint, the held-out evaluation and the LoRA.
+
+        Raises:
+            SystemExit: after SIGTERM or Ctrl-C, with the usual exit status; the step that was running is saved.
+        """
+        with StopSignals() as signals:
+            stopped = self._train(signals)
+        if stopped:
+            raise SystemExit(128 + (signals.received or signal.SIGTERM))
+
+    def _train(self, signals: StopSignals) -> bool:
+        """The loop; whether it was stopped before `max_steps`."""
         config, accelerator = self.config, self.accelerator
         metrics_file = None
         if accelerator.is_main_process:
             metrics_file = MetricsFile(self.folder / METRICS_FILE, self.progress.step)
+            self.health.restore(read_metrics(self.folder / METRICS_FILE))
         accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": self.progress.step + 1}})
         bar = tqdm(
             total=config.max_steps, initial=self.progress.step, desc="training", unit="step", disable=not self._is_local_main
@@ -266,8 +290,10 @@ class Trainer:
         averager, started = Averager(accelerator), time.perf_counter()
         batches = self._batches()
         self.module.train()
-        while self.progress.step < config.max_steps:
+        stopped = False
+        while self.progress.step < config.max_steps and not stopped:
             batch, factor = next(batches)
+            self._pairs_of_step += batch.indices
             with accelerator.accumulate(self.backbone.transformer):
                 with accelerator.autocast():
                     result = self.step(batch, self._generator())
@@ -283,6 +309,7 @@ class Trainer:
             self.progress.batches += 1
             if gradient_norm is None:
                 continue
+            self._pairs_of_step = []
             self.progress.step += 1
             row = averager.result()
             elapsed = time.perf_counter() - started
@@ -298,17 +325,26 @@ class Trainer:
             bar.update()
             bar.set_postfix(loss=f"{row['loss']:.4f}", accuracy=f"{row['accuracy']:.2f}")
             last = self.progress.step == config.max_steps
+            stopped = not last and self._is_stopped(signals)
             # Evaluation first: a checkpoint then never precedes a row that belongs before it.
             if last or (config.validate_every and self.progress.step % config.validate_every == 0):
                 self._validate()
-            if last or (config.checkpoint_every and self.progress.step % config.checkpoint_every == 0):
+            if last or stopped or (config.checkpoint_every and self.progress.step % config.checkpoint_every == 0):
                 self.checkpoints.save(self.progress.step)
             started = time.perf_counter()
         bar.close()
         if metrics_file is not None:
             metrics_file.close()
-            self.backbone.save_lora(self.folder / "lora")
+            if not stopped:
+                self.backbone.save_lora(self.folder / "lora")
         accelerator.end_training()
+        return stopped
+
+    def _is_stopped(self, signals: StopSignals) -> bool:
+        """Whether any process was told to stop: then all do, after the same step."""
+        if signals.received is not None:
+            self.accelerator.set_trigger()
+        return bool(self.accelerator.check_trigger())
 
     def _is_finite(self, gradient_norm: float) -> bool:
         """Whether a step may be taken; a step without a finite gradient is skipped, and too many in a row stop the run."""
@@ -317,8 +353,13 @@ class Trainer:
             return True
         self.progress.skipped_in_a_row += 1
         step = self.progress.step + 1
-        if self._is_local_main:
-            logger.warning("step %d skipped: the gradient norm is %s", step, gradient_norm)
+        records = [self.train_set.records[index] for index in self._pairs_of_step]
+        lines = ", ".join(f"{record.file}:{record.line}" for record in records)
+        alarm = Alarm("non_finite_gradient", step, f"skipped, the gradient norm is {gradient_norm}; its pairs: {lines}")
+        if self.accelerator.is_main_process:
+            self.health.report(alarm)
+        else:  # another process has other pairs
+            logger.warning("step %d, process %d: %s", step, self.accelerator.process_index, alarm.message)
         if self.progress.skipped_in_a_row >= MAX_SKIPPED:
             raise FloatingPointError(
                 f"{MAX_SKIPPED} steps in a row up to step {step} had no finite gradient; the adapter is unharmed. Start anew "
@@ -330,6 +371,7 @@ class Trainer:
         self.accelerator.log(row, step=self.progress.step)
         if metrics_file is not None:
             metrics_file.write({"step": self.progress.step, **row})
+            self.health.update({"step": self.progress.step, **row})
         self._warn_once(
             "focus/detail_unreachable",
             row,

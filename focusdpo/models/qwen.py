@@ -1,0 +1,123 @@
+"""Qwen-Image-Edit-Plus (2509, 2511) with several reference images, laid out as its own pipeline does.
+
+The image sequence is [target | reference 1 | reference 2 ...]. The transformer makes the position ids itself, from the images'
+sizes: the first axis counts the images, rows and columns count from each image's centre. The references enter twice: as the
+VAE's tokens, and through the text encoder, a vision-language model that reads them in front of the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, QwenImageEditPlusPipeline
+from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import CONDITION_IMAGE_SIZE, calculate_dimensions
+from torch import Tensor
+from transformers import Qwen2VLProcessor
+
+from focusdpo.data.images import PATCH_SIZE, to_pil
+from focusdpo.models.base import Backbone, PromptEmbeddings, TokenLayout
+
+
+class ImageTextProcessor(Qwen2VLProcessor):  # type: ignore[misc]  # a lazily imported class is Any to mypy
+    """The pipeline's processor without its part for videos, which asks for torchvision and has nothing to do here."""
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+
+class QwenEditPlus(Backbone):
+    """Qwen-Image-Edit-Plus, without classifier-free guidance."""
+
+    name = "qwen-edit-plus"
+    prompts_see_references = True
+
+    def __init__(self, pipeline: QwenImageEditPlusPipeline) -> None:
+        self.pipeline = pipeline
+        self.transformer = pipeline.transformer
+        for part in (pipeline.vae, pipeline.text_encoder, pipeline.transformer):
+            if part is not None:
+                part.requires_grad_(False).eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str,
+        *,
+        dtype: torch.dtype,
+        revision: str | None = None,
+        guidance: float = 1.0,
+        max_sequence_length: int = 512,
+    ) -> QwenEditPlus:
+        """Loads a QwenImageEditPlusPipeline folder, local or from the hub.
+
+        Args:
+            path: folder or hub id.
+            dtype: dtype of the frozen weights.
+            revision: hub revision.
+            guidance: not used: the weights are not guidance-distilled.
+            max_sequence_length: not used: the pipeline neither cuts a prompt nor pads one by itself.
+
+        Raises:
+            ValueError: the folder holds another kind of pipeline.
+        """
+        kind = DiffusionPipeline.load_config(path, revision=revision)["_class_name"]
+        if kind != QwenImageEditPlusPipeline.__name__:
+            raise ValueError(f"model.path: {path} holds a {kind}; backbone {cls.name!r} takes QwenImageEditPlusPipeline")
+        processor = ImageTextProcessor.from_pretrained(path, subfolder="processor", revision=revision)
+        return cls(QwenImageEditPlusPipeline.from_pretrained(path, revision=revision, dtype=dtype, processor=processor))
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        frames = (images * 2 - 1).to(vae.device, vae.dtype).unsqueeze(2)  # [B, 3, 1, H, W]: a video VAE
+        # The posterior's mode, normalised channel by channel.
+        latents = self.pipeline._encode_vae_image(frames, generator=None)  # [B, C/4, 1, H/8, W/8]
+        return self.pipeline._pack_latents(latents, *latents.squeeze(2).shape)
+
+    @torch.no_grad()
+    def decode_images(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        vae = self.pipeline.vae
+        height, width = grid[0] * PATCH_SIZE, grid[1] * PATCH_SIZE
+        latents = self.pipeline._unpack_latents(tokens, height, width, self.pipeline.vae_scale_factor)
+        mean, std = (latents.new_tensor(x).view(1, -1, 1, 1, 1) for x in (vae.config.latents_mean, vae.config.latents_std))
+        images = vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0][:, :, 0]
+        return ((images.float() + 1) / 2).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str], references: Sequence[Tensor] = ()) -> PromptEmbeddings:
+        single = []
+        for i, prompt in enumerate(prompts):  # the pipeline shows all images to all prompts it is given
+            images = [self._condition_image(pixels[i]) for pixels in references]
+            embeds, _ = self.pipeline.encode_prompt(prompt=prompt, image=images or None, device=self.device)
+            # Ones and zeros come through any dtype that the embeddings are brought to.
+            single.append(PromptEmbeddings({"prompt_embeds": embeds, "prompt_embeds_mask": torch.ones_like(embeds[..., 0])}))
+        return PromptEmbeddings.stack(single)
+
+    def _condition_image(self, pixels: Tensor) -> Any:
+        """A reference [3, h, w] in the size in which the pipeline shows it to the text encoder."""
+        height, width = pixels.shape[-2:]
+        new_width, new_height = calculate_dimensions(CONDITION_IMAGE_SIZE, width / height)
+        return self.pipeline.image_processor.resize(to_pil(pixels), new_height, new_width)
+
+    def predict(self, noisy: Tensor, t: Tensor, prompts: PromptEmbeddings, references: Tensor, layout: TokenLayout) -> Tensor:
+        mask = prompts.tensors["prompt_embeds_mask"].bool()
+        velocity = self.transformer(
+            # The embedders' weights keep the base dtype; under autocast the matrix products take care of themselves.
+            hidden_states=torch.cat([noisy, references], dim=1).to(self.dtype),
+            encoder_hidden_states=prompts.tensors["prompt_embeds"].to(self.dtype),
+            # As the pipeline does: with no padding there is no mask, and attention has its faster kernels.
+            encoder_hidden_states_mask=None if mask.all() else mask,
+            timestep=t.to(self.dtype),
+            img_shapes=[[(1, *grid) for grid in (layout.target, *layout.references)]] * noisy.shape[0],
+            guidance=None,
+            return_dict=False,
+        )[0]
+        return velocity[:, : layout.num_target]
+
+    def tap_paths(self) -> list[str]:
+        return [f"transformer_blocks.{i}" for i in range(len(self.transformer.transformer_blocks))]
+
+    def image_tokens(self, output: Any) -> Tensor:
+        return output[1]  # (text stream, image stream)

@@ -1,0 +1,106 @@
+"""Alarms: what goes wrong in preference training without an error message.
+
+An alarm looks at a window of the rows that metrics.jsonl holds, so that a resumed run sees the same as one that never stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from focusdpo.training.config import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, float]
+
+WINDOW = 50  # steps
+RISEN = 1.05  # of the reference's errors
+SATURATED = 0.05  # of the gradient that a pair has at a logit of 0
+STUCK = 1e-4  # from ln 2
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """Something that is probably wrong.
+
+    Args:
+        name: "errors_rising", "saturated", "stuck", "tau_never_reached" or "non_finite_gradient".
+        step: of the last row that it looked at.
+        message: what was seen, and what may help.
+    """
+
+    name: str
+    step: int
+    message: str
+
+
+class Health:
+    """Watches a run's rows.
+
+    Args:
+        config: of the run.
+        callback: called with each alarm, after it was logged.
+    """
+
+    def __init__(self, config: TrainConfig, callback: Callable[[Alarm], None] | None = None) -> None:
+        self._config = config
+        self._callback = callback
+        self._rows: deque[Row] = deque(maxlen=WINDOW)
+        self._raised: set[str] = set()
+
+    def restore(self, rows: Sequence[Row]) -> None:
+        """Takes the rows before a resume; what they raise was raised before."""
+        self._rows.extend(rows)
+        self._raised = set(self._found())
+
+    def update(self, row: Row) -> list[Alarm]:
+        """Looks at a new row: the alarms that begin with it. One that goes on is raised once."""
+        self._rows.append(row)
+        found = self._found()
+        alarms = [Alarm(name, int(row["step"]), message) for name, message in found.items() if name not in self._raised]
+        self._raised = set(found)
+        for alarm in alarms:
+            self.report(alarm)
+        return alarms
+
+    def report(self, alarm: Alarm) -> None:
+        logger.warning("step %d, %s: %s", alarm.step, alarm.name, alarm.message)
+        if self._callback is not None:
+            self._callback(alarm)
+
+    def _mean(self, name: str) -> float:
+        return sum(row[name] for row in self._rows) / len(self._rows)
+
+    def _found(self) -> dict[str, str]:
+        """What is wrong now, by name; nothing before the window is full."""
+        if len(self._rows) < WINDOW:
+            return {}
+        found: dict[str, str] = {}
+        win, lose = (self._mean(f"error/policy_{side}") / self._mean(f"error/reference_{side}") for side in ("win", "lose"))
+        if win > RISEN and lose > RISEN:
+            found["errors_rising"] = (
+                f"over {WINDOW} steps the policy's error is {win:.2f} times the reference's on winners and {lose:.2f} times "
+                "on losers: the margin grows by spoiling both; lower optim.lr or loss.beta, or set loss.winner_anchor or "
+                "loss.loser_scale=sdpo"
+            )
+        is_sigmoid, factor = self._config.loss.loss_type == "sigmoid", self._mean("gradient_factor")
+        if is_sigmoid and factor < SATURATED:
+            found["saturated"] = (
+                f"the sigmoid leaves {100 * factor:.1f} % of the gradient: the pairs are told apart and teach no more; stop, "
+                "or lower loss.beta"
+            )
+        if is_sigmoid and all(abs(row["loss"] - math.log(2)) < STUCK for row in self._rows):
+            found["stuck"] = (
+                f"the loss has stayed at ln 2 for {WINDOW} steps: the adapter has no effect; raise optim.lr or loss.beta, "
+                "and look at lora.target_modules"
+            )
+        if self._config.focus.mask == "focus" and all(row["focus/detail_share"] == 0 for row in self._rows):
+            found["tau_never_reached"] = (
+                f"for {WINDOW} steps no pair's coverage fell to focus.tau={self._config.focus.tau:g} (mean "
+                f"{self._mean('focus/coverage'):.2f}): details get no weight; raise focus.tau or focus.match_count"
+            )
+        return found

@@ -1,0 +1,119 @@
+"""Alarms over a run's rows, and the metrics that they look at."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+
+from focusdpo.loss import FocusDPOOutput
+from focusdpo.mask import FocusMask
+from focusdpo.training.config import DataConfig, FocusConfig, LossConfig, ModelConfig, TrainConfig
+from focusdpo.training.health import WINDOW, Health
+from focusdpo.training.metrics import Averager, step_metrics
+from focusdpo.training.step import StepResult
+
+HEALTHY = {
+    "loss": 0.6,
+    "gradient_factor": 0.9,
+    "error/policy_win": 0.1,
+    "error/reference_win": 0.1,
+    "error/policy_lose": 0.11,
+    "error/reference_lose": 0.1,
+    "focus/detail_share": 0.1,
+    "focus/coverage": 0.5,
+}
+SICK = {
+    "errors_rising": {"error/policy_win": 0.11, "error/policy_lose": 0.12},
+    "saturated": {"gradient_factor": 0.01},
+    "stuck": {"loss": math.log(2) + 1e-5},
+    "tau_never_reached": {"focus/detail_share": 0.0},
+}
+
+
+@pytest.fixture
+def config():
+    return TrainConfig(model=ModelConfig(path="m"), data=DataConfig(train="d"), output_dir="o")
+
+
+def feed(health, changes, steps, start=1):
+    alarms = [health.update({**HEALTHY, **changes, "step": step}) for step in range(start, start + steps)]
+    return [alarm for some in alarms for alarm in some]
+
+
+def test_healthy_runs_raise_nothing(config):
+    assert feed(Health(config), {}, 3 * WINDOW) == []
+    # What lasts shorter than the window is no alarm.
+    health = Health(config)
+    for changes in SICK.values():
+        assert feed(health, changes, WINDOW // 3) + feed(health, {}, WINDOW) == []
+
+
+@pytest.mark.parametrize("name", SICK)
+def test_alarms(config, name, caplog):
+    heard = []
+    health = Health(config, heard.append)
+    alarms = feed(health, SICK[name], 2 * WINDOW)
+    assert [(alarm.name, alarm.step) for alarm in alarms] == [(name, WINDOW)], "once, when the window is full"
+    assert heard == alarms and f"step {WINDOW}, {name}: " in caplog.text
+    assert feed(health, {}, 2 * WINDOW) == []
+    assert [alarm.name for alarm in feed(health, SICK[name], 2 * WINDOW)] == [name], "it may come again"
+
+
+def test_only_rising_errors_of_both_sides_are_an_alarm(config):
+    assert feed(Health(config), {"error/policy_lose": 0.5}, WINDOW) == []
+    assert feed(Health(config), {"error/policy_win": 0.5, "error/policy_lose": 0.1}, WINDOW) == []
+
+
+def test_settings_that_an_alarm_does_not_fit(config):
+    config.focus = FocusConfig(mask="none")
+    config.loss = LossConfig(loss_type="ipo")
+    sick = {**SICK["saturated"], **SICK["stuck"], **SICK["tau_never_reached"]}
+    assert feed(Health(config), sick, 2 * WINDOW) == []
+
+
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(config):
+    rows = [{**HEALTHY, **SICK["stuck"], "step": step} for step in range(1, WINDOW)]
+    health = Health(config)
+    health.restore(rows)
+    assert [alarm.step for alarm in feed(health, SICK["stuck"], 2, start=WINDOW)] == [WINDOW]
+    health = Health(config)
+    health.restore([*rows, {**rows[-1], "step": WINDOW}])
+    assert feed(health, SICK["stuck"], 2, start=WINDOW + 1) == [], "raised before it stopped"
+
+
+@pytest.fixture
+def accelerator():
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def result(t, logits, coverage):
+    logits, t, coverage = (torch.tensor(x) for x in (logits, t, coverage))
+    zero, patches = torch.zeros_like(logits), torch.zeros(len(t), 4)
+    output = FocusDPOOutput(zero.sum(), logits, -logits, logits + 1, zero, zero, zero, (logits > 0).float().mean())
+    focus = FocusMask(patches, patches, patches, coverage, patches.bool(), zero, zero.bool(), 0.1)
+    return StepResult(output, focus, t)
+
+
+def test_metrics_by_time_and_histogram(accelerator):
+    averager = Averager(accelerator)
+    averager.add(step_metrics(result([0.1, 0.2, 0.9], [2.0, -2.0, 0.0], [0.0, 0.05, 1.0])), 3)
+    averager.add(step_metrics(result([0.2], [5.0], [0.55])), 1)
+    row = averager.result()
+    assert row["by_time/0.00/share"] == pytest.approx(0.75) and row["by_time/0.75/share"] == pytest.approx(0.25)
+    assert row["by_time/0.00/accuracy"] == pytest.approx(2 / 3) and row["by_time/0.75/accuracy"] == pytest.approx(0.5)
+    assert row["by_time/0.00/margin"] == pytest.approx(-5 / 3) and row["by_time/0.75/margin"] == pytest.approx(0)
+    assert row["by_time/0.00/error/policy_win"] == pytest.approx(8 / 3)
+    assert row["by_time/0.00/focus/coverage"] == pytest.approx(0.2)
+    assert not any(name.startswith(("by_time/0.25", "by_time/0.50")) for name in row), "no pairs, no numbers"
+    histogram = {name: value for name, value in row.items() if "coverage_histogram" in name}
+    shares = {name.split("/")[-1]: value for name, value in histogram.items() if value}
+    assert shares == pytest.approx({"0.0": 0.5, "0.5": 0.25, "0.9": 0.25})
+    assert len(histogram) == 10
+    factors = [2 / (1 + math.exp(x)) for x in (2, -2, 0, 5)]
+    assert row["gradient_factor"] == pytest.approx(sum(factors) / 4)

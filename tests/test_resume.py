@@ -1,0 +1,169 @@
+"""A run that is killed, stopped or damaged goes on to the same numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+
+from focusdpo.training.checkpoints import complete_checkpoints
+from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, ModelConfig, OptimConfig, TrainConfig
+from focusdpo.training.metrics import read_metrics
+from focusdpo.training.signals import StopSignals
+from focusdpo.training.trainer import Trainer
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def config(tiny_flux, tiny_pairs, tmp_path):
+    return TrainConfig(
+        model=ModelConfig(path=str(tiny_flux), dtype="fp32", max_sequence_length=16, gradient_checkpointing=False),
+        data=DataConfig(train=str(tiny_pairs), resolution=96, reference_resolution_multiple=48, num_workers=0, check="headers"),
+        output_dir=str(tmp_path / "run"),
+        lora=LoraConfig(rank=4, alpha=8, dropout=0.1),
+        focus=FocusConfig(tau=0.6),
+        optim=OptimConfig(lr=1e-3, scheduler="cosine", warmup_steps=2),
+        max_steps=8,
+        gradient_accumulation=2,
+        mixed_precision="no",
+        checkpoint_every=2,
+        cpu=True,
+    )
+
+
+def written(config):
+    """Metrics without the clock's, and the adapter."""
+    folder = Path(config.output_dir)
+    rows = read_metrics(folder / "metrics.jsonl")
+    clock = ("pairs_per_second", "peak_memory_mib")
+    lora = load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
+    return [{k: v for k, v in row.items() if k not in clock} for row in rows], lora
+
+
+def train(config):
+    Trainer(config).train()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return written(config)
+
+
+def assert_same(actual, expected):
+    assert actual[0] == expected[0]
+    assert actual[1].keys() == expected[1].keys()
+    assert all(torch.equal(value, expected[1][name]) for name, value in actual[1].items())
+
+
+def write_yaml(config):
+    file = Path(config.output_dir).with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(dataclasses.asdict(config)))
+    return str(file)
+
+
+def test_killed_twenty_times(config, tmp_path):
+    config = dataclasses.replace(config, max_steps=100, gradient_accumulation=1, checkpoints_total_limit=3)
+    expected = train(config)
+    config.output_dir = str(tmp_path / "killed")
+    command = [sys.executable, "-m", "tests.killed_worker", write_yaml(config), "20"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    assert done.stdout.count("killed at") == 20
+    assert {"start", "step", "checkpoint"} == {line.split()[-1] for line in done.stdout.splitlines() if "killed at" in line}
+    assert_same(written(config), expected)
+    kept = [path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()]
+    assert sorted(kept) == ["step-000096", "step-000098", "step-000100"], "and nothing half written"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_saves_the_running_step(config, tmp_path, number):
+    config = dataclasses.replace(config, checkpoint_every=0)
+    expected = train(config)
+    config.output_dir = str(tmp_path / "stopped")
+    command = [sys.executable, "-m", "focusdpo", "train", "--config", write_yaml(config)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "stopped" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, errors[-3000:]
+    assert f"{number.name}: finishing this step and saving it" in errors and "Traceback" not in errors
+    (checkpoint,) = complete_checkpoints(tmp_path / "stopped" / "checkpoints")
+    steps = len(read_metrics(metrics))
+    assert checkpoint.name == f"step-{steps:06d}" and 2 <= steps < 8
+    assert not (tmp_path / "stopped" / "lora").exists(), "the run is not done"
+    assert_same(train(dataclasses.replace(config, resume="latest")), expected)
+
+
+def test_a_second_signal_stops_at_once():
+    with StopSignals() as signals:
+        signal.raise_signal(signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(StopSignals().__enter__().received))
+    thread.start()
+    thread.join()
+    assert seen == [None], "not the main thread's business"
+
+
+def spoil(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_passed_over(config, caplog):
+    expected = train(config)
+    checkpoints = Path(config.output_dir) / "checkpoints"
+    spoil(checkpoints / "step-000008" / "adapter.safetensors")
+    (checkpoints / "step-000006" / "optimizer.bin").unlink()
+    trainer = Trainer(dataclasses.replace(config, resume="latest"))
+    assert trainer.progress.step == 4
+    assert "step-000008 is damaged (adapter.safetensors is not what was written)" in caplog.text
+    assert "step-000006 is damaged (optimizer.bin is missing)" in caplog.text
+    trainer.train()
+    assert_same(written(config), expected)
+
+
+def test_nothing_but_damaged_checkpoints(config):
+    train(dataclasses.replace(config, max_steps=2))
+    checkpoint = Path(config.output_dir) / "checkpoints" / "step-000002"
+    spoil(checkpoint / "checksums.json")
+    for resume, message in (
+        ("latest", "all 1 checkpoints under .* are damaged; start anew"),
+        (str(checkpoint), "step-000002 is damaged .*; resume from the one before it"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Trainer(dataclasses.replace(config, resume=resume))
+    assert read_metrics(Path(config.output_dir) / "metrics.jsonl"), "and nothing is lost"
+
+
+def test_the_limit_keeps_the_latest(config):
+    train(dataclasses.replace(config, checkpoints_total_limit=2))
+    checkpoints = Path(config.output_dir) / "checkpoints"
+    assert [path.name for path in complete_checkpoints(checkpoints)] == ["step-000006", "step-000008"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-000006", "step-000008"]
+    with pytest.raises(ValueError, match="checkpoints_total_limit: got 0; expected at least 1"):
+        dataclasses.replace(config, checkpoints_total_limit=0)
