@@ -1,4 +1,4 @@
-"""What is measured: sizes, inputs, and for each group the exact result, the bytes that have to move, and the providers.
+"""What is measured: for each group its inputs, the exact result, the bytes that have to move, and the providers.
 
 A provider is one way to compute the group's results: ours, the PyTorch specification as it is or compiled, or the well-known
 pieces that a user would otherwise put together.
@@ -9,59 +9,33 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import pieces
+from benchmarks.inputs import (
+    FocusInputs,
+    Shape,
+    field_inputs,
+    image_inputs,
+    prediction_inputs,
+    shapes,
+    similarity_inputs,
+    step_inputs,
+)
 from focusdpo import focus_dpo_loss, focus_mask
 from focusdpo_kernels import cross_layer_similarity, patch_entropy, preference_residual, structure_field
 from focusdpo_kernels import reference as spec
 from focusdpo_kernels.backend import INTERPRETED
-from focusdpo_kernels.shapes import SHAPES, bytes_moved
+from focusdpo_kernels.shapes import bytes_moved
 
-Sizes = dict[str, int]
-Inputs = Any
-Provider = Callable[[Inputs], tuple[Tensor, ...]]
+Provider = Callable[[FocusInputs], tuple[Tensor, ...]]
 
-TINY = {"N": 3, "P": 64, "Q": 40, "D": 64, "R": 2, "C": 16}
-SWEEP = {"N": (1, 4, 19, 57), "P": (256, 1024, 4096, 16384), "R": (1, 2, 4, 6)}
-TAU = 1.0  # of the focus step: every field of the mask takes part in it
-# From which one size at a time departs in the sweep.
-SWEEP_BASE = {"cuda": {"N": 19, "P": 4096, "Q": 1600, "D": 3072, "R": 2, "C": 64}, "cpu": {**TINY, "P": 256, "D": 256}}
-SWEEP_LIMIT = {"cuda": {"N": 57, "P": 16384}, "cpu": {"N": 19, "P": 1024}}
-LARGEST = {"cuda": 40 << 30, "cpu": 300 << 20}  # bytes of hidden states
 COMPILED = {"cuda": ("uno-1024",), "cpu": ("tiny", "uno-512")}  # compiling takes long
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A named size. `sweep` names the size that was varied, if any."""
-
-    name: str
-    sizes: Sizes
-    batch: int = 1
-    sweep: str | None = None
-
-    @property
-    def label(self) -> str:
-        return self.name if self.batch == 1 else f"{self.name} B={self.batch}"
-
-
-def shapes(device: torch.device) -> Iterator[Shape]:
-    """The named shapes that fit the device, and the sweep."""
-    named = {"tiny": TINY, **SHAPES}
-    for name, sizes in named.items():
-        if bytes_moved(**sizes)["similarity"] <= LARGEST[device.type]:
-            yield Shape(name, sizes)
-    base, limit = SWEEP_BASE[device.type], SWEEP_LIMIT[device.type]
-    for size, values in SWEEP.items():
-        for value in values:
-            if value <= limit.get(size, value):
-                yield Shape(f"{size}={value}", {**base, size: value}, sweep=size)
+TAU = 1.0  # of the focus step: every field of the mask takes part in it
 
 
 @dataclass(frozen=True)
@@ -83,7 +57,7 @@ class Group:
     """
 
     name: str
-    inputs: Callable[[Shape, torch.device], Inputs]
+    inputs: Callable[[Shape, torch.device], FocusInputs]
     exact: Provider
     bytes: tuple[str, ...]
     formula: str
@@ -125,70 +99,6 @@ def unavailable(provider: str, shape: Shape, device: torch.device) -> str | None
     if provider == "scikit-image" and (device.type != "cpu" or shape.sizes["P"] > 4096):
         return "scikit-image works on a CPU, patch by patch"
     return None
-
-
-@dataclass
-class FocusInputs:
-    """Inputs of every group at one shape; those not needed are empty."""
-
-    target: list[Tensor] = field(default_factory=list)
-    reference: list[Tensor] = field(default_factory=list)
-    reference_mask: Tensor | None = None
-    prior: Tensor | None = None
-    images: Tensor | None = None
-    scores: Tensor | None = None
-    k: int = 0
-    predictions: list[Tensor] = field(default_factory=list)
-    mask: Tensor | None = None
-
-    def tensors(self) -> list[Tensor]:
-        return [t for v in vars(self).values() for t in (v if isinstance(v, list) else [v]) if isinstance(t, Tensor)]
-
-
-def _similarity_inputs(shape: Shape, device: torch.device) -> FocusInputs:
-    s, b = shape.sizes, shape.batch
-    # Target and reference are slices of one sequence, as in a model.
-    states = [torch.randn(b, s["P"] + s["Q"], s["D"], device=device).bfloat16() for _ in range(s["N"])]
-    owner = torch.arange(s["Q"], device=device) * s["R"] // s["Q"]  # one reference after the other
-    mask = (owner == torch.arange(s["R"], device=device)[:, None]).expand(b, -1, -1).contiguous()
-    target, reference = [h[:, : s["P"]] for h in states], [h[:, s["P"] :] for h in states]
-    return FocusInputs(target=target, reference=reference, reference_mask=mask)
-
-
-def _field_inputs(shape: Shape, device: torch.device) -> FocusInputs:
-    s, b = shape.sizes, shape.batch
-    return FocusInputs(
-        scores=torch.randn(b, s["R"], s["P"], device=device),
-        prior=torch.rand(b, s["P"], device=device) > 0.6,
-        k=s["P"] // (3 * s["R"]),
-    )
-
-
-def _image_inputs(shape: Shape, device: torch.device) -> FocusInputs:
-    side = 16 * round(shape.sizes["P"] ** 0.5)
-    rows = shape.sizes["P"] * 256 // side
-    # Smooth colour with noise of changing strength: patches between flat and rich.
-    smooth = F.interpolate(torch.rand(shape.batch, 3, 4, 4, device=device), (rows, side), mode="bilinear")
-    noise = torch.rand(shape.batch, 3, rows, side, device=device) - 0.5
-    return FocusInputs(images=(smooth + noise * torch.linspace(0, 0.6, side, device=device)).clamp(0, 1))
-
-
-def _prediction_inputs(shape: Shape, device: torch.device) -> FocusInputs:
-    s, b = shape.sizes, shape.batch
-    targets = [torch.randn(b, s["P"], s["C"], device=device) for _ in range(2)]
-    references = [t + 0.3 * torch.randn_like(t) for t in targets]
-    policies = [r + 0.03 * torch.randn_like(r) for r in references]
-    predictions = [x.bfloat16() for x in (*policies, *references, *targets)]
-    return FocusInputs(predictions=predictions, mask=torch.rand(b, s["P"], device=device))
-
-
-def _step_inputs(shape: Shape, device: torch.device) -> FocusInputs:
-    parts = (_similarity_inputs, _field_inputs, _image_inputs, _prediction_inputs)
-    merged: dict[str, Any] = {}
-    for part in parts:
-        made = vars(part(shape, device))
-        merged |= {name: value for name, value in made.items() if isinstance(value, Tensor) or value}
-    return FocusInputs(**merged)
 
 
 def _double(x: FocusInputs) -> FocusInputs:
@@ -309,7 +219,7 @@ def _compile_modes(make: Callable[[str | None], Provider]) -> dict[str, Provider
 def _residual_group(name: str, wrap: Callable[[Any], Provider], moved: tuple[str, ...], formula: str) -> Group:
     return Group(
         name,
-        _prediction_inputs,
+        prediction_inputs,
         lambda x: wrap(_residual("torch"))(_double(x)),
         moved,
         formula,
@@ -335,7 +245,7 @@ def _residual_scales(exact: tuple[Tensor, ...]) -> list[Tensor]:
 GROUPS = (
     Group(
         "similarity",
-        _similarity_inputs,
+        similarity_inputs,
         _exact_similarity,
         ("similarity",),
         "2 N (P + Q) D + R Q + 4 R P",
@@ -351,7 +261,7 @@ GROUPS = (
     ),
     Group(
         "structure field",
-        _field_inputs,
+        field_inputs,
         lambda x: structure_field(x.scores.double(), x.k, x.prior, backend="torch"),
         ("structure field",),
         "4 R P + P + 4 P",
@@ -368,7 +278,7 @@ GROUPS = (
     *(
         Group(
             name,
-            _image_inputs,
+            image_inputs,
             lambda x, method=method: (patch_entropy(x.images.double(), method=method, backend="torch"),),
             ("entropy",),
             "4 * 3 * 256 P + 4 P",
@@ -406,7 +316,7 @@ GROUPS = (
     ),
     Group(
         "focus step",
-        _step_inputs,
+        step_inputs,
         _exact_step,
         ("similarity", "structure field", "entropy", "fusion", "residual forward", "residual backward"),
         "the sum of the groups above",

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.cases import OURS, FocusInputs, Group, Shape, cases, unavailable
+from benchmarks.cases import OURS, Group, cases, unavailable
+from benchmarks.inputs import FocusInputs, Shape
 from benchmarks.machine import DEVICE
 from benchmarks.timing import Clock, cache_bytes, count_launches, extra_memory, plan, rotations
 

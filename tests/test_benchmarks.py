@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from benchmarks import compare, timing
-from benchmarks.cases import EAGER, GROUPS, OURS, TINY, Shape, relative_error
+from benchmarks.cases import EAGER, GROUPS, OURS, relative_error
+from benchmarks.inputs import TINY, Shape
 from benchmarks.machine import machine_info
 from benchmarks.report import write_report
 from benchmarks.results import add_step, read_result

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
+from diffusers import DiffusionPipeline
 from peft.utils import get_peft_model_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 
@@ -80,12 +81,21 @@ class Backbone(abc.ABC):
     """
 
     name: ClassVar[str]
+    pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]]  # whose folders it takes
     prompts_see_references: ClassVar[bool] = False  # whether the text encoder looks at the reference images, too
-    pipeline: Any
     transformer: Any  # an nn.Module; what the trainer calls on it comes from diffusers' mixins
 
+    def __init__(self, pipeline: Any, guidance: float = 1.0, max_sequence_length: int = 512) -> None:
+        """Freezes all parts of a pipeline; those that are None are not needed for what is asked of it."""
+        self.pipeline = pipeline
+        self.transformer = pipeline.transformer
+        self.guidance = guidance
+        self.max_sequence_length = max_sequence_length
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module):
+                part.requires_grad_(False).eval()
+
     @classmethod
-    @abc.abstractmethod
     def from_pretrained(
         cls,
         path: str,
@@ -94,8 +104,31 @@ class Backbone(abc.ABC):
         revision: str | None = None,
         guidance: float = 1.0,
         max_sequence_length: int = 512,
-    ) -> Backbone:
-        """Loads a diffusers pipeline folder, local or from the hub."""
+    ) -> Self:
+        """Loads a folder of one of `pipelines`, local or from the hub.
+
+        Args:
+            path: folder or hub id.
+            dtype: dtype of the frozen weights.
+            revision: hub revision.
+            guidance: guidance fed to guidance-distilled models; UNO trains with 1. Others have no use for it.
+            max_sequence_length: text tokens that a prompt is padded or cut to, where the pipeline does that.
+
+        Raises:
+            ValueError: the folder holds another kind of pipeline.
+        """
+        kind = DiffusionPipeline.load_config(path, revision=revision)["_class_name"]
+        known = [pipeline.__name__ for pipeline in cls.pipelines]
+        if kind not in known:
+            raise ValueError(f"model.path: {path} holds a {kind}; backbone {cls.name!r} takes {' or '.join(known)}")
+        parts = cls._parts(path, revision)
+        pipeline = DiffusionPipeline.from_pretrained(path, revision=revision, dtype=dtype, **parts)
+        return cls(pipeline, guidance, max_sequence_length)
+
+    @classmethod
+    def _parts(cls, path: str, revision: str | None) -> dict[str, Any]:
+        """Parts of the pipeline that have to be loaded in another way than its own."""
+        return {}
 
     @abc.abstractmethod
     def encode_images(self, images: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ target. The layouts differ in the position ids alone, three numbers a token:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, FluxKontextPipeline, FluxPipeline
@@ -60,43 +60,6 @@ class Flux1(Backbone):
     name = "flux"
     pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]] = (FluxPipeline, FluxKontextPipeline)
     position_ids = staticmethod(position_ids)
-
-    def __init__(self, pipeline: FluxPipeline | FluxKontextPipeline, guidance: float, max_sequence_length: int) -> None:
-        self.pipeline = pipeline
-        self.transformer = pipeline.transformer
-        self.guidance = guidance
-        self.max_sequence_length = max_sequence_length
-        for part in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.transformer):
-            if part is not None:
-                part.requires_grad_(False).eval()
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str,
-        *,
-        dtype: torch.dtype,
-        revision: str | None = None,
-        guidance: float = 1.0,
-        max_sequence_length: int = 512,
-    ) -> Self:
-        """Loads a folder of one of `pipelines`, local or from the hub.
-
-        Args:
-            path: folder or hub id.
-            dtype: dtype of the frozen weights.
-            revision: hub revision.
-            guidance: guidance fed to guidance-distilled models; UNO trains with 1.
-            max_sequence_length: T5 tokens of a prompt.
-
-        Raises:
-            ValueError: the folder holds another kind of pipeline.
-        """
-        pipeline = DiffusionPipeline.from_pretrained(path, revision=revision, dtype=dtype)
-        if not isinstance(pipeline, cls.pipelines):
-            kind, known = type(pipeline).__name__, " or ".join(known.__name__ for known in cls.pipelines)
-            raise ValueError(f"model.path: {path} holds a {kind}; backbone {cls.name!r} takes {known}")
-        return cls(pipeline, guidance, max_sequence_length)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:

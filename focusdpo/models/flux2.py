@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, Flux2KleinPipeline, Flux2Pipeline
+from diffusers import Flux2KleinPipeline, Flux2Pipeline
 from torch import Tensor
 
 from focusdpo.models.base import Backbone, PromptEmbeddings, TokenLayout
@@ -43,43 +43,7 @@ class Flux2(Backbone):
     """
 
     name = "flux2"
-
-    def __init__(self, pipeline: Flux2Pipeline | Flux2KleinPipeline, guidance: float, max_sequence_length: int) -> None:
-        self.pipeline = pipeline
-        self.transformer = pipeline.transformer
-        self.guidance = guidance
-        self.max_sequence_length = max_sequence_length
-        for part in (pipeline.vae, pipeline.text_encoder, pipeline.transformer):
-            if part is not None:
-                part.requires_grad_(False).eval()
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str,
-        *,
-        dtype: torch.dtype,
-        revision: str | None = None,
-        guidance: float = 1.0,
-        max_sequence_length: int = 512,
-    ) -> Flux2:
-        """Loads a Flux2Pipeline (dev) or Flux2KleinPipeline folder, local or from the hub.
-
-        Args:
-            path: folder or hub id.
-            dtype: dtype of the frozen weights.
-            revision: hub revision.
-            guidance: guidance fed to dev; klein takes none.
-            max_sequence_length: text tokens that every prompt is padded or cut to, the chat template's among them.
-
-        Raises:
-            ValueError: the folder holds another kind of pipeline.
-        """
-        pipeline = DiffusionPipeline.from_pretrained(path, revision=revision, dtype=dtype)
-        if not isinstance(pipeline, Flux2Pipeline | Flux2KleinPipeline):
-            kind = type(pipeline).__name__
-            raise ValueError(f"model.path: {path} holds a {kind}; backbone 'flux2' takes Flux2Pipeline or Flux2KleinPipeline")
-        return cls(pipeline, guidance, max_sequence_length)
+    pipelines = (Flux2Pipeline, Flux2KleinPipeline)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:

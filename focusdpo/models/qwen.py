@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, QwenImageEditPlusPipeline
+from diffusers import QwenImageEditPlusPipeline
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import CONDITION_IMAGE_SIZE, calculate_dimensions
 from torch import Tensor
 from transformers import Qwen2VLProcessor
@@ -31,42 +31,12 @@ class QwenEditPlus(Backbone):
     """Qwen-Image-Edit-Plus, without classifier-free guidance."""
 
     name = "qwen-edit-plus"
+    pipelines = (QwenImageEditPlusPipeline,)
     prompts_see_references = True
 
-    def __init__(self, pipeline: QwenImageEditPlusPipeline) -> None:
-        self.pipeline = pipeline
-        self.transformer = pipeline.transformer
-        for part in (pipeline.vae, pipeline.text_encoder, pipeline.transformer):
-            if part is not None:
-                part.requires_grad_(False).eval()
-
     @classmethod
-    def from_pretrained(
-        cls,
-        path: str,
-        *,
-        dtype: torch.dtype,
-        revision: str | None = None,
-        guidance: float = 1.0,
-        max_sequence_length: int = 512,
-    ) -> QwenEditPlus:
-        """Loads a QwenImageEditPlusPipeline folder, local or from the hub.
-
-        Args:
-            path: folder or hub id.
-            dtype: dtype of the frozen weights.
-            revision: hub revision.
-            guidance: not used: the weights are not guidance-distilled.
-            max_sequence_length: not used: the pipeline neither cuts a prompt nor pads one by itself.
-
-        Raises:
-            ValueError: the folder holds another kind of pipeline.
-        """
-        kind = DiffusionPipeline.load_config(path, revision=revision)["_class_name"]
-        if kind != QwenImageEditPlusPipeline.__name__:
-            raise ValueError(f"model.path: {path} holds a {kind}; backbone {cls.name!r} takes QwenImageEditPlusPipeline")
-        processor = ImageTextProcessor.from_pretrained(path, subfolder="processor", revision=revision)
-        return cls(QwenImageEditPlusPipeline.from_pretrained(path, revision=revision, dtype=dtype, processor=processor))
+    def _parts(cls, path: str, revision: str | None) -> dict[str, Any]:
+        return {"processor": ImageTextProcessor.from_pretrained(path, subfolder="processor", revision=revision)}
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
