@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jsonargparse import ArgumentParser
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from focusdpo.convert import ConvertUnoConfig, prepare_conversion
 from focusdpo.demo.config import DemoConfig
@@ -89,7 +90,8 @@ def main(argv: list[str] | None = None) -> None:
         work = COMMANDS[name].prepare(config)
     except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
         sys.exit(f"focusdpo {name}: error: {error}")
-    work()
+    with logging_redirect_tqdm():  # a warning does not tear the progress bar
+        work()
 
 
 if __name__ == "__main__":
