@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from focusdpo.training.checkpoints import complete_checkpoints
-from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, ModelConfig, OptimConfig, TrainConfig
+from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from focusdpo.training.metrics import read_metrics
 from focusdpo.training.signals import StopSignals
 from focusdpo.training.trainer import Trainer
@@ -167,3 +168,26 @@ def test_the_limit_keeps_the_latest(config):
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-000006", "step-000008"]
     with pytest.raises(ValueError, match="checkpoints_total_limit: got 0; expected at least 1"):
         dataclasses.replace(config, checkpoints_total_limit=0)
+
+
+def test_beta_and_the_moving_average_resume_as_well(config, tmp_path):
+    config.loss = LossConfig(auto_beta=0.5)
+    config.optim = OptimConfig(lr=1e-3, ema_decay=0.9)
+    expected, lora = train(config)
+    betas = [row["beta"] for row in expected]
+    assert betas[0] == 2000 and len(set(betas)) == 8
+    for before, after, row in zip(betas, betas[1:], expected, strict=False):
+        assert after == pytest.approx(before * math.exp(0.05 * (row["gradient_factor"] - 0.5)))
+    average = load_file(Path(config.output_dir) / "lora_ema" / "pytorch_lora_weights.safetensors")
+    moved = {name for name, value in lora.items() if not torch.equal(value, average[name])}
+    assert moved and all(average[name].norm() < lora[name].norm() for name in moved if "lora_B" in name), "it lags behind"
+
+    config.output_dir = str(tmp_path / "interrupted")
+    train_until = dataclasses.replace(config, max_steps=4)
+    Trainer(train_until).train()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert_same(train(dataclasses.replace(config, resume="latest")), (expected, lora))
+    again = load_file(Path(config.output_dir) / "lora_ema" / "pytorch_lora_weights.safetensors")
+    assert all(torch.equal(value, again[name]) for name, value in average.items())
+    with pytest.raises(ValueError, match="loss.auto_beta: got 1.5; expected 0 < auto_beta < 1"):
+        LossConfig(auto_beta=1.5)

@@ -167,6 +167,8 @@ class LossConfig:
 
     Args:
         beta: Strength of the preference, for the chosen reduction.
+        auto_beta: Gradient factor to hold by changing beta step by step from where it starts: the mean of 2 sigmoid(-logit),
+            1 at the start and near 0 where pairs teach no more; 0.5 is a usual target. None leaves beta alone.
         reduction: How a sample's weighted squared errors become one number.
         mask_power: 1, or 2 to put the mask inside the norm.
         loss_type: Shape of the loss over the logit.
@@ -181,6 +183,7 @@ class LossConfig:
     """
 
     beta: float = 2000.0
+    auto_beta: float | None = None
     reduction: Literal["mean", "sum", "masked_mean"] = "mean"
     mask_power: Literal[1, 2] = 1
     loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
@@ -194,6 +197,10 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         _require(self.beta > 0, "loss.beta", self.beta, "a positive number")
+        held = self.auto_beta is None or 0 < self.auto_beta < 1
+        _require(held, "loss.auto_beta", self.auto_beta, "0 < auto_beta < 1, or null")
+        fits = self.auto_beta is None or self.loss_type == "sigmoid"
+        _require(fits, "loss.auto_beta", self.auto_beta, f"null with loss_type={self.loss_type!r}")
         _require(0 <= self.label_smoothing < 0.5, "loss.label_smoothing", self.label_smoothing, "0 <= label_smoothing < 0.5")
         smooths = self.label_smoothing == 0 or self.loss_type == "sigmoid"
         _require(smooths, "loss.label_smoothing", self.label_smoothing, f"0 with loss_type={self.loss_type!r}")
@@ -215,6 +222,7 @@ class OptimConfig:
         max_grad_norm: Gradients are clipped to this norm.
         scheduler: Learning-rate schedule, by its name in diffusers.
         warmup_steps: Optimiser steps of linear warm-up.
+        ema_decay: Decay of a moving average of the adapter, which is saved beside it as lora_ema; 0 keeps none.
     """
 
     lr: float = 2e-5
@@ -227,6 +235,7 @@ class OptimConfig:
         "constant_with_warmup"
     )
     warmup_steps: int = 0
+    ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, "optim.lr", self.lr, "a positive number")
@@ -236,6 +245,7 @@ class OptimConfig:
         _require(self.eps > 0, "optim.eps", self.eps, "a positive number")
         _require(self.max_grad_norm > 0, "optim.max_grad_norm", self.max_grad_norm, "a positive number")
         _require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "0 or more")
+        _require(0 <= self.ema_decay < 1, "optim.ema_decay", self.ema_decay, "0 <= ema_decay < 1")
         constant = self.scheduler == "constant" and self.warmup_steps > 0
         _require(not constant, "optim.warmup_steps", self.warmup_steps, "0 with scheduler='constant' (or constant_with_warmup)")
         ends = self.scheduler == "polynomial" and self.lr <= 1e-7

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"
-RUN_FILES = (CONFIG_FILE, METRICS_FILE, VALIDATION_FILE, "checkpoints", "tensorboard", "lora")
+RUN_FILES = (CONFIG_FILE, METRICS_FILE, VALIDATION_FILE, "checkpoints", "tensorboard", "lora", "lora_ema")
 MARKER = ".focusdpo"  # stands in every folder that a command of this project made, so that nothing else gets deleted
 
 # What a resumed run may change: where things lie, how often it reports, how long it goes on.

@@ -57,6 +57,7 @@ class PreferenceStep:
         self.backbone = backbone
         self.focus = focus
         self.loss = loss
+        self.beta = loss.beta  # may be changed between steps
         self.backend = backend
         self.paths = tapped_paths(backbone, focus)
         # The tap and the switch of the adapter need the module itself; `backbone.transformer` may get wrapped later.
@@ -119,7 +120,7 @@ class PreferenceStep:
             noised.target[pairs:],
             focus=masks[0],
             focus_lose=masks[1],
-            beta=loss.beta,
+            beta=self.beta,
             timestep_weight=(1 - times) ** 2 if loss.timestep_weight == "noise" else None,
             reduction=loss.reduction,
             mask_power=loss.mask_power,

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -36,6 +37,8 @@ from focusdpo_kernels.backend import resolve_backend
 logger = logging.getLogger(__name__)
 
 VALIDATION_SEED = 2**31  # held-out pairs see the same times and noise at every evaluation
+BETA_RATE = 0.05  # of log beta a step, for each unit between the gradient factor and its target
+BETA_RANGE = 100.0  # how far auto_beta may go from beta, up or down
 MAX_SKIPPED = 10  # steps in a row without a finite gradient, after which a run stops
 
 
@@ -46,11 +49,12 @@ class Progress:
         self.step = 0
         self.batches = 0
         self.skipped_in_a_row = 0
+        self.beta: float | None = None  # where loss.auto_beta has brought it
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
 
 
@@ -136,10 +140,15 @@ class Trainer:
         self.checkpoints = Checkpoints(self.accelerator, self.folder / "checkpoints", self.backbone, settings, limit)
         self.backbone.transformer, self.optimizer = self.accelerator.prepare(self.module, optimizer)
         self.progress = Progress()
-        self.accelerator.register_for_checkpointing(self.progress, self.scheduler)
+        self.ema = EMAModel(self.parameters, decay=optim.ema_decay) if optim.ema_decay else None
+        if self.ema is not None:
+            self.ema.to(self.accelerator.device)
+        self.accelerator.register_for_checkpointing(self.progress, self.scheduler, *filter(None, [self.ema]))
         if run.checkpoint is not None:
             self.checkpoints.load(run.checkpoint)
             logger.info("resumed from %s at step %d", run.checkpoint, self.progress.step)
+        if self.progress.beta is not None:
+            self.step.beta = self.progress.beta
         if self.accelerator.is_main_process:
             run.start(config)
             self.checkpoints.tidy(self.progress.step)
@@ -305,6 +314,8 @@ class Trainer:
                         self.optimizer.zero_grad()
                 self.optimizer.step()
                 self.optimizer.zero_grad()
+                if self.ema is not None and gradient_norm is not None and math.isfinite(gradient_norm):
+                    self.ema.step(self.parameters)
             averager.add(step_metrics(result), len(batch.prompts))
             self.progress.batches += 1
             if gradient_norm is None:
@@ -316,11 +327,13 @@ class Trainer:
             row |= {
                 "gradient_norm": gradient_norm,
                 "learning_rate": self.scheduler.get_last_lr()[0],
+                "beta": self.step.beta,
                 "skipped_in_a_row": self.progress.skipped_in_a_row,
                 "pairs_per_second": row["pairs"] / elapsed,
                 "peak_memory_mib": peak_memory_mib(accelerator.device),
             }
             self.scheduler.step()
+            self._adapt_beta(row["gradient_factor"])
             self._log(row, metrics_file)
             bar.update()
             bar.set_postfix(loss=f"{row['loss']:.4f}", accuracy=f"{row['accuracy']:.2f}")
@@ -336,9 +349,25 @@ class Trainer:
         if metrics_file is not None:
             metrics_file.close()
             if not stopped:
-                self.backbone.save_lora(self.folder / "lora")
+                self._save_loras()
         accelerator.end_training()
         return stopped
+
+    def _save_loras(self) -> None:
+        self.backbone.save_lora(self.folder / "lora")
+        if self.ema is not None:
+            self.ema.store(self.parameters)
+            self.ema.copy_to(self.parameters)
+            self.backbone.save_lora(self.folder / "lora_ema")
+            self.ema.restore(self.parameters)
+
+    def _adapt_beta(self, factor: float) -> None:
+        """Raises beta while pairs have more gradient than `loss.auto_beta` wants, and lowers it while they have less."""
+        target, start = self.config.loss.auto_beta, self.config.loss.beta
+        if target is None or not math.isfinite(factor):
+            return
+        beta = self.step.beta * math.exp(BETA_RATE * (factor - target))
+        self.step.beta = self.progress.beta = min(max(beta, start / BETA_RANGE), start * BETA_RANGE)
 
     def _is_stopped(self, signals: StopSignals) -> bool:
         """Whether any process was told to stop: then all do, after the same step."""
