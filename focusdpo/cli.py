@@ -13,6 +13,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from focusdpo.convert import ConvertUnoConfig, prepare_conversion
 from focusdpo.demo.config import DemoConfig
+from focusdpo.list_models import ModelsConfig, prepare_list
 from focusdpo.training.config import TrainConfig
 
 # A command first prepares, which is where a user's mistakes show, and returns the work itself.
@@ -20,9 +21,19 @@ Work = Callable[[], None]
 
 
 def _train(config: TrainConfig) -> Work:
-    from focusdpo.training.trainer import Trainer  # imports diffusers: seconds that --help need not wait for
+    import torch  # seconds that --help need not wait for, as for diffusers behind the next one
 
-    return Trainer(config).train
+    from focusdpo.training.trainer import Trainer
+
+    trainer = Trainer(config)
+
+    def work() -> None:
+        try:
+            trainer.train()
+        except torch.OutOfMemoryError as error:
+            sys.exit(f"focusdpo train: error: {error}")
+
+    return work
 
 
 def _demo(config: DemoConfig) -> Work:
@@ -48,6 +59,7 @@ class Command:
 COMMANDS = {
     "train": Command(TrainConfig, _train, "Train a LoRA with FocusDPO on preference pairs."),
     "demo": Command(DemoConfig, _demo, "Build a small dataset of real photos, train on it, and draw what happened."),
+    "models": Command(ModelsConfig, prepare_list, "List the backbones, and estimate the memory of training on them."),
     "convert-uno": Command(
         ConvertUnoConfig,
         prepare_conversion,

@@ -393,6 +393,7 @@ def test_two_processes(config):
     settings then chooses gloo.
     """
     config.data.validation = None
+    config.data.cache = config.output_dir + "-cache"
     config = dataclasses.replace(config, max_steps=2)
     file = Path(config.output_dir).with_suffix(".yaml")
     file.write_text(yaml.safe_dump(dataclasses.asdict(config)))
@@ -401,6 +402,8 @@ def test_two_processes(config):
     worker = [str(Path(__file__).with_name("distributed_worker.py")), "--config", str(file)]
     done = subprocess.run([*launch, *worker], capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr[-3000:]
+    encodings = len(list(Path(config.data.cache).rglob("*.safetensors")))
+    assert f"{-(-encodings // 2)}/{-(-encodings // 2)} " in done.stderr, "each process encodes half"
     first, second = (torch.load(Path(config.output_dir) / f"rank{rank}.pt") for rank in (0, 1))
     assert any(value.any() for name, value in first.items() if "lora_B" in name), "the adapter moved"
     assert all(torch.equal(value, second[name]) for name, value in first.items())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,11 +16,25 @@ from focusdpo.data.records import PairRecord
 
 
 @dataclass(frozen=True)
+class Encodings:
+    """What VAE and text encoders made of one pair, where that was kept.
+
+    winner, loser: clean tokens [P, C]. references: R tensors of clean tokens [Q_r, C]. prompt: the embeddings by name, without
+    a batch axis.
+    """
+
+    winner: Tensor
+    loser: Tensor
+    references: tuple[Tensor, ...]
+    prompt: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
 class PairSample:
     """One pair, at size.
 
     winner, loser: [3, H, W] in [0, 1]. references: R tensors [3, h, w] in [0, 1]. reference_masks: R tensors bool [h, w].
-    prior: bool [H, W], or [R, H, W] where it is per subject.
+    prior: bool [H, W], or [R, H, W] where it is per subject. encodings: None where the step has to encode the pair itself.
     """
 
     index: int
@@ -30,11 +44,12 @@ class PairSample:
     references: tuple[Tensor, ...]
     reference_masks: tuple[Tensor, ...]
     prior: Tensor
+    encodings: Encodings | None = None
 
 
 @dataclass(frozen=True)
 class PairBatch:
-    """B pairs whose images have the same sizes: the tensors of PairSample with a leading B."""
+    """B pairs whose images have the same sizes: the tensors of PairSample with a leading B, and B encodings or none."""
 
     indices: list[int]
     prompts: list[str]
@@ -43,6 +58,7 @@ class PairBatch:
     references: tuple[Tensor, ...]
     reference_masks: tuple[Tensor, ...]
     prior: Tensor
+    encodings: tuple[Encodings, ...] = ()
 
     def to(self, device: torch.device) -> PairBatch:
         return PairBatch(
@@ -53,6 +69,7 @@ class PairBatch:
             tuple(image.to(device, non_blocking=True) for image in self.references),
             tuple(mask.to(device, non_blocking=True) for mask in self.reference_masks),
             self.prior.to(device, non_blocking=True),
+            self.encodings,  # the step stacks them first
         )
 
 
@@ -73,7 +90,11 @@ class PairDataset(Dataset[PairSample]):
         resolution: longest side of winner and loser in pixels.
         reference_resolution: longest side of a reference where a pair has one.
         reference_resolution_multiple: longest side of a reference where a pair has several.
+
+    `encodings`, once set, reads what was kept of the pair of an index.
     """
+
+    encodings: Callable[[int], Encodings] | None = None
 
     def __init__(
         self,
@@ -111,6 +132,7 @@ class PairDataset(Dataset[PairSample]):
             references=tuple(references),
             reference_masks=tuple(reference_masks),
             prior=torch.stack(priors) if record.per_subject else priors[0],
+            encodings=None if self.encodings is None else self.encodings(index),
         )
 
 
@@ -124,6 +146,7 @@ def collate(samples: Sequence[PairSample]) -> PairBatch:
         references=tuple(torch.stack(images) for images in zip(*(s.references for s in samples), strict=True)),
         reference_masks=tuple(torch.stack(masks) for masks in zip(*(s.reference_masks for s in samples), strict=True)),
         prior=torch.stack([s.prior for s in samples]),
+        encodings=tuple(s.encodings for s in samples if s.encodings is not None),
     )
 
 

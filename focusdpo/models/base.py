@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from diffusers import DiffusionPipeline
@@ -27,6 +27,19 @@ def check_pipeline_path(path: str) -> None:
         raise FileNotFoundError(f"model.path: {path} is no diffusers pipeline, it has no model_index.json")
     if not folder.exists() and (folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1):
         raise FileNotFoundError(f"model.path: no such folder: {path} (nor a hub id, which looks like owner/name)")
+
+
+def pipeline_folder(path: str, revision: str | None) -> Path:
+    """The local folder of a pipeline; one on the hub is downloaded, as loading it would. ValueError where that fails."""
+    try:
+        return Path(path if Path(path).is_dir() else DiffusionPipeline.download(path, revision=revision))
+    except OSError as error:
+        raise ValueError(f"model.path: {path} cannot be loaded: {error}") from error
+
+
+def encoders(components: Iterable[str]) -> list[str]:
+    """Those of a pipeline's components that training needs only to encode its data, and that take memory."""
+    return [name for name in components if name == "vae" or name.startswith("text_encoder")]
 
 
 @dataclass(frozen=True)
@@ -104,6 +117,7 @@ class Backbone(abc.ABC):
         revision: str | None = None,
         guidance: float = 1.0,
         max_sequence_length: int = 512,
+        parts: Literal["all", "encoders", "transformer"] = "all",
     ) -> Self:
         """Loads a folder of one of `pipelines`, local or from the hub.
 
@@ -113,16 +127,19 @@ class Backbone(abc.ABC):
             revision: hub revision.
             guidance: guidance fed to guidance-distilled models; UNO trains with 1. Others have no use for it.
             max_sequence_length: text tokens that a prompt is padded or cut to, where the pipeline does that.
+            parts: "encoders" loads VAE and text encoders without the transformer, "transformer" the transformer without them.
 
         Raises:
             ValueError: the folder holds another kind of pipeline.
         """
-        kind = DiffusionPipeline.load_config(path, revision=revision)["_class_name"]
+        index = DiffusionPipeline.load_config(path, revision=revision)
+        kind = index["_class_name"]
         known = [pipeline.__name__ for pipeline in cls.pipelines]
         if kind not in known:
             raise ValueError(f"model.path: {path} holds a {kind}; backbone {cls.name!r} takes {' or '.join(known)}")
-        parts = cls._parts(path, revision)
-        pipeline = DiffusionPipeline.from_pretrained(path, revision=revision, dtype=dtype, **parts)
+        left_out = {"all": [], "encoders": ["transformer"], "transformer": encoders(index)}[parts]
+        given = cls._parts(path, revision) | dict.fromkeys(left_out)
+        pipeline = DiffusionPipeline.from_pretrained(path, revision=revision, dtype=dtype, **given)
         return cls(pipeline, guidance, max_sequence_length)
 
     @classmethod
@@ -146,6 +163,10 @@ class Backbone(abc.ABC):
             prompts: B texts.
             references: pixels [B, 3, h, w] in [0, 1] of each reference, which only `prompts_see_references` makes a difference.
         """
+
+    @abc.abstractmethod
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors that `predict` needs of a prompt of `max_sequence_length` tokens, without the batch axis."""
 
     @abc.abstractmethod
     def predict(self, noisy: Tensor, t: Tensor, prompts: PromptEmbeddings, references: Tensor, layout: TokenLayout) -> Tensor:
@@ -174,10 +195,22 @@ class Backbone(abc.ABC):
         self.pipeline.to(device)
 
     @property
+    def vae(self) -> Any:
+        """The VAE; RuntimeError where it was not loaded."""
+        if self.pipeline.vae is None:
+            raise RuntimeError("this pipeline was loaded without its VAE (training with data.cache does that)")
+        return self.pipeline.vae
+
+    @property
     def device(self) -> torch.device:
-        return next(self.transformer.parameters()).device
+        return self._weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """dtype of the frozen weights."""
-        return next(self.transformer.parameters()).dtype
+        return self._weight.dtype
+
+    @property
+    def _weight(self) -> nn.Parameter:
+        part = self.pipeline.text_encoder if self.transformer is None else self.transformer
+        return next(part.parameters())

@@ -63,14 +63,14 @@ class Flux1(Backbone):
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        vae = self.pipeline.vae
+        vae = self.vae
         latents = vae.encode((images * 2 - 1).to(vae.device, vae.dtype)).latent_dist.mode()
         latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
         return self.pipeline._pack_latents(latents, *latents.shape)
 
     @torch.no_grad()
     def decode_images(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        vae = self.pipeline.vae
+        vae = self.vae
         height, width = grid[0] * PATCH_SIZE, grid[1] * PATCH_SIZE
         latents = self.pipeline._unpack_latents(tokens, height, width, self.pipeline.vae_scale_factor)
         latents = latents / vae.config.scaling_factor + vae.config.shift_factor
@@ -83,6 +83,11 @@ class Flux1(Backbone):
             prompt=list(prompts), prompt_2=None, device=self.device, max_sequence_length=self.max_sequence_length
         )
         return PromptEmbeddings({"prompt_embeds": embeds, "pooled_prompt_embeds": pooled})
+
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
+        config = self.pipeline.transformer.config
+        text = (self.max_sequence_length, config.joint_attention_dim)
+        return {"prompt_embeds": text, "pooled_prompt_embeds": (config.pooled_projection_dim,)}
 
     def predict(self, noisy: Tensor, t: Tensor, prompts: PromptEmbeddings, references: Tensor, layout: TokenLayout) -> Tensor:
         embeds = prompts.tensors["prompt_embeds"]

@@ -47,14 +47,14 @@ class Flux2(Backbone):
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        vae = self.pipeline.vae
+        vae = self.vae
         # The posterior's mode, in patches of 2 x 2 latents, normalised by the VAE's batch statistics.
         latents = self.pipeline._encode_vae_image((images * 2 - 1).to(vae.device, vae.dtype), generator=None)
         return self.pipeline._pack_latents(latents)
 
     @torch.no_grad()
     def decode_images(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        vae = self.pipeline.vae
+        vae = self.vae
         latents = tokens.transpose(1, 2).reshape(tokens.shape[0], -1, *grid)  # [B, C, rows, columns]
         mean, variance = (x.to(latents).view(1, -1, 1, 1) for x in (vae.bn.running_mean, vae.bn.running_var))
         latents = latents * torch.sqrt(variance + vae.config.batch_norm_eps) + mean
@@ -68,6 +68,9 @@ class Flux2(Backbone):
             prompt=list(prompts), device=self.device, max_sequence_length=self.max_sequence_length
         )
         return PromptEmbeddings({"prompt_embeds": embeds})
+
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"prompt_embeds": (self.max_sequence_length, self.pipeline.transformer.config.joint_attention_dim)}
 
     def predict(self, noisy: Tensor, t: Tensor, prompts: PromptEmbeddings, references: Tensor, layout: TokenLayout) -> Tensor:
         embeds = prompts.tensors["prompt_embeds"]

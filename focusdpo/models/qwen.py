@@ -40,7 +40,7 @@ class QwenEditPlus(Backbone):
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        vae = self.pipeline.vae
+        vae = self.vae
         frames = (images * 2 - 1).to(vae.device, vae.dtype).unsqueeze(2)  # [B, 3, 1, H, W]: a video VAE
         # The posterior's mode, normalised channel by channel.
         latents = self.pipeline._encode_vae_image(frames, generator=None)  # [B, C/4, 1, H/8, W/8]
@@ -48,7 +48,7 @@ class QwenEditPlus(Backbone):
 
     @torch.no_grad()
     def decode_images(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        vae = self.pipeline.vae
+        vae = self.vae
         height, width = grid[0] * PATCH_SIZE, grid[1] * PATCH_SIZE
         latents = self.pipeline._unpack_latents(tokens, height, width, self.pipeline.vae_scale_factor)
         mean, std = (latents.new_tensor(x).view(1, -1, 1, 1, 1) for x in (vae.config.latents_mean, vae.config.latents_std))
@@ -71,14 +71,17 @@ class QwenEditPlus(Backbone):
         new_width, new_height = calculate_dimensions(CONDITION_IMAGE_SIZE, width / height)
         return self.pipeline.image_processor.resize(to_pil(pixels), new_height, new_width)
 
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"prompt_embeds": (self.max_sequence_length, self.pipeline.transformer.config.joint_attention_dim)}
+
     def predict(self, noisy: Tensor, t: Tensor, prompts: PromptEmbeddings, references: Tensor, layout: TokenLayout) -> Tensor:
-        mask = prompts.tensors["prompt_embeds_mask"].bool()
+        mask = prompts.tensors.get("prompt_embeds_mask")
         velocity = self.transformer(
             # The embedders' weights keep the base dtype; under autocast the matrix products take care of themselves.
             hidden_states=torch.cat([noisy, references], dim=1).to(self.dtype),
             encoder_hidden_states=prompts.tensors["prompt_embeds"].to(self.dtype),
             # As the pipeline does: with no padding there is no mask, and attention has its faster kernels.
-            encoder_hidden_states_mask=None if mask.all() else mask,
+            encoder_hidden_states_mask=None if mask is None or mask.all() else mask.bool(),
             timestep=t.to(self.dtype),
             img_shapes=[[(1, *grid) for grid in (layout.target, *layout.references)]] * noisy.shape[0],
             guidance=None,

@@ -73,6 +73,8 @@ class DataConfig:
         num_workers: Processes that load images; 0 loads in the main one.
         shuffle: Draw the pairs in a new random order each epoch.
         check: What is looked at before training starts: "full" decodes every image, "headers" reads sizes only.
+        cache: Folder in which the images' latents and the prompts' embeddings are kept; runs may share it. What it lacks is
+            encoded before training: VAE and text encoders are loaded for that alone, and freed before the transformer comes.
     """
 
     train: str
@@ -84,12 +86,14 @@ class DataConfig:
     num_workers: int = 2
     shuffle: bool = True
     check: Literal["full", "headers"] = "full"
+    cache: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("resolution", "reference_resolution", "reference_resolution_multiple"):
             _require(getattr(self, name) >= 16, f"data.{name}", getattr(self, name), "at least 16 pixels (one token)")
         _require(self.batch_size >= 1, "data.batch_size", self.batch_size, "at least 1")
         _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
+        _require(self.cache != "", "data.cache", self.cache, "a folder, or null")
 
 
 @dataclass

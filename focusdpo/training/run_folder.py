@@ -28,7 +28,8 @@ MARKER = ".focusdpo"  # stands in every folder that a command of this project ma
 # What a resumed run may change: where things lie, how often it reports, how long it goes on.
 FREE = (
     "output_dir", "resume", "overwrite", "max_steps", "checkpoint_every", "checkpoints_total_limit", "validate_every", "cpu",
-    "backend", "model.base_lora", "data.train", "data.validation", "data.check", "data.num_workers",
+    "backend", "model.base_lora", "data.train", "data.validation", "data.check", "data.cache",
+    "data.num_workers",
 )  # fmt: skip
 
 

@@ -139,8 +139,7 @@ class PreferenceStep:
         pairs = len(batch.prompts)
         if t is None:
             t = self.sample_times(pairs, generator)
-        clean = self.backbone.encode_images(torch.cat([batch.winner, batch.loser])).float()  # [2B, P, C]
-        references = torch.cat([self.backbone.encode_images(image) for image in batch.references], dim=1)
+        clean, references = self._encode(batch)  # [2B, P, C], [B, Q, C]
         noise = torch.randn(pairs, *clean.shape[1:], generator=generator).to(clean.device).repeat(2, 1, 1)
         t = t.to(clean.device).repeat(2)
         tokens = (1 - t[:, None, None]) * clean + t[:, None, None] * noise
@@ -154,6 +153,20 @@ class PreferenceStep:
             prompts=self._embed(batch).repeat(2),
             layout=TokenLayout(target, tuple(others)),
         )
+
+    def _encode(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        """Clean tokens of winners and losers, fp32 [2B, P, C], and of all references, [B, Q, C]."""
+        if batch.encodings:
+            clean = torch.stack([kept.winner for kept in batch.encodings] + [kept.loser for kept in batch.encodings])
+            references = torch.stack([torch.cat(kept.references) for kept in batch.encodings])
+            return clean.to(self.backbone.device).float(), references.to(self.backbone.device)
+
+        # One by one, as data.cache keeps them: convolutions sum in another order in a batch of another size.
+        def each(images: Tensor) -> Tensor:
+            return torch.cat([self.backbone.encode_images(image[None]) for image in images])
+
+        clean = each(torch.cat([batch.winner, batch.loser]))
+        return clean.float(), torch.cat([each(images) for images in batch.references], dim=1)
 
     def _predict(self, noised: Noised) -> Tensor:
         return self.backbone.predict(noised.tokens, noised.t, noised.prompts, noised.references, noised.layout)
@@ -191,6 +204,9 @@ class PreferenceStep:
 
     def _embed(self, batch: PairBatch) -> PromptEmbeddings:
         """Text conditioning; what was used last is kept on the CPU, by prompt and by what its encoder saw of the references."""
+        if batch.encodings:
+            kept = [PromptEmbeddings({name: x[None] for name, x in one.prompt.items()}) for one in batch.encodings]
+            return PromptEmbeddings.stack(kept).to(self.backbone.device, self.backbone.dtype)
         references = batch.references if self.backbone.prompts_see_references else ()
         embeddings = []
         for i, prompt in enumerate(batch.prompts):

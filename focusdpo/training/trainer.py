@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,14 +20,17 @@ from tqdm.auto import tqdm
 
 from focusdpo.data import DatasetError, PairBatch, PairDataset, PairRecord, Problem, SizeBatches, collate, load_pairs
 from focusdpo.data.images import PATCH_SIZE
-from focusdpo.models import BACKBONES, Backbone
+from focusdpo.models import BACKBONES, Backbone, TokenLayout
 from focusdpo.models.base import check_pipeline_path
 from focusdpo.models.base_lora import check_base_lora, merge_base_lora
+from focusdpo.models.sizes import Architecture
 from focusdpo.training.adapter import add_adapter
+from focusdpo.training.cache import EncodingCache, check_cache_folder
 from focusdpo.training.checkpoints import Checkpoints
 from focusdpo.training.compilation import compile_blocks
-from focusdpo.training.config import TrainConfig
+from focusdpo.training.config import DataConfig, TrainConfig
 from focusdpo.training.health import Alarm, Health
+from focusdpo.training.memory import advice
 from focusdpo.training.metrics import Averager, MetricsFile, peak_memory_mib, read_metrics, step_metrics
 from focusdpo.training.run_folder import METRICS_FILE, VALIDATION_FILE, RunFolder, settings_of
 from focusdpo.training.signals import StopSignals
@@ -95,6 +98,8 @@ class Trainer:
         check_pipeline_path(config.model.path)
         if config.model.base_lora is not None:
             check_base_lora(config.model.base_lora)
+        if config.data.cache is not None:
+            check_cache_folder(config.data.cache)
         train, validation = load_records(config)
         self.accelerator = Accelerator(
             cpu=config.cpu,
@@ -106,12 +111,17 @@ class Trainer:
         resolve_backend(config.backend, torch.empty(0, device=self.accelerator.device))
         settings = settings_of(config, self.accelerator.num_processes)
         run.check_settings(settings)
-        self.train_set, self.validation_set = self._dataset(train), self._dataset(validation)
+        self.train_set, self.validation_set = (self._dataset(records, config.data) for records in (train, validation))
         self._check_match_count()
         self.plan = SizeBatches(self.train_set, config.data.batch_size, shuffle=config.data.shuffle, seed=config.seed)
         self._report_batches()
 
-        self.backbone = self._load_backbone()
+        if config.data.cache is not None:
+            cache = EncodingCache(config)
+            for dataset in (self.train_set, self.validation_set):
+                dataset.encodings = cache.reader(dataset)
+            cache.fill(self.accelerator, lambda: self._load_backbone("encoders"))
+        self.backbone = self._load_backbone("all" if config.data.cache is None else "transformer")
         if config.model.base_lora is not None:
             merge_base_lora(self.backbone.pipeline, config.model.base_lora, config.model.base_lora_scale)
         self.module = self.backbone.transformer
@@ -155,12 +165,13 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         self.health = Health(config, on_alarm)
         self._pairs_of_step: list[int] = []
+        self._running: tuple[PairDataset, list[int]] | None = None  # the batch, until it is through
         self._warned: set[str] = set()
         self._shares: dict[int, list[list[list[int]]]] = {}
         self._rounds = len(self._share(0))  # of every epoch
 
-    def _dataset(self, records: list[PairRecord]) -> PairDataset:
-        data = self.config.data
+    @staticmethod
+    def _dataset(records: list[PairRecord], data: DataConfig) -> PairDataset:
         return PairDataset(
             records,
             resolution=data.resolution,
@@ -199,7 +210,7 @@ class Trainer:
                 seen.add((len(batch), sum(math.prod(size) for size in (sizes.target, *sizes.references))))
         return len(seen) > 1
 
-    def _load_backbone(self) -> Backbone:
+    def _load_backbone(self, parts: Literal["all", "encoders", "transformer"]) -> Backbone:
         model = self.config.model
         try:
             return BACKBONES[model.backbone].from_pretrained(
@@ -208,6 +219,7 @@ class Trainer:
                 revision=model.revision,
                 guidance=model.guidance,
                 max_sequence_length=model.max_sequence_length,
+                parts=parts,
             )
         except OSError as error:
             raise ValueError(f"model.path: {model.path} cannot be loaded: {error}") from error
@@ -277,11 +289,36 @@ class Trainer:
 
         Raises:
             SystemExit: after SIGTERM or Ctrl-C, with the usual exit status; the step that was running is saved.
+            torch.OutOfMemoryError: says where; in the first step also what takes the memory, and what to change.
         """
-        with StopSignals() as signals:
-            stopped = self._train(signals)
+        first = self.progress.step
+        try:
+            with StopSignals() as signals:
+                stopped = self._train(signals)
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(self._out_of_memory(first)) from error
         if stopped:
             raise SystemExit(128 + (signals.received or signal.SIGTERM))
+
+    def _out_of_memory(self, first: int) -> str:
+        """What to tell a user whose batch did not fit; later steps fit before, so that theirs is another size of batch."""
+        if self._running is None:
+            return f"out of memory between batches, after step {self.progress.step}"
+        dataset, indices = self._running
+        record, sizes = dataset.records[indices[0]], dataset.sizes[indices[0]]
+        target, *references = ("x".join(map(str, size)) for size in (sizes.target, *sizes.references))
+        where = f"step {self.progress.step + 1}" if dataset is self.train_set else "the evaluation of the held-out pairs"
+        pairs = f"{len(indices)} pair{'s' * (len(indices) > 1)}"
+        message = f"out of memory in {where}, {pairs} of {target} px with references of {', '.join(references)} px"
+        if self.progress.step > first:
+            return message
+
+        def layout_of(data: DataConfig) -> TokenLayout:
+            sizes = self._dataset([record], data).sizes[0]
+            grids = [(height // PATCH_SIZE, width // PATCH_SIZE) for width, height in (sizes.target, *sizes.references)]
+            return TokenLayout(grids[0], tuple(grids[1:]))
+
+        return f"{message}. {advice(Architecture.of(self.backbone), self.config, layout_of, len(indices))}"
 
     def _train(self, signals: StopSignals) -> bool:
         """The loop; whether it was stopped before `max_steps`."""
@@ -303,6 +340,7 @@ class Trainer:
         while self.progress.step < config.max_steps and not stopped:
             batch, factor = next(batches)
             self._pairs_of_step += batch.indices
+            self._running = self.train_set, batch.indices
             with accelerator.accumulate(self.backbone.transformer):
                 with accelerator.autocast():
                     result = self.step(batch, self._generator())
@@ -316,6 +354,7 @@ class Trainer:
                 self.optimizer.zero_grad()
                 if self.ema is not None and gradient_norm is not None and math.isfinite(gradient_norm):
                     self.ema.step(self.parameters)
+            self._running = None
             averager.add(step_metrics(result), len(batch.prompts))
             self.progress.batches += 1
             if gradient_norm is None:
@@ -431,8 +470,10 @@ class Trainer:
         mine = plan[rank::processes] or plan[:1]  # every process has to take part in the gathering
         for position, batch in enumerate(self._loader(dataset, mine)):
             generator = torch.Generator().manual_seed(VALIDATION_SEED + rank + position * processes)
+            self._running = dataset, batch.indices
             with accelerator.autocast():
                 result = self.step(batch.to(accelerator.device), generator)
+            self._running = None
             averager.add(step_metrics(result), len(batch.prompts) if rank < len(plan) else 0)
         self.module.train(was_training)
         return averager.result()

@@ -1,0 +1,107 @@
+"""`focusdpo models`: the backbones, and the memory that training the released models takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from focusdpo.training.config import DataConfig, LoraConfig, ModelConfig
+
+
+@dataclass
+class ModelsConfig:
+    """The training step whose memory is estimated, without allocating it.
+
+    Args:
+        resolution: Side of winner and loser in pixels.
+        references: Reference images of a pair.
+        reference_resolution: Side of each in pixels.
+        batch_size: Pairs per process and forward pass.
+        rank: Rank of the adapter.
+        dtype: Precision of the frozen weights.
+        mixed_precision: Autocast of the forward pass.
+        max_sequence_length: Text tokens of a prompt.
+        gradient_checkpointing: Recompute activations in the backward pass.
+    """
+
+    resolution: int = 512
+    references: int = 2
+    reference_resolution: int = 320
+    batch_size: int = 1
+    rank: int = 32
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    max_sequence_length: int = 512
+    gradient_checkpointing: bool = True
+
+    def __post_init__(self) -> None:
+        if self.references < 1:
+            raise ValueError(f"references: got {self.references}; expected at least 1")
+        # The settings of a run have their own checks.
+        DataConfig("", resolution=self.resolution, reference_resolution=self.reference_resolution, batch_size=self.batch_size)
+        self.lora = LoraConfig(rank=self.rank)
+        self.model = ModelConfig(
+            "",
+            dtype=self.dtype,
+            max_sequence_length=self.max_sequence_length,
+            gradient_checkpointing=self.gradient_checkpointing,
+        )
+
+
+def prepare_list(config: ModelsConfig) -> Callable[[], None]:
+    """Computes the tables, and returns what prints them."""
+    # Imports diffusers: seconds that --help need not wait for.
+    from focusdpo.data.images import PATCH_SIZE
+    from focusdpo.models import BACKBONES, TokenLayout
+    from focusdpo.models.sizes import RELEASED, released
+    from focusdpo.training.memory import DTYPES, GIB, estimate
+
+    side, reference_side = config.resolution // PATCH_SIZE, config.reference_resolution // PATCH_SIZE
+    layout = TokenLayout((side, side), ((reference_side, reference_side),) * config.references)
+    dtype = DTYPES[config.dtype]
+
+    parts = ["weights", "text, VAE", "adapter", "kept", "block", "tokens", "total"]
+    models = [["model", "backbone", "parameters", "LoRA", "taps", "channels", *parts]]
+    for name in RELEASED:
+        architecture = released(name)
+        part = estimate(architecture, config.model, config.lora, config.mixed_precision, layout, config.batch_size)
+        backbone = architecture.build(dtype, config.max_sequence_length)
+        adapter = part.adapter_weights + part.adapter_gradients + part.adamw_moments
+        sizes = [part.frozen_weights, part.companions, adapter, part.kept_activations, part.recomputed_block, part.tokens]
+        models.append(
+            [
+                name,
+                backbone.name,
+                f"{part.frozen_weights / dtype.itemsize / 1e9:.1f}B",
+                f"{part.adapter_weights / 4e6:.1f}M",
+                str(len(backbone.tap_paths())),
+                str(backbone.transformer.config.in_channels),
+                *(f"{size / GIB:.2f}" for size in (*sizes, part.total)),
+            ]
+        )
+    pipelines = [["backbone", "pipelines"]]
+    pipelines += [
+        [name, ", ".join(pipeline.__name__ for pipeline in backbone.pipelines)] for name, backbone in BACKBONES.items()
+    ]
+    pairs = f"{config.batch_size} pair{'s' * (config.batch_size > 1)} of {side * PATCH_SIZE} px"
+    references = f"{config.references} reference{'s' * (config.references > 1)} of {reference_side * PATCH_SIZE} px"
+    tokens = f"{layout.num_target} + {layout.num_reference} tokens of {PATCH_SIZE}x{PATCH_SIZE} px"
+    checkpointing = "on" if config.gradient_checkpointing else "off"
+    text = (
+        f"{_table(pipelines)}\n\nEstimate in GiB for {pairs}, {references}: {tokens}, LoRA rank {config.rank},\n{config.dtype} "
+        f"weights, autocast {config.mixed_precision}, gradient checkpointing {checkpointing}\n\n{_table(models)}"
+    )
+    return lambda: print(text)
+
+
+def _table(rows: list[list[str]]) -> str:
+    """Columns as wide as their widest cell; words to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)

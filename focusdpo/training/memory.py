@@ -1,0 +1,278 @@
+"""Device memory of a training step, computed before it runs, and what to change when it does not fit.
+
+    total = frozen weights + companions + adapter (4 + 4 + 8 bytes a parameter) + kept activations + recomputed block + tokens
+
+- Frozen weights and companions (text encoders, VAE) stay on the device, in `model.dtype`.
+- The adapter is fp32: weights, gradients and AdamW's two moments.
+- Activations are not guessed but counted: the transformer runs once on the meta device, where nothing takes memory, and hooks
+  see every tensor that autograd saves for the backward pass. Storages are counted once, parameters not at all. Reference and
+  policy have equal shapes, and the reference saves nothing.
+- With gradient checkpointing only the blocks' inputs are kept, and what is saved outside of them; the backward pass then
+  recomputes one block at a time, so that the largest block's activations come on top. Without it all are kept.
+- Tokens are what the loss compares: noisy tokens, targets, and both predictions.
+
+Not in it: temporaries of single operations, fragmentation, libraries' workspaces, DDP's buckets (the adapter's gradients once
+more), and what `model.compile` saves. Attention and RMS norm are taken to be PyTorch's fused kernels, as on a GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from focusdpo.models import PromptEmbeddings, TokenLayout
+from focusdpo.models.sizes import Architecture, parameters
+from focusdpo.training.adapter import add_adapter
+from focusdpo.training.config import DataConfig, LoraConfig, ModelConfig, TrainConfig
+
+GIB = 2**30
+MAX_ADVICE = 3
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes by part, in the order they are shown."""
+
+    frozen_weights: int
+    companions: int
+    adapter_weights: int
+    adapter_gradients: int
+    adamw_moments: int
+    kept_activations: int
+    recomputed_block: int
+    tokens: int
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+    def __str__(self) -> str:
+        parts = {**dataclasses.asdict(self), "total": self.total}
+        return "\n".join(f"  {name.replace('_', ' '):<18}{_size(value):>12}" for name, value in parts.items())
+
+
+def estimate(
+    architecture: Architecture, model: ModelConfig, lora: LoraConfig, mixed_precision: str, layout: TokenLayout, pairs: int
+) -> Estimate:
+    """Memory of one step.
+
+    Args:
+        architecture: the backbone's.
+        model: of which dtype, gradient_checkpointing and max_sequence_length matter.
+        lora: the adapter.
+        mixed_precision: "no" or "bf16".
+        layout: token grids of a pair.
+        pairs: pairs in the batch, winner and loser each.
+
+    Raises:
+        ValueError: as `add_adapter`.
+    """
+    dtype = DTYPES[model.dtype]
+    backbone = architecture.build(dtype, model.max_sequence_length)
+    frozen = parameters(backbone.transformer)
+    trained = sum(p.numel() for p in add_adapter(backbone.transformer, lora, seed=0))
+    backbone.transformer.train()
+
+    images, channels = 2 * pairs, backbone.transformer.config.in_channels
+    prompts = PromptEmbeddings(
+        {name: torch.empty(images, *shape, dtype=dtype, device="meta") for name, shape in backbone.prompt_shapes().items()}
+    )
+    noisy = torch.empty(images, layout.num_target, channels, device="meta")
+    references = torch.empty(images, layout.num_reference, channels, device="meta")
+    t = torch.empty(images, device="meta")
+    blocks = [backbone.transformer.get_submodule(path) for path in backbone.tap_paths()]
+    with (
+        warnings.catch_warnings(),
+        SavedBytes(backbone.transformer, blocks) as saved,
+        _Device(autocast=mixed_precision == "bf16"),
+    ):
+        warnings.simplefilter("ignore")  # advice about speed, for a pass that computes nothing
+        prediction = backbone.predict(noisy, t, prompts, references, layout)
+    compared = 2 * noisy.nbytes + references.nbytes + 2 * prediction.untyped_storage().nbytes()
+    return Estimate(
+        frozen_weights=frozen * dtype.itemsize,
+        companions=architecture.companions * dtype.itemsize,
+        adapter_weights=4 * trained,
+        adapter_gradients=4 * trained,
+        adamw_moments=8 * trained,
+        kept_activations=saved.outside if model.gradient_checkpointing else saved.total,
+        recomputed_block=saved.largest_block if model.gradient_checkpointing else 0,
+        tokens=compared,
+    )
+
+
+class SavedBytes:
+    """Context manager: bytes that autograd saves for the backward pass of a forward pass inside it, and where.
+
+    Args:
+        module: whose parameters and buffers do not count.
+        blocks: those that gradient checkpointing recomputes.
+    """
+
+    def __init__(self, module: nn.Module, blocks: list[nn.Module]) -> None:
+        self._fixed = {_key(x) for x in (*module.parameters(), *module.buffers())}
+        self._blocks = blocks
+        self._running: int | None = None
+        self._inputs: dict[int, Tensor] = {}  # of blocks: what checkpointing keeps to recompute them from
+        self._saved: dict[int | None, dict[int, Tensor]] = {}  # by block, None outside; the tensors keep their keys unique
+
+    def __enter__(self) -> SavedBytes:
+        self._handles = []
+        for number, block in enumerate(self._blocks):
+            self._handles.append(block.register_forward_pre_hook(self._enter(number), with_kwargs=True))
+            self._handles.append(block.register_forward_hook(self._leave))
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._save, lambda tensor: tensor)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
+        for handle in self._handles:
+            handle.remove()
+
+    def _enter(self, number: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+            self._inputs |= {_key(tensor): tensor.detach() for tensor in tensors if _key(tensor) not in self._fixed}
+            self._running = number
+
+        return hook
+
+    def _leave(self, *_: Any) -> None:
+        self._running = None
+
+    def _save(self, tensor: Tensor) -> Tensor:
+        if _key(tensor) not in self._fixed:
+            self._saved.setdefault(self._running, {})[_key(tensor)] = tensor.detach()
+        return tensor
+
+    @property
+    def outside(self) -> int:
+        """Bytes of the blocks' inputs and of what is saved outside of the blocks."""
+        return _bytes(self._outside)
+
+    @property
+    def _outside(self) -> dict[int, Tensor]:
+        return self._saved.get(None, {}) | self._inputs
+
+    @property
+    def largest_block(self) -> int:
+        """Bytes that the largest block saves beyond its inputs."""
+        inside = [saved for block, saved in self._saved.items() if block is not None]
+        outside = self._outside
+        return max((_bytes({k: v for k, v in saved.items() if k not in outside}) for saved in inside), default=0)
+
+    @property
+    def total(self) -> int:
+        return _bytes({key: tensor for saved in self._saved.values() for key, tensor in saved.items()})
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _bytes(saved: dict[int, Tensor]) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+class _Fused(torch.autograd.Function):
+    """A fused kernel by what it saves: its inputs, one number a row, and where its backward pass needs it the output."""
+
+    @staticmethod
+    def forward(ctx: Any, saves_output: bool, *inputs: Tensor) -> Tensor:
+        output = torch.empty_like(inputs[0])
+        rows = inputs[0].new_empty(inputs[0].shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(*inputs, rows, *[output] * saves_output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise NotImplementedError("shapes only")
+
+
+class _Device(TorchFunctionMode):
+    """What the meta device lacks of a GPU: fused kernels, and autocast for the operations that transformers consist of."""
+
+    def __init__(self, autocast: bool) -> None:
+        super().__init__()
+        self._autocast = autocast
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._autocast and func in (F.linear, F.scaled_dot_product_attention):
+            args, kwargs = _cast((args, kwargs), torch.bfloat16)
+        if self._autocast and func in (F.layer_norm, torch.layer_norm):
+            args, kwargs = _cast((args, kwargs), torch.float32)
+        if func is F.scaled_dot_product_attention:
+            query, key, value = (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))[:3]
+            return _Fused.apply(True, query, key, value)  # type: ignore[no-untyped-call]
+        if func is F.rms_norm:
+            x, weight = args[0], kwargs.get("weight", args[2] if len(args) > 2 else None)
+            if weight is None or weight.dtype == x.dtype:  # others are not fused on a GPU either
+                return _Fused.apply(False, x, *[] if weight is None else [weight])  # type: ignore[no-untyped-call]
+        return func(*args, **kwargs)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {name: _cast(item, dtype) for name, item in value.items()}
+    return tuple(_cast(item, dtype) for item in value) if isinstance(value, tuple) else value
+
+
+def advice(architecture: Architecture, config: TrainConfig, layout_of: Callable[[DataConfig], TokenLayout], pairs: int) -> str:
+    """The estimate of a step by part, and the settings that would save most.
+
+    Args:
+        architecture: the backbone's.
+        config: the run's settings.
+        layout_of: token grids of the batch's pairs under other settings of the data.
+        pairs: pairs in the batch.
+    """
+
+    def of(changed: TrainConfig) -> Estimate:
+        count = min(pairs, changed.data.batch_size)
+        return estimate(architecture, changed.model, changed.lora, changed.mixed_precision, layout_of(changed.data), count)
+
+    now = of(config)
+    saved = {"data.cache=FOLDER": now.companions} if config.data.cache is None else {}
+    for section, name, value in _remedies(config, len(layout_of(config.data).references)):
+        if section:
+            part = dataclasses.replace(getattr(config, section), **{name: value})
+            changed, label = dataclasses.replace(config, **{section: part}), f"{section}.{name}"
+        else:
+            changed, label = dataclasses.replace(config, **{name: value}), name
+        saved[f"{label}={str(value).lower()}"] = now.total - of(changed).total
+    best = sorted((label for label in saved if saved[label] > 0), key=lambda label: -saved[label])[:MAX_ADVICE]
+    lines = "\n".join(f"  {label:<42}{_size(saved[label]):>12} less" for label in best)
+    return f"The estimate of its memory:\n{now}\nWhat would save most, each by itself:\n{lines}"
+
+
+def _remedies(config: TrainConfig, references: int) -> list[tuple[str, str, Any]]:
+    """(section, setting, value) of everything that could be made smaller: halves, and cheaper choices."""
+    half = [("data", "resolution", 16), ("data", "batch_size", 1), ("lora", "rank", 1)]
+    half.append(("data", "reference_resolution" if references == 1 else "reference_resolution_multiple", 16))
+    values = [(s, n, getattr(getattr(config, s), n) // 2 // unit * unit, unit) for s, n, unit in half]
+    remedies: list[tuple[str, str, Any]] = [(s, n, value) for s, n, value, unit in values if value >= unit]
+    if not config.model.gradient_checkpointing and config.model.activation_budget is None:
+        remedies.append(("model", "gradient_checkpointing", True))
+    if config.model.dtype == "fp32":
+        remedies.append(("model", "dtype", "bf16"))
+    if config.mixed_precision == "no":
+        remedies.append(("", "mixed_precision", "bf16"))
+    return remedies
+
+
+def _size(value: int) -> str:
+    return f"{value / GIB:.2f} GiB" if value >= GIB // 100 else f"{value / 2**20:.2f} MiB"

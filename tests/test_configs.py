@@ -1,0 +1,45 @@
+"""The files in configs/ load, through the readers that users start them with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+
+from focusdpo import cli
+from focusdpo.models import TokenLayout
+from focusdpo.models.sizes import released
+from focusdpo.training.memory import estimate
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+FITS = {"train-flux1-uno": ("FLUX.1 dev", 80), "train-klein-4b": ("FLUX.2 klein 4B", 24)}
+
+
+def files(pattern):
+    found = sorted(CONFIGS.glob(pattern))
+    assert found
+    return pytest.mark.parametrize("file", found, ids=lambda file: file.stem)
+
+
+@files("train-*.yaml")
+def test_training_settings(file):
+    _, config = cli.parse_config(["train", "--config", str(file)])
+    assert f"--config configs/{file.name}" in file.read_text(), "how to launch it"
+    name, gigabytes = FITS[file.stem]
+    architecture, side = released(name), config.data.resolution // 16
+    assert architecture.backbone.name == config.model.backbone
+    reference = config.data.reference_resolution_multiple // 16
+    layout = TokenLayout((side, side), ((reference, reference),) * 2)
+    need = estimate(architecture, config.model, config.lora, config.mixed_precision, layout, config.data.batch_size)
+    assert need.total < 0.9e9 * gigabytes, "the GPU that the file's comment names, with a tenth left for what is not estimated"
+    assert f"one GPU of {gigabytes} GB" in file.read_text()
+
+
+@files("accelerate-*.yaml")
+def test_accelerate_settings(file):
+    config = load_config_from_file(str(file))  # refuses unknown names
+    assert isinstance(config, ClusterConfig)
+    assert f"--config_file configs/{file.name}" in file.read_text(), "how to launch it"
+    assert config.distributed_type == "MULTI_GPU" and config.num_processes == 8 * config.num_machines

@@ -1,0 +1,214 @@
+"""The memory estimate against bytes that a step really keeps, and what a user reads when memory runs out."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch.utils._pytree import tree_leaves
+
+from focusdpo import cli
+from focusdpo.data import collate
+from focusdpo.models import TokenLayout
+from focusdpo.models.sizes import Architecture
+from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, ModelConfig, OptimConfig, TrainConfig
+from focusdpo.training.memory import advice, estimate
+from focusdpo.training.step import PreferenceStep
+from focusdpo.training.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+
+@pytest.fixture
+def config(tiny_flux, tiny_pairs, tmp_path):
+    return TrainConfig(
+        model=ModelConfig(path=str(tiny_flux), dtype="fp32", max_sequence_length=16, gradient_checkpointing=False),
+        data=DataConfig(
+            train=str(tiny_pairs), resolution=96, reference_resolution_multiple=48, batch_size=2, num_workers=0, shuffle=False
+        ),
+        output_dir=str(tmp_path / "run"),
+        lora=LoraConfig(rank=8, alpha=8),
+        focus=FocusConfig(tau=0.6),
+        optim=OptimConfig(lr=1e-3),
+        max_steps=3,
+        gradient_accumulation=2,
+        mixed_precision="no",
+        cpu=True,
+    )
+
+
+class Saved:
+    """Bytes of the storages that autograd saves, by address; independent of the estimate's own counting."""
+
+    def __init__(self, *fixed):
+        self.fixed = {tensor.untyped_storage().data_ptr() for tensor in fixed}
+        self.storages = {}
+
+    def add(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.fixed:
+            self.storages[storage.data_ptr()] = storage  # alive: no address is given out twice
+        return tensor
+
+    def hooks(self):
+        return torch.autograd.graph.saved_tensors_hooks(self.add, lambda tensor: tensor)
+
+    @property
+    def bytes(self):
+        return sum(storage.nbytes() for storage in self.storages.values())
+
+
+def block_bytes(trainer, inputs):
+    """What each block, run by itself, saves beyond its inputs and weights."""
+    sizes = []
+    for path, (args, kwargs) in inputs.items():
+        block = trainer.module.get_submodule(path)
+        saved = Saved(*block.parameters(), *(x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)))
+        with saved.hooks():
+            output = block(*args, **kwargs)
+        sizes.append(saved.bytes)
+        del output
+    return sizes
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_estimate_is_what_a_step_keeps(config, checkpointing):
+    config.model.gradient_checkpointing = checkpointing
+    trainer = Trainer(config)
+    trainer.module.train()
+    sizes = trainer.train_set.sizes
+    batch = collate([trainer.train_set[i] for i in range(len(sizes)) if sizes[i] == sizes[0]][:2])
+    noised = trainer.step.noise(batch, torch.Generator().manual_seed(0))
+
+    inputs = {}
+    handles = [
+        trainer.module.get_submodule(path).register_forward_pre_hook(
+            lambda module, args, kwargs, path=path: inputs.update({path: (args, kwargs)}), with_kwargs=True
+        )
+        for path in trainer.backbone.tap_paths()
+    ]
+    saved = Saved(*trainer.module.parameters(), *trainer.module.buffers())
+    with saved.hooks():
+        loss = trainer.step.compare(noised, batch).output.loss
+    for handle in handles:
+        handle.remove()
+    for tensor in (noised.tokens, noised.target, noised.references):
+        saved.add(tensor)
+    activations = saved.bytes + (max(block_bytes(trainer, inputs)) if checkpointing else 0)
+    loss.backward()
+    trainer.optimizer.step()
+
+    layout, pairs = noised.layout, len(batch.prompts)
+    architecture = Architecture.of(trainer.backbone)
+    expected = estimate(architecture, config.model, config.lora, config.mixed_precision, layout, pairs)
+    trained = trainer.parameters
+    moments = [x for state in trainer.optimizer.state.values() for x in state.values() if x.ndim]
+    parts = [x for x in trainer.backbone.pipeline.components.values() if isinstance(x, torch.nn.Module)]
+    weights = sum(p.nbytes for part in parts for p in part.parameters())
+    assert expected.frozen_weights + expected.companions + expected.adapter_weights == weights
+    assert expected.adapter_gradients == sum(p.grad.nbytes for p in trained)
+    assert expected.adamw_moments == sum(x.nbytes for x in moments)
+    estimated = expected.kept_activations + expected.recomputed_block + expected.tokens
+    assert estimated == pytest.approx(activations, rel=0.04)
+    measured = weights + sum(p.grad.nbytes for p in trained) + sum(x.nbytes for x in moments) + activations
+    assert expected.total == pytest.approx(measured, rel=0.02)
+
+
+def raising(monkeypatch, call):
+    """Lets a step run out of memory at its n-th call."""
+    calls, step = [], PreferenceStep.__call__
+
+    def run(self, *args):
+        calls.append(args)
+        if len(calls) == call:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return step(self, *args)
+
+    monkeypatch.setattr(PreferenceStep, "__call__", run)
+
+
+def message_of(config):
+    file = Path(config.output_dir).with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(dataclasses.asdict(config)))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--config", str(file)])
+    return stop.value.code
+
+
+def test_out_of_memory_in_the_first_step_says_what_to_change(config, monkeypatch):
+    raising(monkeypatch, call=1)
+    message = message_of(config)
+    where = (
+        "focusdpo train: error: out of memory in step 1, 1 pair of 96x96 px with references of 32x48, 48x16 px. The estimate"
+    )
+    assert message.startswith(where), message
+    head, remedies = message.split("What would save most, each by itself:\n")
+    for part in ("frozen weights", "adamw moments", "kept activations", "total"):
+        assert part in head
+    assert len(remedies.splitlines()) == 3
+    assert "model.gradient_checkpointing=true" in remedies and "data.resolution=48" in remedies
+
+
+def test_out_of_memory_later_names_step_and_sizes(config, monkeypatch):
+    raising(monkeypatch, call=3)
+    message = message_of(config)
+    assert "out of memory in step 2, " in message and " px with references of " in message
+    assert "What would save" not in message, "a batch fitted: the settings are not the news"
+
+
+def test_out_of_memory_in_the_evaluation(config, monkeypatch):
+    config.data.validation = config.data.train
+    raising(monkeypatch, call=1)
+    assert "out of memory in the evaluation of the held-out pairs, 1 pair of 96x96 px" in message_of(config)
+
+
+def test_advised_savings_are_differences_of_estimates(config):
+    trainer = Trainer(config)
+    architecture, layout = Architecture.of(trainer.backbone), TokenLayout((6, 6), ((3, 3), (3, 3)))
+    lines = advice(architecture, config, lambda data: layout, 2).split("each by itself:\n")[1].splitlines()
+    saved = {line.split()[0]: float(line.split()[1]) for line in lines}  # MiB at this size
+    before, after = (
+        estimate(architecture, dataclasses.replace(config.model, gradient_checkpointing=on), config.lora, "no", layout, 2)
+        for on in (False, True)
+    )
+    assert saved["model.gradient_checkpointing=true"] == pytest.approx((before.total - after.total) / 2**20, abs=0.01)
+    assert "data.batch_size=1" in saved, "half of the activations"
+    assert list(saved.values()) == sorted(saved.values(), reverse=True) and min(saved.values()) > 0
+
+
+def test_models_lists_the_released_sizes(capsys):
+    cli.main(["models", "--resolution", "1024", "--references", "2", "--reference_resolution", "320", "--rank", "32"])
+    text = capsys.readouterr().out
+    assert "FluxPipeline, FluxKontextPipeline" in text and "4096 + 800 tokens of 16x16 px" in text
+    rows = {line[:20].strip(): line[20:].split() for line in text.splitlines() if line.endswith(tuple("0123456789"))}
+    # Parameters as published; FLUX.1's LoRA by hand: 57 blocks of q, k, v, the 19 double ones' to_out, 2 * 3072 * 32 each.
+    published = {
+        "FLUX.1 dev": ("flux", "11.9B", f"{(57 * 3 + 19) * 2 * 3072 * 32 / 1e6:.1f}M", "57"),
+        "FLUX.1 Kontext dev": ("kontext", "11.9B", "37.4M", "57"),
+        "FLUX.2 dev": ("flux2", "32.2B", f"{8 * 4 * 2 * 6144 * 32 / 1e6:.1f}M", "56"),
+        "FLUX.2 klein 4B": ("flux2", "3.9B", f"{5 * 4 * 2 * 3072 * 32 / 1e6:.1f}M", "25"),
+        "FLUX.2 klein 9B": ("flux2", "9.1B", f"{8 * 4 * 2 * 4096 * 32 / 1e6:.1f}M", "32"),
+        "Qwen-Image-Edit 2509": ("qwen-edit-plus", "20.4B", f"{60 * 4 * 2 * 3072 * 32 / 1e6:.1f}M", "60"),
+    }
+    assert {name: tuple(row[:4]) for name, row in rows.items()} == published
+    for row in rows.values():
+        *parts, total = map(float, row[5:])
+        assert total == pytest.approx(math.fsum(parts), abs=0.04)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (["--references", "0"], "references: got 0; expected at least 1"),
+        (["--rank", "0"], "lora.rank: got 0"),
+        (["--resolution", "8"], "data.resolution: got 8; expected at least 16 pixels"),
+    ],
+)
+def test_models_refuses_by_name(argument, message):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["models", *argument])
+    assert message in stop.value.code
