@@ -129,10 +129,11 @@ def draw_steps(result: Result, path: Path) -> None:
     figure, grid = plt.subplots(len(result.steps), 2, figsize=(10, 0.42 * sum(len(s["variants"]) + 3 for s in result.steps)))
     for (left, right), step in zip(np.reshape(grid, (-1, 2)), result.steps, strict=True):
         names = [v["name"] for v in step["variants"]]
-        values = [
-            (left, [v["seconds"] for v in step["variants"]], "seconds per step"),
-            (right, [(v["peak_memory"] or 0) / 2**30 for v in step["variants"]], "peak memory, GiB"),
-        ]
+        values = [(left, [v["seconds"] for v in step["variants"]], "seconds per step")]
+        if all(v["peak_memory"] is not None for v in step["variants"]):
+            values.append((right, [v["peak_memory"] / 2**30 for v in step["variants"]], "peak memory, GiB"))
+        else:
+            right.set_axis_off()  # a CPU's is not measured
         for axes, bars, label in values:
             drawn = axes.barh(names, bars, color=[COLOURS[OURS] if "this library" in n else "#9fc5e8" for n in names])
             axes.bar_label(drawn, fmt="%.4g", fontsize=7, padding=2)
