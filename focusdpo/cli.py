@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+import typing
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -60,13 +63,18 @@ def _demo(config: DemoConfig) -> Work:
 class Command:
     """A subcommand: its settings, what it does with them, its line in --help, and which settings are given by position.
 
-    Where `positional` names any, they are all of the settings without a default.
+    Where `positional` names any, they are all of the settings without a default. A command whose settings have a `config` of
+    their own, which names a training run, takes no file with its settings.
     """
 
     config_class: type[Any]
     prepare: Callable[[Any], Work]
     description: str
     positional: tuple[str, ...] = ()
+
+    @property
+    def about_a_run(self) -> bool:
+        return "config" in self.config_class.__dataclass_fields__
 
 
 # A name of two words is a subcommand of the group that its first word names.
@@ -117,9 +125,12 @@ def build_parser() -> ArgumentParser:
     commands = parser.add_subcommands(title="commands", dest="command")
     groups = {"": commands}
     for name, command in COMMANDS.items():
-        usage = " ".join([f"focusdpo {name}", *map(str.upper, command.positional), "[--config FILE.yaml] [--NAME VALUE ...]"])
+        config = "--config RUN" if command.about_a_run else "[--config FILE.yaml]"
+        usage = " ".join([f"focusdpo {name}", *map(str.upper, command.positional), config, "[--NAME VALUE ...]"])
         options = ArgumentParser(prog=f"focusdpo {name}", description=command.description, usage=usage)
-        options.add_argument("--config", action="config", help="YAML file with these settings; options after it override it.")
+        if not command.about_a_run:
+            help = "YAML file with these settings; options after it override it."
+            options.add_argument("--config", action="config", help=help)
         options.add_class_arguments(command.config_class, as_positional=bool(command.positional))
         group, _, last = name.rpartition(" ")
         if group not in groups:
@@ -133,16 +144,55 @@ def build_parser() -> ArgumentParser:
 def parse_config(argv: list[str]) -> tuple[str, Any]:
     """The command and its checked configuration; exits with a message for anything wrong."""
     parser = build_parser()
-    parsed = parser.parse_args(argv)
+    parsed = parser.parse_args(_join_lists(argv))
     words = [parsed.command]
     if words[0] in GROUPS:
         words.append(parsed[words[0]].command)
     name = " ".join(words)
     try:
         values = vars(parser.instantiate(parsed)[".".join(words)])
-        return name, COMMANDS[name].config_class(**{key: value for key, value in values.items() if key != "config"})
+        command = COMMANDS[name]
+        kept = {key: value for key, value in values.items() if key != "config" or command.about_a_run}
+        return name, command.config_class(**kept)
     except ValueError as error:
         sys.exit(f"focusdpo {name}: error: {error}")
+
+
+def _list_options(settings: type[Any], prefix: str = "--") -> Iterator[tuple[str, bool]]:
+    """Options that take a list, and whether they take nothing else."""
+    for name, kind in typing.get_type_hints(settings).items():
+        if is_dataclass(kind):
+            yield from _list_options(kind, f"{prefix}{name}.")
+        else:
+            kinds = [kind] if typing.get_origin(kind) is list else typing.get_args(kind)
+            if any(typing.get_origin(one) is list for one in kinds):
+                yield f"{prefix}{name}", len(kinds) == 1
+
+
+def _join_lists(argv: list[str]) -> list[str]:
+    """`--timesteps 0.1 0.5` as `--timesteps [0.1, 0.5]`, as other programs take lists; jsonargparse knows the second form."""
+    command = next((name for name in COMMANDS if name.split() == argv[: len(name.split())]), None)
+    options = {} if command is None else dict(_list_options(COMMANDS[command].config_class))
+    joined: list[str] = []
+    words = deque(argv)
+    while words:
+        joined.append(words.popleft())
+        if joined[-1] not in options:
+            continue
+        values = []
+        while words and not words[0].startswith("--"):
+            values.append(words.popleft())
+        is_list = len(values) > 1 or (len(values) == 1 and options[joined[-1]] and not values[0].startswith("["))
+        joined += [json.dumps([_value(value) for value in values])] if is_list else values
+    return joined
+
+
+def _value(text: str) -> Any:
+    """A number, or else the text; YAML would take 4:3 for the number 243."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from focusdpo_kernels import fuse_focus, patch_entropy, structure_field
+from focusdpo_kernels import fuse_focus, patch_entropy, structure_field, topk_mask
 from focusdpo_kernels.checks import check_scores, check_shape, check_tensor
 from focusdpo_kernels.reference import binary_prior
 
@@ -27,6 +27,8 @@ class FocusMask:
         coverage_floor: [B], the lowest A that so many matches can reach: where it is above tau, M_d never switches on.
         all_matched: bool [B], one subject alone may match every target token: no structure can be left.
         tau: the threshold on A that was used.
+        scores: S [B, R, P], E4.
+        counts: K_r, E5, an int or a tensor that broadcasts to [B, R].
     """
 
     mask: Tensor
@@ -37,6 +39,13 @@ class FocusMask:
     coverage_floor: Tensor
     all_matched: Tensor
     tau: float
+    scores: Tensor
+    counts: int | Tensor
+
+    @property
+    def matched(self) -> Tensor:
+        """M' bool [B, R, P]: each subject's matches, E5."""
+        return topk_mask(self.scores, self.counts)
 
     @property
     def detail(self) -> Tensor:
@@ -159,4 +168,6 @@ def focus_mask(
         coverage_floor=rest.clamp_min(0) / union.sum(-1).clamp_min(1),
         all_matched=(matches >= scores.shape[-1]).any(-1),
         tau=tau,
+        scores=scores,
+        counts=counts,
     )

@@ -93,7 +93,7 @@ def result(t, logits, coverage):
     logits, t, coverage = (torch.tensor(x) for x in (logits, t, coverage))
     zero, patches = torch.zeros_like(logits), torch.zeros(len(t), 4)
     output = FocusDPOOutput(zero.sum(), logits, -logits, logits + 1, zero, zero, zero, (logits > 0).float().mean())
-    focus = FocusMask(patches, patches, patches, coverage, patches.bool(), zero, zero.bool(), 0.1)
+    focus = FocusMask(patches, patches, patches, coverage, patches.bool(), zero, zero.bool(), 0.1, patches[:, None], 0)
     return StepResult(output, focus, t)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +118,34 @@ class PreferenceStep:
             prediction = self._predict(noised)
         return Reference(prediction, None if tap is None else tap.scores())
 
+    @torch.no_grad()
+    def tapped_scores(
+        self, noised: Noised, batch: PairBatch, groups: Mapping[str, Sequence[str]], pooling: str = "reference"
+    ) -> dict[str, Tensor]:
+        """S [B, R, P] of the winners by group of blocks, of one forward pass of the model that `focus.feature_source` names.
+
+        Args:
+            noised: tokens and conditioning of the batch.
+            batch: the pairs themselves.
+            groups: paths of the blocks whose similarities are averaged, by any name.
+            pooling: "reference" (E4) or "max" (E4').
+        """
+        reference_mask = reference_token_mask(batch.reference_masks)
+        from_reference = self.focus.feature_source == "reference"
+        with ExitStack() as stack:
+            if from_reference:
+                stack.enter_context(reference_model(self._module))
+            taps = {
+                name: stack.enter_context(self._tap(noised.layout, reference_mask, paths, pooling, each=False))
+                for name, paths in groups.items()
+            }
+            self._predict(noised)
+        return {name: tap.scores() for name, tap in taps.items()}
+
+    def mask_of(self, scores: Tensor, batch: PairBatch) -> FocusMask:
+        """The winners' focus mask of similarity S [B, R, P], whichever blocks it is of."""
+        return self._mask(scores, pool_mask(batch.prior), batch.winner, reference_token_mask(batch.reference_masks))
+
     def compare(self, noised: Noised, batch: PairBatch, reference: Reference | None = None) -> StepResult:
         """Runs reference and policy on a noised batch, forms the mask and takes the loss.
 
@@ -219,15 +247,24 @@ class PreferenceStep:
     def _predict(self, noised: Noised) -> Tensor:
         return self.backbone.predict(noised.tokens, noised.t, noised.prompts, noised.references, noised.layout)
 
-    def _tap(self, layout: TokenLayout, reference_mask: Tensor) -> SimilarityTap:
-        each = self.focus.mask_from == "each"
+    def _tap(
+        self,
+        layout: TokenLayout,
+        reference_mask: Tensor,
+        paths: Sequence[str] | None = None,
+        pooling: str = "reference",
+        each: bool | None = None,
+    ) -> SimilarityTap:
+        """A tap of the run's own blocks, or of others; of the winners alone, or of winners and losers (`each`)."""
+        each = self.focus.mask_from == "each" if each is None else each
         return SimilarityTap(
             self._module,
-            self.paths,
+            self.paths if paths is None else paths,
             image_tokens=self.backbone.image_tokens,
             num_target=layout.num_target,
             reference_mask=reference_mask.repeat(2, 1, 1) if each else reference_mask,
             rows=slice(None) if each else slice(0, reference_mask.shape[0]),
+            pooling=pooling,
             backend=self.backend,
         )
 

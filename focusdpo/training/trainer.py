@@ -17,10 +17,8 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from focusdpo.data import PairBatch, PairDataset, SizeBatches, leave_out_misfits
-from focusdpo.models.base_lora import merge_base_lora
-from focusdpo.models.quantization import quantize
 from focusdpo.models.sizes import Architecture
-from focusdpo.training.adapter import adapter_state, add_adapter
+from focusdpo.training.adapter import adapter_state
 from focusdpo.training.batches import (
     TrainingBatches,
     check_match_count,
@@ -31,7 +29,7 @@ from focusdpo.training.batches import (
     sizes_vary,
 )
 from focusdpo.training.cache import EncodingCache
-from focusdpo.training.checkpoints import Checkpoints, Progress, Stateful, load_adapter
+from focusdpo.training.checkpoints import Checkpoints, Progress, Stateful
 from focusdpo.training.compilation import compile_blocks
 from focusdpo.training.config import TrainConfig
 from focusdpo.training.draws import generators
@@ -42,6 +40,7 @@ from focusdpo.training.memory import batch_advice, batch_text, explained, run_ad
 from focusdpo.training.metrics import Averager, MetricsFile, peak_memory_mib, read_metrics, step_metrics
 from focusdpo.training.model_card import write_model_card
 from focusdpo.training.optimizers import build_optimizer, step_size
+from focusdpo.training.policy import add_policy
 from focusdpo.training.reference_cache import ReferenceCache
 from focusdpo.training.run_folder import METRICS_FILE, SAMPLES_FOLDER, VALIDATION_FILE, RunFolder, settings_of
 from focusdpo.training.samples import Samples
@@ -107,15 +106,9 @@ class Trainer:
                 cache.fill(self.accelerator, lambda: load_backbone(config, "encoders"))
         with self._explained("the model was loaded"):
             self.backbone = load_backbone(config, "all" if config.data.cache is None else "transformer")
-        if config.model.base_lora is not None:
-            merge_base_lora(self.backbone.pipeline, config.model.base_lora, config.model.base_lora_scale)
         self.module = self.backbone.transformer
-        if config.model.quantization is not None:
-            with self._explained("the model was quantised"):
-                quantize(self.backbone, config.model.quantization, self.accelerator.device)
-        add_adapter(self.backbone, config.lora, config.seed)
-        if run.checkpoint is not None:
-            load_adapter(run.checkpoint, self.module)
+        with self._explained("the model was made ready"):
+            add_policy(self.backbone, config, run.checkpoint, self.accelerator.device)
         if config.model.gradient_checkpointing:
             self.module.enable_gradient_checkpointing()
         if config.model.compile:
