@@ -14,6 +14,11 @@ from transformers import (
     BlipConfig,
     BlipForConditionalGeneration,
     BlipProcessor,
+    CLIPConfig,
+    CLIPModel,
+    CLIPProcessor,
+    Dinov2Config,
+    Dinov2Model,
     GroundingDinoConfig,
     GroundingDinoForObjectDetection,
     GroundingDinoProcessor,
@@ -25,7 +30,9 @@ from transformers import (
     ViTConfig,
     ViTModel,
 )
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.grounding_dino.image_processing_pil_grounding_dino import GroundingDinoImageProcessorPil
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -123,3 +130,18 @@ def write_tiny_features(folder: Path) -> Path:
     sizes = {"hidden_size": 16, "intermediate_size": 16, "image_size": 32, "patch_size": 8}
     config = ViTConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)
     return write(folder, ViTModel(config), ViTImageProcessorPil(size={"height": 32, "width": 32}))
+
+
+def write_tiny_clip(folder: Path) -> Path:
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    special = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
+    text = {**tower, **special, "vocab_size": len(WORDS), "max_position_embeddings": 12}
+    config = CLIPConfig(text_config=text, vision_config={**tower, "image_size": 32, "patch_size": 8}, projection_dim=8)
+    images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    return write(folder, CLIPModel(config), CLIPProcessor(images, tokenizer()))
+
+
+def write_tiny_dinov2(folder: Path) -> Path:
+    sizes = {"hidden_size": 16, "image_size": 28, "patch_size": 14, "mlp_ratio": 1}
+    images = BitImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28})
+    return write(folder, Dinov2Model(Dinov2Config(**sizes, num_hidden_layers=1, num_attention_heads=2)), images)
