@@ -29,6 +29,15 @@ from focusdpo.data_commands import (
     prepare_validation,
 )
 from focusdpo.demo.config import DemoConfig
+from focusdpo.evaluation.metrics.config import EvaluateConfig
+from focusdpo.evaluation.metrics.evaluate import prepare_evaluation
+from focusdpo.evaluation.run_page.command import prepare_report
+from focusdpo.evaluation.run_page.config import ReportConfig
+from focusdpo.experiments.ablation.config import AblationConfig
+from focusdpo.experiments.masks import MasksConfig, prepare_masks
+from focusdpo.experiments.microcosm.config import MicrocosmConfig
+from focusdpo.experiments.stress.command import prepare_stress
+from focusdpo.experiments.stress.config import StressConfig
 from focusdpo.list_models import ModelsConfig, prepare_list
 from focusdpo.training.config import TrainConfig
 
@@ -50,6 +59,18 @@ def _train(config: TrainConfig) -> Work:
 
     trainer = told(lambda: Trainer(config))
     return lambda: told(trainer.train)
+
+
+def _ablate(config: AblationConfig) -> Work:
+    from focusdpo.experiments.ablation.command import prepare_ablation
+
+    return prepare_ablation(config)
+
+
+def _microcosm(config: MicrocosmConfig) -> Work:
+    from focusdpo.experiments.microcosm.command import prepare_microcosm
+
+    return prepare_microcosm(config)
 
 
 def _demo(config: DemoConfig) -> Work:
@@ -88,6 +109,17 @@ COMMANDS = {
         "Convert UNO's LoRA to diffusers' format, and back.",
         positional=("source", "out_dir"),
     ),
+    "evaluate": Command(EvaluateConfig, prepare_evaluation, "Measure generated images: CLIP-I, CLIP-T, DINO, leakage, FID."),
+    "report": Command(
+        ReportConfig,
+        prepare_report,
+        "Write the page of a training run: curves, alarms, masks, samples.",
+        positional=("run_dir",),
+    ),
+    "masks": Command(MasksConfig, prepare_masks, "Draw the masks of one pair of a run, by time and group of blocks."),
+    "ablate": Command(AblationConfig, _ablate, "Train variants of a run with several seeds, and compare them."),
+    "microcosm": Command(MicrocosmConfig, _microcosm, "Teach a small model a small world, and run the ablation on it."),
+    "stress": Command(StressConfig, prepare_stress, "Test whether S tells subjects apart that look alike."),
     "data validate": Command(
         ValidateConfig,
         prepare_validation,
@@ -126,6 +158,8 @@ def build_parser() -> ArgumentParser:
     groups = {"": commands}
     for name, command in COMMANDS.items():
         config = "--config RUN" if command.about_a_run else "[--config FILE.yaml]"
+        if command.about_a_run and command.config_class.__dataclass_fields__["config"].default is None:
+            config = "[--config RUN]"
         usage = " ".join([f"focusdpo {name}", *map(str.upper, command.positional), config, "[--NAME VALUE ...]"])
         options = ArgumentParser(prog=f"focusdpo {name}", description=command.description, usage=usage)
         if not command.about_a_run:
@@ -161,7 +195,7 @@ def parse_config(argv: list[str]) -> tuple[str, Any]:
 def _list_options(settings: type[Any], prefix: str = "--") -> Iterator[tuple[str, bool]]:
     """Options that take a list, and whether they take nothing else."""
     for name, kind in typing.get_type_hints(settings).items():
-        if is_dataclass(kind):
+        if isinstance(kind, type) and is_dataclass(kind):
             yield from _list_options(kind, f"{prefix}{name}.")
         else:
             kinds = [kind] if typing.get_origin(kind) is list else typing.get_args(kind)

@@ -12,7 +12,7 @@ from focusdpo.mask import FocusMask
 from focusdpo_kernels import FocusFields, preference_residual
 from focusdpo_kernels.checks import check_choice, check_device, check_no_grad, check_shape, check_tensor
 
-LOSS_TYPES = ("sigmoid", "ipo", "hinge")
+LOSS_TYPES = ("sigmoid", "ipo", "hinge", "sft")
 
 
 class FocusDPOOutput(NamedTuple):
@@ -114,7 +114,8 @@ def focus_dpo_loss(
         sample_weight: [B], multiplies each pair's loss before the mean over the batch.
         reduction: "mean" over P*C, "sum", or "masked_mean"; see `focusdpo_kernels.preference_residual`.
         mask_power: 1, or 2 to put the mask inside the norm.
-        loss_type: "sigmoid"; "hinge", max(0, 1 - logit); "ipo", (logit / beta - 1 / (2 beta))^2.
+        loss_type: "sigmoid"; "hinge", max(0, 1 - logit); "ipo", (logit / beta - 1 / (2 beta))^2; "sft",
+            w_t e_pol(win), supervised fine-tuning on winners.
         label_smoothing: cDPO, the assumed share of flipped pairs in [0, 0.5); with "sigmoid" only.
         winner_anchor: alpha >= 0, adds alpha * e_pol(win) to keep the winner's error from rising.
         loser_scale: None, or "sdpo" (arXiv 2511.03317): scales the loser's gradient by
@@ -174,8 +175,10 @@ def focus_dpo_loss(
             losses = losses - label_smoothing * F.logsigmoid(-logits)
     elif loss_type == "hinge":
         losses = torch.relu(1 - logits)
-    else:
+    elif loss_type == "ipo":
         losses = (scaled - 1 / (2 * beta)) ** 2
+    else:
+        losses = residual.policy_win if timestep_weight is None else timestep_weight * residual.policy_win
     if winner_anchor:
         losses = losses + winner_anchor * residual.policy_win
     if sample_weight is not None:

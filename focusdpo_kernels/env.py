@@ -50,15 +50,20 @@ def _choice(device: str) -> str:
     return f"{backend}, the automatic choice on {device}{extra}"
 
 
-def report() -> str:
-    """The text that the command prints."""
+def report(backends: bool = True) -> str:
+    """The text that the command prints.
+
+    Args:
+        backends: also say which backend runs on each device. Asking takes a little memory on all of them, which belongs to the
+            other processes where each has a device of its own.
+    """
     lines = [f"python {platform.python_version()} on {platform.platform()}"]
     lines += [f"{package} {_version(package)}" for package in PACKAGES]
     lines.append(f"torch built for CUDA {torch.version.cuda or '-'}, ROCm {torch.version.hip or '-'}")
     lines += _devices()
     lines += [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
     lines.append(f"interpreter: {'on' if INTERPRETED else 'off'}")
-    for line in _devices():
+    for line in _devices() if backends else []:
         device = line.split(": ")[0]
         lines.append(f"backend for {device} tensors: {_choice(device)}")
     return "\n".join(lines)

@@ -142,7 +142,7 @@ def test_residual(data, seed, dtype):
     seed=seeds,
     beta=st.floats(1e-3, 1e6),
     scale=st.sampled_from([0.0, 1e-6, 1.0, 1e4]),
-    loss_type=st.sampled_from(["sigmoid", "hinge", "ipo"]),
+    loss_type=st.sampled_from(["sigmoid", "hinge", "ipo", "sft"]),
     loser_scale=st.sampled_from([None, "sdpo"]),
     reduction=st.sampled_from(["mean", "sum", "masked_mean"]),
     keep=st.sampled_from([0.0, 0.5, 1.0]),

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import http.server
 import json
 import logging
-import queue
 import re
-import shutil
-import subprocess
-import threading
 from urllib.parse import unquote
 
 import numpy as np
@@ -19,9 +13,7 @@ from PIL import Image
 
 from focusdpo import cli
 from focusdpo.evaluation.pairs_page import outlines_of, write_page
-
-CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
-browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; `apt-get install chromium` brings one")
+from tests.browser import browser, in_browser
 
 PAIRS = 1000
 BROKEN = 7  # line of the pair without a winner
@@ -69,51 +61,8 @@ def thousand(tmp_path_factory):
     return folder
 
 
-def in_browser(folder, profile, script):
-    """Runs a script beside folder/page.html, shown in a frame, in Chromium. Returns what it sees, and the thumbnails asked for.
-
-    The script sends what it saw: --dump-dom and --screenshot would load every image, lazy or not.
-    """
-    (folder / "driver.html").write_text(DRIVER.replace("SCRIPT", script))
-    asked, seen = set(), queue.Queue()
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def do_POST(self):
-            seen.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(204)
-            self.end_headers()
-
-        def log_message(self, *arguments):
-            if self.path.endswith(".webp"):
-                asked.add(self.path.rpartition("/")[2])
-
-    # The sandbox needs privileges that containers lack, and /dev/shm is small there.
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1400,1000"]
-    command += [f"--user-data-dir={profile}", "--remote-debugging-port=0"]
-    handler = functools.partial(Handler, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}/driver.html"
-        with subprocess.Popen([*command, address], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as chromium:
-            try:
-                return seen.get(timeout=120), asked
-            finally:
-                chromium.terminate()
-                server.shutdown()
-
-
-DRIVER = """<!doctype html><body><iframe src="page.html" width="1300" height="900"></iframe><script>
-document.querySelector("iframe").onload = async (event) => {
-  const { contentWindow: view, contentDocument: page } = event.target;
-  const pause = (time) => new Promise((done) => setTimeout(done, time ?? 20));
-  const cards = [...page.querySelectorAll("article")];
-  const seen = {};
-  try { SCRIPT } catch (error) { seen.error = String(error.stack); }
-  await fetch("seen", { method: "POST", body: JSON.stringify(seen) });
-};
-</script>"""
-
 LOADING = """
+  const cards = [...page.querySelectorAll("article")];
   const picture = (index) => cards[index].querySelector(".targets img");
   const loaded = () => [...page.images].filter((image) => image.complete && image.naturalWidth).length;
   seen.cards = cards.length;
@@ -132,15 +81,17 @@ LOADING = """
 @browser
 def test_thousand_pairs_are_all_there_and_few_are_loaded(thousand, tmp_path):
     seen, asked = in_browser(thousand, tmp_path, LOADING)
-    assert "error" not in seen, seen
+    assert "error" not in seen and seen["console"] == [], seen
     assert (seen["cards"], seen["count"]) == (PAIRS, f"{PAIRS} pairs")
     assert seen["images"] == len(list((thousand / "page_files" / "thumbnails").iterdir())) > 4 * PAIRS
     assert 4 <= seen["loaded"] < seen["images"] / 10, "what is in sight is loaded, what is far below is not"
     assert not seen["far"] and seen["scrolled"] == SIDE, "until one goes there"
+    asked = {name for name in asked if name.endswith(".webp")}
     assert "000000_winner.webp" in asked and len(asked) < seen["images"] / 5
 
 
 CONTROLS = """
+  const cards = [...page.querySelectorAll("article")];
   const field = (id) => page.getElementById(id);
   const set = (id, value) => { field(id).value = value; field(id).dispatchEvent(new view.Event("input", { bubbles: true })); };
   const press = async (key, target) => {

@@ -6,9 +6,9 @@ import importlib
 from typing import Any
 
 
-def require(module: str, what: str) -> Any:
-    """A package of the extra `data`; ModuleNotFoundError says which extra that is."""
+def require(module: str, what: str, extra: str = "data") -> Any:
+    """An optional package; ModuleNotFoundError says which extra brings it."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{what} needs {module}, which is not installed; pip install 'focusdpo[data]'") from error
+        raise ModuleNotFoundError(f"{what} needs {module}, which is not installed; pip install 'focusdpo[{extra}]'") from error

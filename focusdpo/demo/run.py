@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -18,19 +19,22 @@ from focusdpo.demo.scenes import write_dataset
 from focusdpo.demo.tiny_flux import write_tiny_flux
 from focusdpo.evaluation.curves import draw_curves
 from focusdpo.evaluation.overlays import draw_overlays
+from focusdpo.evaluation.run_page.page import write_run_page
 from focusdpo.folders import check_folder, clear_folder
-from focusdpo.training.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, TrainConfig
+from focusdpo.training.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, SamplesConfig, TrainConfig
 from focusdpo.training.metrics import read_metrics
 from focusdpo.training.samples import MASK_TIMES, masks_at
 from focusdpo.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-PARTS = ("data", "model", "run", "overlays", "curves.png", "sample.png", "train.yaml")
+PARTS = ("data", "model", "run", "overlays", "curves.png", "sample.png", "train.yaml", "report.html")
+MAX_SAMPLED = 2  # held-out pairs that are sampled while training
 
 
 def train_config(config: DemoConfig, folder: Path) -> TrainConfig:
     """The demo's training run: that of a user, on a small scale."""
+    sampled = max(min(config.overlays, MAX_SAMPLED), 1)
     return TrainConfig(
         model=ModelConfig(path=str(folder / "model"), dtype="fp32", gradient_checkpointing=False, max_sequence_length=64),
         data=DataConfig(
@@ -45,6 +49,7 @@ def train_config(config: DemoConfig, folder: Path) -> TrainConfig:
         output_dir=str(folder / "run"),
         lora=LoraConfig(rank=8, alpha=16),
         optim=OptimConfig(lr=1e-4, scheduler="cosine", warmup_steps=min(10, config.steps)),
+        samples=SamplesConfig(every=math.ceil(config.steps / 2) if config.overlays else 0, count=sampled, steps=4),
         max_steps=config.steps,
         mixed_precision="no",
         seed=config.seed,
@@ -81,6 +86,7 @@ def run_demo(config: DemoConfig) -> None:
     draw_curves(rows, validation, folder / "curves.png")
     _draw_overlays(trainer, config, folder / "overlays")
     _sample(folder)
+    write_run_page(folder / "run", folder / "report.html")
 
     before, after = validation[0], validation[-1]
     print(
@@ -98,6 +104,7 @@ held-out pairs ({config.held_out}; {config.steps} steps on {config.pairs} others
   overlays    {folder / "overlays"}
   LoRA        {folder / "run" / "lora" / "pytorch_lora_weights.safetensors"}
   sample      {folder / "sample.png"}
+  report      {folder / "report.html"}  (the run as one page: open it in a browser)
 done in {time.perf_counter() - started:.0f} s"""
     )
 

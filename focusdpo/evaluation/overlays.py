@@ -1,24 +1,37 @@
-"""The masks of a pair, drawn over its winner."""
+"""The masks of a pair, drawn over its winner: which token matches whom, and what the loss looks at."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.patches import Patch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from focusdpo.data import PairBatch
 from focusdpo.data.images import PATCH_SIZE
+from focusdpo.features import pool_mask
 from focusdpo.mask import FocusMask
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # after the choice of a backend that needs no screen
 
+Field = NDArray[np.float32]  # [rows, columns] of tokens
 COLOURS = "viridis"  # perceptually uniform
+SUBJECTS = ("#ff5a36", "#36c5ff", "#ff7ad9", "#ffffff", "#ffb000", "#b388ff")  # hardly any of them in viridis
+COMMON = "#ff2d95"  # a prior for all subjects
+STRIPES = 12  # parts of a token's width, so that two to six subjects share it evenly
+PANEL = 2.7  # inches
 
 
 @dataclass(frozen=True)
@@ -29,83 +42,193 @@ class MaskAtTime:
     focus: FocusMask
 
 
-def draw_overlays(batch: PairBatch, masks: list[MaskAtTime], path: Path | BinaryIO, title: str) -> None:
-    """Draws references, winner and loser, then matches, M_s, M_d and M over the winner, a row per time.
+def draw_overlays(batch: PairBatch, masks: Sequence[MaskAtTime], path: Path | BinaryIO, title: str) -> None:
+    """Draws references, winner and loser, then S of each subject, M', M_s, M_d and M over the winner, a row per time.
 
     Args:
-        batch: one pair.
+        batch: one pair of R references.
         masks: its masks at several times.
         path: the PNG, or an open file to write it to.
         title: what the page is headed with.
     """
-    winner, loser = _picture(batch.winner[0]), _picture(batch.loser[0])
-    rows, columns = winner.shape[0] // PATCH_SIZE, winner.shape[1] // PATCH_SIZE
-    prior = masks[0].focus.prior[0].reshape(rows, columns).cpu().numpy()
-    figure, axes = plt.subplots(len(masks) + 1, 4, figsize=(11, 2.9 * (len(masks) + 1)), constrained_layout=True)
-    figure.suptitle(title)
-    _show(axes[0, 0], _side_by_side([_picture(image[0]) for image in batch.references]), "references")
-    _show(axes[0, 1], winner, "winner, prior outlined")
-    _show(axes[0, 2], loser, "loser")
-    _show(axes[0, 3], np.abs(winner - loser).clip(0, 1), "difference")
-    _outline(axes[0, 1], prior)
-    shown = None
-    for axis_row, mask in zip(axes[1:], masks, strict=True):
-        focus = mask.focus
-        branch = "detail" if bool(focus.uses_detail[0]) else "structure"
-        fields = {
-            f"t = {mask.t:.1f}: matched, within the prior": focus.prior * (1 - focus.structure),
-            f"$M_s$ (A = {float(focus.coverage[0]):.2f})": focus.structure,
-            "$M_d$, within the prior": focus.detail,
-            f"M ({branch} branch)": focus.mask,
-        }
-        for axis, (name, field) in zip(axis_row, fields.items(), strict=True):
-            values = field[0].float().reshape(rows, columns).cpu().numpy()
-            _show(axis, winner, name)
-            size = winner.shape[1], winner.shape[0]
-            shown = axis.imshow(
-                np.ma.masked_less_equal(values, 0),
-                cmap=COLOURS,
-                vmin=0,
-                vmax=1,
-                alpha=0.75,
-                extent=(0, size[0], size[1], 0),
-                interpolation="nearest",
-            )
-            _outline(axis, prior)
-    if shown is not None:
-        figure.colorbar(shown, ax=axes[1:, 3], label="weight of a token (0 is clear)", shrink=0.8)
+    winner, loser = picture(batch.winner[0]), picture(batch.loser[0])
+    grid = winner.shape[0] // PATCH_SIZE, winner.shape[1] // PATCH_SIZE
+    priors = token_fields(pool_mask(batch.prior)[0], grid)
+    subjects, rows = len(batch.references), len(masks) + 1
+    high = PANEL * max(winner.shape[0] / winner.shape[1], 0.6) + 0.35
+    figure, axes = plt.subplots(
+        rows, subjects + 4, figsize=(PANEL * (subjects + 4) + 0.8, high * rows + 0.5), constrained_layout=True, squeeze=False
+    )
+    figure.suptitle(title, wrap=True)
+    for r, image in enumerate(batch.references):
+        show(axes[0, r], picture(image[0]), f"reference {r + 1}")
+        frame(axes[0, r], SUBJECTS[r])
+    show(axes[0, subjects], winner, "winner, prior, token grid")
+    outline(axes[0, subjects], priors)
+    token_lines(axes[0, subjects], grid)
+    show(axes[0, subjects + 1], loser, "loser")
+    show(axes[0, subjects + 2], np.abs(winner - loser).clip(0, 1), "|winner - loser|")
+    legend(axes[0, subjects + 3], subjects, len(priors) > 1)
+    weights = None
+    for row, mask in zip(axes[1:], masks, strict=True):
+        weights = _draw_fields(figure, row, winner, priors, mask)
+    if weights is not None:
+        figure.colorbar(
+            weights, ax=axes[1:, -1], label="$M_s$, $M_d$, M: weight of a token (0 is clear)", shrink=0.6, aspect=30
+        )
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
-def _picture(image: Tensor) -> np.ndarray:
-    return image.permute(1, 2, 0).cpu().numpy()
+def _draw_fields(figure: Figure, row: NDArray[np.object_], winner: Field, priors: list[Field], mask: MaskAtTime) -> AxesImage:
+    """S of each subject, M', M_s, M_d and M at one time."""
+    focus, grid = mask.focus, priors[0].shape
+    scores = token_fields(focus.scores[0], grid)
+    matched = token_fields(focus.matched[0], grid)
+    subjects = len(scores)
+    show_scores(figure, list(row[:subjects]), winner, scores, priors)
+    row[0].set_ylabel(f"t = {mask.t:g}", fontsize=13, fontweight="bold")
+    coverage, tau = float(focus.coverage[0]), focus.tau
+    branch = f"detail: A \N{LESS-THAN OR EQUAL TO} {tau:g}" if bool(focus.uses_detail[0]) else f"structure: A > {tau:g}"
+    show_matches(row[subjects], winner, matched, priors, f"M': {' + '.join(str(int(one.sum())) for one in matched)} matches")
+    fields = {
+        f"$M_s$: A = {coverage:.2f}": focus.structure,
+        "$M_d$ within the prior": focus.detail,
+        f"M ({branch})": focus.mask,
+    }
+    for axis, (name, field) in zip(row[subjects + 1 :], fields.items(), strict=True):
+        show(axis, gray(winner), name)
+        (values,) = token_fields(field, grid)
+        drawn = axis.imshow(
+            np.ma.masked_less_equal(values, 0),
+            cmap=COLOURS,
+            vmin=0,
+            vmax=1,
+            alpha=0.85,
+            extent=_extent(grid),
+            interpolation="nearest",
+        )
+        outline(axis, priors)
+    return drawn
 
 
-def _side_by_side(images: list[np.ndarray]) -> np.ndarray:
-    height = max(image.shape[0] for image in images)
-    padded = [np.pad(i, ((0, height - i.shape[0]), (0, 8), (0, 0)), constant_values=1.0) for i in images]
-    return np.concatenate(padded, axis=1)
+def picture(image: Tensor) -> Field:
+    """Pixels [3, H, W] in [0, 1] as [H, W, 3]."""
+    return image.permute(1, 2, 0).float().cpu().numpy()
 
 
-def _show(axis: Axes, image: np.ndarray, title: str) -> None:
+def gray(image: Field) -> Field:
+    """An image without colours and with less contrast, to lay fields over."""
+    return np.repeat(0.15 + 0.7 * image.mean(-1, keepdims=True), 3, axis=-1)
+
+
+def token_fields(values: Tensor, grid: tuple[int, ...]) -> list[Field]:
+    """[P] or [R, P] as one field [rows, columns] each."""
+    fields = values.reshape(-1, *grid)
+    return list((fields if fields.dtype == torch.bool else fields.float()).cpu().numpy())
+
+
+def show(axis: Axes, image: Field, title: str) -> None:
+    """An image [H, W, 3] under its title."""
     axis.imshow(image, extent=(0, image.shape[1], image.shape[0], 0))
     axis.set_title(title, fontsize=10)
     axis.set_xticks([])
     axis.set_yticks([])
 
 
-def _outline(axis: Axes, prior: np.ndarray) -> None:
-    """The token prior's border, along token edges."""
-    padded = np.pad(prior, 1)
-    for row, column in zip(*np.nonzero(prior), strict=True):
-        x, y = column * PATCH_SIZE, row * PATCH_SIZE
-        edges = {
-            (0, 1): ((x, x + PATCH_SIZE), (y, y)),
-            (2, 1): ((x, x + PATCH_SIZE), (y + PATCH_SIZE, y + PATCH_SIZE)),
-            (1, 0): ((x, x), (y, y + PATCH_SIZE)),
-            (1, 2): ((x + PATCH_SIZE, x + PATCH_SIZE), (y, y + PATCH_SIZE)),
-        }
-        for (dy, dx), (xs, ys) in edges.items():
-            if not padded[row + dy, column + dx]:
-                axis.plot(xs, ys, color="red", linewidth=1.5)
+def show_scores(figure: Figure, axes: Sequence[Axes], winner: Field, scores: Sequence[Field], priors: Sequence[Field]) -> None:
+    """S of each subject in a panel of its own, on one scale whose ends are named; a subject without a token has none."""
+    finite = np.concatenate([one[np.isfinite(one)] for one in scores])
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    drawn = None
+    for r, (axis, field) in enumerate(zip(axes, scores, strict=True)):
+        show(axis, gray(winner), f"S of reference {r + 1}")
+        frame(axis, SUBJECTS[r])
+        values = np.ma.masked_invalid(field)
+        drawn = axis.imshow(
+            values, cmap=COLOURS, vmin=low, vmax=high, alpha=0.78, extent=_extent(field.shape), interpolation="nearest"
+        )
+        outline(axis, priors)
+    assert drawn is not None
+    bar = figure.colorbar(drawn, ax=list(axes), shrink=0.75, aspect=25, pad=0.02)
+    # Ends first: a narrow range of cosines is the finding, and must not look like a wide one.
+    ticks = np.linspace(low, high, 3).tolist()
+    bar.set_ticks(ticks, labels=[f"{value:.3f}" for value in ticks])
+    bar.set_label("S (cosine, -1 to 1)")
+
+
+def show_matches(axis: Axes, winner: Field, matched: Sequence[Field], priors: Sequence[Field], title: str) -> None:
+    """M': each subject's matches in its colour; a token that several match is striped."""
+    stripes = np.zeros((*matched[0].shape, STRIPES, 4))
+    stack = np.stack([one.astype(bool) for one in matched])
+    for y, x in zip(*np.nonzero(stack.any(0)), strict=True):
+        who = np.flatnonzero(stack[:, y, x])
+        for i in range(STRIPES):
+            stripes[y, x, i] = to_rgba(SUBJECTS[who[i * len(who) // STRIPES]], 0.85)
+    show(axis, gray(winner), title)
+    rows, columns = matched[0].shape
+    axis.imshow(
+        stripes.reshape(rows, columns * STRIPES, 4), extent=_extent((rows, columns)), interpolation="nearest", aspect="equal"
+    )
+    outline(axis, priors)
+
+
+def outline(axis: Axes, priors: Sequence[Field]) -> None:
+    """The border of each token region along token edges, in its subject's colour where there are several."""
+    for r, prior in enumerate(priors):
+        colour = SUBJECTS[r] if len(priors) > 1 else COMMON
+        lines = list(_edges(prior))
+        for width, stroke in ((3.2, "black"), (1.6, colour)):  # dark around it: seen on any field
+            axis.plot(*_joined(lines), color=stroke, linewidth=width, solid_capstyle="round")
+
+
+def _edges(region: Field) -> Iterable[tuple[tuple[int, int], tuple[int, int]]]:
+    padded = np.pad(region.astype(bool), 1)
+    for row, column in zip(*np.nonzero(region), strict=True):
+        x, y = int(column) * PATCH_SIZE, int(row) * PATCH_SIZE
+        right, bottom = x + PATCH_SIZE, y + PATCH_SIZE
+        edges = {(0, 1): ((x, right), (y, y)), (2, 1): ((x, right), (bottom, bottom)), (1, 0): ((x, x), (y, bottom))}
+        edges[1, 2] = ((right, right), (y, bottom))
+        yield from (edge for (dy, dx), edge in edges.items() if not padded[row + dy, column + dx])
+
+
+def _joined(lines: Iterable[tuple[tuple[int, int], tuple[int, int]]]) -> tuple[list[float], list[float]]:
+    """All lines as one, with gaps."""
+    xs: list[float] = []
+    ys: list[float] = []
+    for (x0, x1), (y0, y1) in lines:
+        xs += [x0, x1, np.nan]
+        ys += [y0, y1, np.nan]
+    return xs, ys
+
+
+def token_lines(axis: Axes, grid: tuple[int, ...]) -> None:
+    """The borders of all tokens."""
+    for row in range(1, grid[0]):
+        axis.axhline(row * PATCH_SIZE, color="white", linewidth=0.4, alpha=0.6)
+    for column in range(1, grid[1]):
+        axis.axvline(column * PATCH_SIZE, color="white", linewidth=0.4, alpha=0.6)
+
+
+def frame(axis: Axes, colour: str) -> None:
+    """A panel's border in a subject's colour; white needs a dark rim."""
+    for spine in axis.spines.values():
+        spine.set(edgecolor="black" if colour == "#ffffff" else colour, linewidth=3)
+
+
+def legend(axis: Axes, subjects: int, per_subject: bool) -> None:
+    """What the colours mean."""
+    axis.axis("off")
+    handles = [Patch(facecolor=SUBJECTS[r], edgecolor="black", label=f"matches of reference {r + 1}") for r in range(subjects)]
+    if per_subject:
+        handles += [
+            Patch(facecolor="none", edgecolor=SUBJECTS[r], linewidth=2, label=f"prior {r + 1}") for r in range(subjects)
+        ]
+    else:
+        handles.append(Patch(facecolor="none", edgecolor=COMMON, linewidth=2, label="prior, of all subjects"))
+    handles.append(Patch(facecolor="none", edgecolor="none", label="striped: several match it"))
+    axis.legend(handles=handles, loc="center left", fontsize=9, frameon=False)
+
+
+def _extent(grid: tuple[int, ...]) -> tuple[float, float, float, float]:
+    return 0, grid[1] * PATCH_SIZE, grid[0] * PATCH_SIZE, 0

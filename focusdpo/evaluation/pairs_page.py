@@ -18,10 +18,10 @@ from focusdpo.data.checks import CheckedPair
 from focusdpo.data.images import Size, read_image, read_mask
 from focusdpo.data.records import Problem
 from focusdpo.data.validation import check_pairs
+from focusdpo.evaluation import pages
 from focusdpo.folders import check_folder, clear_folder
 
 THUMBNAILS = "thumbnails"
-WRITTEN_BY = '<meta name="generator" content="focusdpo">'  # in the template's head: a page without it is not ours to replace
 GAIN = 2  # of the difference, so that a faint one is seen
 COMMON = "#ff2d95"  # a prior for all subjects; on hardly any photo
 SUBJECTS = (  # one for each of six subjects, where each has its own prior
@@ -69,17 +69,10 @@ def check_page(page: Path, overwrite: bool) -> Path:
     Raises:
         ValueError, FileExistsError, NotADirectoryError: with the setting's name.
     """
-    if page.suffix not in (".html", ".htm"):
-        raise ValueError(f"out: got {str(page)!r}; expected a file that ends with .html")
+    pages.check_page(page, overwrite)
     folder = page.with_name(f"{page.stem}_files")
     hint = "replace it with --overwrite true, or name another file"
     check_folder("out", folder, (THUMBNAILS,), overwrite, hint)
-    if page.is_dir():
-        raise FileExistsError(f"out: {page} is a folder; name a file")
-    if page.exists() and not overwrite:
-        raise FileExistsError(f"out: {page} exists; {hint}")
-    if page.exists() and WRITTEN_BY.encode() not in page.read_bytes():
-        raise FileExistsError(f"out: {page} was not written by this command, so --overwrite leaves it; name another file")
     return folder
 
 

@@ -207,7 +207,7 @@ class LossConfig:
             1 at the start and near 0 where pairs teach no more; 0.5 is a usual target. None leaves beta alone.
         reduction: How a sample's weighted squared errors become one number.
         mask_power: 1, or 2 to put the mask inside the norm.
-        loss_type: Shape of the loss over the logit.
+        loss_type: Shape of the loss over the logit; "sft" trains on winners alone.
         label_smoothing: Assumed share of pairs with winner and loser exchanged (with "sigmoid").
         winner_anchor: Weight of the winner's own error, added to keep it from rising.
         loser_scale: "sdpo" scales the loser's gradient so that the winner's error does not grow to first order.
@@ -223,7 +223,7 @@ class LossConfig:
     auto_beta: float | None = None
     reduction: Literal["mean", "sum", "masked_mean"] = "mean"
     mask_power: Literal[1, 2] = 1
-    loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    loss_type: Literal["sigmoid", "ipo", "hinge", "sft"] = "sigmoid"
     label_smoothing: float = 0.0
     winner_anchor: float = 0.0
     loser_scale: Literal["sdpo"] | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -106,7 +107,7 @@ def _of_bins(means: dict[str, float]) -> dict[str, float]:
 
 
 class MetricsFile:
-    """metrics.jsonl: one object per optimiser step, written as it happens.
+    """metrics.jsonl, validation.jsonl, alarms.jsonl: one object with its optimiser step a line, written as it happens.
 
     Args:
         path: the file.
@@ -120,7 +121,7 @@ class MetricsFile:
         partial.replace(path)
         self._stream = path.open("a", buffering=1)
 
-    def write(self, row: dict[str, float]) -> None:
+    def write(self, row: Mapping[str, object]) -> None:
         self._stream.write(json.dumps(row) + "\n")
 
     def close(self) -> None:

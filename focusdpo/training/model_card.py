@@ -66,7 +66,7 @@ def write_model_card(config: TrainConfig, folder: Path, train: PairDataset, vali
     )
     parts = [
         f"# LoRA for {hub_id or f'a {config.model.backbone} pipeline'}, trained with focusdpo",
-        f"{config.max_steps} steps of {METHODS[config.focus.mask]} on {len(train)} preference pairs with reference images.",
+        f"{config.max_steps} steps of {_method(config)} on {len(train)} preference pairs with reference images.",
         "![References, samples before and after training, and winners](samples.png)" if sheets else "",
         "## Use",
         _use(config.model, hub_id),
@@ -85,6 +85,10 @@ def write_model_card(config: TrainConfig, folder: Path, train: PairDataset, vali
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n")
     card.save(lora / "README.md")
     return lora / "README.md"
+
+
+def _method(config: TrainConfig) -> str:
+    return "supervised fine-tuning on the winners" if config.loss.loss_type == "sft" else METHODS[config.focus.mask]
 
 
 def _sheets(folder: Path) -> list[Path]:

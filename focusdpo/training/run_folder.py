@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from focusdpo.models.base_lora import find_lora_file
 from focusdpo.training.adapter import targets_of
 from focusdpo.training.checkpoints import SETTINGS_FILE, find_checkpoint
 from focusdpo.training.config import DataConfig, ModelConfig, TrainConfig
+from focusdpo_kernels import env
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +30,15 @@ BASE_LORA_CONTENT = "model.base_lora (its content)"
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"
+ALARMS_FILE = "alarms.jsonl"
+ENVIRONMENT_FILE = "environment.json"
+REPORT_FILE = "report.html"
 LEFT_OUT_FILE = "left_out.jsonl"
 MAX_PROBLEMS = 5  # shown in a warning
 SAMPLES_FOLDER = "samples"
 RUN_FILES = (
-    CONFIG_FILE, METRICS_FILE, VALIDATION_FILE, SAMPLES_FOLDER, "checkpoints", "tensorboard", "wandb", "lora", "lora_ema",
+    CONFIG_FILE, METRICS_FILE, VALIDATION_FILE, ALARMS_FILE, ENVIRONMENT_FILE, REPORT_FILE, SAMPLES_FOLDER, "checkpoints",
+    "tensorboard", "wandb", "lora", "lora_ema",
 )  # fmt: skip
 
 # What a resumed run may change: where things lie, how and how often it reports, how long it goes on. Settings, and sections.
@@ -144,3 +150,25 @@ class RunFolder:
         """Makes the folder ready to be written. Called last, when nothing can be refused any more."""
         clear_folder(self.path, RUN_FILES if config.overwrite else ())
         (self.path / CONFIG_FILE).write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+
+    def record_start(self, step: int, **found: Any) -> None:
+        """Adds a start of the run to environment.json: versions, devices, and what the caller found.
+
+        Starts from the same step or a later one go away: what they computed is about to be computed again.
+        """
+        file = self.path / ENVIRONMENT_FILE
+        starts = [start for start in read_starts(file) if start["step"] < step]
+        time = datetime.now(UTC).isoformat(timespec="seconds")
+        starts.append({"step": step, "time": time, **found, "environment": env.report(backends=False).splitlines()})
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(starts, indent=1) + "\n")
+        partial.replace(file)
+
+
+def read_starts(file: Path) -> list[dict[str, Any]]:
+    """The starts in an environment.json; none where there is no such file, or it is damaged."""
+    try:
+        starts: list[dict[str, Any]] = json.loads(file.read_text())
+        return [start for start in starts if isinstance(start["step"], int)]
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return []

@@ -142,6 +142,13 @@ class PreferenceStep:
             self._predict(noised)
         return {name: tap.scores() for name, tap in taps.items()}
 
+    @torch.no_grad()
+    def predictions(self, noised: Noised) -> tuple[Tensor, Tensor]:
+        """Policy's and reference model's predictions [2B, P, C] of a noised batch."""
+        with reference_model(self._module):
+            reference = self._predict(noised)
+        return self._predict(noised), reference
+
     def mask_of(self, scores: Tensor, batch: PairBatch) -> FocusMask:
         """The winners' focus mask of similarity S [B, R, P], whichever blocks it is of."""
         return self._mask(scores, pool_mask(batch.prior), batch.winner, reference_token_mask(batch.reference_masks))

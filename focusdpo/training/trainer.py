@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 
 import torch
 from accelerate import Accelerator
@@ -42,7 +43,14 @@ from focusdpo.training.model_card import write_model_card
 from focusdpo.training.optimizers import build_optimizer, step_size
 from focusdpo.training.policy import add_policy
 from focusdpo.training.reference_cache import ReferenceCache
-from focusdpo.training.run_folder import METRICS_FILE, SAMPLES_FOLDER, VALIDATION_FILE, RunFolder, settings_of
+from focusdpo.training.run_folder import (
+    ALARMS_FILE,
+    METRICS_FILE,
+    SAMPLES_FOLDER,
+    VALIDATION_FILE,
+    RunFolder,
+    settings_of,
+)
 from focusdpo.training.samples import Samples
 from focusdpo.training.sharding import check_launch, is_deepspeed, load_parts_whole, prepare
 from focusdpo.training.signals import StopSignals
@@ -66,11 +74,19 @@ class Trainer:
 
     Args:
         config: all settings.
-        on_alarm: called in the main process with each alarm (`focusdpo.training.health`), after it was logged.
+        on_alarm: called in the main process with each alarm (`focusdpo.training.health`), after it was logged and written to
+            alarms.jsonl.
+        on_evaluation: called after each evaluation of the held-out pairs, before the checkpoint of that step.
     """
 
-    def __init__(self, config: TrainConfig, on_alarm: Callable[[Alarm], None] | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        on_alarm: Callable[[Alarm], None] | None = None,
+        on_evaluation: Callable[[Trainer], None] | None = None,
+    ) -> None:
         self.config = config
+        self._on_evaluation = on_evaluation
         run = RunFolder.prepare(config)
         self.folder = run.path
         check_files_and_packages(config)
@@ -86,7 +102,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             check_trackers(config)
             check_hub(config.push_to_hub)
-        resolve_backend(config.backend, torch.empty(0, device=self.accelerator.device))
+        kernels = resolve_backend(config.backend, torch.empty(0, device=self.accelerator.device))
         self.train_set, self.validation_set = datasets = [dataset_of(records, config.data) for records in (train, validation)]
         left_out = [problem for dataset in datasets for problem in leave_out_misfits(dataset, config.data.max_crop)]
         if self.accelerator.is_main_process:
@@ -140,10 +156,20 @@ class Trainer:
                 self.references = self._fill_references()
         if self.accelerator.is_main_process:
             run.start(config)
+            run.record_start(
+                self.progress.step,
+                processes=self.accelerator.num_processes,
+                device=str(self.accelerator.device),
+                kernels=kernels,
+                training_pairs=len(self.train_set),
+                held_out_pairs=len(self.validation_set),
+            )
             self.checkpoints.tidy(self.progress.step)
             self.samples.tidy(self.progress.step)
         self.accelerator.wait_for_everyone()
-        self.health = Health(config, on_alarm)
+        self.health = Health(config, self._hear)
+        self._on_alarm = on_alarm
+        self._alarms_file: MetricsFile | None = None  # of the main process, while it trains
         self._pairs_of_step: list[int] = []
         self._running: tuple[PairDataset, list[int]] | None = None  # the batch, until it is through
 
@@ -224,6 +250,7 @@ class Trainer:
         metrics_file = None
         if accelerator.is_main_process:
             metrics_file = MetricsFile(self.folder / METRICS_FILE, self.progress.step)
+            self._alarms_file = MetricsFile(self.folder / ALARMS_FILE, self.progress.step)
             self.health.restore(read_metrics(self.folder / METRICS_FILE))
         start_trackers(accelerator, config, self.progress.step)
         bar = tqdm(
@@ -287,6 +314,8 @@ class Trainer:
         bar.close()
         if metrics_file is not None:
             metrics_file.close()
+        if self._alarms_file is not None:
+            self._alarms_file.close()
         if not stopped:
             self._save_loras()
         accelerator.end_training()
@@ -344,6 +373,12 @@ class Trainer:
             )
         return False
 
+    def _hear(self, alarm: Alarm) -> None:
+        if self._alarms_file is not None:
+            self._alarms_file.write(asdict(alarm))
+        if self._on_alarm is not None:
+            self._on_alarm(alarm)
+
     def _log(self, row: dict[str, float], metrics_file: MetricsFile | None) -> None:
         self.accelerator.log(row, step=self.progress.step)
         if metrics_file is not None:
@@ -380,3 +415,5 @@ class Trainer:
             file = MetricsFile(self.folder / VALIDATION_FILE, self.progress.step - 1)
             file.write({"step": self.progress.step, **row})
             file.close()
+        if self._on_evaluation is not None:
+            self._on_evaluation(self)

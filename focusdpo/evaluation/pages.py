@@ -1,0 +1,123 @@
+"""Self-contained HTML pages: one file with its plots, pictures and tables, which opens without a server or a network.
+
+A page is a template under `page/` that is rendered into `page/base.html`. Within it, `{% call section("Heading") %}` makes a
+section that the table of contents lists.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+from PIL import Image, ImageOps
+from plotly.io import to_json
+from plotly.offline import get_plotlyjs
+
+WRITTEN_BY = '<meta name="generator" content="focusdpo">'  # in a page's head: a page without it is not ours to replace
+HEIGHT = 280  # pixels of a plot that names none
+COLOURS = ("#3987e5", "#e07b39", "#2fa36b", "#a06bd6", "#c94f7c", "#1ba3b8")  # told apart, and legible on white and on black
+
+
+def check_page(page: Path, overwrite: bool, hint: str = "replace it with --overwrite true, or name another file") -> None:
+    """Refuses to write over what is there.
+
+    Args:
+        page: the HTML file of the setting `out`.
+        overwrite: whether a page that this project wrote may be replaced; another's never is.
+        hint: what the user can do.
+
+    Raises:
+        ValueError, FileExistsError, NotADirectoryError: with the setting's name.
+    """
+    if page.suffix not in (".html", ".htm"):
+        raise ValueError(f"out: got {str(page)!r}; expected a file that ends with .html")
+    for folder in page.parents:
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"out: {folder} is a file; name a page in a folder")
+    if page.is_dir():
+        raise FileExistsError(f"out: {page} is a folder; name a file")
+    if page.exists() and not overwrite:
+        raise FileExistsError(f"out: {page} exists; {hint}")
+    if page.exists() and WRITTEN_BY.encode() not in page.read_bytes():
+        raise FileExistsError(f"out: {page} was not written by this command, so --overwrite leaves it; name another file")
+
+
+def plot(figure: go.Figure, name: str) -> Markup:
+    """A figure that the page draws when it comes into sight, in the colours of the page, light or dark.
+
+    Args:
+        figure: its title stands above it as text. `layout.meta` may have "x", the name of a group of plots that zoom along x
+            together, "note", a sentence under the title, and "wide", whether it takes the page's whole width.
+        name: of the element; once in a page. An image that is saved from the plot is called so.
+    """
+    content = figure.to_plotly_json()
+    layout = content["layout"]
+    layout.pop("template", None)  # the page has its own
+    title = (layout.pop("title", None) or {}).get("text") or ""
+    meta = layout.get("meta") or {}
+    height = layout.pop("height", None) or HEIGHT
+    note = Markup('<p class="note">{}</p>').format(meta["note"]) if "note" in meta else ""
+    data = Markup(to_json(content, validate=False))  # arrays in base64; markup in it is escaped, as it stands in a script
+    return Markup(
+        '<figure class="plot{wide}" id="{name}"><figcaption><h3>{title}</h3>{note}</figcaption>'
+        '<div class="canvas" style="height: {height}px"></div><script type="application/json">{data}</script></figure>'
+    ).format(wide=" wide" if meta.get("wide") else "", name=name, title=title, note=note, height=int(height), data=data)
+
+
+def image_uri(image: str | Path | Image.Image, longest: int | None = None, quality: int = 80) -> str:
+    """An image as a data: URI, in WebP.
+
+    Args:
+        image: a file, or an image.
+        longest: pixels that its longest side has at most; None leaves it as it is.
+        quality: of the compression, 0 to 100.
+
+    Raises:
+        OSError: the file is no image, or damaged.
+    """
+    if not isinstance(image, Image.Image):
+        with Image.open(image) as opened:
+            image = ImageOps.exif_transpose(opened)
+    clear = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+    shown = image.convert("RGBA" if clear else "RGB")
+    if longest is not None:
+        shown.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    shown.save(stream, "WEBP", quality=quality)
+    return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def write_page(path: Path, title: str, template: str, **values: Any) -> None:
+    """Writes a page at once or not at all; an earlier one stays until then.
+
+    Args:
+        path: the HTML file; its folder is made.
+        title: of the page.
+        template: name of a file under `page/`, whose sections the page shows.
+        values: what it needs. Text is escaped; what `plot` returns is not.
+    """
+    contents: list[tuple[str, str]] = []
+
+    def section(heading: str, caller: Callable[[], str]) -> Markup:
+        anchor = re.sub(r"\W+", "-", heading.lower()).strip("-")
+        contents.append((anchor, heading))
+        return Markup('<section id="{}"><h2>{}</h2>{}</section>').format(anchor, heading, Markup(caller()))
+
+    environment = Environment(
+        loader=PackageLoader("focusdpo.evaluation", "page"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    body = environment.get_template(template).render(values, title=title, section=section)
+    text = environment.get_template("base.html").render(
+        title=title, body=Markup(body), contents=contents, plotly=Markup(get_plotlyjs())
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+    partial.replace(path)

@@ -1,0 +1,154 @@
+"""`focusdpo ablate`: from a run's settings to trained variants, numbers and a page."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from focusdpo.data.sources import content_checksum
+from focusdpo.experiments.ablation import yardsticks
+from focusdpo.experiments.ablation.config import AblationConfig
+from focusdpo.experiments.ablation.jobs import Job, Judge, Result, run_of
+from focusdpo.experiments.ablation.measures import Measure
+from focusdpo.experiments.ablation.page import write_ablation_page
+from focusdpo.experiments.ablation.pool import run_jobs
+from focusdpo.experiments.ablation.statistics import Cell, Estimate, Row, Table, tabulate, text_of
+from focusdpo.experiments.ablation.variants import Change, changes_of
+from focusdpo.folders import check_folder, clear_folder
+from focusdpo.settings import require
+from focusdpo.training.config import TrainConfig
+from focusdpo.training.loading import check_files_and_packages
+from focusdpo.training.run_config import read_run_config
+
+logger = logging.getLogger(__name__)
+
+RUNS, SETTINGS_FILE, RESULTS_FILE, TABLE_FILE, PAGE_FILE = "runs", "ablation.json", "results.json", "table.txt", "ablation.html"
+FILES = (SETTINGS_FILE, RUNS, RESULTS_FILE, TABLE_FILE, PAGE_FILE)
+FREE = ("config", "output_dir", "workers", "overwrite", "baseline")  # settings that change no run
+
+
+def prepare_ablation(
+    config: AblationConfig, judge: Judge | None = None, measures: Mapping[str, Measure] | None = None
+) -> Callable[[], None]:
+    """Looks at the run, and returns what trains, judges and draws.
+
+    Args:
+        config: settings.
+        judge: asked about each trained model, beside the yardsticks.
+        measures: what the judge's numbers are, by name.
+
+    Raises:
+        FileNotFoundError, ValueError: the run, or a variant of it, cannot be.
+        FileExistsError, NotADirectoryError: the folder holds something else.
+    """
+    run = read_run_config("config", config.config)
+    require(run.data.validation is not None, "config", config.config, "a run with data.validation, whose pairs are judged")
+    check_files_and_packages(run)
+    changes = changes_of(config, run)
+    folder = Path(config.output_dir)
+    settings = _settings(config, run)
+    known = folder / SETTINGS_FILE
+    goes_on = not config.overwrite and known.is_file()
+    if goes_on:
+        _check_settings(known, settings)
+    else:
+        hint = "delete it with --overwrite true, or name another folder"
+        check_folder("output_dir", folder, FILES, config.overwrite, hint)
+    taken = {**(measures or {}), **yardsticks.MEASURES}
+
+    def work() -> None:
+        if not goes_on:
+            clear_folder(folder, FILES)
+            known.write_text(json.dumps(settings, indent=1))
+        jobs = jobs_of(config, run, changes, judge)
+        results = run_jobs(jobs, config.workers)
+        table = tabulate(results, [change.name for change in changes], config.baseline, taken)
+        (folder / RESULTS_FILE).write_text(json.dumps(_as_json(settings, changes, results, table), indent=1))
+        text = text_of(table, {change.name: change.label for change in changes})
+        (folder / TABLE_FILE).write_text(text + "\n")
+        write_ablation_page(folder / PAGE_FILE, config, run, changes, results, table, jobs)
+        print(text)
+        logger.info("%s: the page; %s: all numbers", folder / PAGE_FILE, folder / RESULTS_FILE)
+
+    return work
+
+
+def jobs_of(config: AblationConfig, run: TrainConfig, changes: Sequence[Change], judge: Judge | None) -> list[Job]:
+    """A job for each variant and seed, seed by seed, so that an interrupted ablation has whole rows; "base" has one."""
+    jobs = []
+    for number, seed in enumerate(config.seeds):
+        for change in changes:
+            if number and not change.trained:
+                continue
+            folder = Path(config.output_dir) / RUNS / change.name / f"seed-{seed}"
+            settings = run_of(run, change, seed, folder, config.max_steps, config.points, config.samples)
+            jobs.append(Job(change, seed, settings, folder, tuple(config.times), config.judged_pairs, judge))
+    return jobs
+
+
+def _settings(config: AblationConfig, run: TrainConfig) -> dict[str, Any]:
+    """What decides the numbers of all runs."""
+    own = {name: value for name, value in asdict(config).items() if name not in FREE}
+    contents = {name: content_checksum(path)[:16] for name in ("train", "validation") if (path := getattr(run.data, name))}
+    # What a job sets itself, and what only says where and how a run goes.
+    free = ("output_dir", "seed", "trackers", "push_to_hub", "resume", "overwrite", "project", "run_name", "cpu", "backend")
+    return {
+        "ablation": own,
+        "run": {name: value for name, value in asdict(run).items() if name not in free},
+        "pairs": contents,
+    }
+
+
+def _check_settings(known: Path, settings: dict[str, Any]) -> None:
+    """ValueError names what differs from an ablation that was begun."""
+    begun = json.loads(known.read_text())
+    now = json.loads(json.dumps(settings))
+    differing = [
+        f"{part}.{name}: the begun ablation has {begun[part].get(name)!r}, got {now[part].get(name)!r}"
+        for part in now
+        for name in now[part]
+        if begun[part].get(name) != now[part].get(name) and not _is_longer(name, begun[part].get(name), now[part].get(name))
+    ]
+    if differing:
+        lines = "\n  ".join(differing)
+        raise ValueError(
+            f"output_dir: {known.parent} holds an ablation with other settings:\n  {lines}\ngo on with its own, start anew "
+            "with --overwrite true, or name another folder"
+        )
+    known.write_text(json.dumps(settings, indent=1))
+
+
+def _is_longer(name: str, begun: Any, now: Any) -> bool:
+    """Variants, grids and seeds may be added to: what is there stays as it is."""
+    lists = ("variants", "grids", "seeds", "tau", "gamma", "match_count", "layers", "mask_from", "feature_source")
+    return name in lists and isinstance(begun, list) and isinstance(now, list) and set(map(str, begun)) <= set(map(str, now))
+
+
+def table_of(results: Path) -> Table:
+    """The table of a finished ablation's results.json."""
+    found = json.loads(results.read_text())
+    rows = [
+        Row(row["variant"], row["seeds"], tuple(_cell(cell) for cell in row["cells"]), tuple(row["failed"]))
+        for row in found["table"]["rows"]
+    ]
+    measures = {name: Measure(**measure) for name, measure in found["table"]["measures"].items()}
+    return Table(tuple(rows), measures, found["table"]["baseline"])
+
+
+def _cell(cell: dict[str, Any]) -> Cell:
+    gap = cell["difference"]
+    estimate = Estimate(**cell["estimate"])
+    return Cell(cell["measure"], estimate, None if gap is None else Estimate(**gap), cell["is_better"])
+
+
+def _as_json(settings: dict[str, Any], changes: Sequence[Change], results: Sequence[Result], table: Table) -> dict[str, Any]:
+    return {
+        **settings,
+        "variants": [asdict(change) for change in changes],
+        "table": asdict(table),
+        "results": [asdict(result) for result in results],
+    }

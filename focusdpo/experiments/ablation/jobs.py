@@ -1,0 +1,168 @@
+"""One run of an ablation: a variant trained with a seed, judged on the way and at its end."""
+
+from __future__ import annotations
+
+import gc
+import json
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+from focusdpo.experiments.ablation import yardsticks
+from focusdpo.experiments.ablation.variants import Change
+from focusdpo.training.config import HubConfig, SamplesConfig, TrainConfig
+from focusdpo.training.metrics import MetricsFile, read_metrics
+from focusdpo.training.run_folder import SAMPLES_FOLDER
+from focusdpo.training.trainer import Trainer
+
+RESULT_FILE = "result.json"
+JUDGED_FILE = "judged.jsonl"
+
+
+class Judge(Protocol):
+    """Further numbers of a trained model: values by name, one for each held-out item, in the same order for every run."""
+
+    def __call__(self, trainer: Trainer, folder: Path) -> dict[str, list[float]]: ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """A variant and a seed.
+
+    folder: for the run's files and `result.json`, which is written last. judge: asked at the end, beside the yardsticks.
+    """
+
+    change: Change
+    seed: int
+    config: TrainConfig
+    folder: Path
+    times: tuple[float, ...]
+    judged_pairs: int | None
+    judge: Judge | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return (self.folder / RESULT_FILE).is_file()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a job gave.
+
+    values: per held-out pair or other item, by name. curve: means of the yardsticks at steps of the run. failed: why there are
+    none, where training gave up.
+    """
+
+    variant: str
+    seed: int
+    values: dict[str, list[float]]
+    curve: list[dict[str, float]]
+    failed: str | None = None
+
+
+def run_of(
+    run: TrainConfig, change: Change, seed: int, folder: Path, max_steps: int | None, points: int, samples: int
+) -> TrainConfig:
+    """The settings of a job: the run's, but for the change, the seed, and what it writes where."""
+    steps = run.max_steps if max_steps is None else max_steps
+    every = max(-(-steps // points), 1)
+    shown = replace(run.samples, every=steps, count=samples) if samples else SamplesConfig()
+    return replace(
+        change.of(run),
+        output_dir=str(folder),
+        seed=seed,
+        max_steps=steps,
+        validate_every=every,
+        checkpoint_every=min(run.checkpoint_every or every, every),
+        checkpoints_total_limit=1,
+        samples=shown,
+        trackers=[],
+        push_to_hub=HubConfig(),
+        resume=None,
+        overwrite=False,
+    )
+
+
+def work_on(job: Job) -> Result:
+    """Does a job from wherever an earlier start left it; one that is done is read."""
+    if not job.is_done:
+        result = _train(job) if job.change.trained else _judge_untrained(job)
+        job.folder.mkdir(parents=True, exist_ok=True)
+        partial_file = job.folder / f"{RESULT_FILE}.partial"
+        partial_file.write_text(json.dumps(vars(result)))
+        partial_file.replace(job.folder / RESULT_FILE)
+    return Result(**json.loads((job.folder / RESULT_FILE).read_text()))
+
+
+def _train(job: Job) -> Result:
+    started = (job.folder / "checkpoints").is_dir()
+    config = replace(job.config, resume="latest" if started else None, overwrite=not started)
+    trainer = _trainer(config, partial(_judge_point, job))
+    try:
+        trainer.train()
+    except FloatingPointError as error:
+        return Result(job.change.name, job.seed, {}, _curve(job), str(error))
+    else:
+        return Result(job.change.name, job.seed, _judged(job, trainer), _curve(job))
+    finally:
+        _release(trainer)
+
+
+def _judge_untrained(job: Job) -> Result:
+    trainer = _trainer(replace(job.config, overwrite=True))
+    try:
+        trainer.samples.draw(0, trainer.step, trainer.accelerator)
+        values = _judged(job, trainer)
+    finally:
+        _release(trainer)
+    return Result(job.change.name, job.seed, values, [{"step": 0, **_means(values)}])
+
+
+def _trainer(config: TrainConfig, on_evaluation: Any = None) -> Trainer:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return Trainer(config, on_evaluation=on_evaluation)
+
+
+def _release(trainer: Trainer) -> None:
+    trainer.accelerator.free_memory()
+    del trainer
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _judged(job: Job, trainer: Trainer) -> dict[str, list[float]]:
+    values = yardsticks.judge(trainer, job.times, job.judged_pairs)
+    return values if job.judge is None else values | job.judge(trainer, job.folder)
+
+
+def _judge_point(job: Job, trainer: Trainer) -> None:
+    """A point of the curve; before the first step all are what "base" has."""
+    step = trainer.progress.step
+    if step == 0:
+        return
+    means = _means(yardsticks.judge(trainer, job.times, job.judged_pairs))
+    file = MetricsFile(job.folder / JUDGED_FILE, step - 1)
+    file.write({"step": step, **means})
+    file.close()
+
+
+def _means(values: dict[str, list[float]]) -> dict[str, float]:
+    return {name: float(torch.tensor(numbers, dtype=torch.float64).nanmean()) for name, numbers in values.items()}
+
+
+def _curve(job: Job) -> list[dict[str, float]]:
+    file = job.folder / JUDGED_FILE
+    return read_metrics(file) if file.is_file() else []
+
+
+def sample_images(folder: Path) -> dict[int, Path]:
+    """The last samples of a run, by held-out pair."""
+    steps = sorted(path for path in (folder / SAMPLES_FOLDER).glob("step-*") if not path.suffix)
+    files = steps[-1].glob("*_sample.png") if steps else ()
+    return {int(file.name.partition("_")[0]): file for file in files}

@@ -1,0 +1,102 @@
+"""`focusdpo microcosm`: a world, a model that learns it, and the ablation on that model."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+
+from focusdpo.data.extras import require
+from focusdpo.experiments.ablation.command import RESULTS_FILE, RUNS, prepare_ablation, table_of
+from focusdpo.experiments.ablation.variants import VARIANTS
+from focusdpo.experiments.microcosm.autoencoder import restore
+from focusdpo.experiments.microcosm.classifier import IdentityClassifier
+from focusdpo.experiments.microcosm.config import MicrocosmConfig
+from focusdpo.experiments.microcosm.judging import IMAGES_FILE, MEASURES
+from focusdpo.experiments.microcosm.stages import FILES, Stages
+from focusdpo.folders import check_folder, clear_folder
+from focusdpo.training.batches import dataset_of, load_records
+
+logger = logging.getLogger(__name__)
+
+SETTINGS_FILE = "microcosm.json"
+PICTURES = ("world.png", "losses.png", "samples.png", "intervals.png", "tuning.png")
+WORLD = ("size", "dreambench", "seed")  # settings that the stages before the ablation depend on
+JUDGED = ("identity", "leakage", "wrong instance", "class", "FID")
+TUNED = ("accuracy/inside", "win/inside", "lose/inside", "win/outside", "win/whole", "coverage")
+ROWS = 8  # of the sheet of samples
+SCENES = 16  # on the picture of the world
+
+
+def prepare_microcosm(config: MicrocosmConfig) -> Callable[[], None]:
+    """Looks at folder and packages, and returns what composes, trains, judges and draws.
+
+    Raises:
+        ModuleNotFoundError: a package of the extras `demo`, `evaluation` or, for DreamBench, `build` is missing.
+        FileExistsError, NotADirectoryError, FileNotFoundError: the folder holds something else, or DreamBench is not there.
+        ValueError: the folder holds another world.
+    """
+    for module, extra in (("skimage", "demo"), ("torchmetrics", "evaluation")):
+        require(module, "the microcosm", extra)
+    folder = Path(config.out)
+    files = (SETTINGS_FILE, *FILES, *PICTURES, "ablation")
+    known, world = folder / SETTINGS_FILE, {name: value for name, value in asdict(config).items() if name in WORLD}
+    goes_on = not config.overwrite and known.is_file()
+    if goes_on:
+        begun = json.loads(known.read_text())
+        differing = [f"{name} {begun[name]!r}, got {value!r}" for name, value in world.items() if begun[name] != value]
+        if differing:
+            hint = "go on with its own, start anew with --overwrite true, or name another folder"
+            raise ValueError(f"out: {folder} holds a microcosm of {', '.join(differing)}; {hint}")
+    else:
+        hint = "delete it with --overwrite true, or name another folder"
+        check_folder("out", folder, files, config.overwrite, hint)
+    stages = Stages(config)
+    stages.check()
+
+    def work() -> None:
+        if not goes_on:
+            clear_folder(folder, files)
+            known.write_text(json.dumps(world))
+        stages.run()
+        prepare_ablation(config.ablation, stages.judge(), MEASURES)()
+        draw(stages)
+        logger.info("pictures: %s", ", ".join(str(folder / name) for name in PICTURES))
+
+    return work
+
+
+def draw(stages: Stages) -> None:
+    """The pictures of docs/microcosm.md, of finished stages and ablation."""
+    from focusdpo.experiments.microcosm.pictures import draw_intervals, draw_losses, draw_samples, draw_world
+
+    folder, config = stages.folder, stages.config
+    vae = AutoencoderKL.from_pretrained(folder / "autoencoder").to(stages.device)
+    scenes = stages.held_out.scenes[:SCENES]
+    draw_world(scenes, restore(vae, scenes), folder / "world.png")
+    names = {"autoencoder": "autoencoder", "classifier.safetensors": "classifier", "model": "flow matching"}
+    facts = stages.facts()
+    draw_losses({label: facts[name]["losses"] for name, label in names.items()}, folder / "losses.png")
+
+    table = table_of(Path(config.ablation.output_dir) / RESULTS_FILE)
+    labels = {row.variant: VARIANTS[row.variant].label if row.variant in VARIANTS else row.variant for row in table.rows}
+    draw_intervals(table, labels, JUDGED, folder / "intervals.png")
+    draw_intervals(table, labels, TUNED, folder / "tuning.png")
+    classifier = IdentityClassifier(len(stages.identities))
+    classifier.load_state_dict(load_file(folder / "classifier.safetensors"))
+    runs = {}
+    for variant, label in labels.items():
+        run = Path(config.ablation.output_dir) / RUNS / variant / f"seed-{config.seeds[0]}"
+        if (run / IMAGES_FILE).is_file():
+            runs[label] = run
+    settings = stages.train_config()
+    held_out = dataset_of(load_records(settings)[1], settings.data)
+    identities = [identity.name for identity in stages.identities]
+    with torch.no_grad():
+        draw_samples(held_out, runs, classifier.eval(), identities, ROWS, stages.size.samples, folder / "samples.png")

@@ -1,0 +1,240 @@
+"""The microcosm, stage by stage: each leaves its result in the folder, and is passed over where that is already there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from diffusers import AutoencoderKL
+from safetensors.torch import save_file
+from torch import Tensor
+
+from focusdpo.data.records import FILE_NAME
+from focusdpo.experiments.microcosm.autoencoder import psnr, restore, train_autoencoder
+from focusdpo.experiments.microcosm.classifier import IdentityClassifier, classify, train_classifier
+from focusdpo.experiments.microcosm.config import MicrocosmConfig
+from focusdpo.experiments.microcosm.flow import train_flow
+from focusdpo.experiments.microcosm.judging import GeneratedRegions, verdicts
+from focusdpo.experiments.microcosm.model import TEXT_TOKENS, build_model
+from focusdpo.experiments.microcosm.pairs import write_pairs
+from focusdpo.experiments.microcosm.subjects import Identity, check_source, identities_of
+from focusdpo.experiments.microcosm.world import World, compose
+from focusdpo.training.config import (
+    DataConfig,
+    FocusConfig,
+    LoraConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    SamplesConfig,
+    TrainConfig,
+)
+
+FACTS_FILE = "facts.json"
+FILES = ("autoencoder", "model", "classifier.safetensors", "real.safetensors", "pairs", "cache", "train.yaml", FACTS_FILE)
+RESTORED = 1000  # scenes that the classifier also sees as the autoencoder gives them back
+JUDGED_SCENES = 512  # real scenes, which FID compares with
+Outcome = tuple[dict[str, Any], Callable[[], object]]  # what a stage says of itself, and what writes its result
+HELD_OUT_SEED = 1_000_003  # added to the seed of what is only judged
+
+
+@dataclass
+class Stages:
+    """All that comes before the ablation."""
+
+    config: MicrocosmConfig
+
+    def __post_init__(self) -> None:
+        self.size = self.config.sizes
+        self.folder = Path(self.config.out)
+        self.device = torch.device("cpu" if self.config.cpu or not torch.cuda.is_available() else "cuda")
+
+    def check(self) -> None:
+        """Refuses what cannot be composed, before anything is."""
+        check_source(self.config.dreambench)
+
+    @cached_property
+    def identities(self) -> list[Identity]:
+        return identities_of(self.config.dreambench, 2 * self.size.resolution)
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(identity.class_name for identity in self.identities)
+
+    @cached_property
+    def world(self) -> World:
+        """Scenes to learn from."""
+        return self._compose(self.size.scenes, 0, held_out=False)
+
+    @cached_property
+    def held_out(self) -> World:
+        """Scenes, and photographs where there are several, that nothing learns from."""
+        return self._compose(min(JUDGED_SCENES, self.size.scenes), HELD_OUT_SEED, held_out=True)
+
+    def _compose(self, count: int, seed: int, held_out: bool) -> World:
+        size = self.size
+        return compose(
+            self.identities, count, size.resolution, size.reference_resolution, self.config.seed + seed, held_out=held_out
+        )
+
+    def run(self) -> None:
+        """All stages, in order."""
+        self._stage("autoencoder", self._autoencoder)
+        self._stage("classifier.safetensors", self._classifier)
+        self._stage("model", self._flow)
+        for name, count, seed in (("train", self.size.pairs, 1), ("held_out", self.size.held_out, HELD_OUT_SEED + 1)):
+            self._stage(f"pairs/{name}/{FILE_NAME}", partial(self._pairs, count, seed))
+        (self.folder / "train.yaml").write_text(yaml.safe_dump(asdict(self.train_config()), sort_keys=False))
+
+    def _stage(self, name: str, work: Callable[[Path], Outcome]) -> None:
+        """Does a stage unless its result is there, and notes how long it took and what it says of itself.
+
+        The result comes last: a kill before it has the stage done again, from the state that `learn` kept.
+        """
+        target = self.folder / name
+        if target.exists():
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        started = time.perf_counter()
+        facts, save = work(target)
+        known = self.facts() | {name: {**facts, "seconds since its last start": round(time.perf_counter() - started, 1)}}
+        unfinished = (self.folder / FACTS_FILE).with_suffix(".partial")
+        unfinished.write_text(json.dumps(known, indent=1))
+        unfinished.replace(self.folder / FACTS_FILE)
+        save()
+        for state in self.folder.glob("*.state"):
+            state.unlink()
+
+    def facts(self) -> dict[str, Any]:
+        """What the stages noted."""
+        file = self.folder / FACTS_FILE
+        return json.loads(file.read_text()) if file.is_file() else {}
+
+    def _autoencoder(self, target: Path) -> Outcome:
+        size, state = self.size, self.folder / "autoencoder.state"
+        vae = build_model(size, self.identities, self.config.seed).vae.to(self.device)
+        losses = train_autoencoder(vae, self.world, size.vae_steps, size.vae_batch, self.config.seed, state)
+        facts = {"losses": _thinned(losses), "psnr of held-out scenes in dB": psnr(vae, self.held_out.scenes)}
+        return facts, partial(_save_folder, vae.save_pretrained, target)
+
+    def _classifier(self, target: Path) -> Outcome:
+        state = self.folder / "classifier.state"
+        torch.manual_seed(self.config.seed)
+        classifier = IdentityClassifier(len(self.identities)).to(self.device)
+        vae = AutoencoderKL.from_pretrained(self.folder / "autoencoder").to(self.device)
+        restored = (restore(vae, self.world.scenes[:RESTORED]) * 255).round().byte().cpu()
+        losses = train_classifier(classifier, self.world, restored, self.size.classifier_steps, self.config.seed, state)
+        facts: dict[str, Any] = {"losses": _thinned(losses)}
+        scenes = self.held_out.scenes
+        pictures = {"photographs": scenes / 255, "restored by the autoencoder": restore(vae, scenes)}
+        for name, images in pictures.items():
+            logits, features = classify(classifier, images)
+            found = verdicts(logits, self.held_out.identities, self.classes)
+            facts[f"held-out {name}"] = {kind: sum(values) / len(values) for kind, values in found.items()}
+            if name == "photographs":
+                _save_tensors({"features": features.flatten(0, 1).contiguous()}, self.folder / "real.safetensors")
+        weights = {key: value.cpu().contiguous() for key, value in classifier.state_dict().items()}
+        return facts, partial(_save_tensors, weights, target)
+
+    def _flow(self, target: Path) -> Outcome:
+        size, state = self.size, self.folder / "flow.state"
+        backbone = build_model(size, self.identities, self.config.seed)
+        vae = AutoencoderKL.from_pretrained(self.folder / "autoencoder")
+        backbone.pipeline.register_modules(vae=vae)
+        backbone.to(self.device)
+        losses = train_flow(
+            backbone, self.world, self.identities, size.flow_steps, size.flow_batch, size.flow_lr, self.config.seed, state
+        )
+        backbone.to(torch.device("cpu"))
+        parameters = sum(parameter.numel() for parameter in backbone.transformer.parameters())
+        facts = {"losses": _thinned(losses), "parameters": parameters}
+        return facts, partial(_save_folder, backbone.pipeline.save_pretrained, target)
+
+    def _pairs(self, count: int, seed: int, file: Path) -> Outcome:
+        size, held_out = self.size, file.parent.name == "held_out"
+        save = partial(
+            write_pairs,
+            file.parent,
+            self.identities,
+            count,
+            size.resolution,
+            size.reference_resolution,
+            self.config.seed + seed,
+            held_out=held_out,
+        )
+        return {}, save
+
+    def train_config(self) -> TrainConfig:
+        """The run that the ablation varies."""
+        config, size = self.config, self.size
+        return TrainConfig(
+            model=ModelConfig(
+                path=str(self.folder / "model"), dtype="fp32", gradient_checkpointing=False, max_sequence_length=TEXT_TOKENS
+            ),
+            data=DataConfig(
+                train=str(self.folder / "pairs" / "train"),
+                validation=str(self.folder / "pairs" / "held_out"),
+                resolution=size.resolution,
+                reference_resolution=size.reference_resolution,
+                reference_resolution_multiple=size.reference_resolution,
+                batch_size=size.tuning_batch,
+                num_workers=0,
+                check="headers",
+                cache=str(self.folder / "cache"),
+            ),
+            output_dir=str(self.folder / "run"),
+            lora=LoraConfig(rank=size.rank, alpha=2 * size.rank),
+            focus=FocusConfig(),
+            loss=LossConfig(beta=size.beta if config.beta is None else config.beta),
+            optim=OptimConfig(
+                lr=size.lr if config.lr is None else config.lr,
+                scheduler="constant_with_warmup",
+                warmup_steps=max(config.steps // 10, 1),
+            ),
+            samples=SamplesConfig(steps=size.sampler_steps, guidance=1.0),
+            max_steps=config.steps,
+            mixed_precision="no",
+            seed=config.seed,
+            checkpoint_every=max(config.steps // 2, 1),
+            backend=config.backend,
+            cpu=config.cpu,
+        )
+
+    def judge(self) -> GeneratedRegions:
+        return GeneratedRegions(
+            self.folder / "classifier.safetensors",
+            self.classes,
+            self.folder / "real.safetensors",
+            self.size.samples,
+            self.size.sampler_steps,
+        )
+
+
+def _save_tensors(tensors: dict[str, Tensor], target: Path) -> None:
+    """Writes a file whole or not at all."""
+    unfinished = target.with_suffix(".partial")
+    save_file(tensors, unfinished)
+    unfinished.replace(target)
+
+
+def _save_folder(save: Callable[[Path], object], target: Path) -> None:
+    """Saves a folder under another name first, so that a kill leaves no half of it."""
+    unfinished = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    save(unfinished)
+    unfinished.rename(target)
+
+
+def _thinned(losses: list[float], points: int = 100) -> list[tuple[int, float]]:
+    """Means of the losses over equal parts, with the step each part ends at."""
+    width = max(len(losses) // points, 1)
+    parts = [(start, losses[start : start + width]) for start in range(0, len(losses), width)]
+    return [(start + len(part), sum(part) / len(part)) for start, part in parts]

@@ -1,0 +1,217 @@
+"""`focusdpo stress`: scenes composed, measured one by one, averaged, drawn. A test that is killed goes on where it was."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import platform
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from focusdpo.experiments.stress.config import KINDS, StressConfig
+from focusdpo.folders import check_folder, clear_folder
+
+if TYPE_CHECKING:  # seconds that --help need not wait for
+    from focusdpo.experiments.stress.subjects import Cast
+    from focusdpo.training.config import TrainConfig
+    from focusdpo.training.step import PreferenceStep
+
+logger = logging.getLogger(__name__)
+
+SETTINGS_FILE, SCENES, MEASURED, RESULTS_FILE = "stress.json", "scenes", "measured", "results.json"
+AUC_FILE, CONFUSION_FILE, EXCHANGE_FILE = "auc.png", "confusion.png", "exchange.png"
+EXAMPLES_FILES = {kind: f"examples-{kind}.png" for kind in KINDS}
+PICTURES = (AUC_FILE, CONFUSION_FILE, EXCHANGE_FILE, *EXAMPLES_FILES.values())
+FILES = (SETTINGS_FILE, SCENES, MEASURED, RESULTS_FILE, *PICTURES)
+FREE = ("output_dir", "overwrite", "scenes", "level", "resamples", "backend", "cpu", "config", "checkpoint", "model")
+EXAMPLES = 3  # scenes of each kind that are drawn
+PACKAGES = ("focusdpo", "torch", "diffusers", "numpy", "pillow", "scipy")
+
+
+def prepare_stress(config: StressConfig) -> Callable[[], None]:
+    """Checks settings, model, photos and folder, loads the model if a scene is left to measure, and returns the test.
+
+    Raises:
+        FileNotFoundError, ValueError, ModuleNotFoundError: model, run or photos cannot be used, or a package is missing.
+        FileExistsError, NotADirectoryError: the folder holds something else.
+    """
+    from focusdpo.experiments.stress.subjects import cast_of
+    from focusdpo.training.loading import check_files_and_packages
+    from focusdpo.training.policy import checkpoint_of, load_step
+
+    run = run_of(config)
+    checkpoint = None if config.config is None else checkpoint_of("checkpoint", run, config.checkpoint)
+    check_files_and_packages(run)
+    cast = cast_of(config)
+    folder = Path(config.output_dir)
+    settings = settings_of(config, run, checkpoint)
+    known = folder / SETTINGS_FILE
+    goes_on = not config.overwrite and known.is_file()
+    if goes_on:
+        _check_settings(known, settings)
+    else:
+        hint = "delete it with --overwrite true, or name another folder"
+        check_folder("output_dir", folder, FILES, config.overwrite, hint)
+    whole = goes_on and all(file.is_file() for kind in KINDS for file in _measured(config, kind))
+    step = None if whole else load_step(run, checkpoint)
+
+    def work() -> None:
+        if not goes_on:
+            clear_folder(folder, FILES)
+            known.write_text(json.dumps(settings, indent=1) + "\n")
+        _test(config, run, cast, step, settings)
+
+    return work
+
+
+def run_of(config: StressConfig) -> TrainConfig:
+    """The run that is tested, or the model as a run that has not begun, with all blocks tapped."""
+    from focusdpo.training.config import DataConfig, TrainConfig
+    from focusdpo.training.run_config import read_run_config
+
+    if config.config is not None:
+        run = read_run_config("config", config.config)
+    else:
+        assert config.model is not None
+        precision = "bf16" if config.model.dtype == "bf16" else "no"
+        run = TrainConfig(config.model, DataConfig("-"), "-", mixed_precision=precision)  # type: ignore[arg-type]
+    run.cpu = run.cpu or config.cpu
+    run.backend = config.backend or run.backend
+    # Scenes have sizes of their own, and their latents are not those of the run's pairs.
+    run.data.cache = run.data.reference_cache = None
+    return run
+
+
+def settings_of(config: StressConfig, run: TrainConfig, checkpoint: Path | None) -> dict[str, Any]:
+    """What decides the numbers of a scene, models and photos by their content."""
+    from focusdpo.files import checksum, fingerprint
+    from focusdpo.models.base import pipeline_folder, pipeline_parts
+    from focusdpo.models.base_lora import find_lora_file
+    from focusdpo.training.checkpoints import ADAPTER_FILE
+
+    own = {name: value for name, value in asdict(config).items() if name not in FREE}
+    own["dreambench"] = "photos of DreamBench" if config.dreambench else None
+    model = {name: value for name, value in asdict(run.model).items() if name not in ("path", "revision", "base_lora")}
+    pipeline = pipeline_folder(run.model.path, run.model.revision)
+    lora = run.model.base_lora
+    return {
+        "settings": json.loads(json.dumps(own)),
+        "model": model
+        | {
+            "content": fingerprint(pipeline, pipeline_parts(pipeline))[:16],
+            "base_lora": None if lora is None else checksum(find_lora_file("model.base_lora", lora))[:16],
+            "checkpoint": None if checkpoint is None else checksum(checkpoint / ADAPTER_FILE)[:16],
+            "layers": run.focus.layers,
+            "feature_source": run.focus.feature_source,
+            "mixed_precision": run.mixed_precision,
+        },
+    }
+
+
+def _check_settings(known: Path, settings: dict[str, Any]) -> None:
+    """ValueError names what differs from a test that was begun."""
+    begun = json.loads(known.read_text())
+    differing = [
+        f"{name}: the begun test has {begun.get(part, {}).get(name)!r}, got {value!r}"
+        for part, values in settings.items()
+        for name, value in values.items()
+        if begun.get(part, {}).get(name) != value
+    ]
+    if differing:
+        lines = "\n  ".join(differing)
+        raise ValueError(
+            f"output_dir: {known.parent} holds a test with other settings:\n  {lines}\ngo on with its own, start anew with "
+            "--overwrite true, or name another folder"
+        )
+
+
+def _measured(config: StressConfig, kind: str) -> list[Path]:
+    return [Path(config.output_dir) / MEASURED / f"{kind}-{number:04d}.npz" for number in range(config.scenes)]
+
+
+def _test(config: StressConfig, run: TrainConfig, cast: Cast, step: PreferenceStep | None, settings: dict[str, Any]) -> None:
+    from tqdm.auto import tqdm
+
+    from focusdpo.data import PairDataset, collate, load_pairs
+    from focusdpo.experiments.stress import pictures, summary
+    from focusdpo.experiments.stress.scenes import write_scenes
+    from focusdpo.experiments.stress.work import Arrays, load_scene, measure_scene, save_scene
+
+    folder = Path(config.output_dir)
+    records = load_pairs(str(write_scenes(config, cast, folder / SCENES)), "headers")
+    dataset = PairDataset(
+        records,
+        resolution=config.resolution,
+        reference_resolution=config.reference_resolution,
+        reference_resolution_multiple=config.reference_resolution,
+    )
+    files = [file for kind in KINDS for file in _measured(config, kind)]
+    missing = [index for index, file in enumerate(files) if not file.is_file()]
+    for index in tqdm(missing, desc="measuring scenes", unit="scene", initial=len(files) - len(missing), total=len(files)):
+        assert step is not None
+        batch = collate([dataset[index]]).to(step.backbone.device)
+        seed = config.seed, index % config.scenes  # the same noise for the scenes of both kinds in the same places
+        autocast = run.mixed_precision == "bf16"
+        arrays = measure_scene(step, batch, config.timesteps, config.poolings, config.match_counts, seed, autocast)
+        save_scene(files[index], arrays)
+
+    scenes: dict[str, list[Arrays]] = {kind: [load_scene(file) for file in _measured(config, kind)] for kind in KINDS}
+    names: dict[str, list[list[str]]] = {
+        kind: [list(r.meta["subjects"]) for r in records if r.meta["kind"] == kind] for kind in KINDS
+    }
+    blocks = scenes[KINDS[0]][0]["confusion"].shape[2] - 1
+    layers = [summary.ALL, *map(str, range(blocks))]
+    rows = summary.summarise(config, layers, scenes, names)
+    pictures.draw_auc(config, rows, layers, folder / AUC_FILE)
+    pictures.draw_confusion(config, rows, folder / CONFUSION_FILE)
+    pictures.draw_exchange(config, rows, folder / EXCHANGE_FILE)
+    for part, kind in enumerate(KINDS):
+        shown = {
+            n: (collate([dataset[part * config.scenes + n]]), scenes[kind][n]) for n in range(min(EXAMPLES, config.scenes))
+        }
+        title = pictures.NAMES[kind]
+        pictures.draw_examples(config, shown, len(config.timesteps) // 2, title, folder / EXAMPLES_FILES[kind])
+    results = {
+        "settings": asdict(config),
+        "model": settings["model"] | {"path": run.model.path},
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "blocks": blocks,
+        "scenes": {kind: _about(scenes[kind], names[kind]) for kind in KINDS},
+        "rows": [asdict(row) for row in rows],
+    }
+    text = json.dumps(_finite(results), indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / RESULTS_FILE).write_text(text + "\n")
+    print(summary.table(config, rows, summary.LABELS) + "\n\n" + summary.table(config, rows, summary.VERDICTS))
+    logger.info("%s: %s, %s", folder, RESULTS_FILE, ", ".join(PICTURES))
+
+
+def _about(scenes: list[Any], names: list[list[str]]) -> list[dict[str, Any]]:
+    """Of each scene its subjects, and their tokens in the scene and as K; a share of the scene is what chance would hit."""
+    return [
+        {
+            "subjects": both,
+            "region_tokens": arrays["regions"].sum((1, 2)).tolist(),
+            "tokens": int(arrays["regions"][0].size),
+            "K": arrays["K"].tolist(),
+        }
+        for arrays, both in zip(scenes, names, strict=True)
+    ]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _finite(value: Any) -> Any:
+    """Numbers that do not exist as null."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and value != value else value

@@ -1,0 +1,169 @@
+"""The microcosm: its world, the resumable learning, the judgement, and the whole command at its smallest size."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+from focusdpo import cli
+from focusdpo.data import load_pairs
+from focusdpo.experiments.microcosm import learning
+from focusdpo.experiments.microcosm.classifier import halves
+from focusdpo.experiments.microcosm.command import PICTURES, prepare_microcosm
+from focusdpo.experiments.microcosm.config import MicrocosmConfig
+from focusdpo.experiments.microcosm.judging import verdicts
+from focusdpo.experiments.microcosm.learning import learn
+from focusdpo.experiments.microcosm.pairs import write_pairs
+from focusdpo.experiments.microcosm.scenes import draw_scene
+from focusdpo.experiments.microcosm.subjects import identities_of
+
+SHARED = Path(__file__).parents[2] / "shared" / "data" / "dreambench"
+
+
+@pytest.fixture(scope="module")
+def identities():
+    return identities_of(None, 128)
+
+
+def test_pairs_differ_inside_the_prior_alone_and_show_whom_they_say(identities, tmp_path):
+    records = load_pairs(str(write_pairs(tmp_path, identities, 12, 64, 32, seed=5)))
+    again = load_pairs(str(write_pairs(tmp_path / "again", identities, 12, 64, 32, seed=5)))
+    for record, other in zip(records, again, strict=True):
+        winner, loser, prior = (np.asarray(Image.open(path)) for path in (record.winner, record.loser, record.prior[0]))
+        assert np.array_equal(winner, np.asarray(Image.open(other.winner)))
+        differs = (winner != loser).any(-1)
+        assert differs.any() and not differs[prior == 0].any()
+        meta = record.meta
+        changed = meta["changed"]
+        half = prior[:, 32:] if changed else prior[:, :32]
+        assert half.any() and prior.sum() == half.sum(), "the first subject is on the left, the second on the right"
+        own, instance = identities[meta["identities"][changed]], identities[meta["loser_identity"]]
+        assert own.class_name == instance.class_name and own is not instance
+        assert [r.class_name for r in record.references] == [identities[i].class_name for i in meta["identities"]]
+
+
+def test_scenes_are_of_two_classes(identities):
+    scenes = [draw_scene(identities, np.random.default_rng(seed)) for seed in range(50)]
+    assert all(identities[a].class_name != identities[b].class_name for a, b in (scene.identities for scene in scenes))
+    assert len({scene.identities for scene in scenes}) > 40
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the photos of DreamBench are not here")
+def test_dreambench_holds_photos_out(monkeypatch):
+    """Of two of its subjects, as each takes half a second to be cut out."""
+    from focusdpo.data.building import dreambench
+
+    classes = {name: kind for name, kind in dreambench.read_classes(SHARED).items() if name in ("dog5", "teapot")}
+    monkeypatch.setattr(dreambench, "read_classes", lambda root: classes)
+    found = identities_of(str(SHARED), 96)
+    assert {one.class_name for one in found} == {"dog", "teapot"} and len(found) == 6
+    for one in found:
+        assert one.views and one.held_out and not set(map(id, one.views)) & set(map(id, one.held_out))
+        assert all(image.mode == "RGBA" and max(image.size) == 96 for image in (*one.views, *one.held_out))
+
+
+def test_learning_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    """Killed between two states, with dropout and a moving average."""
+
+    def train(folder, stop=None):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+        seen = []
+
+        def loss(draws):
+            seen.append(len(seen))
+            if stop is not None and len(seen) > stop:
+                raise KeyboardInterrupt
+            x = torch.randn(16, 4, generator=draws)
+            return (model(x) - x.sum(1, keepdim=True)).square().mean()
+
+        folder.mkdir(exist_ok=True)
+        losses = learn("test", model, loss, steps=30, lr=1e-2, seed=3, state_file=folder / "x.state", ema_decay=0.9)
+        return losses, [p.detach().clone() for p in model.parameters()]
+
+    monkeypatch.setattr(learning, "SAVE_SECONDS", 0.0)  # a state after each step
+    losses, weights = train(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "killed", stop=17)
+    assert (tmp_path / "killed" / "x.state").is_file()
+    again, resumed = train(tmp_path / "killed")
+    assert again == losses and len(losses) == 30 and losses[-1] < losses[0]
+    assert all(torch.equal(a, b) for a, b in zip(weights, resumed, strict=True))
+
+
+def test_verdicts_by_hand():
+    """Four identities of classes a, a, b, b. Left should be 0, right 2."""
+    seen = torch.tensor([[0, 2], [1, 0], [2, 3]])  # all right; another instance, the other subject; the other subject, instance
+    logits = nn.functional.one_hot(seen, 4).float()
+    found = verdicts(logits, torch.tensor([[0, 2]] * 3), ["a", "a", "b", "b"])
+    assert found["identity"] == [1, 1, 0, 0, 0, 0]
+    assert found["wrong instance"] == [0, 0, 1, 0, 0, 1]
+    assert found["class"] == [1, 1, 1, 0, 0, 1]
+    assert found["leakage"] == [0, 0, 0, 1, 1, 0]
+
+
+def test_halves():
+    images = torch.arange(2 * 3 * 4 * 6).reshape(2, 3, 4, 6).float()
+    regions = halves(images)
+    assert torch.equal(regions[2], images[1, :, :, :3]) and torch.equal(regions[1], images[0, :, :, 3:])
+
+
+def results_of(folder):
+    found = json.loads((folder / "ablation" / "results.json").read_text())
+    return found["results"], found["table"]
+
+
+def test_the_whole_command_also_when_killed(tmp_path, fresh_accelerate):
+    """Killed with SIGKILL whenever a stage has begun, and run to its end: the same numbers as without."""
+    folder, environment = tmp_path / "whole", os.environ | {"OMP_NUM_THREADS": "1"}
+    arguments = ["--size", "smoke", "--out", str(folder), "--variants", "base", "focus", "--seeds", "0", "--cpu", "true"]
+    cli.main(["microcosm", *arguments])
+    for name in (*PICTURES, "model/model_index.json", "pairs/held_out/pairs.jsonl", "ablation/ablation.html", "facts.json"):
+        assert (folder / name).is_file(), name
+    results, table = results_of(folder)
+    assert {r["variant"]: len(r["values"]["identity"]) for r in results} == {"base": 8, "focus": 8}
+    assert "FID" in table["measures"] and "accuracy/inside" in table["measures"]
+    images = [load_file(path)["images"] for path in sorted(folder.rglob("generated.safetensors"))]
+    assert len(images) == 2 and images[0].shape == (4, 3, 64, 64) and not torch.equal(images[0], images[1])
+
+    killed = tmp_path / "killed"
+    arguments[3] = str(killed)
+    command = [sys.executable, "-m", "focusdpo", "microcosm", *arguments]
+    for sign in ("classifier.safetensors", "ablation/runs/focus"):
+        with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
+            while not (killed / sign).exists() and child.poll() is None:
+                time.sleep(0.02)
+            assert child.poll() is None, sign
+            child.send_signal(signal.SIGKILL)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert results_of(killed) == (results, table)
+    assert "identity accuracy of generated regions" in done.stdout
+
+
+def test_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match="tuning_steps: got 0; expected at least 1"):
+        MicrocosmConfig(tuning_steps=0)
+    with pytest.raises(ValueError, match="seeds: got \\[1, 1\\]; expected each once"):
+        MicrocosmConfig(seeds=[1, 1])
+    with pytest.raises(FileNotFoundError, match="root: no prompts_and_classes.txt"):
+        prepare_microcosm(MicrocosmConfig(out=str(tmp_path / "a"), size="smoke", dreambench=str(tmp_path)))
+    (tmp_path / "b" / "pairs").mkdir(parents=True)
+    with pytest.raises(FileExistsError, match="out: .* holds an earlier run"):
+        prepare_microcosm(MicrocosmConfig(out=str(tmp_path / "b"), size="smoke"))
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "microcosm.json").write_text(json.dumps({"size": "small", "dreambench": None, "seed": 0}))
+    with pytest.raises(ValueError, match="out: .* holds a microcosm of size 'small', got 'smoke'"):
+        prepare_microcosm(MicrocosmConfig(out=str(tmp_path / "c"), size="smoke"))
