@@ -192,15 +192,24 @@ def parse_config(argv: list[str]) -> tuple[str, Any]:
         sys.exit(f"focusdpo {name}: error: {error}")
 
 
-def _list_options(settings: type[Any], prefix: str = "--") -> Iterator[tuple[str, bool]]:
-    """Options that take a list, and whether they take nothing else."""
+@dataclass(frozen=True)
+class _ListOption:
+    """An option that takes a list: whether it takes nothing else, and whether the items are text alone."""
+
+    pure: bool
+    of_text: bool
+
+
+def _list_options(settings: type[Any], prefix: str = "--") -> Iterator[tuple[str, _ListOption]]:
+    """Options that take a list, by name."""
     for name, kind in typing.get_type_hints(settings).items():
         if isinstance(kind, type) and is_dataclass(kind):
             yield from _list_options(kind, f"{prefix}{name}.")
         else:
             kinds = [kind] if typing.get_origin(kind) is list else typing.get_args(kind)
-            if any(typing.get_origin(one) is list for one in kinds):
-                yield f"{prefix}{name}", len(kinds) == 1
+            lists = [one for one in kinds if typing.get_origin(one) is list]
+            if lists:
+                yield f"{prefix}{name}", _ListOption(len(kinds) == 1, all(typing.get_args(one) == (str,) for one in lists))
 
 
 def _join_lists(argv: list[str]) -> list[str]:
@@ -211,13 +220,14 @@ def _join_lists(argv: list[str]) -> list[str]:
     words = deque(argv)
     while words:
         joined.append(words.popleft())
-        if joined[-1] not in options:
+        option = options.get(joined[-1])
+        if option is None:
             continue
         values = []
         while words and not words[0].startswith("--"):
             values.append(words.popleft())
-        is_list = len(values) > 1 or (len(values) == 1 and options[joined[-1]] and not values[0].startswith("["))
-        joined += [json.dumps([_value(value) for value in values])] if is_list else values
+        is_list = len(values) > 1 or (len(values) == 1 and option.pure and not values[0].startswith("["))
+        joined += [json.dumps(values if option.of_text else [_value(value) for value in values])] if is_list else values
     return joined
 
 

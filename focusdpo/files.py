@@ -24,6 +24,13 @@ def checksum(file: ReadableFile) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file at once or not at all; an earlier one stays until then."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
 def tensor_shapes(path: Path) -> dict[str, list[int]]:
     """Shapes by name of a safetensors file, from its header alone.
 

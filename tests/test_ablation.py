@@ -14,6 +14,7 @@ import torch
 import yaml
 from scipy import stats
 
+from focusdpo.data import load_pairs
 from focusdpo.experiments.ablation import jobs as ablation_jobs
 from focusdpo.experiments.ablation import yardsticks
 from focusdpo.experiments.ablation.command import prepare_ablation
@@ -122,7 +123,7 @@ def test_yardsticks_by_hand(run, fresh_accelerate):
     expected = {name: [] for name in ("win/whole", "win/inside", "lose/outside", "accuracy/inside")}
     for number, t in enumerate((0.3, 0.7)):
         noised = trainer.step.noise(batch, torch.Generator().manual_seed(VALIDATION_SEED + number), torch.full((3,), t))
-        policy, reference = trainer.step.predictions(noised)
+        policy, reference, _ = trainer.step.predictions(noised, batch)
         errors, basis = ((x - noised.target).double().square().mean(-1) for x in (policy, reference))  # [6, P]
 
         def mean(values, where):
@@ -152,9 +153,13 @@ def test_statistics():
     shift = {seed: [x + 0.5 for x in numbers] for seed, numbers in values.items()}
     gap = difference(shift, values)
     assert (gap.mean, gap.low, gap.high) == pytest.approx((0.5, 0.5, 0.5)) and gap.differs, "seed by seed and pair by pair"
-    beside = difference({7: [2.0, 4.0]}, shift).mean
+    beside = difference({7: [2.0, 4.0]}, shift, "values").mean
     assert beside == pytest.approx((0.5 - 0.5 - 2.5) / 3), "one that is not trained stands beside all; NaN is missing"
-    assert difference({7: [0.0], 8: [0.0]}, {1: [0.0], 2: [0.0]}) is None
+    assert difference({7: [0.0]}, {1: [0.0], 2: [0.0]}) is None, "one training that came through has no partner"
+    missing = over_seeds({0: [float("nan")] * 2, 1: [float("nan")] * 2})
+    assert np.isnan([missing.mean, missing.low, missing.high]).all() and not missing.differs, "a measure that nothing has"
+    alike = over_seeds({0: [0.0, 1.0, 1.0, 1.0], 1: [1.0, 1.0, 1.0, 0.0]})
+    assert alike.low < alike.mean < alike.high, "equal means of two trainings are no certainty"
     one = over_seeds({0: np.random.default_rng(0).normal(size=200).tolist()})
     assert one.high - one.low == pytest.approx(2 * 1.96 / np.sqrt(200), rel=0.2), "of one training: over its pairs"
 
@@ -167,11 +172,16 @@ def test_verdicts():
     measures = {"good": Measure("good"), "bad": Measure("bad", "less"), "odd": Measure("odd", "neither")}
     results = [result(variant, seed, float(variant == "focus")) for variant in ("dpo", "focus") for seed in (0, 1)]
     results.append(result("sft", 0, 0, "NaN"))
-    table = tabulate(results, ["dpo", "focus", "sft"], "dpo", measures)
+    table = tabulate(results, [VARIANTS[name] for name in ("dpo", "focus", "sft")], "dpo", measures)
     assert [cell.is_better for cell in table.rows[1].cells] == [True, False, None]
     assert [cell.difference for cell in table.rows[0].cells] == [None] * 3
     text = text_of(table, {"dpo": "DPO", "focus": "Focus", "sft": "SFT"})
-    assert text.count("  better") == 1 and text.count("  worse") == 1 and "SFT: seed 0: NaN" in text and "failed" in text
+    assert (
+        text.count("  better") == 1
+        and text.count("  worse") == 1
+        and "SFT: 0 of 1 trainings came through\nseed 0: NaN" in text
+        and "failed" in text
+    )
 
 
 def test_an_interrupted_ablation_goes_on_to_the_same_numbers(run, settings, tmp_path, monkeypatch):
@@ -189,7 +199,7 @@ def test_an_interrupted_ablation_goes_on_to_the_same_numbers(run, settings, tmp_
     def killed(trainer, *arguments):
         """In the middle of the second training, after its first checkpoint."""
         calls.append(trainer.progress.step)
-        if len(calls) == 6:
+        if len(calls) == 5:
             raise KeyboardInterrupt
         return judge(trainer, *arguments)
 
@@ -207,8 +217,30 @@ def test_an_interrupted_ablation_goes_on_to_the_same_numbers(run, settings, tmp_
     with pytest.raises(ValueError, match=r"other settings:\n  ablation.times: the begun ablation has \[0.5\], got \[0.25\]"):
         prepare_ablation(settings(times=[0.25]))
     run.optim.lr = 1e-3
-    with pytest.raises(ValueError, match="run.optim"):
+    with pytest.raises(ValueError, match="run.optim.lr: the begun ablation has 0.003, got 0.001"):
         prepare_ablation(settings())
+
+
+def test_a_training_that_gives_up(run, settings, tmp_path, monkeypatch, tiny_pairs):
+    """One seed of two fails in mid-course; the pairs of which one is left out keep their own pictures."""
+    trained = Trainer._is_finite
+
+    def gives_up(trainer, norm):
+        if trainer.config.seed == 1 and trainer.progress.step == 3:
+            raise FloatingPointError("no finite gradient")
+        return trained(trainer, norm)
+
+    monkeypatch.setattr(Trainer, "_is_finite", gives_up)
+    run.data.max_crop = 0.5
+    prepare_ablation(settings(variants=["dpo", "focus"]))()
+    found = {(r["variant"], r["seed"]): r for r in results_in(tmp_path / "ablation")["results"]}
+    assert found["dpo", 1]["failed"] == "no finite gradient" and not found["dpo", 1]["values"] and found["dpo", 0]["values"]
+    assert "1 of 2 trainings came through" in (tmp_path / "ablation" / "table.txt").read_text()
+    assert "1 of 2 trainings came through; seed 1: no finite gradient" in (tmp_path / "ablation" / "ablation.html").read_text()
+    left_out = (tmp_path / "ablation" / "runs" / "dpo" / "seed-0" / "left_out.jsonl").read_text().splitlines()
+    lines = {json.loads(line)["line"] for line in left_out}
+    kept = [r for r in load_pairs(str(tiny_pairs)) if r.line not in lines]
+    assert lines and kept[0].prompt in (tmp_path / "ablation" / "ablation.html").read_text()
 
 
 def test_two_workers_give_the_same(settings, tmp_path):
@@ -231,6 +263,7 @@ REFUSED = {
     "time": ({"times": [0.0]}, "times: got \\[0.0\\]; expected numbers between 0 and 1"),
     "tau": ({"grids": ["tau"], "tau": [2.0]}, "tau: focus.tau: got 2.0; expected 0 to 1"),
     "no values": ({"grids": ["gamma"], "gamma": []}, "gamma: got \\[\\]; expected at least one value"),
+    "value twice": ({"grids": ["tau"], "tau": [0.1, 0.1]}, "tau: got \\[0.1, 0.1\\]; expected each once"),
     "layers": ({"grids": ["layers"], "layers": ["last"]}, "layers: got 'last'; expected \"all\""),
     "block": ({"grids": ["layers"], "layers": ["0,9"]}, "layers: got '0,9'; expected blocks from 0 to 3"),
 }
@@ -244,6 +277,10 @@ def test_refused_by_name(settings, case):
 
 
 def test_runs_that_cannot_be_judged(run, settings, tmp_path):
+    run.loss.loss_type = "sft"
+    with pytest.raises(ValueError, match="config: .* expected a preference loss"):
+        prepare_ablation(settings())
+    run.loss.loss_type = "sigmoid"
     run.data.validation = None
     with pytest.raises(ValueError, match=r"config: .* expected a run with data.validation"):
         prepare_ablation(settings())

@@ -39,6 +39,19 @@ def test_file_with_overrides(yaml_file):
     assert config.focus.match_count == "reference" and config.loss.beta == 2000.0
 
 
+def test_lists_as_separate_values(yaml_file):
+    run = ["train", "--config", str(yaml_file)]
+    _, config = cli.parse_config([*run, "--data.buckets", "1:1", "4:3", "--focus.layers", "0", "2", "--trackers", "wandb"])
+    assert (config.data.buckets, config.focus.layers, config.trackers) == (["1:1", "4:3"], [0, 2], ["wandb"])
+    _, config = cli.parse_config([*run, "--focus.layers", "all", "--data.buckets", '["1:1"]'])
+    assert config.focus.layers == "all"
+    lists = ["--layers", "3", "7", "--grids", "layers", "tau", "--tau", "0.05", "1"]
+    _, grids = cli.parse_config(["ablate", "--config", "run", *lists])
+    assert (grids.layers, grids.grids, grids.tau, grids.config) == (["3", "7"], ["layers", "tau"], [0.05, 1.0], "run")
+    _, shown = cli.parse_config(["data", "show", "--out", "a.html", "pairs"])
+    assert (shown.out, shown.path) == ("a.html", "pairs"), "an option that is no list takes one value"
+
+
 @pytest.mark.parametrize(("text", "value"), [("prior", "prior"), ("40", 40), ("0.5", 0.5)])
 def test_match_count_keeps_its_type(yaml_file, text, value):
     _, config = cli.parse_config(["train", "--config", str(yaml_file), "--focus.match_count", text])

@@ -21,13 +21,15 @@ from focusdpo import cli
 from focusdpo.data import load_pairs
 from focusdpo.experiments.microcosm import learning
 from focusdpo.experiments.microcosm.classifier import halves
-from focusdpo.experiments.microcosm.command import PICTURES, prepare_microcosm
+from focusdpo.experiments.microcosm.command import PICTURES, _settings, prepare_microcosm
 from focusdpo.experiments.microcosm.config import MicrocosmConfig
 from focusdpo.experiments.microcosm.judging import verdicts
 from focusdpo.experiments.microcosm.learning import learn
 from focusdpo.experiments.microcosm.pairs import write_pairs
 from focusdpo.experiments.microcosm.scenes import draw_scene
+from focusdpo.experiments.microcosm.stages import FILES
 from focusdpo.experiments.microcosm.subjects import identities_of
+from focusdpo.folders import clear_folder, mark_folder
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "dreambench"
 
@@ -108,10 +110,12 @@ def test_verdicts_by_hand():
     seen = torch.tensor([[0, 2], [1, 0], [2, 3]])  # all right; another instance, the other subject; the other subject, instance
     logits = nn.functional.one_hot(seen, 4).float()
     found = verdicts(logits, torch.tensor([[0, 2]] * 3), ["a", "a", "b", "b"])
-    assert found["identity"] == [1, 1, 0, 0, 0, 0]
-    assert found["wrong instance"] == [0, 0, 1, 0, 0, 1]
-    assert found["class"] == [1, 1, 1, 0, 0, 1]
-    assert found["leakage"] == [0, 0, 0, 1, 1, 0]
+    assert found["identity"] == [1, 0, 0]
+    assert found["wrong instance"] == [0, 0.5, 0.5]
+    assert found["class"] == [1, 0.5, 0.5]
+    assert found["leakage"] == [0, 0.5, 0.5]
+    twice = verdicts(logits.repeat_interleave(2, 0), torch.tensor([[0, 2]] * 6), ["a", "a", "b", "b"], samples=2)
+    assert twice == found, "a value for each scene"
 
 
 def test_halves():
@@ -133,7 +137,7 @@ def test_the_whole_command_also_when_killed(tmp_path, fresh_accelerate):
     for name in (*PICTURES, "model/model_index.json", "pairs/held_out/pairs.jsonl", "ablation/ablation.html", "facts.json"):
         assert (folder / name).is_file(), name
     results, table = results_of(folder)
-    assert {r["variant"]: len(r["values"]["identity"]) for r in results} == {"base": 8, "focus": 8}
+    assert {r["variant"]: len(r["values"]["identity"]) for r in results} == {"base": 4, "focus": 4}
     assert "FID" in table["measures"] and "accuracy/inside" in table["measures"]
     images = [load_file(path)["images"] for path in sorted(folder.rglob("generated.safetensors"))]
     assert len(images) == 2 and images[0].shape == (4, 3, 64, 64) and not torch.equal(images[0], images[1])
@@ -158,12 +162,29 @@ def test_refused_by_name(tmp_path):
         MicrocosmConfig(tuning_steps=0)
     with pytest.raises(ValueError, match="seeds: got \\[1, 1\\]; expected each once"):
         MicrocosmConfig(seeds=[1, 1])
-    with pytest.raises(FileNotFoundError, match="root: no prompts_and_classes.txt"):
+    with pytest.raises(FileNotFoundError, match="dreambench: no prompts_and_classes.txt"):
         prepare_microcosm(MicrocosmConfig(out=str(tmp_path / "a"), size="smoke", dreambench=str(tmp_path)))
     (tmp_path / "b" / "pairs").mkdir(parents=True)
     with pytest.raises(FileExistsError, match="out: .* holds an earlier run"):
         prepare_microcosm(MicrocosmConfig(out=str(tmp_path / "b"), size="smoke"))
     (tmp_path / "c").mkdir()
-    (tmp_path / "c" / "microcosm.json").write_text(json.dumps({"size": "small", "dreambench": None, "seed": 0}))
-    with pytest.raises(ValueError, match="out: .* holds a microcosm of size 'small', got 'smoke'"):
+    begun = _settings(MicrocosmConfig(size="smoke", lr=0.5))
+    (tmp_path / "c" / "microcosm.json").write_text(json.dumps(begun))
+    with pytest.raises(ValueError, match="out: .* holds a microcosm of seed 0, got 1; go on with its own"):
+        prepare_microcosm(MicrocosmConfig(out=str(tmp_path / "c"), size="smoke", seed=1))
+    prepare_microcosm(MicrocosmConfig(out=str(tmp_path / "c"), size="smoke"))  # the world may be tuned otherwise
+    (tmp_path / "c" / "ablation").mkdir()
+    with pytest.raises(ValueError, match="out: .* microcosm of lr 0.5, got 0.001; .* or delete .*ablation to tune"):
         prepare_microcosm(MicrocosmConfig(out=str(tmp_path / "c"), size="smoke"))
+    with pytest.raises(ValueError, match="grids: .* expected no grid over layers with size='smoke'"):
+        prepare_microcosm(MicrocosmConfig(out=str(tmp_path / "d"), size="smoke", grids=["layers"]))
+
+
+def test_overwriting_starts_anew(tmp_path):
+    """Nothing that a kill left is gone on from."""
+    (tmp_path / "microcosm.json").write_text("{}")
+    mark_folder(tmp_path)
+    for name in ("autoencoder", "classifier", "model"):
+        (tmp_path / f"{name}.state").write_text("another world's")
+    clear_folder(tmp_path, FILES)
+    assert not list(tmp_path.glob("*.state"))

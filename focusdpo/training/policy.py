@@ -46,7 +46,8 @@ def checkpoint_of(name: str, config: TrainConfig, chosen: str) -> Path | None:
     try:
         found = find_checkpoint(chosen, folder)
     except (FileNotFoundError, ValueError) as error:
-        raise type(error)(f"{name}: {str(error).removeprefix('resume: ')}") from error
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{name}: {str(error).removeprefix('resume: ')}") from error
     if found is None:
         raise FileNotFoundError(f"{name}: no checkpoint under {folder} yet; expected one, or 'none' for the model without it")
     return found

@@ -56,18 +56,15 @@ def settings_of(config: TrainConfig, processes: int, train_set: PairDataset) -> 
     What may lie elsewhere is in it by its content: the model's parts, the merged LoRA, the pairs and their images' sizes.
     """
     model = config.model
-    pipeline = pipeline_folder(model.path, model.revision)
-    lora = None if model.base_lora is None else checksum(find_lora_file("model.base_lora", model.base_lora))[:16]
     layouts = hash_of(*map(str, train_set.sizes))
     is_constant = config.optim.scheduler.startswith("constant")
     return {
-        **_compared(config),
+        **compared_settings(config),
         # Kept predictions were computed pair by pair, and are rounded otherwise than those of a batch.
         "data.reference_cache (whether there is one)": config.data.reference_cache is not None,
         "max_steps, which optim.scheduler depends on": None if is_constant else config.max_steps,
         "lora.target_modules": targets_of(config.lora, BACKBONES[model.backbone]),
-        **{f"model.path ({part}, its content)": fingerprint(pipeline, [part])[:16] for part in pipeline_parts(pipeline)},
-        BASE_LORA_CONTENT: lora,
+        **model_contents(model),
         "data.train (its content)": content_checksum(config.data.train)[:16],
         "data.train (number of pairs)": len(train_set),
         "data.train (sizes of its images)": layouts[:16],
@@ -75,7 +72,16 @@ def settings_of(config: TrainConfig, processes: int, train_set: PairDataset) -> 
     }
 
 
-def _compared(config: TrainConfig) -> dict[str, Any]:
+def model_contents(model: ModelConfig) -> dict[str, str | None]:
+    """The parts of a run's model by their content, and the LoRA that is merged into it."""
+    pipeline = pipeline_folder(model.path, model.revision)
+    lora = None if model.base_lora is None else checksum(find_lora_file("model.base_lora", model.base_lora))[:16]
+    parts = {f"model.path ({part}, its content)": fingerprint(pipeline, [part])[:16] for part in pipeline_parts(pipeline)}
+    return {**parts, BASE_LORA_CONTENT: lora}
+
+
+def compared_settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings that decide a run's numbers, flat, but for what is known by its content."""
     flat: dict[str, Any] = {}
     for name, value in asdict(config).items():
         flat |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
@@ -118,7 +124,7 @@ class RunFolder:
             return
         now = json.loads(json.dumps(settings))
         # A checkpoint may be older than a setting: then the run had what is now the default. Contents it lacks are unknown.
-        defaults = _compared(TrainConfig(ModelConfig("-"), DataConfig("-"), "-")) | {BASE_LORA_CONTENT: None}
+        defaults = compared_settings(TrainConfig(ModelConfig("-"), DataConfig("-"), "-")) | {BASE_LORA_CONTENT: None}
         saved = defaults | json.loads((self.checkpoint / SETTINGS_FILE).read_text())
         differing = [
             f"{name}: the checkpoint has {value!r}, got {now.get(name)!r}"

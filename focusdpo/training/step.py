@@ -143,11 +143,18 @@ class PreferenceStep:
         return {name: tap.scores() for name, tap in taps.items()}
 
     @torch.no_grad()
-    def predictions(self, noised: Noised) -> tuple[Tensor, Tensor]:
-        """Policy's and reference model's predictions [2B, P, C] of a noised batch."""
-        with reference_model(self._module):
+    def predictions(self, noised: Noised, batch: PairBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Policy's and reference model's predictions [2B, P, C] of a noised batch, and S [B, R, P] of the winners.
+
+        S is of the run's blocks and of the model that `focus.feature_source` names, whatever mask the run has.
+        """
+        tap = self._tap(noised.layout, reference_token_mask(batch.reference_masks), each=False)
+        from_reference = self.focus.feature_source == "reference"
+        with reference_model(self._module), tap if from_reference else nullcontext():
             reference = self._predict(noised)
-        return self._predict(noised), reference
+        with nullcontext() if from_reference else tap:
+            policy = self._predict(noised)
+        return policy, reference, tap.scores()
 
     def mask_of(self, scores: Tensor, batch: PairBatch) -> FocusMask:
         """The winners' focus mask of similarity S [B, R, P], whichever blocks it is of."""

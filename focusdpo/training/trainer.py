@@ -76,17 +76,18 @@ class Trainer:
         config: all settings.
         on_alarm: called in the main process with each alarm (`focusdpo.training.health`), after it was logged and written to
             alarms.jsonl.
-        on_evaluation: called after each evaluation of the held-out pairs, before the checkpoint of that step.
+        evaluation: done instead of the run's own evaluation of the held-out pairs whenever that is due, before the checkpoint of
+            that step.
     """
 
     def __init__(
         self,
         config: TrainConfig,
         on_alarm: Callable[[Alarm], None] | None = None,
-        on_evaluation: Callable[[Trainer], None] | None = None,
+        evaluation: Callable[[Trainer], None] | None = None,
     ) -> None:
         self.config = config
-        self._on_evaluation = on_evaluation
+        self._evaluation = evaluation
         run = RunFolder.prepare(config)
         self.folder = run.path
         check_files_and_packages(config)
@@ -407,13 +408,13 @@ class Trainer:
         return averager.result()
 
     def _validate(self) -> None:
+        if self._evaluation is not None:
+            return self._evaluation(self)
         if not len(self.validation_set):
-            return
+            return None
         row = self.evaluate()
         self.accelerator.log({f"validation/{name}": value for name, value in row.items()}, step=self.progress.step)
         if self.accelerator.is_main_process:
             file = MetricsFile(self.folder / VALIDATION_FILE, self.progress.step - 1)
             file.write({"step": self.progress.step, **row})
             file.close()
-        if self._on_evaluation is not None:
-            self._on_evaluation(self)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,11 +20,13 @@ from focusdpo.experiments.ablation.page import write_ablation_page
 from focusdpo.experiments.ablation.pool import run_jobs
 from focusdpo.experiments.ablation.statistics import Cell, Estimate, Row, Table, tabulate, text_of
 from focusdpo.experiments.ablation.variants import Change, changes_of
+from focusdpo.files import write_whole
 from focusdpo.folders import check_folder, clear_folder
 from focusdpo.settings import require
 from focusdpo.training.config import TrainConfig
 from focusdpo.training.loading import check_files_and_packages
 from focusdpo.training.run_config import read_run_config
+from focusdpo.training.run_folder import compared_settings, model_contents
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +51,11 @@ def prepare_ablation(
     """
     run = read_run_config("config", config.config)
     require(run.data.validation is not None, "config", config.config, "a run with data.validation, whose pairs are judged")
+    require(run.loss.loss_type != "sft", "config", config.config, "a preference loss, of which SFT is a variant")
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    require(
+        alone, "ablate", "several processes", "one, started without accelerate launch; --workers spreads the runs over GPUs"
+    )
     check_files_and_packages(run)
     changes = changes_of(config, run)
     folder = Path(config.output_dir)
@@ -63,13 +72,14 @@ def prepare_ablation(
     def work() -> None:
         if not goes_on:
             clear_folder(folder, FILES)
-            known.write_text(json.dumps(settings, indent=1))
+        write_whole(known, json.dumps(settings, indent=1))
         jobs = jobs_of(config, run, changes, judge)
         results = run_jobs(jobs, config.workers)
-        table = tabulate(results, [change.name for change in changes], config.baseline, taken)
-        (folder / RESULTS_FILE).write_text(json.dumps(_as_json(settings, changes, results, table), indent=1))
+        table = tabulate(results, changes, config.baseline, taken)
+        content = _as_json(settings, changes, results, table)
+        write_whole(folder / RESULTS_FILE, json.dumps(_without_nan(content), indent=1, allow_nan=False))
         text = text_of(table, {change.name: change.label for change in changes})
-        (folder / TABLE_FILE).write_text(text + "\n")
+        write_whole(folder / TABLE_FILE, text + "\n")
         write_ablation_page(folder / PAGE_FILE, config, run, changes, results, table, jobs)
         print(text)
         logger.info("%s: the page; %s: all numbers", folder / PAGE_FILE, folder / RESULTS_FILE)
@@ -91,16 +101,12 @@ def jobs_of(config: AblationConfig, run: TrainConfig, changes: Sequence[Change],
 
 
 def _settings(config: AblationConfig, run: TrainConfig) -> dict[str, Any]:
-    """What decides the numbers of all runs."""
+    """What decides the numbers of all runs; model and pairs by their content."""
     own = {name: value for name, value in asdict(config).items() if name not in FREE}
     contents = {name: content_checksum(path)[:16] for name in ("train", "validation") if (path := getattr(run.data, name))}
-    # What a job sets itself, and what only says where and how a run goes.
-    free = ("output_dir", "seed", "trackers", "push_to_hub", "resume", "overwrite", "project", "run_name", "cpu", "backend")
-    return {
-        "ablation": own,
-        "run": {name: value for name, value in asdict(run).items() if name not in free},
-        "pairs": contents,
-    }
+    compared = {name: value for name, value in compared_settings(run).items() if name != "seed"}
+    steps = {"max_steps": config.max_steps or run.max_steps, "samples.steps": run.samples.steps}
+    return {"ablation": own, "run": {**compared, **steps}, "model": model_contents(run.model), "pairs": contents}
 
 
 def _check_settings(known: Path, settings: dict[str, Any]) -> None:
@@ -119,7 +125,6 @@ def _check_settings(known: Path, settings: dict[str, Any]) -> None:
             f"output_dir: {known.parent} holds an ablation with other settings:\n  {lines}\ngo on with its own, start anew "
             "with --overwrite true, or name another folder"
         )
-    known.write_text(json.dumps(settings, indent=1))
 
 
 def _is_longer(name: str, begun: Any, now: Any) -> bool:
@@ -139,10 +144,22 @@ def table_of(results: Path) -> Table:
     return Table(tuple(rows), measures, found["table"]["baseline"])
 
 
+def _without_nan(value: Any) -> Any:
+    """As JSON has it: null for what is not a number."""
+    if isinstance(value, dict):
+        return {name: _without_nan(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _cell(cell: dict[str, Any]) -> Cell:
     gap = cell["difference"]
-    estimate = Estimate(**cell["estimate"])
-    return Cell(cell["measure"], estimate, None if gap is None else Estimate(**gap), cell["is_better"])
+    return Cell(cell["measure"], _estimate(cell["estimate"]), None if gap is None else _estimate(gap), cell["is_better"])
+
+
+def _estimate(values: dict[str, float | None]) -> Estimate:
+    return Estimate(**{name: math.nan if value is None else value for name, value in values.items()})
 
 
 def _as_json(settings: dict[str, Any], changes: Sequence[Change], results: Sequence[Result], table: Table) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -61,7 +62,7 @@ class AblationConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("variants", "grids", "seeds", "times"):
+        for name in ("variants", "grids", "seeds", "times", *typing.get_args(Grid)):
             values = getattr(self, name)
             require(len(set(values)) == len(values), name, values, "each once")
         require(bool(self.variants), "variants", self.variants, "at least one")

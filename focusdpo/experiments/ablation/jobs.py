@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import gc
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
 from focusdpo.experiments.ablation import yardsticks
 from focusdpo.experiments.ablation.variants import Change
+from focusdpo.files import write_whole
 from focusdpo.training.config import HubConfig, SamplesConfig, TrainConfig
 from focusdpo.training.metrics import MetricsFile, read_metrics
 from focusdpo.training.run_folder import SAMPLES_FOLDER
@@ -91,25 +93,27 @@ def work_on(job: Job) -> Result:
     """Does a job from wherever an earlier start left it; one that is done is read."""
     if not job.is_done:
         result = _train(job) if job.change.trained else _judge_untrained(job)
+        gc.collect()  # here, where nothing holds the trainer any more
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         job.folder.mkdir(parents=True, exist_ok=True)
-        partial_file = job.folder / f"{RESULT_FILE}.partial"
-        partial_file.write_text(json.dumps(vars(result)))
-        partial_file.replace(job.folder / RESULT_FILE)
+        write_whole(job.folder / RESULT_FILE, json.dumps(vars(result)))
     return Result(**json.loads((job.folder / RESULT_FILE).read_text()))
 
 
 def _train(job: Job) -> Result:
     started = (job.folder / "checkpoints").is_dir()
     config = replace(job.config, resume="latest" if started else None, overwrite=not started)
-    trainer = _trainer(config, partial(_judge_point, job))
+    latest: dict[int, dict[str, list[float]]] = {}
+    trainer = _trainer(config, partial(_judge_point, job, latest))
     try:
         trainer.train()
     except FloatingPointError as error:
         return Result(job.change.name, job.seed, {}, _curve(job), str(error))
     else:
-        return Result(job.change.name, job.seed, _judged(job, trainer), _curve(job))
+        return Result(job.change.name, job.seed, _judged(job, trainer, latest.get(config.max_steps)), _curve(job))
     finally:
-        _release(trainer)
+        trainer.accelerator.free_memory()
 
 
 def _judge_untrained(job: Job) -> Result:
@@ -118,37 +122,32 @@ def _judge_untrained(job: Job) -> Result:
         trainer.samples.draw(0, trainer.step, trainer.accelerator)
         values = _judged(job, trainer)
     finally:
-        _release(trainer)
+        trainer.accelerator.free_memory()
     return Result(job.change.name, job.seed, values, [{"step": 0, **_means(values)}])
 
 
-def _trainer(config: TrainConfig, on_evaluation: Any = None) -> Trainer:
+def _trainer(config: TrainConfig, evaluation: Callable[[Trainer], None] | None = None) -> Trainer:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    return Trainer(config, on_evaluation=on_evaluation)
+    return Trainer(config, evaluation=evaluation)
 
 
-def _release(trainer: Trainer) -> None:
-    trainer.accelerator.free_memory()
-    del trainer
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _judged(job: Job, trainer: Trainer) -> dict[str, list[float]]:
-    values = yardsticks.judge(trainer, job.times, job.judged_pairs)
+def _judged(job: Job, trainer: Trainer, values: dict[str, list[float]] | None = None) -> dict[str, list[float]]:
+    """All numbers of a model; those of the yardsticks are taken as they are where the last point of the curve has them."""
+    if values is None:
+        values = yardsticks.judge(trainer, job.times, job.judged_pairs)
     return values if job.judge is None else values | job.judge(trainer, job.folder)
 
 
-def _judge_point(job: Job, trainer: Trainer) -> None:
-    """A point of the curve; before the first step all are what "base" has."""
+def _judge_point(job: Job, latest: dict[int, dict[str, list[float]]], trainer: Trainer) -> None:
+    """A point of the curve, kept in `latest` as well; before the first step all are what "base" has."""
     step = trainer.progress.step
     if step == 0:
         return
-    means = _means(yardsticks.judge(trainer, job.times, job.judged_pairs))
+    latest.clear()
+    latest[step] = yardsticks.judge(trainer, job.times, job.judged_pairs)
     file = MetricsFile(job.folder / JUDGED_FILE, step - 1)
-    file.write({"step": step, **means})
+    file.write({"step": step, **_means(latest[step])})
     file.close()
 
 

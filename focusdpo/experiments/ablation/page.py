@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 import yaml
 from PIL import Image
 
-from focusdpo.data import PairDataset
+from focusdpo.data import leave_out_misfits
 from focusdpo.data.images import to_pil
 from focusdpo.evaluation.pages import COLOURS, image_uri, plot, write_page
 from focusdpo.experiments.ablation.config import AblationConfig
@@ -57,7 +57,7 @@ def write_ablation_page(
         table=table,
         intervals=[plot(interval_figure(table, name, names), f"interval-{i}") for i, name in enumerate(table.measures)],
         curves=[plot(curve_figure(results, table, name, names), f"curve-{i}") for i, name in enumerate(curved)],
-        pairs=_shown_pairs(run, jobs, names, config.samples),
+        pairs=_shown_pairs(run, [job for job, one in zip(jobs, results, strict=True) if not one.failed], names, config.samples),
         settings=yaml.safe_dump({"ablation": vars(config)}, sort_keys=False),
     )
 
@@ -66,7 +66,7 @@ def interval_figure(table: Table, measure: str, names: Mapping[str, str]) -> go.
     """Mean and interval of a measure by variant, the baseline's mean as a line."""
     figure = go.Figure()
     for row in table.rows:
-        cell = next((cell for cell in row.cells if cell.measure == measure), None)
+        cell = row.cell(measure)
         if cell is None:
             continue
         low, high = cell.estimate.mean - cell.estimate.low, cell.estimate.high - cell.estimate.mean
@@ -93,7 +93,8 @@ def curve_figure(results: Sequence[Result], table: Table, measure: str, names: M
     points = [point for result in results for point in result.curve if point["step"] == 0]
     figure = go.Figure()
     for number, row in enumerate(table.rows):
-        curves = [result.curve for result in results if result.variant == row.variant and result.curve]
+        own = [result for result in results if result.variant == row.variant and result.failed is None]
+        curves = [result.curve for result in own if result.curve]
         if not curves or curves[0][0]["step"] == 0:
             continue
         steps = [point["step"] for point in curves[0]]
@@ -130,7 +131,8 @@ def _shown_pairs(run: TrainConfig, jobs: Sequence[Job], names: Mapping[str, str]
     numbers = sorted(set().union(*drawn.values())) if count else []
     if not numbers:
         return []
-    dataset: PairDataset = dataset_of(load_records(run)[1], run.data)
+    dataset = dataset_of(load_records(run)[1], run.data)
+    leave_out_misfits(dataset, run.data.max_crop)  # as the trainer does, so that a number means the same pair
     pairs = []
     for number in numbers:
         pair = dataset[number]

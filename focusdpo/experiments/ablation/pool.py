@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing.queues import Queue
@@ -24,7 +25,7 @@ def run_jobs(jobs: Sequence[Job], workers: int | None) -> list[Result]:
     Raises:
         Exception: what a job raised; the others' results are on disk, and a new start goes on from there.
     """
-    devices = torch.cuda.device_count()
+    devices = 0 if not jobs or jobs[0].config.cpu else torch.cuda.device_count()
     open_jobs = [job for job in jobs if not job.is_done]
     count = min(workers or max(devices, 1), len(open_jobs))
     bar = tqdm(total=len(jobs), initial=len(jobs) - len(open_jobs), desc="ablation", unit="run")
@@ -52,11 +53,22 @@ def run_jobs(jobs: Sequence[Job], workers: int | None) -> list[Result]:
 
 
 def _take_place(places: Queue[int], devices: int, workers: int) -> None:
-    """Gives a worker its device, before anything initialises CUDA, or its share of the cores."""
+    """Gives a worker its device, before anything initialises CUDA, or its share of the cores; it ends with its parent."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     place = places.get()
     if devices:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else [str(number) for number in range(devices)]
         os.environ["CUDA_VISIBLE_DEVICES"] = names[place % devices]
+        if torch.cuda.device_count() != 1:
+            raise RuntimeError("a worker sees several GPUs: CUDA was initialised before it was given its own")
     else:
         torch.set_num_threads(max((os.cpu_count() or 1) // workers, 1))
+
+
+def _end_with_parent() -> None:
+    """A killed command's workers would go on with runs that its next start takes up."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+    os._exit(1)

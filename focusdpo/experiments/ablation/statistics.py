@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from scipy import stats
@@ -11,6 +12,7 @@ from scipy import stats
 from focusdpo.evaluation.metrics.bootstrap import mean_interval
 from focusdpo.experiments.ablation.jobs import Result
 from focusdpo.experiments.ablation.measures import Measure
+from focusdpo.experiments.ablation.variants import Change
 
 
 @dataclass(frozen=True)
@@ -31,27 +33,38 @@ def over_seeds(values: Mapping[int, Sequence[float]]) -> Estimate:
     """The mean over seeds of means over held-out items.
 
     With several seeds the interval is Student's, over the seeds' means: it says what another training would give. With one it
-    is a bootstrap over the items: what other items would give.
+    is a bootstrap over the items: what other items would give; and so where all seeds have the same mean, of which Student's
+    would make a certainty.
 
     Args:
         values: by seed, one for each item; NaN counts as missing.
     """
-    means = np.array([np.nanmean(numbers) for numbers in values.values()])
-    if len(means) == 1:
-        only = np.asarray(next(iter(values.values())), dtype=float)
-        return Estimate(*mean_interval(only[~np.isnan(only)]))
+    table = np.array([list(numbers) for numbers in values.values()], dtype=float)  # [seeds, items]
+    table = table[~np.isnan(table).all(axis=1)]
+    if not table.size:
+        return Estimate(np.nan, np.nan, np.nan)
+    means = np.nanmean(table, axis=1)
+    if len(means) == 1 or np.ptp(means) == 0:
+        items = np.nanmean(table[:, ~np.isnan(table).all(axis=0)], axis=0)
+        return Estimate(*mean_interval(items))
     half = stats.t.ppf(0.975, len(means) - 1) * means.std(ddof=1) / np.sqrt(len(means))
     return Estimate(float(means.mean()), float(means.mean() - half), float(means.mean() + half))
 
 
-def difference(values: Mapping[int, Sequence[float]], baseline: Mapping[int, Sequence[float]]) -> Estimate | None:
+def difference(
+    values: Mapping[int, Sequence[float]],
+    baseline: Mapping[int, Sequence[float]],
+    untrained: Literal["values", "baseline"] | None = None,
+) -> Estimate | None:
     """The mean difference to a baseline, seed by seed and item by item; None without a seed in common.
 
-    What is not trained has one seed, and stands beside each of the other side's.
+    Args:
+        values, baseline: by seed, one for each item.
+        untrained: which side is no training, so that its one seed stands beside each of the other's.
     """
-    if len(values) == 1:
+    if untrained == "values":
         values = dict.fromkeys(baseline, next(iter(values.values())))
-    elif len(baseline) == 1:
+    elif untrained == "baseline":
         baseline = dict.fromkeys(values, next(iter(baseline.values())))
     common = [seed for seed in values if seed in baseline]
     if not common:
@@ -88,6 +101,9 @@ class Row:
     cells: tuple[Cell, ...]
     failed: tuple[str, ...]
 
+    def cell(self, measure: str) -> Cell | None:
+        return next((cell for cell in self.cells if cell.measure == measure), None)
+
 
 @dataclass(frozen=True)
 class Table:
@@ -100,15 +116,16 @@ class Table:
 
 def tabulate(
     results: Sequence[Result],
-    variants: Sequence[str],
+    changes: Sequence[Change],
     baseline: str,
     measures: Mapping[str, Measure],
 ) -> Table:
     """Estimates and differences of all measures that were taken, by variant."""
+    trained = {change.name: change.trained for change in changes}
     values = by_variant(results)
     measured = {name: measure for name, measure in measures.items() if any(name in found for found in values.values())}
     rows = []
-    for variant in variants:
+    for variant in trained:
         own = [result for result in results if result.variant == variant]
         cells = []
         for name, measure in measured.items():
@@ -116,7 +133,10 @@ def tabulate(
             if not numbers:
                 continue
             other = values.get(baseline, {}).get(name)
-            gap = difference(numbers, other) if other and variant != baseline else None
+            side: Literal["values", "baseline"] | None = None
+            if not (trained[variant] and trained[baseline]):
+                side = "baseline" if trained[variant] else "values"
+            gap = difference(numbers, other, side) if other and variant != baseline else None
             better = None
             if gap is not None and gap.differs and measure.better != "neither":
                 better = (gap.mean < 0) == (measure.better == "less")
@@ -133,7 +153,7 @@ def text_of(table: Table, names: Mapping[str, str]) -> str:
     for name, measure in table.measures.items():
         lines += ["", measure.label + ("" if measure.better == "neither" else f" ({measure.better} is better)")]
         for row in table.rows:
-            cell = next((cell for cell in row.cells if cell.measure == name), None)
+            cell = row.cell(name)
             if cell is None:
                 lines.append(f"  {names[row.variant]:<{width}}  failed")
                 continue
@@ -143,7 +163,12 @@ def text_of(table: Table, names: Mapping[str, str]) -> str:
                 line += f"   difference {_text(cell.difference, '+')}{mark}"
             lines.append(line)
     for row in table.rows:
-        lines += [f"{names[row.variant]}: {failure}" for failure in row.failed]
+        if row.failed:
+            lines += [
+                "",
+                f"{names[row.variant]}: {row.seeds} of {row.seeds + len(row.failed)} trainings came through",
+                *row.failed,
+            ]
     return "\n".join(lines).strip("\n")
 
 

@@ -6,8 +6,6 @@ import json
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from diffusers import DiffusionPipeline
-
 from focusdpo.experiments.ablation.config import AblationConfig
 from focusdpo.models.base import pipeline_folder
 from focusdpo.settings import require
@@ -36,9 +34,10 @@ class Change:
 
 
 # M_s and M_d alone are ends of the fusion (E8): gamma = 1 leaves M_s in both branches, tau = 1 and gamma = 0 M_d in all cases.
+SFT = {"loss_type": "sft", "label_smoothing": 0.0, "auto_beta": None, "winner_anchor": 0.0, "loser_scale": None}
 VARIANTS = {
     "base": Change("base", "before training", trained=False),
-    "sft": Change("sft", "SFT on winners", {"mask": "none"}, {"loss_type": "sft"}),
+    "sft": Change("sft", "SFT on winners", {"mask": "none"}, SFT),
     "dpo": Change("dpo", "Diffusion-DPO (M = 1)", {"mask": "none"}),
     "prior": Change("prior", "the prior alone", {"mask": "prior"}),
     "structure": Change("structure", "M_s alone", {"mask": "focus", "gamma": 1.0}),
@@ -53,7 +52,8 @@ def changes_of(config: AblationConfig, run: TrainConfig) -> list[Change]:
     for grid in config.grids:
         for value in getattr(config, grid):
             setting = blocks_of(value, run.model) if grid == "layers" else value
-            if getattr(replace_focus(run.focus), grid) == setting and "focus" in config.variants:
+            own = getattr(run.focus, grid)
+            if own == setting and type(own) is type(setting) and "focus" in config.variants:
                 continue  # the run's own value is the variant "focus"
             changes.append(Change(f"{grid}={value}", f"FocusDPO, {grid} = {value}", {"mask": "focus", grid: setting}))
     for change in changes:
@@ -62,10 +62,6 @@ def changes_of(config: AblationConfig, run: TrainConfig) -> list[Change]:
         except ValueError as error:
             raise ValueError(f"{change.name.partition('=')[0]}: {error}") from error
     return changes
-
-
-def replace_focus(focus: FocusConfig) -> FocusConfig:
-    return replace(focus, mask="focus")
 
 
 def blocks_of(text: str, model: ModelConfig) -> str | list[int]:
@@ -88,6 +84,5 @@ def blocks_of(text: str, model: ModelConfig) -> str | list[int]:
 def tapped_blocks(model: ModelConfig) -> int:
     """How many blocks a pipeline's transformer has, from its configuration alone."""
     folder = pipeline_folder(model.path, model.revision)
-    assert DiffusionPipeline.load_config(folder)["transformer"]
     settings = json.loads((folder / "transformer" / "config.json").read_text())
     return int(settings["num_layers"]) + int(settings.get("num_single_layers", 0))

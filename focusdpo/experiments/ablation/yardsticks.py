@@ -12,7 +12,6 @@ from focusdpo.experiments.ablation.measures import Measure
 from focusdpo.features import pool_mask
 from focusdpo.loss import pair_accuracy
 from focusdpo.training.batches import load_batches
-from focusdpo.training.step import Noised
 from focusdpo.training.trainer import VALIDATION_SEED, Trainer
 from focusdpo_kernels import preference_residual
 
@@ -26,7 +25,7 @@ MEASURES = {
     "win/whole": Measure("winner's error in the whole image, to the reference's", "less"),
     "lose/whole": Measure("loser's error in the whole image, to the reference's", "neither"),
     "win/outside": Measure("winner's error outside the prior, to the reference's", "less"),
-    "coverage": Measure("coverage A: share of the prior that is not matched", "less"),
+    "coverage": Measure("coverage A: share of the prior that is not matched, under the variant's own settings", "neither"),
 }
 
 
@@ -58,27 +57,26 @@ def judge(trainer: Trainer, times: Sequence[float], limit: int | None = None) ->
             generator = torch.Generator().manual_seed(VALIDATION_SEED + place * len(times) + number)
             with accelerator.autocast():
                 noised = step.noise(batch, generator, torch.full((len(batch.prompts),), t))
-                tokens = _values(trainer, noised, inside)
-                scores = step.tapped_scores(noised, batch, {"all": step.paths})["all"]
-            tokens["coverage"] = step.mask_of(scores, batch).coverage
-            for name, numbers in tokens.items():
+                policy, reference, scores = step.predictions(noised, batch)
+            found = _by_region(policy, reference, noised.target, inside, step.backend)
+            found["coverage"] = step.mask_of(scores, batch).coverage
+            for name, numbers in found.items():
                 for index, value in zip(batch.indices, numbers.tolist(), strict=True):
                     values.setdefault(name, {}).setdefault(index, []).append(value)
     trainer.module.train(was_training)
-    return {name: [sum(found) / len(found) for _, found in sorted(by.items())] for name, by in values.items()}
+    return {name: [sum(taken) / len(taken) for _, taken in sorted(by.items())] for name, by in values.items()}
 
 
-def _values(trainer: Trainer, noised: Noised, inside: Tensor) -> dict[str, Tensor]:
-    """Accuracies and errors [B] of one noised batch, by region."""
-    step, pairs = trainer.step, inside.shape[0]
-    policy, reference = step.predictions(noised)
+def _by_region(policy: Tensor, reference: Tensor, target: Tensor, inside: Tensor, backend: str | None) -> dict[str, Tensor]:
+    """Accuracies and errors [B] by region, of predictions [2B, P, C] and the tokens [B, P] inside the prior."""
+    pairs = inside.shape[0]
     (win, lose), (reference_win, reference_lose), (target_win, target_lose) = (
-        torch.split(x, pairs) for x in (policy, reference, noised.target)
+        torch.split(x, pairs) for x in (policy, reference, target)
     )
     six = (win, lose, reference_win, reference_lose, target_win, target_lose)
     found: dict[str, Tensor] = {}
     for region, weight in zip(REGIONS, (None, inside, 1 - inside), strict=True):
-        residual = preference_residual(*six, weight, reduction="masked_mean", backend=step.backend)
+        residual = preference_residual(*six, weight, reduction="masked_mean", backend=backend)
         found[f"accuracy/{region}"] = pair_accuracy(-residual.margin)
         found[f"win/{region}"] = residual.policy_win / residual.reference_win
         found[f"lose/{region}"] = residual.policy_lose / residual.reference_lose

@@ -59,14 +59,12 @@ def train_classifier(
         state_file: as in `learn`.
     """
     device = classifier.head.weight.device
-    scenes = torch.cat([world.scenes, restored])
-    identities = torch.cat([world.identities, world.identities[: len(restored)]])
 
     def loss(draws: torch.Generator) -> Tensor:
-        from_photos = torch.randint(len(world.scenes), (BATCH // 2,), generator=draws)
-        from_restored = torch.randint(len(world.scenes), len(scenes), (BATCH // 2,), generator=draws)
-        picked = torch.cat([from_photos, from_restored])
-        regions = halves(scenes[picked].to(device) / 255)
+        photos = torch.randint(len(world.scenes), (BATCH // 2,), generator=draws)
+        soft = torch.randint(len(restored), (BATCH // 2,), generator=draws)
+        regions = halves(torch.cat([world.scenes[photos], restored[soft]]).to(device) / 255)
+        identities = world.identities[torch.cat([photos, soft])].flatten().to(device)
         shift = torch.randint(-4, 5, (2,), generator=draws).tolist()
         regions = regions.roll(shift, dims=(2, 3))
         coarse = 1 + 2 * float(torch.rand(1, generator=draws))
@@ -75,7 +73,7 @@ def train_classifier(
         light = 0.85 + 0.3 * torch.rand(len(regions), 1, 1, 1, generator=draws)
         noise = 0.05 * torch.rand(1, generator=draws) * torch.randn(regions.shape, generator=draws)
         regions = (regions * light.to(device) + noise.to(device)).clamp(0, 1)
-        return F.cross_entropy(classifier(regions), identities[picked].flatten().to(device), label_smoothing=0.05)
+        return F.cross_entropy(classifier(regions), identities, label_smoothing=0.05)
 
     return learn("classifier", classifier, loss, steps=steps, lr=2e-3, seed=seed, state_file=state_file)
 

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -20,14 +21,16 @@ from focusdpo.experiments.microcosm.classifier import IdentityClassifier
 from focusdpo.experiments.microcosm.config import MicrocosmConfig
 from focusdpo.experiments.microcosm.judging import IMAGES_FILE, MEASURES
 from focusdpo.experiments.microcosm.stages import FILES, Stages
+from focusdpo.files import write_whole
 from focusdpo.folders import check_folder, clear_folder
+from focusdpo.settings import require as require_value
 from focusdpo.training.batches import dataset_of, load_records
 
 logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "microcosm.json"
 PICTURES = ("world.png", "losses.png", "samples.png", "intervals.png", "tuning.png")
-WORLD = ("size", "dreambench", "seed")  # settings that the stages before the ablation depend on
+ABLATION = "ablation"
 JUDGED = ("identity", "leakage", "wrong instance", "class", "FID")
 TUNED = ("accuracy/inside", "win/inside", "lose/inside", "win/outside", "win/whole", "coverage")
 ROWS = 8  # of the sheet of samples
@@ -44,16 +47,15 @@ def prepare_microcosm(config: MicrocosmConfig) -> Callable[[], None]:
     """
     for module, extra in (("skimage", "demo"), ("torchmetrics", "evaluation")):
         require(module, "the microcosm", extra)
+    if "layers" in config.grids:
+        blocks = sum(config.sizes.layers)
+        require_value(blocks >= 3, "grids", config.grids, f"no grid over layers with size={config.size!r}, which has {blocks}")
     folder = Path(config.out)
-    files = (SETTINGS_FILE, *FILES, *PICTURES, "ablation")
-    known, world = folder / SETTINGS_FILE, {name: value for name, value in asdict(config).items() if name in WORLD}
+    files = (SETTINGS_FILE, *FILES, *PICTURES, ABLATION)
+    known, settings = folder / SETTINGS_FILE, _settings(config)
     goes_on = not config.overwrite and known.is_file()
     if goes_on:
-        begun = json.loads(known.read_text())
-        differing = [f"{name} {begun[name]!r}, got {value!r}" for name, value in world.items() if begun[name] != value]
-        if differing:
-            hint = "go on with its own, start anew with --overwrite true, or name another folder"
-            raise ValueError(f"out: {folder} holds a microcosm of {', '.join(differing)}; {hint}")
+        _check_settings(folder, json.loads(known.read_text()), settings)
     else:
         hint = "delete it with --overwrite true, or name another folder"
         check_folder("out", folder, files, config.overwrite, hint)
@@ -63,13 +65,39 @@ def prepare_microcosm(config: MicrocosmConfig) -> Callable[[], None]:
     def work() -> None:
         if not goes_on:
             clear_folder(folder, files)
-            known.write_text(json.dumps(world))
+        write_whole(known, json.dumps(settings, indent=1))
         stages.run()
         prepare_ablation(config.ablation, stages.judge(), MEASURES)()
         draw(stages)
         logger.info("pictures: %s", ", ".join(str(folder / name) for name in PICTURES))
 
     return work
+
+
+def _settings(config: MicrocosmConfig) -> dict[str, Any]:
+    """What decides the numbers: of the world and its model, and of the preference training."""
+    numbers = json.loads(json.dumps(asdict(config.sizes)))
+    tuning = {name: numbers.pop(name) for name in ("tuning_steps", "tuning_batch", "lr", "beta", "rank")}
+    given = {"tuning_steps": config.steps, "lr": config.lr, "beta": config.beta}
+    tuning |= {name: value for name, value in given.items() if value is not None}
+    source = None if config.dreambench is None else str(Path(config.dreambench).resolve())
+    return {"world": {"size": config.size, "dreambench": source, "seed": config.seed, **numbers}, "tuning": tuning}
+
+
+def _check_settings(folder: Path, begun: dict[str, Any], now: dict[str, Any]) -> None:
+    """ValueError names what differs from what the folder holds."""
+    hints = {
+        "world": "go on with its own, start anew with --overwrite true, or name another folder",
+        "tuning": f"go on with its own, name another folder, or delete {folder / ABLATION} to tune this world's model anew",
+    }
+    for part, hint in hints.items():
+        differing = [
+            f"{name} {begun[part].get(name)!r}, got {value!r}"
+            for name, value in now[part].items()
+            if begun[part].get(name) != value
+        ]
+        if differing and (part == "world" or (folder / ABLATION).exists()):
+            raise ValueError(f"out: {folder} holds a microcosm of {'; '.join(differing)}; {hint}")
 
 
 def draw(stages: Stages) -> None:

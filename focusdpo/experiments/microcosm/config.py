@@ -55,13 +55,13 @@ SIZES = {
         resolution=128, reference_resolution=64, scenes=4000, pairs=480, held_out=96,
         vae_channels=(12, 24, 64, 128), latent_channels=16, vae_steps=4000, vae_batch=4, classifier_steps=500,
         heads=6, layers=(2, 4), flow_steps=2400, flow_batch=16, flow_lr=1e-3,
-        tuning_steps=100, tuning_batch=8, lr=5e-4, beta=100.0, rank=16, sampler_steps=12, samples=1,
+        tuning_steps=60, tuning_batch=8, lr=1e-4, beta=2000.0, rank=16, sampler_steps=12, samples=2,
     ),
     "full": Size(
         resolution=256, reference_resolution=128, scenes=20000, pairs=2000, held_out=256,
         vae_channels=(32, 64, 128, 128), latent_channels=16, vae_steps=3000, vae_batch=64, classifier_steps=1500,
         heads=12, layers=(4, 8), flow_steps=8000, flow_batch=64, flow_lr=1e-3,
-        tuning_steps=200, tuning_batch=16, lr=2e-4, beta=100.0, rank=32, sampler_steps=20, samples=2,
+        tuning_steps=200, tuning_batch=16, lr=1e-4, beta=2000.0, rank=32, sampler_steps=20, samples=2,
     ),
 }  # fmt: skip
 
@@ -120,7 +120,7 @@ class MicrocosmConfig:
             seeds=self.seeds,
             baseline=baseline,
             points=2,
-            times=[0.3, 0.6, 0.9],
-            samples=min(4, self.sizes.held_out),
+            times=[0.4, 0.8],
+            samples=0,  # all held-out scenes are drawn for the judge
             workers=self.workers,
         )

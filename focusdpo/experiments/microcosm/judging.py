@@ -26,17 +26,18 @@ MEASURES = {
     "leakage": Measure("leakage: generated regions nearer to the other reference's subject", "less"),
     "wrong instance": Measure("generated regions that show another instance of the right class", "less"),
     "class": Measure("generated regions of the right class"),
-    "FID": Measure("FID of generated regions, in the classifier's features", "less"),
+    "FID": Measure("FID of generated regions, in the classifier's features (of few: for comparison only)", "less"),
 }
 
 
-def verdicts(logits: Tensor, identities: Tensor, classes: Sequence[str]) -> dict[str, list[float]]:
-    """What regions show, by name, 1 or 0 for each.
+def verdicts(logits: Tensor, identities: Tensor, classes: Sequence[str], samples: int = 1) -> dict[str, list[float]]:
+    """What the two regions of each scene show, by name: the share of them, as regions of one image are not independent.
 
     Args:
         logits: of the classifier, [N, 2, identities].
         identities: who should be left and right, [N, 2].
         classes: class by identity.
+        samples: how many images in a row are of one scene.
     """
     seen = logits.argmax(-1)
     kinds = torch.tensor([sorted(set(classes)).index(name) for name in classes])
@@ -49,7 +50,7 @@ def verdicts(logits: Tensor, identities: Tensor, classes: Sequence[str]) -> dict
         "wrong instance": same_class & (seen != identities),
         "class": same_class,
     }
-    return {name: value.float().flatten().tolist() for name, value in found.items()}
+    return {name: value.float().reshape(len(value) // samples, -1).mean(1).tolist() for name, value in found.items()}
 
 
 @torch.no_grad()
@@ -104,4 +105,4 @@ class GeneratedRegions:
         who = torch.tensor([record.meta["identities"] for record in trainer.validation_set.records])
         real = load_file(self.real_features)["features"]
         distance = frechet_distance_of_features(real, features.flatten(0, 1))
-        return verdicts(logits, who.repeat_interleave(self.samples, 0), self.classes) | {"FID": [distance]}
+        return verdicts(logits, who.repeat_interleave(self.samples, 0), self.classes, self.samples) | {"FID": [distance]}

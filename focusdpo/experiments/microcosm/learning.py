@@ -30,7 +30,8 @@ def learn(
 ) -> list[float]:
     """Trains a model, and leaves it in evaluation mode; goes on from `state_file` where an earlier call was killed.
 
-    What a step draws depends on seed and step alone, so that a continued training gives the same weights.
+    What a step draws depends on seed and step alone, so that a continued training gives the same weights; on a GPU, as far
+    as its convolutions do.
 
     Args:
         name: what the progress bar shows.
@@ -57,6 +58,10 @@ def learn(
         losses = state.pop("losses")
         for key, part in parts.items():
             part.load_state_dict(state[key])
+        if ema:
+            ema.to(device=parameters[0].device)
+    if parameters[0].is_cuda:
+        torch.set_float32_matmul_precision("high")
     bar = tqdm(total=steps, initial=len(losses), desc=name, unit="step", leave=False)
     saved = time.monotonic()
     while len(losses) < steps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # after the choice of a backend that needs no screen
 
 from focusdpo.data import PairDataset
-from focusdpo.experiments.ablation.statistics import Row, Table
+from focusdpo.experiments.ablation.statistics import Table
 from focusdpo.experiments.microcosm.classifier import IdentityClassifier, classify
 from focusdpo.experiments.microcosm.judging import IMAGES_FILE
 
@@ -45,7 +46,7 @@ def draw_intervals(table: Table, names: Mapping[str, str], measures: Sequence[st
 def _panel(axis: Axes, table: Table, measure: str, names: Mapping[str, str], labelled: bool) -> None:
     places = range(len(table.rows))[::-1]
     for place, row in zip(places, table.rows, strict=True):
-        cell = _cell(row, measure)
+        cell = row.cell(measure)
         if cell is None:
             continue
         found = cell.estimate
@@ -57,12 +58,8 @@ def _panel(axis: Axes, table: Table, measure: str, names: Mapping[str, str], lab
     axis.set_ylim(-0.6, len(table.rows) - 0.4)
     kind = table.measures[measure]
     better = "" if kind.better == "neither" else f" ({kind.better} is better)"
-    axis.set_title(kind.label.replace(": ", ":\n") + better, fontsize=9)
+    axis.set_title(textwrap.fill(kind.label + better, 48), fontsize=9)
     axis.grid(axis="x", alpha=0.3)
-
-
-def _cell(row: Row, measure: str):  # type: ignore[no-untyped-def]
-    return next((cell for cell in row.cells if cell.measure == measure), None)
 
 
 def draw_samples(

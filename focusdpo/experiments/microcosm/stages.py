@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import time
@@ -27,6 +28,7 @@ from focusdpo.experiments.microcosm.model import TEXT_TOKENS, build_model
 from focusdpo.experiments.microcosm.pairs import write_pairs
 from focusdpo.experiments.microcosm.subjects import Identity, check_source, identities_of
 from focusdpo.experiments.microcosm.world import World, compose
+from focusdpo.files import write_whole
 from focusdpo.training.config import (
     DataConfig,
     FocusConfig,
@@ -39,8 +41,17 @@ from focusdpo.training.config import (
 )
 
 FACTS_FILE = "facts.json"
-FILES = ("autoencoder", "model", "classifier.safetensors", "real.safetensors", "pairs", "cache", "train.yaml", FACTS_FILE)
+LEARNT = ("autoencoder", "classifier", "model")  # what is trained before the preferences
+FILES = (
+    *("autoencoder", "model", "classifier.safetensors", "real.safetensors", "pairs", "cache", "train.yaml", FACTS_FILE),
+    # What a kill leaves behind.
+    *(f"{name}{end}" for name in LEARNT for end in (".state", ".partial")),
+    *("real.partial", "facts.partial"),
+)
 RESTORED = 1000  # scenes that the classifier also sees as the autoencoder gives them back
+# Of the target's tokens, for each subject. References are small here: with as many matches as they have tokens, coverage never
+# comes near tau, and M_d would have no say. One reference of 512 px has about as many in the paper's setting.
+MATCHES = 0.4
 JUDGED_SCENES = 512  # real scenes, which FID compares with
 Outcome = tuple[dict[str, Any], Callable[[], object]]  # what a stage says of itself, and what writes its result
 HELD_OUT_SEED = 1_000_003  # added to the seed of what is only judged
@@ -92,7 +103,7 @@ class Stages:
         self._stage("model", self._flow)
         for name, count, seed in (("train", self.size.pairs, 1), ("held_out", self.size.held_out, HELD_OUT_SEED + 1)):
             self._stage(f"pairs/{name}/{FILE_NAME}", partial(self._pairs, count, seed))
-        (self.folder / "train.yaml").write_text(yaml.safe_dump(asdict(self.train_config()), sort_keys=False))
+        write_whole(self.folder / "train.yaml", yaml.safe_dump(asdict(self.train_config()), sort_keys=False))
 
     def _stage(self, name: str, work: Callable[[Path], Outcome]) -> None:
         """Does a stage unless its result is there, and notes how long it took and what it says of itself.
@@ -106,12 +117,13 @@ class Stages:
         started = time.perf_counter()
         facts, save = work(target)
         known = self.facts() | {name: {**facts, "seconds since its last start": round(time.perf_counter() - started, 1)}}
-        unfinished = (self.folder / FACTS_FILE).with_suffix(".partial")
-        unfinished.write_text(json.dumps(known, indent=1))
-        unfinished.replace(self.folder / FACTS_FILE)
+        write_whole(self.folder / FACTS_FILE, json.dumps(known, indent=1))
         save()
         for state in self.folder.glob("*.state"):
             state.unlink()
+        if self.device.type == "cuda":  # the ablation's workers want the memory
+            gc.collect()
+            torch.cuda.empty_cache()
 
     def facts(self) -> dict[str, Any]:
         """What the stages noted."""
@@ -145,7 +157,7 @@ class Stages:
         return facts, partial(_save_tensors, weights, target)
 
     def _flow(self, target: Path) -> Outcome:
-        size, state = self.size, self.folder / "flow.state"
+        size, state = self.size, self.folder / "model.state"
         backbone = build_model(size, self.identities, self.config.seed)
         vae = AutoencoderKL.from_pretrained(self.folder / "autoencoder")
         backbone.pipeline.register_modules(vae=vae)
@@ -192,7 +204,7 @@ class Stages:
             ),
             output_dir=str(self.folder / "run"),
             lora=LoraConfig(rank=size.rank, alpha=2 * size.rank),
-            focus=FocusConfig(),
+            focus=FocusConfig(match_count=MATCHES),
             loss=LossConfig(beta=size.beta if config.beta is None else config.beta),
             optim=OptimConfig(
                 lr=size.lr if config.lr is None else config.lr,

@@ -33,14 +33,18 @@ def check_source(dreambench: str | None) -> None:
     """Refuses a DreamBench folder that is none.
 
     Raises:
-        FileNotFoundError: its list of classes is missing.
+        FileNotFoundError, ValueError: its list of classes is missing, or has none.
         ModuleNotFoundError: OpenCV, which cuts the subjects out, is not installed.
     """
     if dreambench is not None:
         require("cv2", "DreamBench in the microcosm", "build")
         from focusdpo.data.building.dreambench import read_classes
 
-        read_classes(Path(dreambench))
+        try:
+            read_classes(Path(dreambench))
+        except (FileNotFoundError, ValueError) as error:
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"dreambench: {str(error).removeprefix('root: ')}") from error
 
 
 def identities_of(dreambench: str | None, longest: int) -> list[Identity]:

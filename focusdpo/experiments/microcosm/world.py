@@ -48,7 +48,7 @@ def compose(
         seed: of everything.
         held_out: show the subjects' held-out photographs.
     """
-    described, pictures = [], []
+    described, pictures = [], torch.empty(count, 3, resolution, resolution, dtype=torch.uint8)
     for index in tqdm(range(count), desc="composing scenes", unit="scene", leave=False):
         rng = np.random.default_rng([seed, index])
         scene = draw_scene(identities, rng)
@@ -57,7 +57,7 @@ def compose(
             views = identities[number].held_out if held_out else identities[number].views
             cutouts.append(views[int(rng.integers(len(views)))])
         described.append(scene)
-        pictures.append(pixels(render(scene, cutouts, resolution)[0]))
+        pictures[index] = pixels(render(scene, cutouts, resolution)[0])
     references = []
     for number, identity in enumerate(identities):
         rng = np.random.default_rng([seed, number, 1])
@@ -66,4 +66,4 @@ def compose(
             light = float(rng.uniform(*LIGHT_RANGE))
             references.append(pixels(reference_of(views[view % len(views)], reference_resolution, light)[0]))
     who = torch.tensor([scene.identities for scene in described])
-    return World(torch.stack(pictures), who, torch.stack(references), described)
+    return World(pictures, who, torch.stack(references), described)
