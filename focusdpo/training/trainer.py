@@ -76,7 +76,7 @@ class Trainer:
         config: all settings.
         on_alarm: called in the main process with each alarm (`focusdpo.training.health`), after it was logged and written to
             alarms.jsonl.
-        evaluation: done instead of the run's own evaluation of the held-out pairs whenever that is due, before the checkpoint of
+        evaluation: done instead of the run's own evaluation of the held-out pairs, when that is due, before the checkpoint of
             that step.
     """
 
