@@ -11,6 +11,14 @@ from pathlib import Path
 
 from focusdpo.cli import COMMANDS, parse_config
 
+FEW = 3  # pairs between two kills
+
+
+def _done(folder: Path) -> int:
+    """Pairs that are done."""
+    manifest = folder / "manifest.jsonl"
+    return manifest.read_bytes().count(b"\n") if manifest.exists() else 0
+
 
 def build(file: str) -> None:
     name, config = parse_config(["data", "build", "--config", file])
@@ -30,7 +38,10 @@ def main(file: str, kills: int) -> None:
             build(file)
             os._exit(0)
         if draw.random() < 0.5:
-            time.sleep(draw.uniform(0, 0.6))
+            # On a fast machine more pairs than these would be built in the time: it would end before it was killed often enough.
+            enough, latest = _done(folder) + FEW, time.monotonic() + draw.uniform(0, 0.6)
+            while time.monotonic() < latest and _done(folder) < enough:
+                time.sleep(0.002)
         else:  # while it writes a pair's images
             while not any(folder.glob("images/.*.partial")):
                 if os.waitpid(child, os.WNOHANG) != (0, 0):
