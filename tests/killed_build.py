@@ -38,7 +38,7 @@ def main(file: str, kills: int) -> None:
             build(file)
             os._exit(0)
         if draw.random() < 0.5:
-            # On a fast machine more pairs than these would be built in the time: it would end before it was killed often enough.
+            # A fast machine would build so many pairs in the time that it ended before it was killed often enough.
             enough, latest = _done(folder) + FEW, time.monotonic() + draw.uniform(0, 0.6)
             while time.monotonic() < latest and _done(folder) < enough:
                 time.sleep(0.002)
