@@ -29,10 +29,11 @@ from focusdpo.training.batches import dataset_of, load_records
 logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "microcosm.json"
-PICTURES = ("world.png", "losses.png", "samples.png", "intervals.png", "tuning.png")
+PICTURES = ("world.png", "losses.png", "samples.png", "intervals.png", "tuning.png", "curves.png")
 ABLATION = "ablation"
 JUDGED = ("identity", "leakage", "wrong instance", "class", "FID")
 TUNED = ("accuracy/inside", "win/inside", "lose/inside", "win/outside", "win/whole", "coverage")
+DRAWN = ("win/inside", "lose/inside", "win/outside")  # as curves
 ROWS = 8  # of the sheet of samples
 SCENES = 16  # on the picture of the world
 
@@ -102,7 +103,7 @@ def _check_settings(folder: Path, begun: dict[str, Any], now: dict[str, Any]) ->
 
 def draw(stages: Stages) -> None:
     """The pictures of docs/microcosm.md, of finished stages and ablation."""
-    from focusdpo.experiments.microcosm.pictures import draw_intervals, draw_losses, draw_samples, draw_world
+    from focusdpo.experiments.microcosm.pictures import draw_curves, draw_intervals, draw_losses, draw_samples, draw_world
 
     folder, config = stages.folder, stages.config
     vae = AutoencoderKL.from_pretrained(folder / "autoencoder").to(stages.device)
@@ -116,6 +117,15 @@ def draw(stages: Stages) -> None:
     labels = {row.variant: VARIANTS[row.variant].label if row.variant in VARIANTS else row.variant for row in table.rows}
     draw_intervals(table, labels, JUDGED, folder / "intervals.png")
     draw_intervals(table, labels, TUNED, folder / "tuning.png")
+    points: dict[str, list[list[dict[str, float]]]] = {}
+    start: dict[str, float] = {}
+    for result in json.loads((Path(config.ablation.output_dir) / RESULTS_FILE).read_text())["results"]:
+        if result["curve"] and result["curve"][0]["step"] == 0:
+            start = result["curve"][0]
+        elif not result["failed"]:
+            points.setdefault(labels[result["variant"]], []).append(result["curve"])
+    if start and points:
+        draw_curves(points, start, {name: table.measures[name].label for name in DRAWN}, folder / "curves.png")
     classifier = IdentityClassifier(len(stages.identities))
     classifier.load_state_dict(load_file(folder / "classifier.safetensors"))
     runs = {}

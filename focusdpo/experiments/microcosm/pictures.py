@@ -62,6 +62,36 @@ def _panel(axis: Axes, table: Table, measure: str, names: Mapping[str, str], lab
     axis.grid(axis="x", alpha=0.3)
 
 
+def draw_curves(
+    curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]],
+    start: Mapping[str, float],
+    titles: Mapping[str, str],
+    path: Path,
+) -> None:
+    """Yardsticks over the preference training: each seed's points, and the mean over seeds as a line.
+
+    Args:
+        curves: by what a variant is called, for each seed the points of its run, with "step".
+        start: the yardsticks before training.
+        titles: of the panels, by yardstick.
+        path: the PNG.
+    """
+    figure, axes = plt.subplots(1, len(titles), figsize=(4.2 * len(titles), 3.6), constrained_layout=True, squeeze=False)
+    for axis, (name, title) in zip(axes[0], titles.items(), strict=True):
+        for number, (label, runs) in enumerate(curves.items()):
+            steps = [0, *(point["step"] for point in runs[0])]
+            values = np.array([[start[name], *(point[name] for point in run)] for run in runs])
+            axis.plot(steps, values.mean(0), color=f"C{number}", label=label)
+            for one in values:
+                axis.plot(steps[1:], one[1:], ".", color=f"C{number}", alpha=0.5)
+        axis.set_title(textwrap.fill(title, 44), fontsize=9)
+        axis.set_xlabel("optimiser step")
+        axis.grid(alpha=0.3)
+    axes[0, -1].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def draw_samples(
     held_out: PairDataset,
     runs: Mapping[str, Path],
