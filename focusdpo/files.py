@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -24,11 +25,24 @@ def checksum(file: ReadableFile) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file at once or not at all; an earlier one stays until then."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+def write_whole(path: Path, text: str, errors: str = "strict") -> None:
+    """Writes a file at once or not at all, in UTF-8; an earlier one stays until then."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8", errors=errors)
     partial.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file, whole, with null for numbers that do not exist, such as the interval of a single value."""
+    write_whole(path, json.dumps(_without_nan(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _without_nan(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def tensor_shapes(path: Path) -> dict[str, list[int]]:

@@ -20,6 +20,8 @@ from PIL import Image, ImageOps
 from plotly.io import to_json
 from plotly.offline import get_plotlyjs
 
+from focusdpo.files import write_whole
+
 WRITTEN_BY = '<meta name="generator" content="focusdpo">'  # in a page's head: a page without it is not ours to replace
 HEIGHT = 280  # pixels of a plot that names none
 COLOURS = ("#3987e5", "#e07b39", "#2fa36b", "#a06bd6", "#c94f7c", "#1ba3b8")  # told apart, and legible on white and on black
@@ -118,6 +120,4 @@ def write_page(path: Path, title: str, template: str, **values: Any) -> None:
         title=title, body=Markup(body), contents=contents, plotly=Markup(get_plotlyjs())
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-    partial.replace(path)
+    write_whole(path, text, errors="backslashreplace")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,7 +17,7 @@ Interval = tuple[float, float, float]  # mean, low, high
 
 def mean_interval(
     values: ArrayLike,
-    groups: ArrayLike | None = None,
+    groups: ArrayLike | Sequence[Hashable] | None = None,
     level: float = LEVEL,
     resamples: int = RESAMPLES,
     seed: int = 0,
@@ -75,7 +76,9 @@ def _ratio(sums: NDArray[np.float64], counts: NDArray[np.float64], axis: int = -
     return np.asarray(sums.sum(axis=axis) / counts.sum(axis=axis))
 
 
-def _by_group(numbers: NDArray[np.float64], groups: ArrayLike | None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _by_group(
+    numbers: NDArray[np.float64], groups: ArrayLike | Sequence[Hashable] | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Sum and number of each group's values."""
     if groups is None:
         return numbers, np.ones_like(numbers)

@@ -55,6 +55,7 @@ def evaluate(config: EvaluateConfig, inputs: Inputs) -> None:
     from focusdpo.evaluation.metrics import report
     from focusdpo.evaluation.metrics.similarity import image_metrics, region_metrics
     from focusdpo.evaluation.metrics.summary import by, intervals, subject_rows, summarise
+    from focusdpo.files import write_json
 
     out = Path(config.output_dir)
     clear_folder(out, report.FILES)
@@ -85,7 +86,7 @@ def evaluate(config: EvaluateConfig, inputs: Inputs) -> None:
     shown = {name: label for name, label in metrics.items() if not name.endswith("_min")}
     leaks = {name: label for name, label in leakage.items() if name.endswith("_leaks")}
     report.draw_subjects(out / report.PICTURE, subjects, summary, [shown, leaks], config.level)
-    report.write_json(out / report.RESULTS, results)  # last: it says that the run is whole
+    write_json(out / report.RESULTS, results)  # last: it says that the run is whole
     fid = {} if inputs.fid is None else {"fid": f"FID ({inputs.fid.name})"}
     print(report.table(summary, metrics | fid, config.level, "images"))
     if regions:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
@@ -15,6 +13,7 @@ import matplotlib
 import numpy as np
 
 from focusdpo.evaluation.metrics.summary import Line
+from focusdpo.files import write_whole
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # after the choice of a backend that needs no screen
@@ -22,26 +21,6 @@ from matplotlib import pyplot as plt  # after the choice of a backend that needs
 RESULTS, PROMPTS, SUBJECTS, PICTURE = "results.json", "prompts.csv", "subjects.csv", "subjects.png"
 FILES = (RESULTS, PROMPTS, SUBJECTS, PICTURE)
 SHOWN = 40  # subjects in the picture
-
-
-def write(file: Path, content: str) -> None:
-    """Under its own name the file is always whole."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(content, encoding="utf-8")
-    os.replace(partial, file)
-
-
-def write_json(file: Path, results: Mapping[str, Any]) -> None:
-    """Numbers that do not exist, such as the interval of a single prompt, become null."""
-    write(file, json.dumps(_finite(results), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_table(file: Path, first: Sequence[str], rows: Iterable[tuple[Sequence[Any], Mapping[str, Line]]]) -> None:
@@ -55,7 +34,7 @@ def write_table(file: Path, first: Sequence[str], rows: Iterable[tuple[Sequence[
         found = [lines.get(name) for name in names]
         numbers = [(math.nan,) * 3 if line is None else (line.mean, line.low, line.high) for line in found]
         table.writerow([*what, *("" if math.isnan(number) else f"{number:.6f}" for three in numbers for number in three)])
-    write(file, stream.getvalue())
+    write_whole(file, stream.getvalue())
 
 
 def table(lines: Mapping[str, Line], labels: Mapping[str, str], level: float, of: str) -> str:
@@ -113,7 +92,7 @@ def draw_subjects(
     partial = file.with_name(f".{file.name}.partial")
     figure.savefig(partial, dpi=110, format="png")
     plt.close(figure)
-    os.replace(partial, file)
+    partial.replace(file)
 
 
 def _draw_panel(axis: Any, lines: Sequence[Line | None], whole: Line, label: str) -> None:

@@ -27,7 +27,7 @@ Intervals = Callable[[Sequence[float], Sequence[Hashable] | None], Interval]
 
 def intervals(level: float, resamples: int, seed: int) -> Intervals:
     """`mean_interval` with a run's settings."""
-    return lambda values, groups: mean_interval(values, groups, level, resamples, seed)  # type: ignore[arg-type]
+    return lambda values, groups: mean_interval(values, groups, level, resamples, seed)
 
 
 def summarise(rows: Sequence[Row], names: Iterable[str], interval: Intervals, within_prompt: bool = False) -> dict[str, Line]:

@@ -20,7 +20,7 @@ from focusdpo.experiments.ablation.page import write_ablation_page
 from focusdpo.experiments.ablation.pool import run_jobs
 from focusdpo.experiments.ablation.statistics import Cell, Estimate, Row, Table, tabulate, text_of
 from focusdpo.experiments.ablation.variants import Change, changes_of
-from focusdpo.files import write_whole
+from focusdpo.files import write_json, write_whole
 from focusdpo.folders import check_folder, clear_folder
 from focusdpo.settings import require
 from focusdpo.training.config import TrainConfig
@@ -72,12 +72,12 @@ def prepare_ablation(
     def work() -> None:
         if not goes_on:
             clear_folder(folder, FILES)
-        write_whole(known, json.dumps(settings, indent=1))
+        write_json(known, settings)
         jobs = jobs_of(config, run, changes, judge)
         results = run_jobs(jobs, config.workers)
         table = tabulate(results, changes, config.baseline, taken)
         content = _as_json(settings, changes, results, table)
-        write_whole(folder / RESULTS_FILE, json.dumps(_without_nan(content), indent=1, allow_nan=False))
+        write_json(folder / RESULTS_FILE, content)
         text = text_of(table, {change.name: change.label for change in changes})
         write_whole(folder / TABLE_FILE, text + "\n")
         write_ablation_page(folder / PAGE_FILE, config, run, changes, results, table, jobs)
@@ -142,15 +142,6 @@ def table_of(results: Path) -> Table:
     ]
     measures = {name: Measure(**measure) for name, measure in found["table"]["measures"].items()}
     return Table(tuple(rows), measures, found["table"]["baseline"])
-
-
-def _without_nan(value: Any) -> Any:
-    """As JSON has it: null for what is not a number."""
-    if isinstance(value, dict):
-        return {name: _without_nan(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cell(cell: dict[str, Any]) -> Cell:

@@ -21,7 +21,7 @@ from focusdpo.experiments.microcosm.classifier import IdentityClassifier
 from focusdpo.experiments.microcosm.config import MicrocosmConfig
 from focusdpo.experiments.microcosm.judging import IMAGES_FILE, MEASURES
 from focusdpo.experiments.microcosm.stages import FILES, Stages
-from focusdpo.files import write_whole
+from focusdpo.files import write_json
 from focusdpo.folders import check_folder, clear_folder
 from focusdpo.settings import require as require_value
 from focusdpo.training.batches import dataset_of, load_records
@@ -66,7 +66,7 @@ def prepare_microcosm(config: MicrocosmConfig) -> Callable[[], None]:
     def work() -> None:
         if not goes_on:
             clear_folder(folder, files)
-        write_whole(known, json.dumps(settings, indent=1))
+        write_json(known, settings)
         stages.run()
         prepare_ablation(config.ablation, stages.judge(), MEASURES)()
         draw(stages)

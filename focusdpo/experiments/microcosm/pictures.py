@@ -17,11 +17,10 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # after the choice of a backend that needs no screen
 
 from focusdpo.data import PairDataset
+from focusdpo.experiments.ablation.page import VERDICTS
 from focusdpo.experiments.ablation.statistics import Table
 from focusdpo.experiments.microcosm.classifier import IdentityClassifier, classify
 from focusdpo.experiments.microcosm.judging import IMAGES_FILE
-
-COLOURS = {None: "#7f8a96", True: "#2e9e5b", False: "#d1495b"}  # of a difference: it leaves 0 out for the better, or not
 
 
 def draw_intervals(table: Table, names: Mapping[str, str], measures: Sequence[str], path: Path) -> None:
@@ -51,7 +50,7 @@ def _panel(axis: Axes, table: Table, measure: str, names: Mapping[str, str], lab
             continue
         found = cell.estimate
         errors = np.nan_to_num([[found.mean - found.low], [found.high - found.mean]])
-        axis.errorbar(found.mean, place, xerr=errors, fmt="o", color=COLOURS[cell.is_better], capsize=3)
+        axis.errorbar(found.mean, place, xerr=errors, fmt="o", color=VERDICTS[cell.is_better], capsize=3)
         if row.variant == table.baseline:
             axis.axvline(found.mean, color="gray", linestyle=":", linewidth=1)
     axis.set_yticks(list(places), [names[row.variant] for row in table.rows] if labelled else [])
@@ -132,7 +131,7 @@ def draw_samples(
             below = {"fontsize": 5, "ha": "center", "va": "top", "transform": axis.transAxes}
             _show(axis, drawn[name][i].float() / 255)
             for half, number in enumerate(seen[name][i].tolist()):
-                colour = "#2e9e5b" if number == who[half] else "#d1495b"
+                colour = VERDICTS[number == who[half]]
                 axis.text(0.25 + half / 2, -0.04, names[number], color=colour, **below)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -28,7 +28,7 @@ from focusdpo.experiments.microcosm.model import TEXT_TOKENS, build_model
 from focusdpo.experiments.microcosm.pairs import write_pairs
 from focusdpo.experiments.microcosm.subjects import Identity, check_source, identities_of
 from focusdpo.experiments.microcosm.world import World, compose
-from focusdpo.files import write_whole
+from focusdpo.files import write_json, write_whole
 from focusdpo.training.config import (
     DataConfig,
     FocusConfig,
@@ -46,7 +46,7 @@ FILES = (
     *("autoencoder", "model", "classifier.safetensors", "real.safetensors", "pairs", "cache", "train.yaml", FACTS_FILE),
     # What a kill leaves behind.
     *(f"{name}{end}" for name in LEARNT for end in (".state", ".partial")),
-    *("real.partial", "facts.partial"),
+    "real.partial",
 )
 RESTORED = 1000  # scenes that the classifier also sees as the autoencoder gives them back
 # Of the target's tokens, for each subject. References are small here: with as many matches as they have tokens, coverage never
@@ -117,7 +117,7 @@ class Stages:
         started = time.perf_counter()
         facts, save = work(target)
         known = self.facts() | {name: {**facts, "seconds since its last start": round(time.perf_counter() - started, 1)}}
-        write_whole(self.folder / FACTS_FILE, json.dumps(known, indent=1))
+        write_json(self.folder / FACTS_FILE, known)
         save()
         for state in self.folder.glob("*.state"):
             state.unlink()

@@ -9,7 +9,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from focusdpo.experiments.stress.config import KINDS, StressConfig
 from focusdpo.folders import check_folder, clear_folder
@@ -39,6 +39,7 @@ def prepare_stress(config: StressConfig) -> Callable[[], None]:
         FileExistsError, NotADirectoryError: the folder holds something else.
     """
     from focusdpo.experiments.stress.subjects import cast_of
+    from focusdpo.files import write_json
     from focusdpo.training.loading import check_files_and_packages
     from focusdpo.training.policy import checkpoint_of, load_step
 
@@ -61,7 +62,7 @@ def prepare_stress(config: StressConfig) -> Callable[[], None]:
     def work() -> None:
         if not goes_on:
             clear_folder(folder, FILES)
-            known.write_text(json.dumps(settings, indent=1) + "\n")
+            write_json(known, settings)
         _test(config, run, cast, step, settings)
 
     return work
@@ -76,8 +77,8 @@ def run_of(config: StressConfig) -> TrainConfig:
         run = read_run_config("config", config.config)
     else:
         assert config.model is not None
-        precision = "bf16" if config.model.dtype == "bf16" else "no"
-        run = TrainConfig(config.model, DataConfig("-"), "-", mixed_precision=precision)  # type: ignore[arg-type]
+        precision: Literal["bf16", "no"] = "bf16" if config.model.dtype == "bf16" else "no"
+        run = TrainConfig(config.model, DataConfig("-"), "-", mixed_precision=precision)
     run.cpu = run.cpu or config.cpu
     run.backend = config.backend or run.backend
     # Scenes have sizes of their own, and their latents are not those of the run's pairs.
@@ -139,6 +140,7 @@ def _test(config: StressConfig, run: TrainConfig, cast: Cast, step: PreferenceSt
     from focusdpo.experiments.stress import pictures, summary
     from focusdpo.experiments.stress.scenes import write_scenes
     from focusdpo.experiments.stress.work import Arrays, load_scene, measure_scene, save_scene
+    from focusdpo.files import write_json
 
     folder = Path(config.output_dir)
     records = load_pairs(str(write_scenes(config, cast, folder / SCENES)), "headers")
@@ -182,8 +184,7 @@ def _test(config: StressConfig, run: TrainConfig, cast: Cast, step: PreferenceSt
         "scenes": {kind: _about(scenes[kind], names[kind]) for kind in KINDS},
         "rows": [asdict(row) for row in rows],
     }
-    text = json.dumps(_finite(results), indent=1, ensure_ascii=False, allow_nan=False)
-    (folder / RESULTS_FILE).write_text(text + "\n")
+    write_json(folder / RESULTS_FILE, results)
     print(summary.table(config, rows, summary.LABELS) + "\n\n" + summary.table(config, rows, summary.VERDICTS))
     logger.info("%s: %s, %s", folder, RESULTS_FILE, ", ".join(PICTURES))
 
@@ -206,12 +207,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _finite(value: Any) -> Any:
-    """Numbers that do not exist as null."""
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and value != value else value
