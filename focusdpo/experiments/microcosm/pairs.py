@@ -11,7 +11,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from focusdpo.data.records import FILE_NAME
-from focusdpo.experiments.microcosm.scenes import LIGHT_RANGE, draw_scene, other_instance, prompt_of, reference_of, render
+from focusdpo.experiments.composing import on_white
+from focusdpo.experiments.microcosm.scenes import LIGHT_RANGE, draw_scene, other_instance, prompt_of, render
 from focusdpo.experiments.microcosm.subjects import Identity
 
 REFERENCES = "references"
@@ -58,7 +59,7 @@ def write_pairs(
             view = int(rng.integers(len(views)))
             shown.append(views[view])
             # Another photograph of the subject, where there is one.
-            image, mask = reference_of(views[(view + 1) % len(views)], reference_resolution, float(rng.uniform(*LIGHT_RANGE)))
+            image, mask = on_white(views[(view + 1) % len(views)], reference_resolution, float(rng.uniform(*LIGHT_RANGE)))
             name = f"{REFERENCES}/{index:05d}_{place}"
             image.save(folder / f"{name}.png")
             mask.save(folder / f"{name}_mask.png")

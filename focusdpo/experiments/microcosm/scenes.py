@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from focusdpo.demo.photos import backgrounds
+from focusdpo.experiments.composing import Box, put
 from focusdpo.experiments.microcosm.subjects import Identity
 
 BACKGROUNDS = backgrounds()[:5]  # grass and gravel would take most of what the autoencoder can learn
@@ -24,11 +25,11 @@ LIGHT_RANGE = (0.85, 1.15)  # of a reference's brightness, so that copying pixel
 class Scene:
     """What a scene is of: two identities by number, where they stand, and the background; all chosen by one seed.
 
-    boxes: left, top, width, height of each, in shares of the side.
+    boxes: of each.
     """
 
     identities: tuple[int, int]
-    boxes: tuple[tuple[float, float, float, float], tuple[float, float, float, float]]
+    boxes: tuple[Box, Box]
     background: int
     crop: tuple[float, float, float]
     brightness: float
@@ -71,32 +72,8 @@ def render(
     box = (*corner, corner[0] + side, corner[1] + side)
     picture = photo.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
     picture = ImageEnhance.Brightness(picture).enhance(scene.brightness)
-    outlines = []
-    for cutout, (x, y, width, height) in zip(subjects, scene.boxes, strict=True):
-        scale = min(width * resolution / cutout.width, height * resolution / cutout.height)
-        size = max(round(cutout.width * scale), 1), max(round(cutout.height * scale), 1)
-        image = cutout.resize(size, Image.Resampling.LANCZOS)
-        # Standing at the bottom of its box, in the middle.
-        place = round((x + width / 2) * resolution - size[0] / 2), round((y + height) * resolution - size[1])
-        picture.paste(image, place, image)
-        outline = Image.new("L", picture.size)
-        outline.paste(image.getchannel("A"), place)
-        outlines.append(outline)
-    return picture, (outlines[0], outlines[1])
-
-
-def reference_of(cutout: Image.Image, side: int, brightness: float = 1.0) -> tuple[Image.Image, Image.Image]:
-    """A subject alone on white in another light, and its mask."""
-    scale = 0.94 * side / max(cutout.size)
-    size = max(round(cutout.width * scale), 1), max(round(cutout.height * scale), 1)
-    image = cutout.resize(size, Image.Resampling.LANCZOS)
-    alpha = image.getchannel("A")
-    lit = ImageEnhance.Brightness(image.convert("RGB")).enhance(brightness)
-    canvas, mask = Image.new("RGB", (side, side), "white"), Image.new("L", (side, side))
-    corner = (side - size[0]) // 2, (side - size[1]) // 2
-    canvas.paste(lit, corner, alpha)
-    mask.paste(alpha.point(lambda a: 255 if a >= 128 else 0), corner)
-    return canvas, mask
+    first, second = (put(picture, cutout, box) for cutout, box in zip(subjects, scene.boxes, strict=True))
+    return picture, (first, second)
 
 
 def prompt_of(identities: Sequence[Identity], scene: Scene) -> str:

@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from focusdpo.experiments.microcosm.scenes import LIGHT_RANGE, Scene, draw_scene, reference_of, render
+from focusdpo.experiments.composing import on_white
+from focusdpo.experiments.microcosm.scenes import LIGHT_RANGE, Scene, draw_scene, render
 from focusdpo.experiments.microcosm.subjects import Identity
 
 VIEWS = 6  # pictures of each identity as a reference, in different light
@@ -64,6 +65,6 @@ def compose(
         views = identity.held_out if held_out else identity.views
         for view in range(VIEWS):
             light = float(rng.uniform(*LIGHT_RANGE))
-            references.append(pixels(reference_of(views[view % len(views)], reference_resolution, light)[0]))
+            references.append(pixels(on_white(views[view % len(views)], reference_resolution, light)[0]))
     who = torch.tensor([scene.identities for scene in described])
     return World(pictures, who, torch.stack(references), described)

@@ -17,10 +17,10 @@ from PIL import Image, ImageEnhance
 from tqdm.auto import tqdm
 
 from focusdpo.data.records import FILE_NAME
+from focusdpo.experiments.composing import Box, put
 from focusdpo.experiments.stress.config import KINDS, Kind, StressConfig
 from focusdpo.experiments.stress.subjects import Cast, CutOut
 
-Place = tuple[float, float, float, float]  # left, top, width, height in shares of the side
 LINE = "line.json"  # in a scene's folder: its line of pairs.jsonl
 
 
@@ -86,7 +86,7 @@ def _write_scene(config: StressConfig, cast: Cast, kind: Kind, number: int, fold
 
 
 def compose(
-    background: Image.Image, cutouts: list[CutOut], places: list[Place]
+    background: Image.Image, cutouts: list[CutOut], places: list[Box]
 ) -> tuple[Image.Image, list[np.ndarray[Any, np.dtype[np.bool_]]]]:
     """The scene of cut-outs in their places, and the region of each, bool [H, W]: where it is more opaque than not.
 
@@ -95,22 +95,13 @@ def compose(
         cutouts: one per subject.
         places: one per subject; boxes that do not overlap.
     """
-    side = background.width
     scene, regions = background.copy(), []
-    for cutout, (left, top, width, height) in zip(cutouts, places, strict=True):
-        scale = min(width * side / cutout.image.width, height * side / cutout.image.height)
-        size = max(round(cutout.image.width * scale), 1), max(round(cutout.image.height * scale), 1)
-        image = cutout.image.resize(size, Image.Resampling.LANCZOS)
-        bottom = side if cutout.grounded else round((top + height) * side)  # no dog ends in the air
-        corner = round((left + width / 2) * side - size[0] / 2), bottom - size[1]
-        scene.paste(image, corner, image)
-        alpha = Image.new("L", scene.size)
-        alpha.paste(image.getchannel("A"), corner)
-        regions.append(np.asarray(alpha) >= 128)
+    for cutout, place in zip(cutouts, places, strict=True):
+        regions.append(np.asarray(put(scene, cutout.image, place, cutout.grounded)) >= 128)
     return scene, regions
 
 
-def _draw_places(rng: np.random.Generator) -> list[Place]:
+def _draw_places(rng: np.random.Generator) -> list[Box]:
     """One box in each half, in random order, so that no side belongs to a reference."""
     places = []
     for half in range(2):

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageOps
 
 from focusdpo.data.images import PATCH_SIZE, read_image
+from focusdpo.experiments.composing import on_white
 from focusdpo.experiments.stress.config import Kind, StressConfig
 
 COINS = [f"coin {i}" for i in range(7)]
@@ -96,7 +97,8 @@ def _photographed(config: StressConfig) -> Cast:
     def view(name: str, rng: np.random.Generator) -> tuple[CutOut, Reference, dict[str, Any]]:
         changes = {"turned": float(rng.uniform(-12, 12)), "brightness": float(rng.choice([0.8, 1.2])), "mirrored": True}
         image = ImageOps.mirror(known[name].image).rotate(changes["turned"], Image.Resampling.BICUBIC, expand=True)
-        reference = _on_white(image, config.reference_resolution, changes["brightness"], float(rng.uniform(0.75, 0.94)))
+        side = config.reference_resolution // PATCH_SIZE * PATCH_SIZE
+        reference = Reference(*on_white(image, side, changes["brightness"], float(rng.uniform(0.75, 0.94))))
         return CutOut(known[name].image, grounded=False), reference, {"reference_is": "the scene's photo", **changes}
 
     def background(rng: np.random.Generator) -> tuple[Image.Image, str]:
@@ -104,18 +106,6 @@ def _photographed(config: StressConfig) -> Cast:
         return backgrounds()[number], f"background {number}"
 
     return Cast(PHOTOGRAPHED, {name: subject.class_name for name, subject in known.items()}, view, background)
-
-
-def _on_white(cutout: Image.Image, longest: int, brightness: float, share: float) -> Reference:
-    side = longest // PATCH_SIZE * PATCH_SIZE
-    fitted = ImageOps.contain(cutout, (round(share * side),) * 2, Image.Resampling.LANCZOS)
-    alpha = fitted.getchannel("A")
-    lit = ImageEnhance.Brightness(fitted.convert("RGB")).enhance(brightness)
-    canvas, mask = Image.new("RGB", (side, side), "white"), Image.new("L", (side, side))
-    corner = (side - fitted.width) // 2, (side - fitted.height) // 2
-    canvas.paste(lit, corner, alpha)
-    mask.paste(alpha.point(lambda a: 255 if a >= 128 else 0), corner)
-    return Reference(canvas, mask)
 
 
 def _dreambench(root: Path) -> Cast:
