@@ -22,7 +22,7 @@ from focusdpo.experiments.ablation.statistics import Cell, Estimate, Row, Table,
 from focusdpo.experiments.ablation.variants import Change, changes_of
 from focusdpo.files import write_json, write_whole
 from focusdpo.folders import check_folder, clear_folder
-from focusdpo.settings import require
+from focusdpo.settings import check_begun, require
 from focusdpo.training.config import TrainConfig
 from focusdpo.training.loading import check_files_and_packages
 from focusdpo.training.run_config import read_run_config
@@ -63,7 +63,7 @@ def prepare_ablation(
     known = folder / SETTINGS_FILE
     goes_on = not config.overwrite and known.is_file()
     if goes_on:
-        _check_settings(known, settings)
+        check_begun("ablation", folder, json.loads(known.read_text()), json.loads(json.dumps(settings)), _is_longer)
     else:
         hint = "delete it with --overwrite true, or name another folder"
         check_folder("output_dir", folder, FILES, config.overwrite, hint)
@@ -107,24 +107,6 @@ def _settings(config: AblationConfig, run: TrainConfig) -> dict[str, Any]:
     compared = {name: value for name, value in compared_settings(run).items() if name != "seed"}
     steps = {"max_steps": config.max_steps or run.max_steps, "samples.steps": run.samples.steps}
     return {"ablation": own, "run": {**compared, **steps}, "model": model_contents(run.model), "pairs": contents}
-
-
-def _check_settings(known: Path, settings: dict[str, Any]) -> None:
-    """ValueError names what differs from an ablation that was begun."""
-    begun = json.loads(known.read_text())
-    now = json.loads(json.dumps(settings))
-    differing = [
-        f"{part}.{name}: the begun ablation has {begun[part].get(name)!r}, got {now[part].get(name)!r}"
-        for part in now
-        for name in now[part]
-        if begun[part].get(name) != now[part].get(name) and not _is_longer(name, begun[part].get(name), now[part].get(name))
-    ]
-    if differing:
-        lines = "\n  ".join(differing)
-        raise ValueError(
-            f"output_dir: {known.parent} holds an ablation with other settings:\n  {lines}\ngo on with its own, start anew "
-            "with --overwrite true, or name another folder"
-        )
 
 
 def _is_longer(name: str, begun: Any, now: Any) -> bool:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from focusdpo.experiments.stress.config import KINDS, StressConfig
 from focusdpo.folders import check_folder, clear_folder
+from focusdpo.settings import check_begun
 
 if TYPE_CHECKING:  # seconds that --help need not wait for
     from focusdpo.experiments.stress.subjects import Cast
@@ -52,7 +53,7 @@ def prepare_stress(config: StressConfig) -> Callable[[], None]:
     known = folder / SETTINGS_FILE
     goes_on = not config.overwrite and known.is_file()
     if goes_on:
-        _check_settings(known, settings)
+        check_begun("test", folder, json.loads(known.read_text()), settings)
     else:
         hint = "delete it with --overwrite true, or name another folder"
         check_folder("output_dir", folder, FILES, config.overwrite, hint)
@@ -88,45 +89,24 @@ def run_of(config: StressConfig) -> TrainConfig:
 
 def settings_of(config: StressConfig, run: TrainConfig, checkpoint: Path | None) -> dict[str, Any]:
     """What decides the numbers of a scene, models and photos by their content."""
-    from focusdpo.files import checksum, fingerprint
-    from focusdpo.models.base import pipeline_folder, pipeline_parts
-    from focusdpo.models.base_lora import find_lora_file
+    from focusdpo.files import checksum
     from focusdpo.training.checkpoints import ADAPTER_FILE
+    from focusdpo.training.run_folder import model_contents
 
     own = {name: value for name, value in asdict(config).items() if name not in FREE}
     own["dreambench"] = "photos of DreamBench" if config.dreambench else None
     model = {name: value for name, value in asdict(run.model).items() if name not in ("path", "revision", "base_lora")}
-    pipeline = pipeline_folder(run.model.path, run.model.revision)
-    lora = run.model.base_lora
     return {
         "settings": json.loads(json.dumps(own)),
         "model": model
         | {
-            "content": fingerprint(pipeline, pipeline_parts(pipeline))[:16],
-            "base_lora": None if lora is None else checksum(find_lora_file("model.base_lora", lora))[:16],
+            **model_contents(run.model),
             "checkpoint": None if checkpoint is None else checksum(checkpoint / ADAPTER_FILE)[:16],
             "layers": run.focus.layers,
             "feature_source": run.focus.feature_source,
             "mixed_precision": run.mixed_precision,
         },
     }
-
-
-def _check_settings(known: Path, settings: dict[str, Any]) -> None:
-    """ValueError names what differs from a test that was begun."""
-    begun = json.loads(known.read_text())
-    differing = [
-        f"{name}: the begun test has {begun.get(part, {}).get(name)!r}, got {value!r}"
-        for part, values in settings.items()
-        for name, value in values.items()
-        if begun.get(part, {}).get(name) != value
-    ]
-    if differing:
-        lines = "\n  ".join(differing)
-        raise ValueError(
-            f"output_dir: {known.parent} holds a test with other settings:\n  {lines}\ngo on with its own, start anew with "
-            "--overwrite true, or name another folder"
-        )
 
 
 def _measured(config: StressConfig, kind: str) -> list[Path]:
