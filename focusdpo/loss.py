@@ -115,7 +115,7 @@ def focus_dpo_loss(
         reduction: "mean" over P*C, "sum", or "masked_mean"; see `focusdpo_kernels.preference_residual`.
         mask_power: 1, or 2 to put the mask inside the norm.
         loss_type: "sigmoid"; "hinge", max(0, 1 - logit); "ipo", (logit / beta - 1 / (2 beta))^2; "sft",
-            w_t e_pol(win), supervised fine-tuning on winners.
+            w_t e_pol(win), supervised fine-tuning on winners: no gradient is computed for policy_lose, its `grad` stays None.
         label_smoothing: cDPO, the assumed share of flipped pairs in [0, 0.5); with "sigmoid" only.
         winner_anchor: alpha >= 0, adds alpha * e_pol(win) to keep the winner's error from rising.
         loser_scale: None, or "sdpo" (arXiv 2511.03317): scales the loser's gradient by
@@ -144,6 +144,9 @@ def focus_dpo_loss(
         raise ValueError(f"winner_anchor: got {winner_anchor!r}; expected a number >= 0")
     if not 0.0 <= sdpo_mu <= 1.0:
         raise ValueError(f"sdpo_mu: got {sdpo_mu!r}; expected a number from 0 to 1")
+    if loss_type == "sft":
+        # Both backends then leave the loser out of the backward pass; otherwise the kernel would send zeros through the model.
+        policy_lose = policy_lose.detach()
     residual = preference_residual(
         policy_win,
         policy_lose,
@@ -178,7 +181,9 @@ def focus_dpo_loss(
     elif loss_type == "ipo":
         losses = (scaled - 1 / (2 * beta)) ** 2
     else:
-        losses = residual.policy_win if timestep_weight is None else timestep_weight * residual.policy_win
+        losses = residual.policy_win
+        if timestep_weight is not None:
+            losses = timestep_weight.to(losses.dtype) * losses
     if winner_anchor:
         losses = losses + winner_anchor * residual.policy_win
     if sample_weight is not None:

@@ -165,6 +165,8 @@ def test_loss_is_finite_and_masked(seed, beta, scale, loss_type, loser_scale, re
     )
     out.loss.backward()
     assert out.loss.isfinite() and 0 <= float(out.accuracy) <= 1
+    if loss_type == "sft":
+        assert policy.pop().grad is None, "the loser has no part in the loss"
     for x in policy:
         assert x.grad.isfinite().all()
         assert (x.grad[mask == 0] == 0).all(), "no gradient outside the mask"
