@@ -21,7 +21,7 @@ from focusdpo.experiments.ablation.command import prepare_ablation
 from focusdpo.experiments.ablation.config import AblationConfig
 from focusdpo.experiments.ablation.jobs import Result
 from focusdpo.experiments.ablation.measures import Measure
-from focusdpo.experiments.ablation.statistics import difference, over_seeds, tabulate, text_of
+from focusdpo.experiments.ablation.statistics import Estimate, difference, over_seeds, tabulate, text_of
 from focusdpo.experiments.ablation.variants import VARIANTS, changes_of
 from focusdpo.features import pool_mask
 from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, ModelConfig, OptimConfig, SamplesConfig, TrainConfig
@@ -145,14 +145,24 @@ def _collate(samples):
     return collate(samples)
 
 
+def shift_of(values, copies=1):
+    return {seed: [x + 0.5 for x in numbers * copies] for seed, numbers in values.items()}
+
+
 def test_statistics():
     values = {0: [1.0, 3.0], 1: [2.0, float("nan")], 2: [5.0, 5.0]}
     found = over_seeds(values)
     low, high = stats.t.interval(0.95, 2, loc=3.0, scale=stats.sem([2.0, 2.0, 5.0]))
     assert (found.mean, found.low, found.high) == pytest.approx((3.0, low, high))
-    shift = {seed: [x + 0.5 for x in numbers] for seed, numbers in values.items()}
+    shift = shift_of(values)
     gap = difference(shift, values)
-    assert (gap.mean, gap.low, gap.high) == pytest.approx((0.5, 0.5, 0.5)) and gap.differs, "seed by seed and pair by pair"
+    assert gap.mean == 0.5 and np.isnan([gap.low, gap.high]).all() and not gap.differs, "two pairs say nothing of others"
+    gap = difference({seed: [x + seed % 2 for x in numbers * 3] for seed, numbers in values.items()}, shift_of(values, 3))
+    assert gap == over_seeds({0: [-0.5], 1: [0.5], 2: [-0.5]}), "seed by seed and pair by pair"
+    apart, before = {seed: [1.0] * 6 for seed in range(3)}, {0: [0.5] * 6}
+    assert difference(apart, before, "baseline") == Estimate(0.5, 0.5, 0.5), "six pairs on one side are no chance"
+    level = over_seeds({0: [0.0] * 6, 1: [0.0] * 6})
+    assert level.mean == 0 and np.isnan([level.low, level.high]).all(), "no leak in six is no certainty"
     beside = difference({7: [2.0, 4.0]}, shift, "values").mean
     assert beside == pytest.approx((0.5 - 0.5 - 2.5) / 3), "one that is not trained stands beside all; NaN is missing"
     assert difference({7: [0.0]}, {1: [0.0], 2: [0.0]}) is None, "one training that came through has no partner"
@@ -166,7 +176,7 @@ def test_statistics():
 
 def test_verdicts():
     def result(variant, seed, offset, failed=None):
-        values = {} if failed else {name: [offset + seed / 100, offset + 0.1] for name in ("good", "bad", "odd")}
+        values = {} if failed else {name: [offset + seed / 100, *[offset + 0.1] * 5] for name in ("good", "bad", "odd")}
         return Result(variant, seed, values, [], failed)
 
     measures = {"good": Measure("good"), "bad": Measure("bad", "less"), "odd": Measure("odd", "neither")}

@@ -195,6 +195,27 @@ def test_leakage_of_planted_regions(study, models, capsys):
     assert swapped["subjects"]["dog"]["dino_leaks"]["mean"] == 1.0
 
 
+def on_square(image):
+    width, height = image.size
+    square = Image.new("RGB", (max(width, height),) * 2, "white")
+    square.paste(image, (round((square.width - width) / 2), round((square.height - height) / 2)))
+    return square
+
+
+def test_the_ends_of_a_long_region_are_seen(study, models):
+    """CLIP's preparation takes the middle square, which would leave them out."""
+    file = study / "images" / "001_0.png"
+    found = []
+    for colour in ("red", "blue"):
+        image = Image.open(file).convert("RGB")
+        image.paste(colour, (0, 0, 4, 10))
+        image.save(file)
+        boxes = regions(study, {"001_0.png": [[0, 0, 2 * SIDE, 10], None]})
+        result = evaluate(study, clip=models["clip"], regions=boxes, allow_missing=True, overwrite=bool(found))
+        found.append(result["regions"][0]["clip_i_right"])
+    assert abs(found[0] - found[1]) > 1e-4
+
+
 def test_masks_are_regions_with_white_around(study, models):
     """One that marks nothing is a missing subject."""
     mask = np.zeros((SIDE, 2 * SIDE), np.uint8)
@@ -207,7 +228,8 @@ def test_masks_are_regions_with_white_around(study, models):
     assert [row["missing"] for row in found["regions"]] == [0.0, 1.0]
     crop = np.asarray(side_by_side((0, 1))).copy()
     crop[mask == 0] = 255
-    region, right, wrong = features(models, "dino", [Image.fromarray(crop[5:25, 3:20]), picture(0), picture(1)])
+    part = on_square(Image.fromarray(crop[5:25, 3:20]))
+    region, right, wrong = features(models, "dino", [part, picture(0), picture(1)])
     assert found["regions"][0]["dino_right"] == pytest.approx(region @ right, abs=1e-5)
     assert found["regions"][0]["dino_wrong_max"] == pytest.approx(region @ wrong, abs=1e-5)
     assert len(found["images_without_regions"]) == 7
@@ -224,7 +246,7 @@ def test_all_photos_of_a_subject(study, models):
 def test_references_cut_to_their_masks(study, models):
     row = evaluate(study, dino=models["dino"], reference_crop="mask")["images"][5]
     image = Image.open(study / "images" / "003_1.png").convert("RGB")
-    first, cut = features(models, "dino", [image, picture(1).crop((8, 4, 30, 20))])
+    first, cut = features(models, "dino", [image, on_square(picture(1).crop((8, 4, 30, 20)))])
     assert row["dino"] == pytest.approx(first @ cut, abs=1e-5)
 
 

@@ -86,9 +86,9 @@ def test_a_rate_near_its_end_has_an_interval(rate):
 
 
 def test_few_groups():
-    assert mean_interval([0.25, 0.25]) == (0.25, 0.25, 0.25)
-    mean, low, high = mean_interval([1.0, 2.0], groups=[7, 7])
-    assert mean == 1.5 and math.isnan(low) and math.isnan(high)
+    for values, groups in (([1.0, 2.0], [7, 7]), ([0.0, 0.0, 0.0], None), ([1.0, 2.0, 1.5], [1, 1, 2])):
+        mean, low, high = mean_interval(values, groups)
+        assert mean == np.mean(values) and math.isnan(low) and math.isnan(high), "equal groups say nothing of an interval"
 
 
 @pytest.mark.parametrize(

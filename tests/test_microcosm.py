@@ -27,7 +27,7 @@ from focusdpo.experiments.microcosm.judging import verdicts
 from focusdpo.experiments.microcosm.learning import learn
 from focusdpo.experiments.microcosm.pairs import write_pairs
 from focusdpo.experiments.microcosm.scenes import draw_scene
-from focusdpo.experiments.microcosm.stages import FILES
+from focusdpo.experiments.microcosm.stages import FILES, Stages
 from focusdpo.experiments.microcosm.subjects import identities_of
 from focusdpo.folders import clear_folder, mark_folder
 
@@ -124,6 +124,12 @@ def test_halves():
     assert torch.equal(regions[2], images[1, :, :, :3]) and torch.equal(regions[1], images[0, :, :, 3:])
 
 
+def test_settings_reach_the_runs(tmp_path):
+    settings = MicrocosmConfig(out=str(tmp_path), size="smoke", lr=0.5, beta=7.0, tuning_steps=9, reduction="masked_mean")
+    run = Stages(settings).train_config()
+    assert (run.optim.lr, run.loss.beta, run.loss.reduction, run.max_steps) == (0.5, 7.0, "masked_mean", 9)
+
+
 def results_of(folder):
     found = json.loads((folder / "ablation" / "results.json").read_text())
     return found["results"], found["table"]
@@ -168,14 +174,16 @@ def test_refused_by_name(tmp_path):
     with pytest.raises(FileExistsError, match="out: .* holds an earlier run"):
         prepare_microcosm(MicrocosmConfig(out=str(tmp_path / "b"), size="smoke"))
     (tmp_path / "c").mkdir()
-    begun = _settings(MicrocosmConfig(size="smoke", lr=0.5))
+    begun = _settings(Stages(MicrocosmConfig(size="smoke", lr=0.5)))
     (tmp_path / "c" / "microcosm.json").write_text(json.dumps(begun))
     with pytest.raises(ValueError, match="out: .* holds a microcosm of seed 0, got 1; go on with its own"):
         prepare_microcosm(MicrocosmConfig(out=str(tmp_path / "c"), size="smoke", seed=1))
     prepare_microcosm(MicrocosmConfig(out=str(tmp_path / "c"), size="smoke"))  # the world may be tuned otherwise
     (tmp_path / "c" / "ablation").mkdir()
-    with pytest.raises(ValueError, match="out: .* microcosm of lr 0.5, got 0.001; .* or delete .*ablation to tune"):
-        prepare_microcosm(MicrocosmConfig(out=str(tmp_path / "c"), size="smoke"))
+    with pytest.raises(
+        ValueError, match="microcosm of lr 0.5, got 0.001; reduction 'mean', got 'masked_mean'; .* or delete .*ablation"
+    ):
+        prepare_microcosm(MicrocosmConfig(out=str(tmp_path / "c"), size="smoke", reduction="masked_mean"))
     with pytest.raises(ValueError, match="grids: .* expected no grid over layers with size='smoke'"):
         prepare_microcosm(MicrocosmConfig(out=str(tmp_path / "d"), size="smoke", grids=["layers"]))
 

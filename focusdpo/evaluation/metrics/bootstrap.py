@@ -36,7 +36,8 @@ def mean_interval(
         seed: the same seed gives the same interval.
 
     Returns:
-        (mean, low, high). Low and high are NaN where there is a single group, of which nothing is known but its mean.
+        (mean, low, high). Low and high are NaN where all groups have one mean, or there is a single one: nothing is then known
+        of how much it varies, and [mean, mean] would claim a certainty (a rate of 0 of three prompts).
 
     Raises:
         ValueError: no values, values that are not finite, or another number of groups.
@@ -50,10 +51,8 @@ def mean_interval(
         raise ValueError(f"resamples: got {resamples!r}; expected at least 1")
     sums, counts = _by_group(numbers, groups)
     mean = float(numbers.mean())
-    if len(sums) == 1:
+    if np.ptp(sums / counts) == 0:
         return mean, math.nan, math.nan
-    if np.ptp(sums / counts) == 0:  # every resample has this mean
-        return mean, mean, mean
     for method in ("BCa", "percentile"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a degenerate BCa gives NaN, and the next method its interval

@@ -78,4 +78,5 @@ class EvaluateConfig:
         require(0 < self.level < 1, "level", self.level, "a number between 0 and 1, like 0.95")
         require(self.resamples >= 100, "resamples", self.resamples, "at least 100")
         require(self.fid_resamples == 0 or self.fid_resamples >= 2, "fid_resamples", self.fid_resamples, "0, or at least 2")
+        require(self.seed >= 0, "seed", self.seed, "0 or more")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from focusdpo.data.images import Size, inside, read_gray, read_image
@@ -151,7 +151,11 @@ def _read(path: Path, is_mask: bool) -> Content | str:
 
 @dataclass(frozen=True)
 class Picture:
-    """What an encoder gets: an image, or a part of it by a box, or by a mask, outside of which it is white."""
+    """What an encoder gets: an image, or a part of it by a box, or by a mask, outside of which it is white.
+
+    A part is put in the middle of a white square: encoders crop what is longer than wide, and would not see a long subject's
+    ends.
+    """
 
     image: Path
     box: Box | None = None
@@ -160,7 +164,8 @@ class Picture:
     def key(self, contents: Mapping[Path, Content]) -> str:
         """A hash of all that its pixels follow from."""
         mask = "" if self.mask is None else contents[self.mask].checksum
-        return hash_of(contents[self.image].checksum, str(self.box or ""), mask)
+        part = "square" if self.box or self.mask else ""
+        return hash_of(contents[self.image].checksum, str(self.box or ""), mask, part)
 
     def read(self) -> Image.Image:
         image = read_image(self.image)
@@ -171,4 +176,6 @@ class Picture:
             left, top, right, bottom = self.box
             # Whole pixels that the box touches, so that the thinnest box has one.
             image = image.crop((int(left), int(top), -int(-right // 1), -int(-bottom // 1)))
-        return image
+        if self.mask is None and self.box is None:
+            return image
+        return ImageOps.pad(image, (max(image.size),) * 2, color="white")

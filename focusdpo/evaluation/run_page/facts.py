@@ -98,7 +98,8 @@ def _held_out(rows: Sequence[dict[str, float]]) -> Iterator[Fact]:
         if name not in before or name not in after:
             continue
         change = after[name] - before[name]
-        mood = "" if not change else "good" if (change > 0) == is_higher_better else "bad"
+        is_worse = (change > 0) != is_higher_better or not math.isfinite(change)
+        mood = "" if not change else "bad" if is_worse else "good"
         note = f"held out, step {before['step']:,} → {after['step']:,}"
         yield Fact(label, f"{_short(before[name])} → {_short(after[name])}", note, mood if len(rows) > 1 else "")
 

@@ -52,10 +52,7 @@ def prepare_ablation(
     run = read_run_config("config", config.config)
     require(run.data.validation is not None, "config", config.config, "a run with data.validation, whose pairs are judged")
     require(run.loss.loss_type != "sft", "config", config.config, "a preference loss, of which SFT is a variant")
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    require(
-        alone, "ablate", "several processes", "one, started without accelerate launch; --workers spreads the runs over GPUs"
-    )
+    check_alone("ablate")
     check_files_and_packages(run)
     changes = changes_of(config, run)
     folder = Path(config.output_dir)
@@ -98,6 +95,13 @@ def jobs_of(config: AblationConfig, run: TrainConfig, changes: Sequence[Change],
             settings = run_of(run, change, seed, folder, config.max_steps, config.points, config.samples)
             jobs.append(Job(change, seed, settings, folder, tuple(config.times), config.judged_pairs, judge))
     return jobs
+
+
+def check_alone(command: str) -> None:
+    """ValueError where a launcher started several processes of a command that spreads its runs itself."""
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    remedy = "one, started without accelerate launch; --workers spreads the runs over GPUs"
+    require(alone, command, "several processes", remedy)
 
 
 def _settings(config: AblationConfig, run: TrainConfig) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 from focusdpo.data.extras import require
-from focusdpo.experiments.ablation.command import RESULTS_FILE, RUNS, prepare_ablation, table_of
+from focusdpo.experiments.ablation.command import RESULTS_FILE, RUNS, check_alone, prepare_ablation, table_of
 from focusdpo.experiments.ablation.variants import VARIANTS
 from focusdpo.experiments.microcosm.autoencoder import restore
 from focusdpo.experiments.microcosm.classifier import IdentityClassifier
@@ -44,24 +44,26 @@ def prepare_microcosm(config: MicrocosmConfig) -> Callable[[], None]:
     Raises:
         ModuleNotFoundError: a package of the extras `demo`, `evaluation` or, for DreamBench, `build` is missing.
         FileExistsError, NotADirectoryError, FileNotFoundError: the folder holds something else, or DreamBench is not there.
-        ValueError: the folder holds another world.
+        ValueError: the folder holds another world, several processes were started, or the device has no such kernels.
     """
+    check_alone("microcosm")
     for module, extra in (("skimage", "demo"), ("torchmetrics", "evaluation")):
         require(module, "the microcosm", extra)
     if "layers" in config.grids:
         blocks = sum(config.sizes.layers)
         require_value(blocks >= 3, "grids", config.grids, f"no grid over layers with size={config.size!r}, which has {blocks}")
-    folder = Path(config.out)
+    folder, stages = Path(config.out), Stages(config)
     files = (SETTINGS_FILE, *FILES, *PICTURES, ABLATION)
-    known, settings = folder / SETTINGS_FILE, _settings(config)
+    known, settings = folder / SETTINGS_FILE, _settings(stages)
     goes_on = not config.overwrite and known.is_file()
     if goes_on:
         _check_settings(folder, json.loads(known.read_text()), settings)
     else:
         hint = "delete it with --overwrite true, or name another folder"
         check_folder("out", folder, files, config.overwrite, hint)
-    stages = Stages(config)
     stages.check()
+    if goes_on and (folder / ABLATION).exists():
+        prepare_ablation(config.ablation)  # refuses now what it would refuse when all else is done
 
     def work() -> None:
         if not goes_on:
@@ -75,14 +77,16 @@ def prepare_microcosm(config: MicrocosmConfig) -> Callable[[], None]:
     return work
 
 
-def _settings(config: MicrocosmConfig) -> dict[str, Any]:
+def _settings(stages: Stages) -> dict[str, Any]:
     """What decides the numbers: of the world and its model, and of the preference training."""
+    config = stages.config
     numbers = json.loads(json.dumps(asdict(config.sizes)))
     tuning = {name: numbers.pop(name) for name in ("tuning_steps", "tuning_batch", "lr", "beta", "rank")}
-    given = {"tuning_steps": config.steps, "lr": config.lr, "beta": config.beta}
+    given = {"tuning_steps": config.steps, "lr": config.lr, "beta": config.beta, "reduction": config.reduction}
     tuning |= {name: value for name, value in given.items() if value is not None}
     source = None if config.dreambench is None else str(Path(config.dreambench).resolve())
-    return {"world": {"size": config.size, "dreambench": source, "seed": config.seed, **numbers}, "tuning": tuning}
+    world = {"size": config.size, "dreambench": source, "seed": config.seed, "device": stages.device.type, **numbers}
+    return {"world": world, "tuning": tuning}
 
 
 def _check_settings(folder: Path, begun: dict[str, Any], now: dict[str, Any]) -> None:

@@ -53,15 +53,15 @@ SIZES = {
     ),
     "small": Size(
         resolution=128, reference_resolution=64, scenes=4000, pairs=480, held_out=96,
-        vae_channels=(12, 24, 64, 128), latent_channels=16, vae_steps=4000, vae_batch=4, classifier_steps=500,
-        heads=6, layers=(2, 4), flow_steps=2400, flow_batch=16, flow_lr=1e-3,
+        vae_channels=(12, 24, 64, 128), latent_channels=16, vae_steps=3200, vae_batch=4, classifier_steps=400,
+        heads=6, layers=(2, 4), flow_steps=2000, flow_batch=16, flow_lr=1e-3,
         tuning_steps=60, tuning_batch=8, lr=1e-4, beta=2000.0, rank=16, sampler_steps=12, samples=2,
     ),
     "full": Size(
-        resolution=256, reference_resolution=128, scenes=20000, pairs=2000, held_out=256,
-        vae_channels=(32, 64, 128, 128), latent_channels=16, vae_steps=3000, vae_batch=64, classifier_steps=1500,
-        heads=12, layers=(4, 8), flow_steps=8000, flow_batch=64, flow_lr=1e-3,
-        tuning_steps=200, tuning_batch=16, lr=1e-4, beta=2000.0, rank=32, sampler_steps=20, samples=2,
+        resolution=256, reference_resolution=128, scenes=8000, pairs=960, held_out=128,
+        vae_channels=(32, 64, 128, 128), latent_channels=16, vae_steps=2000, vae_batch=64, classifier_steps=800,
+        heads=12, layers=(4, 8), flow_steps=3000, flow_batch=64, flow_lr=1e-3,
+        tuning_steps=80, tuning_batch=16, lr=1e-4, beta=2000.0, rank=32, sampler_steps=20, samples=2,
     ),
 }  # fmt: skip
 
@@ -81,6 +81,8 @@ class MicrocosmConfig:
         tuning_steps: Optimiser steps of each variant; null takes the size's.
         lr: Learning rate of each variant; null takes the size's.
         beta: Of the preference loss; null takes the size's.
+        reduction: Of the errors in the loss. "masked_mean" divides by the mask's size, so that one beta serves masks of all
+            sizes; with "mean" a small mask makes small margins.
         workers: Runs at the same time; null takes as many as there are GPUs.
         backend: Kernels: "triton", "torch", or chosen by device.
         cpu: Use the CPU even where there is a GPU.
@@ -97,6 +99,7 @@ class MicrocosmConfig:
     tuning_steps: int | None = None
     lr: float | None = None
     beta: float | None = None
+    reduction: Literal["mean", "masked_mean"] = "mean"
     workers: int | None = None
     backend: Literal["triton", "torch"] | None = None
     cpu: bool = False

@@ -101,7 +101,7 @@ class GeneratedRegions:
         save_file({"images": images}, folder / IMAGES_FILE)
         classifier = IdentityClassifier(len(self.classes))
         classifier.load_state_dict(load_file(self.classifier))
-        logits, features = classify(classifier.eval(), images.float() / 255)
+        logits, features = classify(classifier.eval().to(trainer.backbone.device), images.float() / 255)
         who = torch.tensor([record.meta["identities"] for record in trainer.validation_set.records])
         real = load_file(self.real_features)["features"]
         distance = frechet_distance_of_features(real, features.flatten(0, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,8 +31,8 @@ def learn(
 ) -> list[float]:
     """Trains a model, and leaves it in evaluation mode; goes on from `state_file` where an earlier call was killed.
 
-    What a step draws depends on seed and step alone, so that a continued training gives the same weights; on a GPU, as far
-    as its convolutions do.
+    What a step draws depends on seed and step alone, so that a continued training gives the same weights; on a GPU, which
+    computes in bfloat16 here, as far as its convolutions do.
 
     Args:
         name: what the progress bar shows.
@@ -45,12 +46,16 @@ def learn(
 
     Returns:
         The loss of each step.
+
+    Raises:
+        FloatingPointError: a loss is not finite; nothing is kept of that step.
     """
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     scheduler = get_cosine_schedule_with_warmup(optimizer, max(steps // 20, 1), steps)
-    ema = EMAModel(parameters, decay=ema_decay) if ema_decay else None
+    on_gpu = parameters[0].is_cuda
+    ema = EMAModel(parameters, decay=ema_decay, foreach=on_gpu) if ema_decay else None
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, **({"ema": ema} if ema else {})}
     losses: list[float] = []
     if state_file.exists():
@@ -60,14 +65,16 @@ def learn(
             part.load_state_dict(state[key])
         if ema:
             ema.to(device=parameters[0].device)
-    if parameters[0].is_cuda:
-        torch.set_float32_matmul_precision("high")
     bar = tqdm(total=steps, initial=len(losses), desc=name, unit="step", leave=False)
     saved = time.monotonic()
     while len(losses) < steps:
         draws = seeded(seed, len(losses))
         torch.manual_seed(draws.initial_seed())
-        value = loss(draws)
+        with torch.autocast(parameters[0].device.type, torch.bfloat16, enabled=on_gpu):
+            value = loss(draws)
+        losses.append(float(value.detach()))
+        if not math.isfinite(losses[-1]):
+            raise FloatingPointError(f"{name}: the loss is {losses[-1]} in step {len(losses)}; a lower learning rate may help")
         optimizer.zero_grad()
         torch.autograd.backward(value)
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -75,7 +82,6 @@ def learn(
         scheduler.step()
         if ema:
             ema.step(parameters)
-        losses.append(float(value.detach()))
         bar.update()
         if len(losses) % 10 == 0:
             bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.4f}")

@@ -39,6 +39,7 @@ from focusdpo.training.config import (
     SamplesConfig,
     TrainConfig,
 )
+from focusdpo_kernels.backend import resolve_backend
 
 FACTS_FILE = "facts.json"
 LEARNT = ("autoencoder", "classifier", "model")  # what is trained before the preferences
@@ -69,8 +70,9 @@ class Stages:
         self.device = torch.device("cpu" if self.config.cpu or not torch.cuda.is_available() else "cuda")
 
     def check(self) -> None:
-        """Refuses what cannot be composed, before anything is."""
+        """Refuses what cannot be composed or trained, before anything is."""
         check_source(self.config.dreambench)
+        resolve_backend(self.config.backend, torch.empty(0, device=self.device))
 
     @cached_property
     def identities(self) -> list[Identity]:
@@ -198,14 +200,14 @@ class Stages:
                 reference_resolution=size.reference_resolution,
                 reference_resolution_multiple=size.reference_resolution,
                 batch_size=size.tuning_batch,
-                num_workers=0,
+                num_workers=0 if self.device.type == "cpu" else 4,  # which would take the cores that train
                 check="headers",
                 cache=str(self.folder / "cache"),
             ),
             output_dir=str(self.folder / "run"),
             lora=LoraConfig(rank=size.rank, alpha=2 * size.rank),
             focus=FocusConfig(match_count=MATCHES),
-            loss=LossConfig(beta=size.beta if config.beta is None else config.beta),
+            loss=LossConfig(beta=size.beta if config.beta is None else config.beta, reduction=config.reduction),
             optim=OptimConfig(
                 lr=size.lr if config.lr is None else config.lr,
                 scheduler="constant_with_warmup",
@@ -213,7 +215,7 @@ class Stages:
             ),
             samples=SamplesConfig(steps=size.sampler_steps, guidance=1.0),
             max_steps=config.steps,
-            mixed_precision="no",
+            mixed_precision="no" if self.device.type == "cpu" else "bf16",
             seed=config.seed,
             checkpoint_every=max(config.steps // 2, 1),
             backend=config.backend,

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from focusdpo.data.extras import require
 from focusdpo.demo.photos import Subject, subjects
+from focusdpo.settings import require as require_value
 
 HUES = (0.33, 0.66)  # of the two other instances that each subject gives
 
@@ -39,12 +40,14 @@ def check_source(dreambench: str | None) -> None:
     if dreambench is not None:
         require("cv2", "DreamBench in the microcosm", "build")
         from focusdpo.data.building.dreambench import read_classes
+        from focusdpo.data.building.dreambench_scenes import photos
 
         try:
-            read_classes(Path(dreambench))
+            classes = read_classes(Path(dreambench))
         except (FileNotFoundError, ValueError) as error:
             kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
             raise kind(f"dreambench: {str(error).removeprefix('root: ')}") from error
+        _check_classes(dreambench, [name for subject, name in classes.items() if len(photos(Path(dreambench), subject)) >= 2])
 
 
 def identities_of(dreambench: str | None, longest: int) -> list[Identity]:
@@ -92,4 +95,10 @@ def _dreambench(root: Path, longest: int) -> list[Identity]:
         if len(views) >= 2:
             kept = len(views) - (2 if len(views) >= 4 else 1)
             found += _instances(views[:kept], views[kept:], longest)
+    _check_classes(str(root), [one.class_name for one in found])
     return found
+
+
+def _check_classes(dreambench: str, classes: Sequence[str]) -> None:
+    wanted = "subjects of two classes at least, with two photographs each that can be cut out"
+    require_value(len(set(classes)) >= 2, "dreambench", dreambench, wanted)
