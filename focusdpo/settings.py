@@ -34,6 +34,6 @@ def check_begun(
     if differing:
         lines = "\n  ".join(differing)
         raise ValueError(
-            f"output_dir: {folder} holds a {what} with other settings:\n  {lines}\ngo on with its own, start anew with "
+            f"output_dir: {folder} holds a begun {what} with other settings:\n  {lines}\ngo on with its own, start anew with "
             "--overwrite true, or name another folder"
         )

@@ -57,6 +57,7 @@ def refused(study, model, message, error=ValueError, **changes):
         ({"level": 95.0}, "level: got 95.0; expected a number between 0 and 1"),
         ({"resamples": 10}, "resamples: got 10; expected at least 100"),
         ({"fid_resamples": 1}, "fid_resamples: got 1; expected 0, or at least 2"),
+        ({"seed": -1}, "seed: got -1; expected 0 or more"),
         ({"batch_size": 0}, "batch_size: got 0; expected at least 1"),
         ({"device": "cuda:99"}, "device: got 'cuda:99', which cannot be used"),
     ],

@@ -105,6 +105,19 @@ def test_learning_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(weights, resumed, strict=True))
 
 
+def test_a_loss_that_is_not_finite_ends_the_learning(tmp_path, monkeypatch):
+    """Whole steps alone are kept: the state is the one before it."""
+    monkeypatch.setattr(learning, "SAVE_SECONDS", 0.0)
+    model, steps = nn.Linear(4, 1), iter([0.0, 0.0, float("nan"), 0.0])
+
+    def loss(draws):
+        return model(torch.ones(1, 4)).square().mean() + next(steps)
+
+    with pytest.raises(FloatingPointError, match="test: the loss is nan in step 3"):
+        learn("test", model, loss, steps=4, lr=1e-2, seed=0, state_file=tmp_path / "x.state")
+    assert len(torch.load(tmp_path / "x.state")["losses"]) == 2
+
+
 def test_verdicts_by_hand():
     """Four identities of classes a, a, b, b. Left should be 0, right 2."""
     seen = torch.tensor([[0, 2], [1, 0], [2, 3]])  # all right; another instance, the other subject; the other subject, instance
@@ -140,6 +153,8 @@ def test_the_whole_command_also_when_killed(tmp_path, fresh_accelerate):
     folder, environment = tmp_path / "whole", os.environ | {"OMP_NUM_THREADS": "1"}
     arguments = ["--size", "smoke", "--out", str(folder), "--variants", "base", "focus", "--seeds", "0", "--cpu", "true"]
     cli.main(["microcosm", *arguments])
+    with pytest.raises(ValueError, match="ablation.variants: the begun ablation has .'base', 'focus'., got .'base'."):
+        prepare_microcosm(MicrocosmConfig(out=str(folder), size="smoke", variants=["base"], seeds=[0], cpu=True))
     for name in (*PICTURES, "model/model_index.json", "pairs/held_out/pairs.jsonl", "ablation/ablation.html", "facts.json"):
         assert (folder / name).is_file(), name
     results, table = results_of(folder)
@@ -163,13 +178,30 @@ def test_the_whole_command_also_when_killed(tmp_path, fresh_accelerate):
     assert "identity accuracy of generated regions" in done.stdout
 
 
-def test_refused_by_name(tmp_path):
+def test_refused_by_name(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="tuning_steps: got 0; expected at least 1"):
         MicrocosmConfig(tuning_steps=0)
     with pytest.raises(ValueError, match="seeds: got \\[1, 1\\]; expected each once"):
         MicrocosmConfig(seeds=[1, 1])
     with pytest.raises(FileNotFoundError, match="dreambench: no prompts_and_classes.txt"):
         prepare_microcosm(MicrocosmConfig(out=str(tmp_path / "a"), size="smoke", dreambench=str(tmp_path)))
+    for name, class_name in (("dog1", "dog"), ("dog2", "dog"), ("cup", "cup")):
+        (tmp_path / "one" / name).mkdir(parents=True)
+        for number in range(1 if class_name == "cup" else 2):
+            Image.new("RGB", (8, 8)).save(tmp_path / "one" / name / f"0{number}.jpg")
+    rows = "subject_name,class\ndog1,dog\ndog2,dog\ncup,cup\n\nPrompts\n"
+    (tmp_path / "one" / "prompts_and_classes.txt").write_text(f"Classes\n{rows}")
+    with pytest.raises(ValueError, match="dreambench: got .* expected subjects of two classes at least, with two photographs"):
+        prepare_microcosm(MicrocosmConfig(out=str(tmp_path / "a"), size="smoke", dreambench=str(tmp_path / "one")))
+    small = MicrocosmConfig(out=str(tmp_path / "a"), size="smoke", backend="triton", cpu=True)
+    with monkeypatch.context() as several:
+        several.setenv("WORLD_SIZE", "2")
+        with pytest.raises(ValueError, match="microcosm: got 'several processes'"):
+            prepare_microcosm(small)
+    with monkeypatch.context() as compiled:
+        compiled.setattr("focusdpo_kernels.backend.INTERPRETED", False)
+        with pytest.raises(ValueError, match="argument backend: 'triton' needs tensors on an accelerator"):
+            prepare_microcosm(small)
     (tmp_path / "b" / "pairs").mkdir(parents=True)
     with pytest.raises(FileExistsError, match="out: .* holds an earlier run"):
         prepare_microcosm(MicrocosmConfig(out=str(tmp_path / "b"), size="smoke"))

@@ -258,7 +258,7 @@ def test_a_killed_test_goes_on_to_the_same_numbers(flux_model, tmp_path, monkeyp
     prepare_stress(dataclasses.replace(config, level=0.5))()
     monkeypatch.undo()
     with pytest.raises(
-        ValueError, match=r"holds a test with other settings:\n  settings.timesteps: the begun test has \[0.3, 0.8\], got"
+        ValueError, match=r"holds a begun test with other settings:\n  settings.timesteps: the begun test has \[0.3, 0.8\], got"
     ):
         prepare_stress(dataclasses.replace(config, timesteps=[0.5]))
     monkeypatch.setattr(work, "measure_scene", counted)
