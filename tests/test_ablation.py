@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -14,13 +15,14 @@ import torch
 import yaml
 from scipy import stats
 
-from focusdpo.data import load_pairs
+from focusdpo.data import DatasetError, load_pairs
 from focusdpo.experiments.ablation import jobs as ablation_jobs
 from focusdpo.experiments.ablation import yardsticks
-from focusdpo.experiments.ablation.command import prepare_ablation
+from focusdpo.experiments.ablation.command import jobs_of, prepare_ablation
 from focusdpo.experiments.ablation.config import AblationConfig
 from focusdpo.experiments.ablation.jobs import Result
 from focusdpo.experiments.ablation.measures import Measure
+from focusdpo.experiments.ablation.pool import run_jobs
 from focusdpo.experiments.ablation.statistics import Estimate, difference, over_seeds, tabulate, text_of
 from focusdpo.experiments.ablation.variants import VARIANTS, changes_of
 from focusdpo.features import pool_mask
@@ -161,6 +163,8 @@ def test_statistics():
     assert gap == over_seeds({0: [-0.5], 1: [0.5], 2: [-0.5]}), "seed by seed and pair by pair"
     apart, before = {seed: [1.0] * 6 for seed in range(3)}, {0: [0.5] * 6}
     assert difference(apart, before, "baseline") == Estimate(0.5, 0.5, 0.5), "six pairs on one side are no chance"
+    third = over_seeds({0: [1 / 3, 1 / 3, 2 / 3, 1.0], 1: [1.0, 2 / 3, 1 / 3, 1 / 3 + 1e-16], 2: [2 / 3, 1 / 3, 1.0, 1 / 3]})
+    assert third.high - third.low > 0.1, "means that differ by rounding are equal"
     level = over_seeds({0: [0.0] * 6, 1: [0.0] * 6})
     assert level.mean == 0 and np.isnan([level.low, level.high]).all(), "no leak in six is no certainty"
     beside = difference({7: [2.0, 4.0]}, shift, "values").mean
@@ -226,7 +230,10 @@ def test_an_interrupted_ablation_goes_on_to_the_same_numbers(run, settings, tmp_
 
     with pytest.raises(ValueError, match=r"other settings:\n  ablation.times: the begun ablation has \[0.5\], got \[0.25\]"):
         prepare_ablation(settings(times=[0.25]))
-    run.optim.lr = 1e-3
+    run.samples.seed = 5
+    with pytest.raises(ValueError, match="run.samples.seed: the begun ablation has 0, got 5"):
+        prepare_ablation(settings())
+    run.samples.seed, run.optim.lr = 0, 1e-3
     with pytest.raises(ValueError, match="run.optim.lr: the begun ablation has 0.003, got 0.001"):
         prepare_ablation(settings())
 
@@ -267,6 +274,32 @@ def test_two_workers_give_the_same(settings, tmp_path):
     assert "pairs told apart within the prior" in done.stdout
 
 
+def test_after_a_failure_no_other_run_begins(run, settings, tmp_path):
+    """Neither do the workers take what waits for them, nor does the command go on behind its error."""
+    config = settings(variants=["dpo", "focus"], seeds=[0, 1, 2, 3], samples=0)
+    jobs = jobs_of(config, run, [VARIANTS[name] for name in config.variants], None)
+    broken = dataclasses.replace(jobs[0].config, model=dataclasses.replace(run.model, path=str(tmp_path / "none")))
+    jobs[0] = dataclasses.replace(jobs[0], config=broken)
+    with pytest.raises(FileNotFoundError, match="none"):
+        run_jobs(jobs, workers=2)
+    assert not multiprocessing.active_children()
+    assert sum(job.folder.exists() for job in jobs[2:]) <= 2 and not jobs[-1].folder.exists()
+
+
+def test_a_worker_imports_nothing_that_asks_for_gpus_before_it_has_its_own():
+    """Such as bitsandbytes and torchao, which peft and diffusers import: CUDA keeps the GPUs that it was first asked for."""
+    code = """
+import sys, torch
+def asked(*arguments): raise AssertionError("CUDA was asked for")
+for name in ("is_available", "init", "_lazy_init", "current_device"): setattr(torch.cuda, name, asked)
+import focusdpo.cli, focusdpo.experiments.ablation.worker
+print(sorted({"peft", "diffusers", "transformers", "bitsandbytes", "torchao", "accelerate"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "[]"
+
+
 REFUSED = {
     "twice": ({"seeds": [1, 1]}, "seeds: got \\[1, 1\\]; expected each once"),
     "baseline": ({"variants": ["sft"]}, "baseline: got 'dpo'; expected one of the variants"),
@@ -275,6 +308,10 @@ REFUSED = {
     "no values": ({"grids": ["gamma"], "gamma": []}, "gamma: got \\[\\]; expected at least one value"),
     "value twice": ({"grids": ["tau"], "tau": [0.1, 0.1]}, "tau: got \\[0.1, 0.1\\]; expected each once"),
     "layers": ({"grids": ["layers"], "layers": ["last"]}, "layers: got 'last'; expected \"all\""),
+    "matches": (
+        {"grids": ["match_count"], "match_count": ["prior", 5000]},
+        "focus.match_count: got 5000; expected at most 16, the tokens of the smallest target",
+    ),
     "block": ({"grids": ["layers"], "layers": ["0,9"]}, "layers: got '0,9'; expected blocks from 0 to 3"),
 }
 
@@ -291,6 +328,10 @@ def test_runs_that_cannot_be_judged(run, settings, tmp_path):
     with pytest.raises(ValueError, match="config: .* expected a preference loss"):
         prepare_ablation(settings())
     run.loss.loss_type = "sigmoid"
+    run.focus = FocusConfig(mask="none", per_subject=True)
+    with pytest.raises(DatasetError, match="prior: is one mask, but focus.per_subject needs a list"):
+        prepare_ablation(settings(variants=["base", "dpo"]))
+    run.focus = FocusConfig()
     run.data.validation = None
     with pytest.raises(ValueError, match=r"config: .* expected a run with data.validation"):
         prepare_ablation(settings())

@@ -168,12 +168,22 @@ def test_the_page_names_the_branch_and_the_range_of_s(step_and_batch, monkeypatc
     plt.close(kept[0])
 
 
+def test_dollar_signs_of_a_prompt_are_no_formula(step_and_batch, tmp_path):
+    title = "prices $5 {each and $6, $$ on it_^"
+    overlays.draw_overlays(step_and_batch[1], [overlays.MaskAtTime(0.3, planted(0.5))], tmp_path / "page.png", title)
+    assert Image.open(tmp_path / "page.png").width > 500
+
+
 def test_groups_are_contiguous_and_even():
     paths = [f"b{i}" for i in range(11)]
-    groups = groups_of(paths, 3)
+    groups = groups_of(paths, 3, range(11))
     assert list(groups) == ["all", "blocks 00-02", "blocks 03-06", "blocks 07-10"]
     assert [path for name in list(groups)[1:] for path in groups[name]] == groups["all"] == paths
-    assert groups_of(paths[:2], 2) == {"all": paths[:2], "block 0": ["b0"], "block 1": ["b1"]}
+    assert groups_of(paths[:2], 2, range(2)) == {"all": paths[:2], "block 0": ["b0"], "block 1": ["b1"]}
+    named = groups_of(["b4", "b9", "b20"], 2, [4, 9, 20])
+    assert named == {"all": ["b4", "b9", "b20"], "block 04": ["b4"], "blocks 09-20": ["b9", "b20"]}, (
+        "as focus.layers calls them"
+    )
 
 
 def test_one_forward_pass_a_time(step_and_batch, monkeypatch):
@@ -181,7 +191,7 @@ def test_one_forward_pass_a_time(step_and_batch, monkeypatch):
     calls = []
     predict = step.backbone.predict
     monkeypatch.setattr(step.backbone, "predict", lambda *arguments: calls.append(1) or predict(*arguments))
-    masks_by_group(step, batch, groups_of(step.paths, 4), 0.5, seed=0)
+    masks_by_group(step, batch, groups_of(step.paths, 4, range(4)), 0.5, seed=0)
     assert len(calls) == 1
 
 

@@ -23,6 +23,7 @@ from focusdpo import cli
 from focusdpo.evaluation import pages
 from focusdpo.evaluation.panels import PANELS, smooth
 from focusdpo.evaluation.run_page.binning import read_rows, read_run
+from focusdpo.evaluation.run_page.facts import _held_out
 from focusdpo.evaluation.run_page.figures import panel_figure
 from focusdpo.evaluation.run_page.films import evenly, read_films
 from focusdpo.evaluation.run_page.page import write_run_page
@@ -82,6 +83,14 @@ def test_memory_does_not_grow_with_the_run(tmp_path):
         tracemalloc.stop()
     assert peaks[1] < 1.5 * peaks[0] + 2**20, "all rows at once would take four times as much"
     assert peaks[1] < file.stat().st_size / 2
+
+
+def test_a_run_that_diverged_is_not_called_better():
+    def mood(*losses):
+        return [fact.mood for fact in _held_out([{"step": 10 * i, "loss": loss} for i, loss in enumerate(losses)])]
+
+    assert mood(0.69, 0.5) == ["good"] and mood(0.69, 0.9) == ["bad"] and mood(0.69, 0.69) == [""]
+    assert mood(0.69, math.nan) == mood(math.nan, 0.5) == mood(0.69, -math.inf) == ["bad"]
 
 
 def test_a_run_of_100_000_steps(tmp_path):

@@ -59,7 +59,7 @@ def draw_overlays(batch: PairBatch, masks: Sequence[MaskAtTime], path: Path | Bi
     figure, axes = plt.subplots(
         rows, subjects + 4, figsize=(PANEL * (subjects + 4) + 0.8, high * rows + 0.5), constrained_layout=True, squeeze=False
     )
-    figure.suptitle(title, wrap=True)
+    figure.suptitle(title.replace("$", r"\$"), wrap=True)  # it has the prompt, whose dollar signs are no formulas
     for r, image in enumerate(batch.references):
         show(axes[0, r], picture(image[0]), f"reference {r + 1}")
         frame(axes[0, r], SUBJECTS[r])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -99,7 +98,8 @@ def prepare_masks(config: MasksConfig) -> Callable[[], None]:
     dataset = dataset_of([record], run.data)
     check_match_count(run.focus, [dataset])
     step = load_step(run, checkpoint)
-    groups = groups_of(step.paths, config.layer_groups)
+    numbers = range(len(step.paths)) if run.focus.layers == "all" else run.focus.layers
+    groups = groups_of(step.paths, config.layer_groups, numbers)
     batch = collate([dataset[0]]).to(step.backbone.device)
     classes = [reference.class_name for reference in record.references]
     about = {
@@ -112,20 +112,29 @@ def prepare_masks(config: MasksConfig) -> Callable[[], None]:
     return lambda: write_masks(config, run, step, batch, groups, about)
 
 
-def groups_of(paths: Sequence[str], count: int) -> dict[str, list[str]]:
-    """Blocks by the name of their group: all, then `count` contiguous groups of sizes that differ by at most one.
+def parts_of(count: int, parts: int) -> list[range]:
+    """`count` blocks in contiguous parts whose sizes differ by at most one."""
+    return [range(i * count // parts, (i + 1) * count // parts) for i in range(parts)]
+
+
+def groups_of(paths: Sequence[str], count: int, numbers: Sequence[int]) -> dict[str, list[str]]:
+    """Blocks by the name of their group: all, then `count` contiguous groups.
+
+    Args:
+        paths: of the tapped blocks.
+        count: of groups.
+        numbers: of the tapped blocks, by which groups are called, as `focus.layers` has them.
 
     Raises:
         ValueError: there are fewer blocks than groups.
     """
     require(count <= len(paths), "layer_groups", count, f"0 to {len(paths)}, the number of tapped blocks")
     groups = {ALL: list(paths)}
-    width = len(str(len(paths) - 1))
-    for i in range(count):
-        first, end = i * len(paths) // count, (i + 1) * len(paths) // count
-        alone = end - first == 1
-        name = f"block {first:0{width}d}" if alone else f"blocks {first:0{width}d}-{end - 1:0{width}d}"
-        groups[name] = list(paths[first:end])
+    width = len(str(max(numbers)))
+    for part in parts_of(len(paths), count):
+        first, last = numbers[part[0]], numbers[part[-1]]
+        name = f"block {first:0{width}d}" if len(part) == 1 else f"blocks {first:0{width}d}-{last:0{width}d}"
+        groups[name] = [paths[i] for i in part]
     return groups
 
 
@@ -157,6 +166,7 @@ def write_masks(
     from focusdpo.data.images import PATCH_SIZE
     from focusdpo.evaluation.mask_grid import draw_coverage
     from focusdpo.evaluation.overlays import MaskAtTime, draw_overlays
+    from focusdpo.files import write_json
 
     out = Path(config.out)
     clear_folder(out, FILES)
@@ -180,8 +190,7 @@ def write_masks(
         for one in each:
             arrays |= {f"{name}/t={one.t:g}/{field}": value for field, value in _fields(one.focus, batch, grid).items()}
     np.savez_compressed(out / FIELDS_FILE, **arrays)  # type: ignore[arg-type]  # names are no keywords of its own
-    text = json.dumps({**about, "grid": grid, "groups": numbers}, indent=1, ensure_ascii=False)
-    (out / NUMBERS_FILE).write_text(text + "\n")
+    write_json(out / NUMBERS_FILE, {**about, "grid": grid, "groups": numbers})
     for name, value in numbers.items():
         line = ", ".join(f"A({one['t']:g}) = {one['coverage']:.3f} {one['branch']}" for one in value["timesteps"])
         print(f"{name}: {line}")

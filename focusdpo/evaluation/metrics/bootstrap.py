@@ -51,7 +51,7 @@ def mean_interval(
         raise ValueError(f"resamples: got {resamples!r}; expected at least 1")
     sums, counts = _by_group(numbers, groups)
     mean = float(numbers.mean())
-    if np.ptp(sums / counts) == 0:
+    if are_equal(sums / counts):
         return mean, math.nan, math.nan
     for method in ("BCa", "percentile"):
         with warnings.catch_warnings():
@@ -69,6 +69,11 @@ def mean_interval(
         if np.isfinite([found.low, found.high]).all():
             break
     return mean, float(found.low), float(found.high)
+
+
+def are_equal(means: NDArray[np.float64]) -> bool:
+    """Whether means differ by rounding at most, so that their spread says nothing."""
+    return bool(np.ptp(means) <= 1e-9 * np.abs(means).max())
 
 
 def _ratio(sums: NDArray[np.float64], counts: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:

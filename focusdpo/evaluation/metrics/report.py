@@ -85,7 +85,7 @@ def draw_subjects(
             _draw_panel(axis, [subjects[subject].get(name) for subject in shown], overall[name], label)
         for axis in row[len(names) :]:
             axis.set_visible(False)
-        row[0].set_yticks(range(len(shown)), [_short(subject) for subject in shown])
+        row[0].set_yticks(range(len(shown)), [_short(subject) for subject in shown], parse_math=False)
         row[0].set_ylim(len(shown) - 0.5, -0.5)
     rest = f"; the {len(shown)} of {len(subjects)} subjects that are lowest in {title}" if len(shown) < len(subjects) else ""
     figure.suptitle(f"Per subject, {level:.0%} intervals over prompts; blue: all{rest}", fontsize=11)

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from focusdpo.experiments.ablation.variants import Change, changes_of
 from focusdpo.files import write_json, write_whole
 from focusdpo.folders import check_folder, clear_folder
 from focusdpo.settings import check_begun, require
+from focusdpo.training.batches import check_match_count, dataset_of, load_records
 from focusdpo.training.config import TrainConfig
 from focusdpo.training.loading import check_files_and_packages
 from focusdpo.training.run_config import read_run_config
@@ -46,7 +47,7 @@ def prepare_ablation(
         measures: what the judge's numbers are, by name.
 
     Raises:
-        FileNotFoundError, ValueError: the run, or a variant of it, cannot be.
+        FileNotFoundError, ValueError: the run, or a variant of it, cannot be, also for its pairs.
         FileExistsError, NotADirectoryError: the folder holds something else.
     """
     run = read_run_config("config", config.config)
@@ -55,6 +56,7 @@ def prepare_ablation(
     check_alone("ablate")
     check_files_and_packages(run)
     changes = changes_of(config, run)
+    _check_pairs(run, changes)
     folder = Path(config.output_dir)
     settings = _settings(config, run)
     known = folder / SETTINGS_FILE
@@ -97,6 +99,14 @@ def jobs_of(config: AblationConfig, run: TrainConfig, changes: Sequence[Change],
     return jobs
 
 
+def _check_pairs(run: TrainConfig, changes: Sequence[Change]) -> None:
+    """Refuses pairs that the mask of a variant cannot be made of; the coverage of all is taken, whatever their loss does."""
+    masked = replace(run, focus=replace(run.focus, mask="focus"))
+    datasets = [dataset_of(records, run.data) for records in load_records(masked) if records]
+    for change in changes:
+        check_match_count(replace(change.of(run).focus, mask="focus"), datasets)
+
+
 def check_alone(command: str) -> None:
     """ValueError where a launcher started several processes of a command that spreads its runs itself."""
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
@@ -109,8 +119,9 @@ def _settings(config: AblationConfig, run: TrainConfig) -> dict[str, Any]:
     own = {name: value for name, value in asdict(config).items() if name not in FREE}
     contents = {name: content_checksum(path)[:16] for name in ("train", "validation") if (path := getattr(run.data, name))}
     compared = {name: value for name, value in compared_settings(run).items() if name != "seed"}
-    steps = {"max_steps": config.max_steps or run.max_steps, "samples.steps": run.samples.steps}
-    return {"ablation": own, "run": {**compared, **steps}, "model": model_contents(run.model), "pairs": contents}
+    steps = {"max_steps": config.max_steps or run.max_steps}
+    sampler = {f"samples.{name}": getattr(run.samples, name) for name in ("steps", "guidance", "cfg_scale", "seed")}
+    return {"ablation": own, "run": {**compared, **steps, **sampler}, "model": model_contents(run.model), "pairs": contents}
 
 
 def _is_longer(name: str, begun: Any, now: Any) -> bool:

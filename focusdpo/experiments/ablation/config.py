@@ -35,7 +35,7 @@ class AblationConfig:
         times: Times at which errors of held-out pairs are taken.
         judged_pairs: How many held-out pairs are judged, the first ones; null takes all.
         samples: How many of them are also sampled at the end of each run.
-        workers: Runs at the same time, each on a device of its own; null takes as many as there are GPUs.
+        workers: Runs at the same time; null takes as many as there are GPUs, each with one of its own, which more would share.
         overwrite: Delete what an earlier ablation left in output_dir.
     """
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
-import os
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing.queues import Queue
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
 from focusdpo.experiments.ablation.jobs import Job, Result, work_on
+from focusdpo.experiments.ablation.worker import run_job, take_place
+
+logger = logging.getLogger(__name__)
 
 
 def run_jobs(jobs: Sequence[Job], workers: int | None) -> list[Result]:
@@ -23,7 +26,8 @@ def run_jobs(jobs: Sequence[Job], workers: int | None) -> list[Result]:
         workers: how many at a time; None takes a worker per GPU, or one.
 
     Raises:
-        Exception: what a job raised; the others' results are on disk, and a new start goes on from there.
+        Exception: what a job raised. Jobs that had begun are waited for, and no other is begun; results are on disk, and a new
+            start goes on from there.
     """
     devices = 0 if not jobs or jobs[0].config.cpu else torch.cuda.device_count()
     open_jobs = [job for job in jobs if not job.is_done]
@@ -35,40 +39,26 @@ def run_jobs(jobs: Sequence[Job], workers: int | None) -> list[Result]:
             work_on(job)
             bar.update()
     else:
-        context = multiprocessing.get_context("spawn")
-        places: Queue[int] = context.Queue()
-        for place in range(count):
-            places.put(place)
-        with ProcessPoolExecutor(count, context, _take_place, (places, devices, count)) as pool:
-            futures = [pool.submit(work_on, job) for job in open_jobs]
-            try:
-                for future in as_completed(futures):
-                    future.result()
-                    bar.update()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        _spread(open_jobs, count, devices, bar)
     bar.close()
     return [work_on(job) for job in jobs]
 
 
-def _take_place(places: Queue[int], devices: int, workers: int) -> None:
-    """Gives a worker its device, before anything initialises CUDA, or its share of the cores; it ends with its parent."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    place = places.get()
-    if devices:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = visible.split(",") if visible else [str(number) for number in range(devices)]
-        os.environ["CUDA_VISIBLE_DEVICES"] = names[place % devices]
-        if torch.cuda.device_count() != 1:
-            raise RuntimeError("a worker sees several GPUs: CUDA was initialised before it was given its own")
-    else:
-        torch.set_num_threads(max((os.cpu_count() or 1) // workers, 1))
-
-
-def _end_with_parent() -> None:
-    """A killed command's workers would go on with runs that its next start takes up."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-    os._exit(1)
+def _spread(jobs: Sequence[Job], count: int, devices: int, bar: tqdm[Any]) -> None:
+    context = multiprocessing.get_context("spawn")
+    places: Queue[int] = context.Queue()
+    for place in range(count):
+        places.put(place)
+    stop = context.Event()
+    pool = ProcessPoolExecutor(count, context, take_place, (places, devices, count, stop))
+    try:
+        for future in as_completed([pool.submit(run_job, job) for job in jobs]):
+            future.result()
+            bar.update()
+    except BaseException:
+        stop.set()
+        logger.info("ablation: waiting for the runs that have begun; no other is begun")
+        raise
+    finally:
+        # Once only: a second shutdown forgets what the first was to cancel.
+        pool.shutdown(wait=True, cancel_futures=True)

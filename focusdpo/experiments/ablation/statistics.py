@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
-from focusdpo.evaluation.metrics.bootstrap import mean_interval
+from focusdpo.evaluation.metrics.bootstrap import are_equal, mean_interval
 from focusdpo.experiments.ablation.jobs import Result
 from focusdpo.experiments.ablation.measures import Measure
 from focusdpo.experiments.ablation.variants import Change
@@ -47,7 +47,7 @@ def over_seeds(values: Mapping[int, Sequence[float]]) -> Estimate:
     if not table.size:
         return Estimate(np.nan, np.nan, np.nan)
     means = np.nanmean(table, axis=1)
-    if len(means) == 1 or np.ptp(means) == 0:
+    if len(means) == 1 or are_equal(means):
         items = np.nanmean(table[:, ~np.isnan(table).all(axis=0)], axis=0)
         return Estimate(*mean_interval(items))
     half = stats.t.ppf(0.975, len(means) - 1) * means.std(ddof=1) / np.sqrt(len(means))

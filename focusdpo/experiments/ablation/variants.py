@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from focusdpo.experiments.ablation.config import AblationConfig
+from focusdpo.experiments.masks import parts_of
 from focusdpo.models.base import pipeline_folder
 from focusdpo.settings import require
 from focusdpo.training.config import FocusConfig, LossConfig, ModelConfig, TrainConfig
@@ -71,8 +72,7 @@ def blocks_of(text: str, model: ModelConfig) -> str | list[int]:
     count = tapped_blocks(model)
     if text in THIRDS:
         require(count >= len(THIRDS), "layers", text, f"no thirds of a model with {count} blocks")
-        place = THIRDS.index(text)
-        return list(range(place * count // 3, (place + 1) * count // 3))
+        return list(parts_of(count, len(THIRDS))[THIRDS.index(text)])
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError as error:

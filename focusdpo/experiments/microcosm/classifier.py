@@ -59,6 +59,7 @@ def train_classifier(
         state_file: as in `learn`.
     """
     device = classifier.head.weight.device
+    nn.utils.convert_conv2d_weight_memory_format(classifier, torch.channels_last)
 
     def loss(draws: torch.Generator) -> Tensor:
         photos = torch.randint(len(world.scenes), (BATCH // 2,), generator=draws)
@@ -73,7 +74,8 @@ def train_classifier(
         light = 0.85 + 0.3 * torch.rand(len(regions), 1, 1, 1, generator=draws)
         noise = 0.05 * torch.rand(1, generator=draws) * torch.randn(regions.shape, generator=draws)
         regions = (regions * light.to(device) + noise.to(device)).clamp(0, 1)
-        return F.cross_entropy(classifier(regions), identities, label_smoothing=0.05)
+        logits = classifier(regions.contiguous(memory_format=torch.channels_last))
+        return F.cross_entropy(logits, identities, label_smoothing=0.05)
 
     return learn("classifier", classifier, loss, steps=steps, lr=2e-3, seed=seed, state_file=state_file)
 

@@ -139,11 +139,15 @@ class Stages:
         facts = {"losses": _thinned(losses), "psnr of held-out scenes in dB": psnr(vae, self.held_out.scenes)}
         return facts, partial(_save_folder, vae.save_pretrained, target)
 
+    def _vae(self) -> AutoencoderKL:
+        vae = AutoencoderKL.from_pretrained(self.folder / "autoencoder")
+        return vae.to(device=self.device, memory_format=torch.channels_last)
+
     def _classifier(self, target: Path) -> Outcome:
         state = self.folder / "classifier.state"
         torch.manual_seed(self.config.seed)
         classifier = IdentityClassifier(len(self.identities)).to(self.device)
-        vae = AutoencoderKL.from_pretrained(self.folder / "autoencoder").to(self.device)
+        vae = self._vae()
         restored = (restore(vae, self.world.scenes[:RESTORED]) * 255).round().byte().cpu()
         losses = train_classifier(classifier, self.world, restored, self.size.classifier_steps, self.config.seed, state)
         facts: dict[str, Any] = {"losses": _thinned(losses)}
@@ -161,8 +165,7 @@ class Stages:
     def _flow(self, target: Path) -> Outcome:
         size, state = self.size, self.folder / "model.state"
         backbone = build_model(size, self.identities, self.config.seed)
-        vae = AutoencoderKL.from_pretrained(self.folder / "autoencoder")
-        backbone.pipeline.register_modules(vae=vae)
+        backbone.pipeline.register_modules(vae=self._vae())
         backbone.to(self.device)
         losses = train_flow(
             backbone, self.world, self.identities, size.flow_steps, size.flow_batch, size.flow_lr, self.config.seed, state

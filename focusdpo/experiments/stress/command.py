@@ -49,7 +49,7 @@ def prepare_stress(config: StressConfig) -> Callable[[], None]:
     check_files_and_packages(run)
     cast = cast_of(config)
     folder = Path(config.output_dir)
-    settings = settings_of(config, run, checkpoint)
+    settings = settings_of(config, run, checkpoint, cast)
     known = folder / SETTINGS_FILE
     goes_on = not config.overwrite and known.is_file()
     if goes_on:
@@ -87,14 +87,14 @@ def run_of(config: StressConfig) -> TrainConfig:
     return run
 
 
-def settings_of(config: StressConfig, run: TrainConfig, checkpoint: Path | None) -> dict[str, Any]:
+def settings_of(config: StressConfig, run: TrainConfig, checkpoint: Path | None, cast: Cast) -> dict[str, Any]:
     """What decides the numbers of a scene, models and photos by their content."""
     from focusdpo.files import checksum
     from focusdpo.training.checkpoints import ADAPTER_FILE
     from focusdpo.training.run_folder import model_contents
 
     own = {name: value for name, value in asdict(config).items() if name not in FREE}
-    own["dreambench"] = "photos of DreamBench" if config.dreambench else None
+    own["dreambench"] = cast.photos
     model = {name: value for name, value in asdict(run.model).items() if name not in ("path", "revision", "base_lora")}
     return {
         "settings": json.loads(json.dumps(own)),
@@ -145,7 +145,8 @@ def _test(config: StressConfig, run: TrainConfig, cast: Cast, step: PreferenceSt
         kind: [list(r.meta["subjects"]) for r in records if r.meta["kind"] == kind] for kind in KINDS
     }
     blocks = scenes[KINDS[0]][0]["confusion"].shape[2] - 1
-    layers = [summary.ALL, *map(str, range(blocks))]
+    tapped = range(blocks) if run.focus.layers == "all" else run.focus.layers
+    layers = [summary.ALL, *map(str, tapped)]
     rows = summary.summarise(config, layers, scenes, names)
     pictures.draw_auc(config, rows, layers, folder / AUC_FILE)
     pictures.draw_confusion(config, rows, folder / CONFUSION_FILE)

@@ -74,8 +74,9 @@ class StressConfig:
             require(bool(values) and len(set(values)) == len(values), name, values, "at least one, each once")
         tokens = (self.resolution // 16) ** 2
         for count in self.match_counts:
-            fits = isinstance(count, str) or (0 < count <= 1 if isinstance(count, float) else 0 < count <= tokens)
-            require(fits, "match_counts", count, f"1 to {tokens} tokens, or a fraction in (0, 1]")
+            number = round(count * tokens) if isinstance(count, float) else count
+            fits = isinstance(number, str) or 1 <= number <= tokens
+            require(fits, "match_counts", count, f"1 to {tokens} tokens, or a fraction of them in (0, 1] that is one at least")
         require(0 < self.level < 1, "level", self.level, "a number between 0 and 1, like 0.95")
         require(self.resamples >= 100, "resamples", self.resamples, "at least 100")
         require(0 <= self.seed < 2**32, "seed", self.seed, "0 <= seed < 2^32")

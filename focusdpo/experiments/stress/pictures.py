@@ -73,8 +73,8 @@ def draw_auc(config: StressConfig, rows: Sequence[Row], layers: Sequence[str], p
         axis_row[0].set_ylabel(f"AUC: {label}")
     step = max(1, len(blocks) // 10)
     for axis in axes[-1]:
-        axis.set_xticks([*blocks[::step], end], [*map(str, blocks[::step]), "mean"])
-        axis.set_xlabel("tapped block")
+        axis.set_xticks([*blocks[::step], end], [*layers[1::step], "mean"])
+        axis.set_xlabel("block")
     handles, labels = axes[0, -1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", title=f"bands: {config.level:.0%} intervals\nover scenes")
     figure.savefig(path, dpi=110)

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from focusdpo.data.images import PATCH_SIZE, read_image
 from focusdpo.experiments.composing import on_white
 from focusdpo.experiments.stress.config import Kind, StressConfig
+from focusdpo.files import checksum, hash_of
 
 COINS = [f"coin {i}" for i in range(7)]
 # Coins are of one class and colour by nature. In an easy scene one of them stands beside another class in other colours; the
@@ -65,13 +66,15 @@ class Cast:
     """Where the subjects of the scenes come from.
 
     pairs: names that share a scene, by kind. class_of: class of each name. view: a cut-out and a reference of a subject, of two
-    photos where there are two. background: an RGB photo without subjects. About each, what was drawn.
+    photos where there are two. background: an RGB photo without subjects. About each, what was drawn. photos: a hash of the
+    photos of a folder, None for those of a package.
     """
 
     pairs: dict[Kind, list[tuple[str, str]]]
     class_of: dict[str, str]
     view: Callable[[str, np.random.Generator], tuple[CutOut, Reference, dict[str, Any]]]
     background: Callable[[np.random.Generator], tuple[Image.Image, str]]
+    photos: str | None = None
 
 
 def cast_of(config: StressConfig) -> Cast:
@@ -142,4 +145,4 @@ def _dreambench(root: Path) -> Cast:
         box = [share * side / 100 for share, side in zip(BACKGROUNDS[name, number], photo.size * 2, strict=True)]
         return photo.crop((round(box[0]), round(box[1]), round(box[2]), round(box[3]))), f"{name}/{number:02d}.jpg"
 
-    return Cast(DREAMBENCH, classes, view, background)
+    return Cast(DREAMBENCH, classes, view, background, hash_of(*(checksum(files[key]) for key in sorted(files))))

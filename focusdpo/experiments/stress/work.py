@@ -55,11 +55,9 @@ def measure_scene(
         with torch.autocast(step.backbone.device.type, torch.bfloat16, enabled=autocast):
             noised = step.noise(batch, seeded(*seed), torch.tensor([t]))  # the same noise at each time
             scores = block_scores(step, noised, batch, poolings)  # [O, L, 2, R, P]
-        k = [
-            torch.as_tensor(match_counts(count, scores[0, 0, :1], regions, kept)).expand(1, len(regions[0]))[0]
-            for count in counts
-        ]
-        one = measures_of(scores, regions[0], [each.to(scores.device) for each in k], step.backend)
+        wanted = [match_counts(count, scores[0, 0, :1], regions, kept) for count in counts]  # numbers, or tensors on the device
+        k = [torch.as_tensor(each, device=scores.device).expand(1, len(regions[0]))[0] for each in wanted]
+        one = measures_of(scores, regions[0], k, step.backend)
         for name, value in one.items():
             found.setdefault(name, []).append(value)
         shown.append(scores[:, 0, 0].reshape(len(poolings), -1, *grid))
