@@ -53,9 +53,9 @@ SIZES = {
     ),
     "small": Size(
         resolution=128, reference_resolution=64, scenes=4000, pairs=480, held_out=96,
-        vae_channels=(12, 24, 64, 128), latent_channels=16, vae_steps=3600, vae_batch=4, classifier_steps=500,
-        heads=6, layers=(2, 4), flow_steps=2000, flow_batch=16, flow_lr=1e-3,
-        tuning_steps=48, tuning_batch=8, lr=1e-4, beta=2000.0, rank=16, sampler_steps=12, samples=2,
+        vae_channels=(12, 24, 64, 128), latent_channels=16, vae_steps=3000, vae_batch=4, classifier_steps=500,
+        heads=6, layers=(2, 4), flow_steps=1800, flow_batch=16, flow_lr=1e-3,
+        tuning_steps=40, tuning_batch=8, lr=1e-4, beta=2000.0, rank=16, sampler_steps=10, samples=2,
     ),
     "full": Size(
         resolution=256, reference_resolution=128, scenes=8000, pairs=960, held_out=128,
