@@ -59,6 +59,7 @@ def _panel(axis: Axes, table: Table, measure: str, names: Mapping[str, str], lab
     better = "" if kind.better == "neither" else f" ({kind.better} is better)"
     axis.set_title(textwrap.fill(kind.label + better, 48), fontsize=9)
     axis.grid(axis="x", alpha=0.3)
+    axis.locator_params(axis="x", nbins=5)
 
 
 def draw_curves(
