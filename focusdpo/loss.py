@@ -144,7 +144,7 @@ def focus_dpo_loss(
         raise ValueError(f"winner_anchor: got {winner_anchor!r}; expected a number >= 0")
     if not 0.0 <= sdpo_mu <= 1.0:
         raise ValueError(f"sdpo_mu: got {sdpo_mu!r}; expected a number from 0 to 1")
-    if loss_type == "sft":
+    if loss_type == "sft" and isinstance(policy_lose, Tensor):
         # Both backends then leave the loser out of the backward pass; otherwise the kernel would send zeros through the model.
         policy_lose = policy_lose.detach()
     residual = preference_residual(

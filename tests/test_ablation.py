@@ -165,6 +165,13 @@ def test_statistics():
     assert difference(apart, before, "baseline") == Estimate(0.5, 0.5, 0.5), "six pairs on one side are no chance"
     third = over_seeds({0: [1 / 3, 1 / 3, 2 / 3, 1.0], 1: [1.0, 2 / 3, 1 / 3, 1 / 3 + 1e-16], 2: [2 / 3, 1 / 3, 1.0, 1 / 3]})
     assert third.high - third.low > 0.1, "means that differ by rounding are equal"
+    rng = np.random.default_rng(0)
+    for _ in range(200):  # the same means, of other pairs: rounding is no difference
+        before = {seed: (rng.integers(0, 4, 8) / 3).tolist() for seed in range(3)}
+        gap = difference({seed: rng.permutation(numbers).tolist() for seed, numbers in before.items()}, before)
+        assert not gap.differs, gap
+    crossed = difference({0: [2.0, 0.5] * 3, 1: [0.5, 2.0] * 3}, {0: [1.0] * 6, 1: [1.0] * 6})
+    assert crossed.mean == 0.25 and not crossed.differs, "half of the pairs are on the other side"
     level = over_seeds({0: [0.0] * 6, 1: [0.0] * 6})
     assert level.mean == 0 and np.isnan([level.low, level.high]).all(), "no leak in six is no certainty"
     beside = difference({7: [2.0, 4.0]}, shift, "values").mean

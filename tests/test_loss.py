@@ -176,6 +176,8 @@ def test_loss_family(backend):
     assert loss(loss_type="ipo") == pytest.approx(float(((logits / 500 - 1 / 1000) ** 2).mean()), rel=1e-5)
     assert loss(winner_anchor=0.7) == pytest.approx(loss() + 0.7 * float(base.policy_win.double().mean()), rel=1e-6)
     assert loss(loss_type="sft") == pytest.approx(float(base.policy_win.double().mean()), rel=1e-6)
+    with pytest.raises(TypeError, match="policy_lose: expected a tensor"):
+        focus_dpo_loss(*[torch.ones(1, 4, 2, device=DEVICE) if i != 1 else None for i in range(6)], loss_type="sft")
     halved = torch.full((4,), 0.5, device=DEVICE)
     assert loss(loss_type="sft", timestep_weight=halved) == pytest.approx(loss(loss_type="sft") / 2, rel=1e-6)
     weights = torch.rand(4, device=DEVICE)

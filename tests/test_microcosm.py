@@ -163,6 +163,11 @@ def test_the_whole_command_also_when_killed(tmp_path, fresh_accelerate):
     images = [load_file(path)["images"] for path in sorted(folder.rglob("generated.safetensors"))]
     assert len(images) == 2 and images[0].shape == (4, 3, 64, 64) and not torch.equal(images[0], images[1])
 
+    moved = folder.rename(tmp_path / "moved")
+    prepare_microcosm(MicrocosmConfig(out=str(moved), size="smoke", variants=["base", "focus"], seeds=[0, 1], cpu=True))
+    (moved / "model").rename(moved / "elsewhere")
+    prepare_microcosm(MicrocosmConfig(out=str(moved), size="smoke", variants=["base", "focus"], seeds=[0], cpu=True))
+
     killed = tmp_path / "killed"
     arguments[3] = str(killed)
     command = [sys.executable, "-m", "focusdpo", "microcosm", *arguments]

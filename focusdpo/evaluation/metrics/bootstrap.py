@@ -12,6 +12,7 @@ from scipy import stats
 
 from focusdpo.evaluation.metrics import LEVEL, RESAMPLES
 
+ROUNDING = 1e-9  # relative
 Interval = tuple[float, float, float]  # mean, low, high
 
 
@@ -71,9 +72,9 @@ def mean_interval(
     return mean, float(found.low), float(found.high)
 
 
-def are_equal(means: NDArray[np.float64]) -> bool:
-    """Whether means differ by rounding at most, so that their spread says nothing."""
-    return bool(np.ptp(means) <= 1e-9 * np.abs(means).max())
+def are_equal(means: NDArray[np.float64], scale: float = 0.0) -> bool:
+    """Whether means differ by rounding at most; `scale` is of the numbers that they are differences of."""
+    return bool(np.ptp(means) <= ROUNDING * max(float(np.abs(means).max()), scale))
 
 
 def _ratio(sums: NDArray[np.float64], counts: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:

@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.queues import Queue
 from typing import Any
 
@@ -28,6 +29,7 @@ def run_jobs(jobs: Sequence[Job], workers: int | None) -> list[Result]:
     Raises:
         Exception: what a job raised. Jobs that had begun are waited for, and no other is begun; results are on disk, and a new
             start goes on from there.
+        RuntimeError: a worker was killed, and the others with it; they go on from their checkpoints.
     """
     devices = 0 if not jobs or jobs[0].config.cpu else torch.cuda.device_count()
     open_jobs = [job for job in jobs if not job.is_done]
@@ -55,6 +57,9 @@ def _spread(jobs: Sequence[Job], count: int, devices: int, bar: tqdm[Any]) -> No
         for future in as_completed([pool.submit(run_job, job) for job in jobs]):
             future.result()
             bar.update()
+    except BrokenProcessPool as error:
+        message = "ablation: a worker was killed or could not begin, perhaps for want of memory; fewer --workers need less. "
+        raise RuntimeError(message + "The same command goes on from what is there") from error
     except BaseException:
         stop.set()
         logger.info("ablation: waiting for the runs that have begun; no other is begun")

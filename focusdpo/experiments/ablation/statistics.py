@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
-from focusdpo.evaluation.metrics.bootstrap import are_equal, mean_interval
+from focusdpo.evaluation.metrics.bootstrap import ROUNDING, are_equal, mean_interval
 from focusdpo.experiments.ablation.jobs import Result
 from focusdpo.experiments.ablation.measures import Measure
 from focusdpo.experiments.ablation.variants import Change
@@ -32,7 +32,7 @@ class Estimate:
         return bool(self.low > 0 or self.high < 0)
 
 
-def over_seeds(values: Mapping[int, Sequence[float]]) -> Estimate:
+def over_seeds(values: Mapping[int, Sequence[float]], scale: float = 0.0) -> Estimate:
     """The mean over seeds of means over held-out items.
 
     With several seeds the interval is Student's, over the seeds' means: it says what another training would give. With one it
@@ -41,15 +41,16 @@ def over_seeds(values: Mapping[int, Sequence[float]]) -> Estimate:
 
     Args:
         values: by seed, one for each item; NaN counts as missing.
+        scale: of the numbers that they are differences of, whose rounding is no difference.
     """
     table = np.array([list(numbers) for numbers in values.values()], dtype=float)  # [seeds, items]
     table = table[~np.isnan(table).all(axis=1)]
     if not table.size:
         return Estimate(np.nan, np.nan, np.nan)
     means = np.nanmean(table, axis=1)
-    if len(means) == 1 or are_equal(means):
+    if len(means) == 1 or are_equal(means, scale):
         items = np.nanmean(table[:, ~np.isnan(table).all(axis=0)], axis=0)
-        return Estimate(*mean_interval(items))
+        return Estimate(*mean_interval(np.where(np.abs(items) <= ROUNDING * scale, 0.0, items)))
     half = stats.t.ppf(0.975, len(means) - 1) * means.std(ddof=1) / np.sqrt(len(means))
     return Estimate(float(means.mean()), float(means.mean() - half), float(means.mean() + half))
 
@@ -72,11 +73,12 @@ def difference(
     common = [seed for seed in values if seed in baseline]
     if not common:
         return None
-    gaps = {seed: np.subtract(values[seed], baseline[seed]).tolist() for seed in common}
-    found = over_seeds(gaps)
-    items = max(np.isfinite(numbers).sum() for numbers in gaps.values())
-    if math.isnan(found.low) and found.mean and items >= SAME_SIGN:  # all pairs told apart, where none was before
-        return Estimate(found.mean, found.mean, found.mean)
+    scale = max(float(np.nanmax(np.abs(side[seed]), initial=0.0)) for side in (values, baseline) for seed in common)
+    gaps = {seed: np.subtract(values[seed], baseline[seed]) for seed in common}
+    found = over_seeds({seed: numbers.tolist() for seed, numbers in gaps.items()}, scale)
+    every = np.concatenate([numbers[np.isfinite(numbers)] for numbers in gaps.values()])
+    if len(every) >= SAME_SIGN * len(common) and are_equal(every) and abs(found.mean) > ROUNDING * scale:
+        return Estimate(found.mean, found.mean, found.mean)  # as where all pairs are told apart, and none was before
     return found
 
 

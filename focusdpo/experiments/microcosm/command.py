@@ -62,8 +62,9 @@ def prepare_microcosm(config: MicrocosmConfig) -> Callable[[], None]:
         hint = "delete it with --overwrite true, or name another folder"
         check_folder("out", folder, files, config.overwrite, hint)
     stages.check()
-    if goes_on and (folder / ABLATION).exists():
-        prepare_ablation(config.ablation)  # refuses now what it would refuse when all else is done
+    if goes_on and stages.are_done:
+        stages.write_run()
+        prepare_ablation(config.ablation)  # refuses now what it would refuse when its work begins
 
     def work() -> None:
         if not goes_on:

@@ -74,7 +74,7 @@ def learn(
             value = loss(draws)
         losses.append(float(value.detach()))
         if not math.isfinite(losses[-1]):
-            raise FloatingPointError(f"{name}: the loss is {losses[-1]} in step {len(losses)}; a lower learning rate may help")
+            raise FloatingPointError(f"{name}: the loss is {losses[-1]} in step {len(losses)}; another --seed may do better")
         optimizer.zero_grad()
         torch.autograd.backward(value)
         nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -42,6 +42,7 @@ from focusdpo.training.config import (
 from focusdpo_kernels.backend import resolve_backend
 
 FACTS_FILE = "facts.json"
+RESULTS = ("autoencoder", "classifier.safetensors", "model")  # of what is trained before the preferences
 LEARNT = ("autoencoder", "classifier", "model")  # what is trained before the preferences
 FILES = (
     *("autoencoder", "model", "classifier.safetensors", "real.safetensors", "pairs", "cache", "train.yaml", FACTS_FILE),
@@ -105,6 +106,16 @@ class Stages:
         self._stage("model", self._flow)
         for name, count, seed in (("train", self.size.pairs, 1), ("held_out", self.size.held_out, HELD_OUT_SEED + 1)):
             self._stage(f"pairs/{name}/{FILE_NAME}", partial(self._pairs, count, seed))
+        self.write_run()
+
+    @property
+    def are_done(self) -> bool:
+        """Whether the ablation can begin."""
+        pairs = (f"pairs/{part}/{FILE_NAME}" for part in ("train", "held_out"))
+        return all((self.folder / name).exists() for name in (*RESULTS, *pairs))
+
+    def write_run(self) -> None:
+        """What the ablation takes for its run; anew at each start, as the folder may have been moved."""
         write_whole(self.folder / "train.yaml", yaml.safe_dump(asdict(self.train_config()), sort_keys=False))
 
     def _stage(self, name: str, work: Callable[[Path], Outcome]) -> None:
