@@ -15,15 +15,23 @@ def require(condition: bool, name: str, value: object, expected: str) -> None:
 
 
 def check_begun(
-    what: str, folder: object, begun: Parts, now: Parts, may_differ: Callable[[str, Any, Any], bool] = lambda *_: False
+    what: str,
+    folder: object,
+    begun: Parts,
+    now: Parts,
+    may_differ: Callable[[str, Any, Any], bool] = lambda *_: False,
+    setting: str = "output_dir",
+    remedy: str = "start anew with --overwrite true",
 ) -> None:
     """ValueError names every setting in which something that was begun in a folder differs from what is asked for now.
 
     Args:
         what: is being gone on with, such as "ablation".
-        folder: of the setting output_dir.
+        folder: where.
         begun, now: settings as JSON has them.
         may_differ: of a setting's name, its begun and its present value, whether that is no hindrance.
+        setting: that names the folder.
+        remedy: beside going on with the begun settings and naming another folder.
     """
     differing = [
         f"{part}.{name}: the begun {what} has {before!r}, got {value!r}"
@@ -34,6 +42,6 @@ def check_begun(
     if differing:
         lines = "\n  ".join(differing)
         raise ValueError(
-            f"output_dir: {folder} holds a begun {what} with other settings:\n  {lines}\ngo on with its own, start anew with "
-            "--overwrite true, or name another folder"
+            f"{setting}: {folder} holds a begun {what} with other settings:\n  {lines}\ngo on with its own, {remedy}, or name "
+            "another folder"
         )

@@ -213,12 +213,12 @@ def test_refused_by_name(tmp_path, monkeypatch):
     (tmp_path / "c").mkdir()
     begun = _settings(Stages(MicrocosmConfig(size="smoke", lr=0.5)))
     (tmp_path / "c" / "microcosm.json").write_text(json.dumps(begun))
-    with pytest.raises(ValueError, match="out: .* holds a microcosm of seed 0, got 1; go on with its own"):
+    with pytest.raises(ValueError, match="out: .* holds a begun microcosm .*\n  world.seed: the begun .* has 0, got 1\n"):
         prepare_microcosm(MicrocosmConfig(out=str(tmp_path / "c"), size="smoke", seed=1))
     prepare_microcosm(MicrocosmConfig(out=str(tmp_path / "c"), size="smoke"))  # the world may be tuned otherwise
     (tmp_path / "c" / "ablation").mkdir()
     with pytest.raises(
-        ValueError, match="microcosm of lr 0.5, got 0.001; reduction 'mean', got 'masked_mean'; .* or delete .*ablation"
+        ValueError, match="(?s)tuning.lr: .* has 0.5, got 0.001.*'mean', got 'masked_mean'.*, delete .*ablation to tune"
     ):
         prepare_microcosm(MicrocosmConfig(out=str(tmp_path / "c"), size="smoke", reduction="masked_mean"))
     with pytest.raises(ValueError, match="grids: .* expected no grid over layers with size='smoke'"):

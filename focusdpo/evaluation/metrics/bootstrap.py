@@ -12,7 +12,6 @@ from scipy import stats
 
 from focusdpo.evaluation.metrics import LEVEL, RESAMPLES
 
-ROUNDING = 1e-9  # relative
 Interval = tuple[float, float, float]  # mean, low, high
 
 
@@ -52,7 +51,7 @@ def mean_interval(
         raise ValueError(f"resamples: got {resamples!r}; expected at least 1")
     sums, counts = _by_group(numbers, groups)
     mean = float(numbers.mean())
-    if are_equal(sums / counts):
+    if np.ptp(sums / counts) == 0:
         return mean, math.nan, math.nan
     for method in ("BCa", "percentile"):
         with warnings.catch_warnings():
@@ -70,11 +69,6 @@ def mean_interval(
         if np.isfinite([found.low, found.high]).all():
             break
     return mean, float(found.low), float(found.high)
-
-
-def are_equal(means: NDArray[np.float64], scale: float = 0.0) -> bool:
-    """Whether means differ by rounding at most; `scale` is of the numbers that they are differences of."""
-    return bool(np.ptp(means) <= ROUNDING * max(float(np.abs(means).max()), scale))
 
 
 def _ratio(sums: NDArray[np.float64], counts: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:

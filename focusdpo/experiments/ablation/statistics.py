@@ -10,11 +10,12 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
-from focusdpo.evaluation.metrics.bootstrap import ROUNDING, are_equal, mean_interval
+from focusdpo.evaluation.metrics.bootstrap import mean_interval
 from focusdpo.experiments.ablation.jobs import Result
 from focusdpo.experiments.ablation.measures import Measure
 from focusdpo.experiments.ablation.variants import Change
 
+DECIMALS = 12  # what differs behind them differs by rounding, of which Student's interval would make a certainty
 SAME_SIGN = 6  # items that all differ by one value, and so to one side: by chance in fewer than 5 % of cases, by the sign test
 
 
@@ -32,7 +33,7 @@ class Estimate:
         return bool(self.low > 0 or self.high < 0)
 
 
-def over_seeds(values: Mapping[int, Sequence[float]], scale: float = 0.0) -> Estimate:
+def over_seeds(values: Mapping[int, Sequence[float]]) -> Estimate:
     """The mean over seeds of means over held-out items.
 
     With several seeds the interval is Student's, over the seeds' means: it says what another training would give. With one it
@@ -41,16 +42,15 @@ def over_seeds(values: Mapping[int, Sequence[float]], scale: float = 0.0) -> Est
 
     Args:
         values: by seed, one for each item; NaN counts as missing.
-        scale: of the numbers that they are differences of, whose rounding is no difference.
     """
     table = np.array([list(numbers) for numbers in values.values()], dtype=float)  # [seeds, items]
     table = table[~np.isnan(table).all(axis=1)]
     if not table.size:
         return Estimate(np.nan, np.nan, np.nan)
-    means = np.nanmean(table, axis=1)
-    if len(means) == 1 or are_equal(means, scale):
-        items = np.nanmean(table[:, ~np.isnan(table).all(axis=0)], axis=0)
-        return Estimate(*mean_interval(np.where(np.abs(items) <= ROUNDING * scale, 0.0, items)))
+    means = np.nanmean(table, axis=1).round(DECIMALS)
+    if np.ptp(means) == 0:  # also of one seed
+        items = np.nanmean(table[:, ~np.isnan(table).all(axis=0)], axis=0).round(DECIMALS)
+        return Estimate(*mean_interval(items))
     half = stats.t.ppf(0.975, len(means) - 1) * means.std(ddof=1) / np.sqrt(len(means))
     return Estimate(float(means.mean()), float(means.mean() - half), float(means.mean() + half))
 
@@ -73,11 +73,10 @@ def difference(
     common = [seed for seed in values if seed in baseline]
     if not common:
         return None
-    scale = max(float(np.nanmax(np.abs(side[seed]), initial=0.0)) for side in (values, baseline) for seed in common)
-    gaps = {seed: np.subtract(values[seed], baseline[seed]) for seed in common}
-    found = over_seeds({seed: numbers.tolist() for seed, numbers in gaps.items()}, scale)
-    every = np.concatenate([numbers[np.isfinite(numbers)] for numbers in gaps.values()])
-    if len(every) >= SAME_SIGN * len(common) and are_equal(every) and abs(found.mean) > ROUNDING * scale:
+    gaps = {seed: np.subtract(values[seed], baseline[seed]).round(DECIMALS).tolist() for seed in common}
+    found = over_seeds(gaps)
+    every = {gap for numbers in gaps.values() for gap in numbers if not math.isnan(gap)}
+    if len(every) == 1 and found.mean and min(map(len, gaps.values())) >= SAME_SIGN:
         return Estimate(found.mean, found.mean, found.mean)  # as where all pairs are told apart, and none was before
     return found
 

@@ -23,6 +23,7 @@ from focusdpo.experiments.microcosm.judging import IMAGES_FILE, MEASURES
 from focusdpo.experiments.microcosm.stages import FILES, Stages
 from focusdpo.files import write_json
 from focusdpo.folders import check_folder, clear_folder
+from focusdpo.settings import check_begun
 from focusdpo.settings import require as require_value
 from focusdpo.training.batches import dataset_of, load_records
 
@@ -92,18 +93,10 @@ def _settings(stages: Stages) -> dict[str, Any]:
 
 def _check_settings(folder: Path, begun: dict[str, Any], now: dict[str, Any]) -> None:
     """ValueError names what differs from what the folder holds."""
-    hints = {
-        "world": "go on with its own, start anew with --overwrite true, or name another folder",
-        "tuning": f"go on with its own, name another folder, or delete {folder / ABLATION} to tune this world's model anew",
-    }
-    for part, hint in hints.items():
-        differing = [
-            f"{name} {begun[part].get(name)!r}, got {value!r}"
-            for name, value in now[part].items()
-            if begun[part].get(name) != value
-        ]
-        if differing and (part == "world" or (folder / ABLATION).exists()):
-            raise ValueError(f"out: {folder} holds a microcosm of {'; '.join(differing)}; {hint}")
+    check_begun("microcosm", folder, begun, {"world": now["world"]}, setting="out")
+    if (folder / ABLATION).exists():
+        remedy = f"delete {folder / ABLATION} to tune this world's model anew"
+        check_begun("microcosm", folder, begun, {"tuning": now["tuning"]}, setting="out", remedy=remedy)
 
 
 def draw(stages: Stages) -> None:

@@ -42,10 +42,10 @@ from focusdpo.training.config import (
 from focusdpo_kernels.backend import resolve_backend
 
 FACTS_FILE = "facts.json"
-RESULTS = ("autoencoder", "classifier.safetensors", "model")  # of what is trained before the preferences
 LEARNT = ("autoencoder", "classifier", "model")  # what is trained before the preferences
+RESULTS = ("autoencoder", "classifier.safetensors", "model")  # of each
 FILES = (
-    *("autoencoder", "model", "classifier.safetensors", "real.safetensors", "pairs", "cache", "train.yaml", FACTS_FILE),
+    *(*RESULTS, "real.safetensors", "pairs", "cache", "train.yaml", FACTS_FILE),
     # What a kill leaves behind.
     *(f"{name}{end}" for name in LEARNT for end in (".state", ".partial")),
     "real.partial",
