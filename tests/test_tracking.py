@@ -34,10 +34,11 @@ def config(tiny_flux, tmp_path):
 
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_an_offline_run(config, monkeypatch):
-    pytest.importorskip("wandb", exc_type=ImportError)
+    wandb = pytest.importorskip("wandb", exc_type=ImportError)
     monkeypatch.setenv("WANDB_MODE", "offline")
     trainer = Trainer(config)
     trainer.train()
+    wandb.teardown()  # finish() does not wait until W&B's own process has written the file; a process's end does
     (run,) = (trainer.folder / "wandb").glob("offline-run-*")
     assert run.name.endswith((trainer.folder / "wandb" / "id").read_text()), "the id that a resumed run takes up again"
     assert next(run.glob("*.wandb")).stat().st_size > 1000
