@@ -153,12 +153,12 @@ def prepare_shards(config: ShardConfig) -> Callable[[], None]:
         FileNotFoundError, DatasetError: there is no such dataset, or it is unfit.
         FileExistsError, NotADirectoryError: the folder holds something that may not be replaced.
     """
-    from focusdpo.data.extras import require
     from focusdpo.data.shards import write_shards
     from focusdpo.data.validation import load_pairs
+    from focusdpo.extras import require_package
     from focusdpo.folders import check_folder, clear_folder
 
-    require("webdataset", "writing shards")
+    require_package("webdataset", "writing shards")
     folder = Path(config.out_dir)
     earlier = tuple(sorted(file.name for file in folder.glob("*.tar")))
     check_folder("out_dir", folder, earlier, config.overwrite, "replace them with --overwrite true, or name another folder")

@@ -371,8 +371,12 @@ def test_settings_are_refused_by_name(make, message):
 
 def test_a_missing_extra_is_named(config, monkeypatch):
     monkeypatch.setitem(sys.modules, "imagehash", None)
-    with pytest.raises(ModuleNotFoundError, match=r'imagehash is not installed; it needs the extra "build"'):
+    with pytest.raises(ModuleNotFoundError, match=r"data build needs imagehash, which is not installed; .*focusdpo\[build\]"):
         prepare_build(config)
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "ray.data", None)
+    with pytest.raises(ModuleNotFoundError, match=r"engine=ray needs ray.data, .*focusdpo\[ray\]"):
+        prepare_build(dataclasses.replace(config, engine="ray"))
 
 
 def test_a_missing_model_is_an_error_before_anything_is_written(config):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -312,10 +313,8 @@ def test_the_model_of_a_run_and_what_is_refused(flux_model, tmp_path, monkeypatc
     (tmp_path / "prompts_and_classes.txt").write_text("subject_name,class\ndog,dog\n")
     with pytest.raises(FileNotFoundError, match=r"dreambench: .* lacks dog/01.jpg, .*; complete it, or leave dreambench out"):
         prepare_stress(config_of(flux_model, out, dreambench=str(tmp_path)))
-    monkeypatch.setattr(
-        "focusdpo.data.building.draft.importlib.import_module", lambda name: (_ for _ in ()).throw(ModuleNotFoundError)
-    )
-    with pytest.raises(ModuleNotFoundError, match=r'dreambench: cv2 is not installed; it needs the extra "build"'):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(ModuleNotFoundError, match=r"dreambench needs cv2, which is not installed; .*focusdpo\[build\]"):
         prepare_stress(config_of(flux_model, out, dreambench=str(tmp_path)))
     assert not (tmp_path / "out").exists()
 

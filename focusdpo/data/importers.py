@@ -16,10 +16,10 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from focusdpo.data.checks import changed_tokens
-from focusdpo.data.extras import require
 from focusdpo.data.images import read_image, read_size
 from focusdpo.data.records import FILE_NAME, MAX_REFERENCES
 from focusdpo.data.shards import image_suffix
+from focusdpo.extras import require_package
 
 IMAGES = "images"  # folder of what an import writes beside pairs.jsonl
 UNO_SCORE = 4.0  # UNO-1M's own rating of a couple of images, of which UNO trains on the full marks
@@ -201,7 +201,7 @@ def import_pickapic(
 
 
 def _rows(files: Sequence[Path], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    parquet = require("pyarrow.parquet", "a parquet file")
+    parquet = require_package("pyarrow.parquet", "a parquet file")
     for file in files:
         table = parquet.ParquetFile(file)
         names = set(table.schema_arrow.names)

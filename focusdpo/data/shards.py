@@ -16,8 +16,8 @@ from typing import Any, BinaryIO, Literal
 from PIL import Image
 from tqdm.auto import tqdm
 
-from focusdpo.data.extras import require
 from focusdpo.data.records import PairRecord
+from focusdpo.extras import require_package
 from focusdpo.files import ReadableFile
 
 BLOCK = 512  # bytes, of a tar
@@ -100,7 +100,7 @@ def write_shards(records: Sequence[PairRecord], folder: Path, pairs_per_shard: i
 
     The same records give the same bytes. A shard has its name only once it is whole.
     """
-    webdataset = require("webdataset", "writing shards")
+    webdataset = require_package("webdataset", "writing shards")
     bar = tqdm(total=len(records), desc="writing shards", unit="pair", disable=not progress, leave=False)
     written = []
     for number, name in enumerate(shard_names(len(records), pairs_per_shard)):

@@ -17,9 +17,9 @@ from typing import Any, BinaryIO, Literal, Protocol
 
 from tqdm.auto import tqdm
 
-from focusdpo.data.extras import require
 from focusdpo.data.records import FIELDS, FILE_NAME, PairRecord, Problem, RecordParser
 from focusdpo.data.shards import TarMember, list_samples
+from focusdpo.extras import require_package
 from focusdpo.files import ReadableFile, checksum
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # what makes an image folder a dataset of `datasets`
@@ -241,7 +241,7 @@ def _source(file: Path) -> Source:
     if file.suffix == ".tar":
         return Shard(file)
     if file.suffix == ".parquet" or file.name in METADATA:
-        require("datasets", "a parquet file or an image folder")
+        require_package("datasets", "a parquet file or an image folder")
         return Table(file)
     return JsonLines(file)
 
@@ -264,8 +264,10 @@ def _find_files(path: str | Path) -> Iterator[Path]:
         _check_series(files)
         yield from files
     elif re.search(r"[*?\[{]", str(path)):
-        braces = "{" in str(path)
-        for pattern in require("braceexpand", "a pattern with braces").braceexpand(str(path)) if braces else [str(path)]:
+        patterns = [str(path)]
+        if "{" in str(path):
+            patterns = require_package("braceexpand", "a pattern with braces").braceexpand(str(path))
+        for pattern in patterns:
             files = sorted(Path(found.anchor).glob(str(Path(pattern).relative_to(found.anchor))))
             if not files:
                 raise FileNotFoundError(f"no such dataset: nothing matches {pattern}; {EXPECTED}")

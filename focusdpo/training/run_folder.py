@@ -19,6 +19,7 @@ from focusdpo.folders import check_folder, clear_folder, mark_folder
 from focusdpo.models import BACKBONES
 from focusdpo.models.base import pipeline_folder, pipeline_parts
 from focusdpo.models.base_lora import find_lora_file
+from focusdpo.settings import differences, flat
 from focusdpo.training.adapter import targets_of
 from focusdpo.training.checkpoints import SETTINGS_FILE, find_checkpoint
 from focusdpo.training.config import DataConfig, ModelConfig, TrainConfig
@@ -82,10 +83,7 @@ def model_contents(model: ModelConfig) -> dict[str, str | None]:
 
 def compared_settings(config: TrainConfig) -> dict[str, Any]:
     """The settings that decide a run's numbers, flat, but for what is known by its content."""
-    flat: dict[str, Any] = {}
-    for name, value in asdict(config).items():
-        flat |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
-    return {name: value for name, value in flat.items() if name not in FREE and name.split(".")[0] not in FREE}
+    return {name: value for name, value in flat(config).items() if name not in FREE and name.split(".")[0] not in FREE}
 
 
 @dataclass
@@ -122,15 +120,11 @@ class RunFolder:
         """ValueError names every setting that differs from the checkpoint's: the run could not go on to the same numbers."""
         if self.checkpoint is None:
             return
-        now = json.loads(json.dumps(settings))
         # A checkpoint may be older than a setting: then the run had what is now the default. Contents it lacks are unknown.
         defaults = compared_settings(TrainConfig(ModelConfig("-"), DataConfig("-"), "-")) | {BASE_LORA_CONTENT: None}
         saved = defaults | json.loads((self.checkpoint / SETTINGS_FILE).read_text())
-        differing = [
-            f"{name}: the checkpoint has {value!r}, got {now.get(name)!r}"
-            for name, value in saved.items()
-            if name not in FREE and value != now.get(name)
-        ]
+        now = json.loads(json.dumps({name: settings.get(name) for name in saved}))
+        differing = differences("checkpoint", saved, now, lambda name, *_: name in FREE)
         if differing:
             lines = "\n  ".join(differing)
             raise ValueError(f"resume: {self.checkpoint} was made with other settings:\n  {lines}\nuse the run's own settings")

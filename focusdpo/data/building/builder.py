@@ -10,19 +10,20 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from focusdpo.data.building.config import BuildConfig
-from focusdpo.data.building.draft import Draft, need
+from focusdpo.data.building.draft import Draft
 from focusdpo.data.building.scenes import FILE_NAME as SCENES_FILE
 from focusdpo.data.building.scenes import Scene, load_scenes
 from focusdpo.data.records import FILE_NAME
+from focusdpo.extras import require_package
 from focusdpo.files import checksum
 from focusdpo.folders import check_folder, clear_folder
+from focusdpo.settings import differences, flat
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +45,10 @@ def prepare_build(config: BuildConfig) -> Callable[[], None]:
         FileNotFoundError, ValueError: scenes, models or settings are not fit.
         FileExistsError, NotADirectoryError: the folder holds something that may not be replaced.
     """
-    need("data build", "cv2")
-    need("data build", "imagehash")
+    require_package("cv2", "data build", "build")
+    require_package("imagehash", "data build", "build")
     if config.engine == "ray":
-        need("engine", "ray.data")
+        require_package("ray.data", "engine=ray", "ray")
     for group in ("segmentation", "captioning", "disruption", "gates"):
         for name in ("path", "detector"):
             folder = getattr(getattr(config, group), name, None)
@@ -66,21 +67,14 @@ def prepare_build(config: BuildConfig) -> Callable[[], None]:
 
 def _settings(config: BuildConfig) -> dict[str, Any]:
     """What decides the pairs, flat."""
-    flat: dict[str, Any] = {}
-    for name, value in asdict(config).items():
-        flat |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
     file = Path(config.scenes)
     content = checksum(file / SCENES_FILE if file.is_dir() else file)
-    kept = {name: value for name, value in flat.items() if name.split(".")[-1] not in FREE}
+    kept = {name: value for name, value in flat(config).items() if name.split(".")[-1] not in FREE}
     return {**kept, "scenes (its content)": content[:16]}
 
 
 def _check_same(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    differing = [
-        f"{name}: the build has {saved.get(name)!r}, got {now.get(name)!r}"
-        for name in {**saved, **now}
-        if saved.get(name) != now.get(name)
-    ]
+    differing = differences("build", saved, now)
     if differing:
         lines = "\n  ".join(differing)
         raise ValueError(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,9 +13,6 @@ from focusdpo.data.building.scenes import Scene, SceneSubject, View
 
 Pixels = NDArray[np.uint8]  # [H, W, 3], RGB
 Mask = NDArray[np.bool_]  # [H, W]
-
-EXTRA = 'needs the extra "build": pip install "focusdpo[build]"'
-
 
 KEPT = ("index", "variant", "seed", "record", "rejected", "failed", "pair", "hash")  # of a draft that is done
 
@@ -116,11 +111,3 @@ def run_stages(stages: Sequence[Stage], draft: Draft) -> Draft:
     if draft.done:  # nobody needs the pixels any more, and they would travel
         draft = Draft(**{name: getattr(draft, name) for name in KEPT})
     return draft
-
-
-def need(name: str, module: str) -> ModuleType:
-    """An optional module; ModuleNotFoundError names the extra that has it."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{name}: {module} is not installed; it {EXTRA}") from error

@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 
 from focusdpo.data.building.builder import prepare_build
 from focusdpo.data.building.config import BuildConfig, DisruptionConfig
-from focusdpo.data.building.draft import need
 from focusdpo.data.building.dreambench_scenes import COMPOSED, composed_scenes, photo_scenes, photos, relative
+from focusdpo.extras import require_package
 from focusdpo.folders import check_folder, clear_folder
 from focusdpo.settings import require
 
@@ -68,7 +68,7 @@ def prepare_dreambench(config: DreamBenchConfig) -> Callable[[], None]:
         ValueError: a list is not in UNO's format.
         FileExistsError, NotADirectoryError: the folder holds something that may not be replaced.
     """
-    need("data dreambench", "cv2")
+    require_package("cv2", "data dreambench", "build")
     root, out = Path(config.root), Path(config.output_dir)
     classes = read_classes(root)
     written: dict[str, list[dict[str, Any]]] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import logging
 import platform
 from collections import Counter
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from focusdpo.evaluation.metrics.config import EvaluateConfig
+from focusdpo.extras import require_package
 from focusdpo.folders import MARKER, check_folder, clear_folder
 
 if TYPE_CHECKING:  # seconds that --help need not wait for
@@ -36,9 +36,7 @@ def prepare_evaluation(config: EvaluateConfig) -> Callable[[], None]:
         FileNotFoundError, ValueError: manifest, images, models or regions are not fit; all problems of one kind at once.
         FileExistsError, NotADirectoryError: the output folder holds something that may not be replaced.
     """
-    for package in ("scipy", "torchmetrics"):
-        if importlib.util.find_spec(package) is None:
-            raise ModuleNotFoundError(f"evaluate: {package} is not installed; pip install 'focusdpo[evaluation]'")
+    require_package("torchmetrics", "evaluate", "evaluation")
     from focusdpo.evaluation.metrics.inputs import read_inputs
     from focusdpo.evaluation.metrics.report import FILES, RESULTS
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from focusdpo.evaluation.run_page.binning import BinnedRun, read_rows
+from focusdpo.settings import flat
 from focusdpo.training.config import DataConfig, ModelConfig, TrainConfig
 from focusdpo.training.run_folder import ALARMS_FILE, LEFT_OUT_FILE, METRICS_FILE
 
@@ -106,21 +107,13 @@ def _held_out(rows: Sequence[dict[str, float]]) -> Iterator[Fact]:
 
 def changed_settings(config: TrainConfig) -> list[tuple[str, str, str]]:
     """Settings that are not their default, as YAML has them: name, value, default (empty with those that have none)."""
-    defaults = dict(_flat(asdict(TrainConfig(ModelConfig("-"), DataConfig("-"), "-"))))
+    defaults = flat(TrainConfig(ModelConfig("-"), DataConfig("-"), "-"))
     needed = ("model.path", "data.train", "output_dir")
     return [
         (name, json.dumps(value), "" if name in needed else json.dumps(defaults[name]))
-        for name, value in _flat(asdict(config))
+        for name, value in flat(config).items()
         if name in needed or value != defaults[name]
     ]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def _short(value: float) -> str:

@@ -13,7 +13,6 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
-from focusdpo.data.extras import require
 from focusdpo.experiments.ablation.command import RESULTS_FILE, RUNS, check_alone, prepare_ablation, table_of
 from focusdpo.experiments.ablation.variants import VARIANTS
 from focusdpo.experiments.microcosm.autoencoder import restore
@@ -21,10 +20,10 @@ from focusdpo.experiments.microcosm.classifier import IdentityClassifier
 from focusdpo.experiments.microcosm.config import MicrocosmConfig
 from focusdpo.experiments.microcosm.judging import IMAGES_FILE, MEASURES
 from focusdpo.experiments.microcosm.stages import FILES, Stages
+from focusdpo.extras import require_package
 from focusdpo.files import write_json
 from focusdpo.folders import check_folder, clear_folder
-from focusdpo.settings import check_begun
-from focusdpo.settings import require as require_value
+from focusdpo.settings import check_begun, require
 from focusdpo.training.batches import dataset_of, load_records
 
 logger = logging.getLogger(__name__)
@@ -49,10 +48,10 @@ def prepare_microcosm(config: MicrocosmConfig) -> Callable[[], None]:
     """
     check_alone("microcosm")
     for module, extra in (("skimage", "demo"), ("torchmetrics", "evaluation")):
-        require(module, "the microcosm", extra)
+        require_package(module, "the microcosm", extra)
     if "layers" in config.grids:
         blocks = sum(config.sizes.layers)
-        require_value(blocks >= 3, "grids", config.grids, f"no grid over layers with size={config.size!r}, which has {blocks}")
+        require(blocks >= 3, "grids", config.grids, f"no grid over layers with size={config.size!r}, which has {blocks}")
     folder, stages = Path(config.out), Stages(config)
     files = (SETTINGS_FILE, *FILES, *PICTURES, ABLATION)
     known, settings = folder / SETTINGS_FILE, _settings(stages)

@@ -9,9 +9,9 @@ from pathlib import Path
 from PIL import Image
 from tqdm.auto import tqdm
 
-from focusdpo.data.extras import require
 from focusdpo.demo.photos import Subject, subjects
-from focusdpo.settings import require as require_value
+from focusdpo.extras import require_package
+from focusdpo.settings import require
 
 HUES = (0.33, 0.66)  # of the two other instances that each subject gives
 
@@ -38,7 +38,7 @@ def check_source(dreambench: str | None) -> None:
         ModuleNotFoundError: OpenCV, which cuts the subjects out, is not installed.
     """
     if dreambench is not None:
-        require("cv2", "DreamBench in the microcosm", "build")
+        require_package("cv2", "DreamBench in the microcosm", "build")
         from focusdpo.data.building.dreambench import read_classes
         from focusdpo.data.building.dreambench_scenes import photos
 
@@ -101,4 +101,4 @@ def _dreambench(root: Path, longest: int) -> list[Identity]:
 
 def _check_classes(dreambench: str, classes: Sequence[str]) -> None:
     wanted = "subjects of two classes at least, with two photographs each that can be cut out"
-    require_value(len(set(classes)) >= 2, "dreambench", dreambench, wanted)
+    require(len(set(classes)) >= 2, "dreambench", dreambench, wanted)

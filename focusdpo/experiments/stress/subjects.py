@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from focusdpo.data.images import PATCH_SIZE, read_image
 from focusdpo.experiments.composing import on_white
 from focusdpo.experiments.stress.config import Kind, StressConfig
+from focusdpo.extras import require_package
 from focusdpo.files import checksum, hash_of
 
 COINS = [f"coin {i}" for i in range(7)]
@@ -89,12 +90,9 @@ def cast_of(config: StressConfig) -> Cast:
 
 def _photographed(config: StressConfig) -> Cast:
     """scikit-image's photos, one of each subject: its reference is the same cut-out, mirrored, turned and in other light."""
-    try:
-        from focusdpo.demo.photos import backgrounds, subjects
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'stress: scikit-image is not installed; pip install "focusdpo[demo]", or name a --dreambench folder'
-        ) from error
+    require_package("skimage", "the stress test without --dreambench", "demo")
+    from focusdpo.demo.photos import backgrounds, subjects
+
     known = {subject.name: subject for subject in subjects()}
 
     def view(name: str, rng: np.random.Generator) -> tuple[CutOut, Reference, dict[str, Any]]:
@@ -113,9 +111,7 @@ def _photographed(config: StressConfig) -> Cast:
 
 def _dreambench(root: Path) -> Cast:
     """DreamBench's dogs, cut out by GrabCut; a subject's reference is another photo of it, as it was taken."""
-    from focusdpo.data.building.draft import need
-
-    need("dreambench", "cv2")
+    require_package("cv2", "dreambench", "build")
     from focusdpo.data.building.dreambench import read_classes
     from focusdpo.experiments.stress.cutting import Cutter
 

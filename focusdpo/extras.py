@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 
-def require(module: str, what: str, extra: str = "data") -> Any:
+def require_package(module: str, what: str, extra: str = "data") -> Any:
     """An optional package; ModuleNotFoundError says which extra brings it."""
     try:
         return importlib.import_module(module)
