@@ -110,6 +110,15 @@ def test_a_signal_saves_the_running_step(config, tmp_path, number):
     assert_same(train(dataclasses.replace(config, resume="latest")), expected)
 
 
+@pytest.fixture
+def interruptible():
+    """Python's own handler of Ctrl-C, which a process in the background does without."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_signal_stops_at_once():
     with StopSignals() as signals:
         signal.raise_signal(signal.SIGINT)
