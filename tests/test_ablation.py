@@ -112,6 +112,26 @@ def test_grids(run, settings):
     assert [change.name for change in changes_of(without, run)] == ["dpo", "mask_from=winner", "mask_from=each"]
 
 
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_every_variant_and_grid_is_trained(run, settings, tmp_path):
+    run.max_steps = 2
+    grids = ["tau", "gamma", "match_count", "layers", "mask_from", "feature_source"]
+    config = settings(variants=list(VARIANTS), seeds=[0], grids=grids, layers=["late"], samples=0)
+    prepare_ablation(config)()
+    rows = {row["variant"]: row for row in results_in(tmp_path / "ablation")["table"]["rows"]}
+    assert list(rows) == [change.name for change in changes_of(config, run)]
+    assert list(rows)[:7] == list(VARIANTS) and {name.split("=")[0] for name in list(rows)[7:]} == set(grids)
+
+    def error(name):
+        (cell,) = (cell for cell in rows[name]["cells"] if cell["measure"] == "lose/inside")
+        return cell["estimate"]["mean"]
+
+    learned = {name: error(name) for name in ("base", "sft", "dpo", "prior", "structure", "detail")}
+    assert len(set(learned.values())) == len(learned), f"each is another loss: {learned}"
+    page = (tmp_path / "ablation" / "ablation.html").read_text()
+    assert all(change.label in page for change in changes_of(config, run)), "a row each"
+
+
 def test_yardsticks_by_hand(run, fresh_accelerate):
     """Errors by region from the model's own predictions, whatever mask it is trained under."""
     trainer = Trainer(dataclasses.replace(run, focus=FocusConfig(mask="none")))

@@ -195,6 +195,23 @@ def test_one_forward_pass_a_time(step_and_batch, monkeypatch):
     assert len(calls) == 1
 
 
+def test_a_run_that_was_moved_is_looked_at_itself(run, tmp_path, caplog):
+    """Its own checkpoint, and not that of a run that lies where it was trained."""
+    settings = yaml.safe_load(run.read_text()) | {"output_dir": str(tmp_path / "run"), "max_steps": 1, "checkpoint_every": 1}
+    file = tmp_path / "train.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    cli.main(["train", "--config", str(file)])
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    for name in ("run", "copy"):
+        config = MasksConfig(str(tmp_path / name), timesteps=[0.5], layer_groups=0, out=str(tmp_path / f"{name}-masks"))
+        prepare_masks(config)()
+        about = json.loads((tmp_path / f"{name}-masks" / "masks.json").read_text())
+        assert about["checkpoint"] == str(tmp_path / name / "checkpoints" / "step-000001")
+    shutil.rmtree(tmp_path / "copy" / "checkpoints")
+    with pytest.raises(FileNotFoundError, match="checkpoint: no checkpoint under .*copy/checkpoints yet"):
+        prepare_masks(dataclasses.replace(config, out=str(tmp_path / "third")))
+
+
 def test_an_interrupted_call_is_repeated_and_a_whole_one_kept(run, drawn, tmp_path, monkeypatch):
     config = MasksConfig(str(run), timesteps=[0.5], layer_groups=0, checkpoint="none", out=str(tmp_path / "out"))
     work = prepare_masks(config)

@@ -24,7 +24,7 @@ from focusdpo.evaluation import pages
 from focusdpo.evaluation.panels import PANELS, smooth
 from focusdpo.evaluation.run_page.binning import read_rows, read_run
 from focusdpo.evaluation.run_page.facts import _held_out
-from focusdpo.evaluation.run_page.figures import panel_figure
+from focusdpo.evaluation.run_page.figures import MARKS, panel_figure
 from focusdpo.evaluation.run_page.films import evenly, read_films
 from focusdpo.evaluation.run_page.page import write_run_page
 from focusdpo.training import health
@@ -96,12 +96,19 @@ def test_a_run_that_diverged_is_not_called_better():
 def test_a_run_of_100_000_steps(tmp_path):
     folder = write_run(tmp_path / "run", 100_000, distinct=1000)
     page, metrics = tmp_path / "page.html", folder / "metrics.jsonl"
+    held_out, alarm = (json.loads((folder / f"{name}.jsonl").read_text().splitlines()[0]) for name in ("validation", "alarms"))
+    (folder / "validation.jsonl").write_text("".join(json.dumps(held_out | {"step": n}) + "\n" for n in range(0, 100_000, 20)))
+    (folder / "alarms.jsonl").write_text("".join(json.dumps(alarm | {"step": n}) + "\n" for n in range(1, 100_000, 20)))
     started = time.perf_counter()
     write_run_page(folder, page, progress=False)
     assert time.perf_counter() - started < 60, "seconds where nothing else runs"
     assert metrics.stat().st_size > 2e8 and page.stat().st_size < 12e6
     traces = [trace for content in contents_of(page.read_text()) for trace in content["data"]]
     assert len(traces) > 100 and max(length_of(trace) for trace in traces) <= 2000
+    marks = [trace for trace in traces if trace.get("name", "").endswith("held out") or trace.get("name") == "alarms"]
+    assert marks and max(length_of(trace) for trace in marks if trace["mode"] != "lines") <= MARKS + 1
+    text = next(trace["text"] for trace in marks if trace["name"] == "alarms" and "text" in trace)
+    assert sum(int(words.split()[0]) for words in text) == 5000, "those that share a mark are counted"
     metrics.unlink()  # pytest keeps its folders
 
 

@@ -265,6 +265,10 @@ def test_a_killed_test_goes_on_to_the_same_numbers(flux_model, tmp_path, monkeyp
     monkeypatch.setattr(work, "measure_scene", counted)
     prepare_stress(dataclasses.replace(config, scenes=3))()
     assert len(measured) == 6
+    damaged = tmp_path / "killed" / "measured" / "alike-0001.npz"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    prepare_stress(dataclasses.replace(config, scenes=3))()
+    assert len(measured) == 7, "a damaged file is measured again"
 
 
 def check_results(results, folder):
@@ -285,6 +289,13 @@ def check_results(results, folder):
             assert row["low"] <= row["mean"] <= row["high"]
         auc = [one["auc_others"][0, 1, 0].mean() for one in arrays]
         assert rows[kind, 0.3, "max", "all", None, "auc_others"]["mean"] == pytest.approx(np.mean(auc))
+    subjects = {name for scene in results["scenes"]["alike"] for name in scene["subjects"]}
+    for layer in ("all", "0", "3"):
+        of = [
+            r for r in results["rows"] if (r["kind"], r["layer"], r["measure"]) == ("alike", layer, "recall") and r["subject"]
+        ]
+        assert {r["subject"] for r in of} == subjects and {r["t"] for r in of} == {0.3, 0.8}
+        assert layer == "all" or all(r["low"] is None for r in of), "means alone"
     assert results["blocks"] == 4 and results["versions"]["torch"] == torch.__version__
     for name in ("auc", "confusion", "exchange", "examples-alike", "examples-easy"):
         assert Image.open(folder / f"{name}.png").width > 600

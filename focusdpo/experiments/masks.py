@@ -188,7 +188,7 @@ def write_masks(
     for name, each in masks.items():
         numbers[name] = {"blocks": groups[name], "timesteps": [numbers_of(one.focus, batch) | {"t": one.t} for one in each]}
         for one in each:
-            arrays |= {f"{name}/t={one.t:g}/{field}": value for field, value in _fields(one.focus, batch, grid).items()}
+            arrays |= {f"{name}/t={one.t!r}/{field}": value for field, value in _fields(one.focus, batch, grid).items()}
     np.savez_compressed(out / FIELDS_FILE, **arrays)  # type: ignore[arg-type]  # names are no keywords of its own
     write_json(out / NUMBERS_FILE, {**about, "grid": grid, "groups": numbers})
     for name, value in numbers.items():

@@ -11,7 +11,7 @@ from focusdpo.training.run_folder import CONFIG_FILE
 
 
 def read_run_config(name: str, run: str | Path) -> TrainConfig:
-    """Checked settings.
+    """Checked settings. A folder's are those of the run that lies there now, whatever its name was when it was written.
 
     Args:
         name: of the setting that names the run, for messages.
@@ -30,6 +30,6 @@ def read_run_config(name: str, run: str | Path) -> TrainConfig:
     parser.add_class_arguments(TrainConfig)
     try:
         parsed = vars(parser.instantiate(parser.parse_path(str(file))))
-        return TrainConfig(**parsed)
+        return TrainConfig(**parsed | ({"output_dir": str(path)} if path.is_dir() else {}))
     except (ArgumentError, ValueError, TypeError) as error:
         raise ValueError(f"{name}: {file} does not hold the settings of a training run: {error}") from error

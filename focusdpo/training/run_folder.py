@@ -14,7 +14,7 @@ import yaml
 from focusdpo.data import PairDataset
 from focusdpo.data.records import Problem
 from focusdpo.data.sources import content_checksum
-from focusdpo.files import checksum, fingerprint, hash_of
+from focusdpo.files import checksum, fingerprint, hash_of, write_whole
 from focusdpo.folders import check_folder, clear_folder, mark_folder
 from focusdpo.models import BACKBONES
 from focusdpo.models.base import pipeline_folder, pipeline_parts
@@ -140,7 +140,7 @@ class RunFolder:
             return
         mark_folder(self.path)
         rows = [{"file": str(p.file), "line": p.line, "field": p.field, "reason": p.message} for p in problems]
-        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_whole(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         pairs = len({(problem.file, problem.line) for problem in problems})
         first = "\n".join(f"  {problem}" for problem in problems[:MAX_PROBLEMS])
         more = f"\n  and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""

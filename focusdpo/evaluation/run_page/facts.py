@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from focusdpo.evaluation.run_page.binning import BinnedRun, read_rows
 from focusdpo.settings import flat
 from focusdpo.training.config import DataConfig, ModelConfig, TrainConfig
@@ -56,8 +58,8 @@ def facts(
         hours = f"{run.seconds / 3600:.1f} hours" if run.seconds >= 7200 else f"{run.seconds / 60:.1f} minutes"
         found.append(Fact("speed", f"{run.pairs / run.seconds:.3g} pairs per second", f"{hours} in steps"))
     memory = run.curves.get("peak_memory_mib")
-    if memory is not None and memory.high.size:
-        found.append(Fact("peak memory", f"{max(x for x in memory.high if math.isfinite(x)) / 1024:.1f} GiB", "main process"))
+    if memory is not None and np.isfinite(memory.high).any():
+        found.append(Fact("peak memory", f"{np.nanmax(memory.high) / 1024:.1f} GiB", "main process"))
     if alarms is None:
         found.append(Fact("alarms", "not recorded", "the run is of an older version"))
     else:

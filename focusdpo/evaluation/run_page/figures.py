@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ ALARM = "#d08a00"
 BAD = "#d62f2f"
 UNIFORM = "Viridis"  # perceptually uniform
 GRAY = "#888888"
+MARKS = 200  # held-out values of a line, and alarms, at most
 RARE, SPIKE = 0.5, 1.0  # percent of the bins at each end that may leave the axis, if they go further than it is high
 
 
@@ -191,6 +193,8 @@ def _beyond(figure: go.Figure, run: BinnedRun, curve: Curve, label: str, colour:
 
 
 def _held_out(figure: go.Figure, points: list[tuple[float, float]], label: str, colour: str) -> None:
+    """Held-out values; of more than MARKS every n-th, and the last."""
+    points = [*points[: -1 : max(-(-len(points) // MARKS), 1)], points[-1]]
     figure.add_scatter(
         x=[step for step, _ in points],
         y=[value for _, value in points],
@@ -204,11 +208,21 @@ def _held_out(figure: go.Figure, points: list[tuple[float, float]], label: str, 
     )
 
 
+def _counted(names: Iterable[str]) -> str:
+    return ", ".join(f"{count} {name}" if count > 1 else name for name, count in Counter(names).items())
+
+
 def _alarms(figure: go.Figure, alarms: Sequence[dict[str, Any]]) -> None:
     """Marks at the top, on an axis of their own so that they do not change that of the values, and lines down from them."""
     if not alarms:
         return
-    steps = [alarm["step"] for alarm in alarms]
+    # Where they crowd, those of neighbouring steps share the mark of the first.
+    first, last = (pick(alarm["step"] for alarm in alarms) for pick in (min, max))
+    width = -(-(last - first + 1) // MARKS)
+    together: dict[int, list[dict[str, Any]]] = {}
+    for alarm in alarms:
+        together.setdefault(int(alarm["step"] - first) // width, []).append(alarm)
+    steps = [min(alarm["step"] for alarm in some) for some in together.values()]
     on_top: dict[str, Any] = {"yaxis": "y2", "name": "alarms", "showlegend": False}
     figure.add_scatter(
         x=[x for step in steps for x in (step, step, None)],
@@ -223,7 +237,7 @@ def _alarms(figure: go.Figure, alarms: Sequence[dict[str, Any]]) -> None:
         y=[0.97] * len(steps),
         mode="markers",
         marker={"symbol": "triangle-down", "size": 9, "color": ALARM},
-        text=[alarm["name"] for alarm in alarms],
+        text=[_counted(alarm["name"] for alarm in some) for some in together.values()],
         hovertemplate="%{text}<extra>alarm</extra>",
         **on_top,
     )

@@ -17,6 +17,7 @@ from focusdpo.settings import check_begun
 
 if TYPE_CHECKING:  # seconds that --help need not wait for
     from focusdpo.experiments.stress.subjects import Cast
+    from focusdpo.experiments.stress.work import Arrays
     from focusdpo.training.config import TrainConfig
     from focusdpo.training.step import PreferenceStep
 
@@ -40,6 +41,7 @@ def prepare_stress(config: StressConfig) -> Callable[[], None]:
         FileExistsError, NotADirectoryError: the folder holds something else.
     """
     from focusdpo.experiments.stress.subjects import cast_of
+    from focusdpo.experiments.stress.work import load_scene
     from focusdpo.files import write_json
     from focusdpo.training.loading import check_files_and_packages
     from focusdpo.training.policy import checkpoint_of, load_step
@@ -57,14 +59,17 @@ def prepare_stress(config: StressConfig) -> Callable[[], None]:
     else:
         hint = "delete it with --overwrite true, or name another folder"
         check_folder("output_dir", folder, FILES, config.overwrite, hint)
-    whole = goes_on and all(file.is_file() for kind in KINDS for file in _measured(config, kind))
-    step = None if whole else load_step(run, checkpoint)
+    measured: dict[Path, Arrays] = {}
+    if goes_on:
+        files = [file for kind in KINDS for file in _measured(config, kind)]
+        measured = {file: arrays for file in files if (arrays := load_scene(file)) is not None}
+    step = None if len(measured) == len(KINDS) * config.scenes else load_step(run, checkpoint)
 
     def work() -> None:
         if not goes_on:
             clear_folder(folder, FILES)
             write_json(known, settings)
-        _test(config, run, cast, step, settings)
+        _test(config, run, cast, step, settings, measured)
 
     return work
 
@@ -113,13 +118,21 @@ def _measured(config: StressConfig, kind: str) -> list[Path]:
     return [Path(config.output_dir) / MEASURED / f"{kind}-{number:04d}.npz" for number in range(config.scenes)]
 
 
-def _test(config: StressConfig, run: TrainConfig, cast: Cast, step: PreferenceStep | None, settings: dict[str, Any]) -> None:
+def _test(
+    config: StressConfig,
+    run: TrainConfig,
+    cast: Cast,
+    step: PreferenceStep | None,
+    settings: dict[str, Any],
+    measured: dict[Path, Arrays],
+) -> None:
+    """Measures the scenes that are not among the measured ones yet, sums up and draws."""
     from tqdm.auto import tqdm
 
     from focusdpo.data import PairDataset, collate, load_pairs
     from focusdpo.experiments.stress import pictures, summary
     from focusdpo.experiments.stress.scenes import write_scenes
-    from focusdpo.experiments.stress.work import Arrays, load_scene, measure_scene, save_scene
+    from focusdpo.experiments.stress.work import measure_scene, save_scene
     from focusdpo.files import write_json
 
     folder = Path(config.output_dir)
@@ -131,7 +144,7 @@ def _test(config: StressConfig, run: TrainConfig, cast: Cast, step: PreferenceSt
         reference_resolution_multiple=config.reference_resolution,
     )
     files = [file for kind in KINDS for file in _measured(config, kind)]
-    missing = [index for index, file in enumerate(files) if not file.is_file()]
+    missing = [index for index, file in enumerate(files) if file not in measured]
     for index in tqdm(missing, desc="measuring scenes", unit="scene", initial=len(files) - len(missing), total=len(files)):
         assert step is not None
         batch = collate([dataset[index]]).to(step.backbone.device)
@@ -139,8 +152,9 @@ def _test(config: StressConfig, run: TrainConfig, cast: Cast, step: PreferenceSt
         autocast = run.mixed_precision == "bf16"
         arrays = measure_scene(step, batch, config.timesteps, config.poolings, config.match_counts, seed, autocast)
         save_scene(files[index], arrays)
+        measured[files[index]] = arrays
 
-    scenes: dict[str, list[Arrays]] = {kind: [load_scene(file) for file in _measured(config, kind)] for kind in KINDS}
+    scenes: dict[str, list[Arrays]] = {kind: [measured[file] for file in _measured(config, kind)] for kind in KINDS}
     names: dict[str, list[list[str]]] = {
         kind: [list(r.meta["subjects"]) for r in records if r.meta["kind"] == kind] for kind in KINDS
     }

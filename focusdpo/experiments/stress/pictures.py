@@ -101,7 +101,8 @@ def draw_confusion(config: StressConfig, rows: Sequence[Row], path: Path) -> Non
         names = [*subjects[kind], None]
         for axis, t in zip(axis_row, config.timesteps, strict=True):
             wanted = find(rows, kind=kind, pooling=pooling, t=t, count=count, layer=ALL)
-            wanted += [r for r in rows if r.subject and (r.kind, r.pooling, r.t, r.count) == (kind, pooling, t, count)]
+            here = (kind, pooling, t, count, ALL)
+            wanted += [r for r in rows if r.subject and (r.kind, r.pooling, r.t, r.count, r.layer) == here]
             by_place = {(row.subject, row.measure): row.mean for row in wanted}
             shares = np.array([[by_place[name, column] for column in columns] for name in names])
             drawn = axis.imshow(shares, cmap=COLOURS, vmin=0, vmax=1, aspect="auto")

@@ -109,8 +109,8 @@ def summarise(
         for subject in sorted({name for both in names[kind] for name in both}):
             places = [(i, both.index(subject)) for i, both in enumerate(names[kind]) if subject in both]
             for measure in of_subjects[0]:
-                values = np.stack([of_subjects[i][measure][:, :, :1, ..., r] for i, r in places])
-                rows += list(_rows(config, layers[:1], kind, measure, values, subject))
+                values = np.stack([of_subjects[i][measure][..., r] for i, r in places])
+                rows += list(_rows(config, layers, kind, measure, values, subject))
     return rows
 
 
@@ -124,7 +124,10 @@ def _rows(
         here = values[(slice(None), *place)]
         finite = here[np.isfinite(here)]
         if finite.size:
-            interval = mean_interval(finite, level=config.level, resamples=config.resamples, seed=config.seed)
+            if subject is None or layer == ALL:
+                interval = mean_interval(finite, level=config.level, resamples=config.resamples, seed=config.seed)
+            else:  # subjects times blocks are thousands, and a bootstrap of each would take longer than the test
+                interval = float(finite.mean()), math.nan, math.nan
             yield Row(kind, t, pooling, layer, count, measure, subject, *interval, scenes=finite.size)
 
 

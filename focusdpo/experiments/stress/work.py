@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -105,6 +107,10 @@ def save_scene(file: Path, arrays: Arrays) -> None:
     os.replace(partial, file)
 
 
-def load_scene(file: Path) -> Arrays:
-    with np.load(file) as arrays:
-        return {name: arrays[name] for name in arrays.files}
+def load_scene(file: Path) -> Arrays | None:
+    """None where there is no file, or a damaged one."""
+    try:
+        with np.load(file) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error):
+        return None
