@@ -195,7 +195,7 @@ def test_one_forward_pass_a_time(step_and_batch, monkeypatch):
     assert len(calls) == 1
 
 
-def test_a_run_that_was_moved_is_looked_at_itself(run, tmp_path, caplog):
+def test_a_run_that_was_moved_is_looked_at_itself(run, tmp_path):
     """Its own checkpoint, and not that of a run that lies where it was trained."""
     settings = yaml.safe_load(run.read_text()) | {"output_dir": str(tmp_path / "run"), "max_steps": 1, "checkpoint_every": 1}
     file = tmp_path / "train.yaml"

@@ -70,6 +70,7 @@ def prepare_microcosm(config: MicrocosmConfig) -> Callable[[], None]:
         if not goes_on:
             clear_folder(folder, files)
         write_json(known, settings)
+        logger.info("%d identities in %d classes", len(stages.classes), len(set(stages.classes)))
         stages.run()
         prepare_ablation(config.ablation, stages.judge(), MEASURES)()
         draw(stages)
