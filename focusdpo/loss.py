@@ -35,7 +35,7 @@ class FocusDPOOutput(NamedTuple):
 def pair_accuracy(logits: Tensor) -> Tensor:
     """Whether each pair is told apart, of its logit: 1, 0, or one half for a tie; NaN of NaN. Same shape and dtype."""
     correct = (logits > 0).to(logits.dtype) + 0.5 * (logits == 0)
-    return correct.masked_fill(logits.isnan(), torch.nan)
+    return correct.masked_fill_(logits.isnan(), torch.nan)  # in place: it was just made
 
 
 def convert_beta(beta: float, elements: int, *, source: str, target: str) -> float:

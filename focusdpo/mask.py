@@ -77,7 +77,7 @@ def match_counts(match_count: str | int | float, scores: Tensor, prior: Tensor, 
             raise ValueError("reference_mask: needed for match_count='reference'; pass it, or another match_count")
         check_tensor("reference_mask", reference_mask, ndim=3, layout="[B, R, Q]")
         check_shape("reference_mask", reference_mask, (*scores.shape[:2], reference_mask.shape[2]), "B and R of the scores")
-        return (reference_mask != 0).sum(-1)
+        return (reference_mask if reference_mask.dtype == torch.bool else reference_mask != 0).sum(-1)
     if match_count == "prior":
         inside = binary_prior(prior)
         return inside.sum(-1) if inside.ndim == 3 else inside.sum(-1, keepdim=True)
@@ -152,20 +152,18 @@ def focus_mask(
     mask = fuse_focus(structure, coverage, complexity, prior, tau=tau, gamma=gamma, backend=backend)
     inside = binary_prior(prior)
     union = inside if inside.ndim == 2 else inside.any(1)
+    size = union.sum(-1)
     present = (scores > -torch.inf).any(-1)  # [B, R]
     matches = present * counts  # [B, R]
-    if per_subject:
-        # Another subject's matches do not help: at least the neediest subject's rest remains.
-        rest = (inside.sum(-1) - matches).amax(-1) if matches.shape[1] else union.sum(-1)
-    else:
-        rest = union.sum(-1) - matches.sum(-1)
+    # Per subject another's matches do not help: at least the neediest subject's rest remains.
+    rest = (inside.sum(-1) - matches).amax(-1) if per_subject and matches.shape[1] else size - matches.sum(-1)
     return FocusMask(
         mask=mask,
         structure=structure,
         complexity=complexity,
         coverage=coverage,
         prior=union,
-        coverage_floor=rest.clamp_min(0) / union.sum(-1).clamp_min(1),
+        coverage_floor=rest.clamp_min(0) / size.clamp_min(1),
         all_matched=(matches >= scores.shape[-1]).any(-1),
         tau=tau,
         scores=scores,

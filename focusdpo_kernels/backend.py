@@ -9,17 +9,38 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import triton
 
 Backend = Literal["triton", "torch"]
 BACKENDS = ("triton", "torch")
-ACCELERATORS = ("cuda", "xpu")  # ROCm devices call themselves cuda
+ACCELERATORS: tuple[str, ...] = ("cuda", "xpu")  # ROCm devices call themselves cuda
 
 # Triton decides when a kernel is decorated, so what counts is the value at import.
 INTERPRETED: bool = triton.knobs.runtime.interpret
+
+
+def _mend_interpreter() -> None:
+    """Lets `for n in range(N)` run in triton 3.6's interpreter with numpy 2.4 or newer.
+
+    Triton before 3.7 makes a loop bound a Python integer by int() of an array with one element, which numpy 2.4 refuses
+    unless the array has no dimension. 3.7 takes the dimension away first, as done here; with older numpy it changes nothing.
+    """
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch
+
+
+if INTERPRETED and tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7):
+    _mend_interpreter()
 
 
 def resolve_backend(backend: str | None, *tensors: torch.Tensor) -> Backend:

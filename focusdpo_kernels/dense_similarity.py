@@ -182,7 +182,7 @@ def _launches(
             **blocks,
         },
         threads=128,
-        registers=Registers(216, 216, 208, 192),
+        registers=Registers(216, 216, 208, 216),
         num_stages=3 if large else 2 if half or not contiguous else 1,
         types={**TYPES, "target_ptr": pointer, "reference_ptr": pointer, "mask_ptr": "*u8", **dict.fromkeys(floats, "*fp32")},
         aligned=("D", "stride_tb", "stride_tt", "stride_rb", "stride_rt"),

@@ -27,7 +27,8 @@ class Figures:
     """Of one compiled kernel.
 
     registers: per thread (AMD: vector registers). spills: local-memory instructions (AMD: spilled vector registers).
-    wide_loads: 16-byte global loads. tensor_cores, fp64: instructions. blocks: of a multiprocessor at the same time.
+    wide_loads: 16-byte global loads. tensor_cores, fp64: instructions. barriers: of a block, as they stand in the code, not as
+    often as they run. instructions: all. blocks: of a multiprocessor at the same time.
     in_flight: bytes that these blocks ask of memory before they use the first, at most; both None on AMD.
     """
 
@@ -36,6 +37,8 @@ class Figures:
     wide_loads: int
     tensor_cores: int
     fp64: int
+    barriers: int
+    instructions: int
     blocks: int | None = None
     in_flight: int | None = None
 
@@ -58,6 +61,8 @@ def nvidia_figures(cubin: bytes, arch: str, threads: int, shared: int, num_stage
         wide_loads=len(re.findall(r"\b(?:LDG|LDGSTS)\.E(?:\.\w+)*\.128\b", assembly)),
         tensor_cores=len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA|UTCQMMA)\b", assembly)),
         fp64=len(re.findall(r"\b(?:DADD|DMUL|DFMA|DSETP|F2F\.F64\S*|I2F\.F64\S*)", assembly)),
+        barriers=len(re.findall(r"\bBAR\.(?:SYNC|RED|ARV)\b", assembly)),
+        instructions=sum(not text.startswith("NOP") for text in _instructions(assembly)[0]),  # NOPs fill the last line
         blocks=blocks,
         in_flight=blocks * threads * _bytes_ahead(assembly, num_stages),
     )
@@ -77,13 +82,7 @@ def _bytes_ahead(assembly: str, num_stages: int) -> int:
 
     Asynchronous copies run num_stages - 1 passes ahead.
     """
-    labels: dict[str, int] = {}
-    instructions: list[str] = []
-    for line in assembly.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = len(instructions)
-        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?);", line):
-            instructions.append(instruction[1])
+    instructions, labels = _instructions(assembly)
     loops = []
     for end, text in enumerate(instructions):
         branch = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", text)
@@ -92,6 +91,18 @@ def _bytes_ahead(assembly: str, num_stages: int) -> int:
     inner = [(a, b) for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
     bodies = [instructions[a : b + 1] for a, b in inner] or [instructions]
     return max(_loaded_bytes(body, num_stages) for body in bodies)
+
+
+def _instructions(assembly: str) -> tuple[list[str], dict[str, int]]:
+    """Instructions in order, and the number of the one that each label stands before."""
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    for line in assembly.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?);", line):
+            instructions.append(instruction[1])
+    return instructions, labels
 
 
 def _loaded_bytes(instructions: list[str], num_stages: int) -> int:
@@ -119,6 +130,8 @@ def amd_figures(assembly: str) -> Figures:
         wide_loads=len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", assembly)),
         tensor_cores=len(re.findall(r"\bv_mfma_f32_\w+", assembly)),
         fp64=len(re.findall(r"\bv_(?:add|mul|fma)_f64\b", assembly)),
+        barriers=len(re.findall(r"^\s+s_barrier\b", assembly, re.MULTILINE)),
+        instructions=len(re.findall(r"^\s+(?:s|v|ds|global|buffer|flat|scratch)_\w+", assembly, re.MULTILINE)),
     )
 
 

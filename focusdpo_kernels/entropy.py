@@ -128,7 +128,7 @@ def _entropy_launch(dtype: torch.dtype, channels: int, patch_size: int, bins: in
             "BLOCK": max(min(next_power_of_2(patch_size * patch_size), 4096 // next_power_of_2(bins)), 16),
         },
         threads=128,
-        registers=Registers(64, 72, 72, 64),
+        registers=Registers(64, 72, 72, 80),
         types={"images_ptr": POINTERS[dtype], "out_ptr": "*fp32"},
         aligned=("stride_b", "stride_c", "stride_h"),
         ones=("stride_w",),
@@ -140,7 +140,7 @@ def _normalize_launch() -> Launch:
         _normalize_kernel,
         {"BLOCK": 1024},
         threads=128,
-        registers=Registers(56, 56, 56, 48),
+        registers=Registers(56, 64, 56, 56),
         types={"entropy_ptr": "*fp32", "out_ptr": "*fp32"},
     )
 

@@ -3,9 +3,8 @@
     python -m focusdpo_kernels.inspect                    # table for all architectures
     python -m focusdpo_kernels.inspect --arch sm_90 --json
 
-Spills are local-memory instructions (NVIDIA) or spilled vector registers (AMD); wide loads are 16-byte global loads; mma are
-tensor-core instructions; blocks fit a multiprocessor at the same time, by registers, shared memory and threads; ahead are the
-KiB that they ask of memory before they use the first, at most. What a GPU needs of those is in docs/performance.md.
+The table explains its columns, and ends in a verdict: what `faults` finds in a configuration, the tests refuse as well. What a
+GPU needs of these figures is in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -14,11 +13,13 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -35,6 +36,10 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+PRODUCTS = ("_dense_kernel", "_pool_kernel", "_compare_kernel")
+STREAMING = ("_pool_kernel", "_compare_kernel", "_forward_kernel", "_backward_kernel")
+# What memory delivers in the time of one access, for each multiprocessor: 4.8 TB/s x 0.8 us / 132 on an H200.
+KIB_AHEAD = {"sm_80": 16, "sm_90": 32, "sm_100": 48, "gfx942": 0}
 FAMILIES = (pooled_similarity, dense_similarity, matching, entropy, fusion, residual_kernels)
 
 
@@ -46,6 +51,8 @@ class Compiled:
     kernel: str
     configuration: str
     types: str
+    dtype: str | None  # of the hidden states, for kernels that take one: "fp16", "bf16" or "fp32"
+    contiguous: bool  # rows that allow wide loads
     budget: int
     shared_bytes: int
     figures: Figures
@@ -81,6 +88,8 @@ def compile_launch(launch: Launch, arch: str) -> Compiled:
         kernel=launch.kernel.__name__,
         configuration=launch.label,
         types=" ".join(types),
+        dtype=str(launch.constants["DTYPE"]) if "DTYPE" in launch.constants else None,
+        contiguous=launch.constants.get("CONTIGUOUS", True),
         budget=getattr(launch.registers, arch),
         shared_bytes=shared,
         figures=figures,
@@ -94,18 +103,77 @@ def compile_all(archs: Iterable[str]) -> Iterator[Compiled]:
         yield from pool.map(lambda job: compile_launch(*job), jobs)
 
 
-HEADER = "registers  budget  shared  spills  wide   mma  fp64  blocks   ahead"
+def faults(c: Compiled) -> list[str]:
+    """What is wrong with a compiled configuration; empty where nothing is."""
+    f = c.figures
+    found = []
+    if f.registers > c.budget:
+        found.append(f"{f.registers} registers, over its budget of {c.budget}")
+    if f.spills:
+        found.append(f"{f.spills} spills")
+    if f.fp64:
+        found.append(f"{f.fp64} fp64 instructions")
+    if c.kernel in PRODUCTS and c.dtype in ("fp16", "bf16") and not f.tensor_cores:
+        found.append(f"{c.dtype} products not on tensor cores")
+    if c.dtype == "fp32" and f.tensor_cores and c.arch != "gfx942":  # which has matrix instructions for fp32 proper
+        found.append("fp32 products rounded to tf32 on tensor cores")
+    if c.kernel in STREAMING and c.contiguous:
+        if not f.wide_loads:
+            found.append("no 16-byte loads")
+        needed = KIB_AHEAD[c.arch]
+        if c.dtype != "fp32" and (f.in_flight or 0) < needed * 1024:
+            found.append(f"{(f.in_flight or 0) / 1024:.0f} KiB asked for ahead of their use, {needed} needed")
+    return found
+
+
+def verdict(compiled: Sequence[Compiled]) -> tuple[bool, str]:
+    """Whether every configuration is without fault, and a sentence that says so or names those that are not."""
+    per_arch = Counter(c.arch for c in compiled)
+    what = f"{max(per_arch.values(), default=0)} configurations on {len(per_arch)} architectures"
+    bad = [(c, found) for c in compiled if (found := faults(c))]
+    if not bad:
+        return True, (
+            f"{what}: all within their register budgets, no spills, no fp64, tensor cores, wide loads and enough bytes ahead "
+            "where required"
+        )
+    lines = [f"  {c.arch} {c.configuration} {c.types}: {'; '.join(found)}" for c, found in bad]
+    return False, "\n".join([f"{what}: {len(bad)} of {len(compiled)} compiled have faults", *lines])
+
+
+LEGEND = """
+registers     per thread (AMD: vector registers)
+budget        at most so many, stated beside the launch configuration
+shared        bytes of shared memory of a block
+spills        local-memory instructions (AMD: spilled vector registers)
+wide          16-byte loads from global memory
+mma           tensor-core (matrix) instructions
+fp64          double-precision instructions
+barriers      of a block, as they stand in the code: one in a loop counts once
+instructions  of the kernel, all
+blocks        fit a multiprocessor at the same time, by registers, shared memory and threads (NVIDIA)
+ahead         KiB that these blocks ask of memory before they use the first, at most (NVIDIA)
+"""
+HEADER = "registers  budget  shared  spills  wide   mma  fp64  barriers  instructions  blocks   ahead"
 
 
 def _columns(c: Compiled) -> str:
     f = c.figures
     ahead = "-" if f.in_flight is None else f"{f.in_flight / 1024:.0f}"
-    values = (f.registers, c.budget, c.shared_bytes, f.spills, f.wide_loads, f.tensor_cores, f.fp64, f.blocks or "-", ahead)
-    widths = (9, 8, 8, 8, 6, 6, 6, 8, 8)
-    return "".join(f"{value:>{width}}" for value, width in zip(values, widths, strict=True))
+    code = (f.registers, c.budget, c.shared_bytes, f.spills, f.wide_loads, f.tensor_cores, f.fp64, f.barriers, f.instructions)
+    widths = (9, 8, 8, 8, 6, 6, 6, 10, 14, 8, 8)
+    return "".join(f"{value:>{width}}" for value, width in zip((*code, f.blocks or "-", ahead), widths, strict=True))
 
 
-def main(argv: list[str] | None = None) -> None:
+def _print_bytes() -> None:
+    print("\nMiB that have to move per sample")
+    moved = {name: bytes_moved(**sizes) for name, sizes in SHAPES.items()}
+    print(f"{'':20}" + "".join(f"{name:>16}" for name in SHAPES))
+    for kernel in moved["uno-512"]:
+        print(f"{kernel:20}" + "".join(f"{sizes[kernel] / 2**20:16.2f}" for sizes in moved.values()))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status, 1 where a configuration has a fault."""
     parser = argparse.ArgumentParser(prog="python -m focusdpo_kernels.inspect", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", action="append", choices=list(TARGETS), help="architecture; may be repeated (default: all)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
@@ -113,18 +181,21 @@ def main(argv: list[str] | None = None) -> None:
     if INTERPRETED:
         parser.error("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
     if not arguments.json:
-        print(f"{'arch':8}{HEADER}  configuration")
+        print(f"torch {torch.__version__}, triton {triton.__version__}\n{LEGEND}\n{'arch':8}{HEADER}  configuration")
+    compiled = []
     for c in compile_all(arguments.arch or TARGETS):
+        compiled.append(c)
         row = asdict(c)
-        row = {**row, **row.pop("figures")}
+        row = {**row, **row.pop("figures"), "faults": faults(c)}
         print(json.dumps(row) if arguments.json else f"{c.arch:8}{_columns(c)}  {c.configuration} {c.types}", flush=True)
+    good, sentence = verdict(compiled)
     if not arguments.json:
-        print("\nMiB that have to move per sample")
-        moved = {name: bytes_moved(**sizes) for name, sizes in SHAPES.items()}
-        print(f"{'':20}" + "".join(f"{name:>16}" for name in SHAPES))
-        for kernel in moved["uno-512"]:
-            print(f"{kernel:20}" + "".join(f"{sizes[kernel] / 2**20:16.2f}" for sizes in moved.values()))
+        _print_bytes()
+        print(f"\n{sentence}")
+    elif not good:
+        print(sentence, file=sys.stderr)
+    return 0 if good else 1
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

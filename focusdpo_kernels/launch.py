@@ -33,7 +33,7 @@ WARP_SIZE = 64 if torch.version.hip else 32
 
 
 class Registers(NamedTuple):
-    """Registers per thread by architecture (AMD: vector registers)."""
+    """Registers per thread by architecture (AMD: vector registers), at most so many in every supported version of Triton."""
 
     sm_80: int
     sm_90: int

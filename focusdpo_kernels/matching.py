@@ -75,10 +75,16 @@ def _matched(keys, threshold, ties_left):
     return match, ties_left - tl.sum(tie.to(tl.int32), axis=1)
 
 
+@triton.jit
+def _narrow(k, P):
+    """Counts of any integer type as int32, clamped first because int64 may not fit."""
+    return tl.minimum(tl.maximum(k.to(tl.int64), -1), P).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["P", "k_value"])
 def _topk_kernel(
     scores_ptr,  # [M, P]
-    k_ptr,  # [M] int32, read where K_TENSOR
+    k_ptr,  # [M] integers of any type, read where K_TENSOR
     out_ptr,  # [M, P] uint8
     P,
     k_value,
@@ -92,7 +98,7 @@ def _topk_kernel(
     row = tl.program_id(0).to(tl.int64)
     rows = row + tl.zeros([1], tl.int64)
     mask_r = rows >= 0
-    k = tl.zeros([1], tl.int32) + (tl.load(k_ptr + row) if K_TENSOR else k_value)
+    k = tl.zeros([1], tl.int32) + (_narrow(tl.load(k_ptr + row), P) if K_TENSOR else k_value)
     threshold, ties = _select(scores_ptr, rows, mask_r, k, stride_r, stride_p, P, 1, BLOCK_P, ONE)
     for start in range(0, P, BLOCK_OUT):
         keys = _load_keys(scores_ptr, rows, mask_r, stride_r, stride_p, start, P, BLOCK_OUT)
@@ -104,7 +110,7 @@ def _topk_kernel(
 @triton.jit(do_not_specialize=["P", "k_value"])
 def _structure_kernel(
     scores_ptr,  # [B, R, P]
-    k_ptr,  # [B, R] int32, read where K_TENSOR
+    k_ptr,  # [B, R] integers of any type, read where K_TENSOR
     prior_ptr,  # [B, R or 1, P] uint8
     structure_ptr,  # [B, P] fp32
     coverage_ptr,  # [B] fp32
@@ -131,7 +137,7 @@ def _structure_kernel(
     mask_r = offs_r < R
     scores_ptr += b * stride_sb
     k = tl.zeros([R_PAD], tl.int32)
-    k += tl.load(k_ptr + b * R + offs_r, mask=mask_r, other=0) if K_TENSOR else k_value
+    k += _narrow(tl.load(k_ptr + b * R + offs_r, mask=mask_r, other=0), P) if K_TENSOR else k_value
     threshold, ties = _select(scores_ptr, rows, mask_r, k, stride_sr, stride_sp, P, R_PAD, BLOCK_P, ONE)
     inside = tl.full([], 0, tl.int32)
     remaining = tl.full([], 0, tl.int32)
@@ -171,8 +177,8 @@ def _topk_launch(patches: int, k_tensor: bool, dtype: torch.dtype) -> Launch:
         _topk_kernel,
         {"K_TENSOR": k_tensor, **blocks},
         threads=threads,
-        registers=Registers(80, 72, 72, 56),
-        types={"scores_ptr": pointer, "k_ptr": "*i32", "out_ptr": "*u8"},
+        registers=Registers(80, 80, 72, 80),
+        types={"scores_ptr": pointer, "k_ptr": "*i64", "out_ptr": "*u8"},
         aligned=("stride_r",),
         ones=("stride_p",),
     )
@@ -195,8 +201,9 @@ def _structure_launch(
             **blocks,
         },
         threads=threads,
-        registers=Registers(96, 96, 104, 88),
-        types={"scores_ptr": pointer, "k_ptr": "*i32", "prior_ptr": "*u8", "structure_ptr": "*fp32", "coverage_ptr": "*fp32"},
+        # A program serves a whole sample, so a multiprocessor seldom has two: registers are free up to what spills.
+        registers=Registers(128, 128, 128, 120),
+        types={"scores_ptr": pointer, "k_ptr": "*i64", "prior_ptr": "*u8", "structure_ptr": "*fp32", "coverage_ptr": "*fp32"},
         aligned=("stride_sb", "stride_sr", "stride_mb", "stride_mr"),
         ones=("stride_sp", "stride_mp"),
     )
@@ -206,7 +213,7 @@ def _k_arguments(k: Tensor | None, k_value: int, scores: Tensor) -> tuple[Tensor
     """The kernel's k pointer (any valid one where k is a number) and value."""
     if k is None:
         return scores, k_value
-    return k.clamp(-1, scores.shape[-1]).to(torch.int32).contiguous(), k_value  # clamped first: int64 may not fit
+    return k.contiguous(), k_value
 
 
 @torch.library.custom_op("focusdpo::topk_mask", mutates_args=())

@@ -88,7 +88,7 @@ def _cosine(a: Tensor, b: Tensor) -> Tensor:
 def finish_similarity(total: Tensor, total_weight: float, reference_mask: Tensor) -> Tensor:
     """E4's average over layers; a subject without a reference token gets -inf."""
     absent = (reference_mask == 0).all(-1, keepdim=True)  # [B, R, 1]
-    return (total / total_weight).masked_fill(absent, -math.inf)
+    return (total / total_weight).masked_fill_(absent, -math.inf)  # in place: the quotient is nobody else's
 
 
 def cross_layer_similarity(
@@ -116,7 +116,9 @@ def topk_mask(scores: Tensor, k: int | Tensor) -> Tensor:
 
 
 def binary_prior(prior: Tensor) -> Tensor:
-    """A prior as bool: booleans and integers where not 0, floats where above one half."""
+    """A prior as bool: booleans as they are, integers where not 0, floats where above one half."""
+    if prior.dtype == torch.bool:
+        return prior
     return prior > 0.5 if prior.is_floating_point() else prior != 0
 
 

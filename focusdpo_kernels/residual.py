@@ -23,6 +23,7 @@ from focusdpo_kernels.residual_kernels import (
     REDUCTIONS,
     ROWS,
     SUMS,
+    ZEROS,
     backward_launch,
     finish_launch,
     forward_launch,
@@ -69,17 +70,19 @@ def preference_residual_op(
     gamma: float,
     reduction: str,
     mask_power: int,
-) -> Tensor:
-    """[ROWS, B] fp32: the values of PreferenceResidual, then the scales of winner and loser.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """fp32: policy_win, policy_lose and margin [B], and the rest [ROWS, B], which carries no gradient.
 
+    They are separate because PyTorch would gather the gradients of one tensor's rows by ten small kernels.
     `fields` is empty, or entropy, prior (uint8), extremes and coverage, with M_s as both weights.
     """
     predictions = [_by_sample(x) for x in (policy_win, policy_lose, reference_win, reference_lose, target_win, target_lose)]
     batch = policy_win.shape[0]
     elements, patches, inner, height = _sizes(policy_win)
-    out = torch.empty((ROWS, batch), dtype=torch.float32, device=policy_win.device)
+    win, lose, margin = (torch.empty((batch,), dtype=torch.float32, device=policy_win.device) for _ in range(3))
+    rest = torch.empty((ROWS, batch), dtype=torch.float32, device=policy_win.device)
     if batch == 0:
-        return out
+        return win, lose, margin, rest
     splits = max(min(triton.cdiv(elements, BLOCK), MAX_SPLITS), 1)
     partial = torch.empty((batch, splits, SUMS), dtype=torch.float32, device=policy_win.device)
     mask, weights = _mask_arguments(weight_win, weight_lose, fields, partial)
@@ -88,19 +91,24 @@ def preference_residual_op(
         strides = [x.stride(0) for x in predictions]
         sizes = (elements, patches, splits, inner, height, *strides)
         forward((batch, splits), *predictions, *weights, partial, *sizes, tau, gamma)
-        finish_launch(splits, reduction)((batch,), partial, out, elements, batch, splits)
-    return out
+        finish_launch(splits, reduction)((batch,), partial, win, lose, margin, rest, elements, batch, splits)
+    return win, lose, margin, rest
 
 
 @preference_residual_op.register_fake
 def _(policy_win, *args):
-    return policy_win.new_empty((ROWS, policy_win.shape[0]), dtype=torch.float32)
+    batch = policy_win.shape[0]
+    return *(policy_win.new_empty((batch,), dtype=torch.float32) for _ in range(3)), policy_win.new_empty(
+        (ROWS, batch), dtype=torch.float32
+    )
 
 
 @torch.library.custom_op("focusdpo::preference_residual_backward", mutates_args=())
 def preference_residual_backward_op(
-    grad: Tensor,
-    result: Tensor,
+    policy_win_grad: Tensor | None,
+    policy_lose_grad: Tensor | None,
+    margin_grad: Tensor | None,
+    rest: Tensor,
     policy_win: Tensor,
     policy_lose: Tensor,
     target_win: Tensor,
@@ -118,31 +126,33 @@ def preference_residual_backward_op(
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (policy_win, policy_lose)]
     if batch * elements == 0:
         return grads[0], grads[1]
-    mask, weights = _mask_arguments(weight_win, weight_lose, fields, result)
+    mask, weights = _mask_arguments(weight_win, weight_lose, fields, rest)
     backward = backward_launch(tuple(x.dtype for x in predictions), mask, policy_win.ndim == 4, mask_power)
     with device_guard(policy_win):
-        tensors = (grad, result, *predictions, *weights, *grads)
-        strides = (*grad.stride(), *(x.stride(0) for x in predictions))
+        incoming = [rest[ZEROS] if x is None else x for x in (policy_win_grad, policy_lose_grad, margin_grad)]
+        tensors = (*incoming, rest, *predictions, *weights, *grads)
+        strides = [x.stride(0) for x in (*incoming, *predictions)]
         sizes = (elements, patches, batch, inner, height, *strides)
         backward((batch, triton.cdiv(elements, BLOCK)), *tensors, *sizes, tau, gamma)
     return grads[0], grads[1]
 
 
 @preference_residual_backward_op.register_fake
-def _(grad, result, policy_win, policy_lose, *args):
+def _(policy_win_grad, policy_lose_grad, margin_grad, rest, policy_win, policy_lose, *args):
     return policy_win.new_empty(policy_win.shape), policy_lose.new_empty(policy_lose.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     policy_win, policy_lose, _, _, target_win, target_lose, weight_win, weight_lose, fields, tau, gamma, _, mask_power = inputs
-    ctx.save_for_backward(output, policy_win, policy_lose, target_win, target_lose, weight_win, weight_lose, *fields)
+    ctx.set_materialize_grads(False)  # a result that nobody used costs no kernel that fills its gradient with zeros
+    ctx.save_for_backward(output[3], policy_win, policy_lose, target_win, target_lose, weight_win, weight_lose, *fields)
     ctx.settings = (tau, gamma, mask_power)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, win: Tensor | None, lose: Tensor | None, margin: Tensor | None, _: None) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
     fields = list(saved[7:])
-    grad_win, grad_lose = preference_residual_backward_op(grad, *saved[:7], fields, *ctx.settings)
+    grad_win, grad_lose = preference_residual_backward_op(win, lose, margin, *saved[:7], fields, *ctx.settings)
     return grad_win, grad_lose, *[None] * 6, [None] * len(fields), *[None] * 4
 
 
@@ -246,6 +256,9 @@ def preference_residual(
         return spec.preference_residual(*values, weight_win, weight_other, reduction, mask_power)
     if weight_win is not None and weight_other is not None:
         weight_win, weight_other = (w.to(torch.float32).contiguous() for w in (weight_win, weight_other))
-    rows = preference_residual_op(*values, weight_win, weight_other, fields, tau, gamma, reduction, mask_power).unbind(0)
-    gradient_free = [row.detach() for row in rows]
-    return PreferenceResidual(rows[0], rows[1], gradient_free[2], gradient_free[3], rows[4], gradient_free[5], gradient_free[6])
+    arguments = (*values, weight_win, weight_other, fields, tau, gamma, reduction, mask_power)
+    policy_win_error, policy_lose_error, margin, rest = preference_residual_op(*arguments)
+    reference_win_error, reference_lose_error, winner_norm, inner = rest.detach()[:4].unbind(0)
+    return PreferenceResidual(
+        policy_win_error, policy_lose_error, reference_win_error, reference_lose_error, margin, winner_norm, inner
+    )

@@ -26,7 +26,11 @@ BLOCK = 2048
 LANES = 8  # elements of a thread: 16 bytes of fp16 or bf16
 MAX_SPLITS = 128
 SUMS = 10  # columns of a split's partial sums
-ROWS = 9  # rows of the result: the seven fields of PreferenceResidual, then the scales of winner and loser
+# Rows of the results without a gradient: reference_win, reference_lose, winner_norm, inner of PreferenceResidual, the scales of
+# winner and loser, and zeros, which the backward pass reads in place of a gradient that nobody asked for.
+ROWS = 7
+WIN_SCALE, LOSE_SCALE, ZEROS = 4, 5, 6
+SCALES = {"WIN_SCALE": WIN_SCALE, "LOSE_SCALE": LOSE_SCALE}
 
 
 @triton.jit
@@ -204,13 +208,19 @@ def _total(partial_ptr, column: tl.constexpr, offs, SPLITS, COLUMNS: tl.constexp
 @triton.jit(do_not_specialize=["E", "B", "SPLITS"])
 def _finish_kernel(
     partial_ptr,  # [B, SPLITS, SUMS] fp32
-    out_ptr,  # [ROWS, B] fp32
+    policy_win_ptr,
+    policy_lose_ptr,
+    margin_ptr,  # three [B] fp32
+    rest_ptr,  # [ROWS, B] fp32
     E,
     B,
     SPLITS,
     REDUCTION: tl.constexpr,
     COLUMNS: tl.constexpr,
     SPLITS_PAD: tl.constexpr,
+    WIN_SCALE: tl.constexpr,
+    LOSE_SCALE: tl.constexpr,
+    ZEROS: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, SPLITS_PAD)
@@ -224,23 +234,26 @@ def _finish_kernel(
         count = tl.maximum(E, 1).to(tl.float32)
         win = tl.div_rn(1.0, count) if REDUCTION == "mean" else count / count
         lose = win
-    out = out_ptr + b
-    tl.store(out, _total(partial, 0, offs, SPLITS, COLUMNS) * win)
-    tl.store(out + B, _total(partial, 1, offs, SPLITS, COLUMNS) * lose)
-    tl.store(out + 2 * B, _total(partial, 2, offs, SPLITS, COLUMNS) * win)
-    tl.store(out + 3 * B, _total(partial, 3, offs, SPLITS, COLUMNS) * lose)
+    tl.store(policy_win_ptr + b, _total(partial, 0, offs, SPLITS, COLUMNS) * win)
+    tl.store(policy_lose_ptr + b, _total(partial, 1, offs, SPLITS, COLUMNS) * lose)
     margin = _total(partial, 4, offs, SPLITS, COLUMNS) * win - _total(partial, 5, offs, SPLITS, COLUMNS) * lose
-    tl.store(out + 4 * B, margin)
-    tl.store(out + 5 * B, _total(partial, 6, offs, SPLITS, COLUMNS) * win * win)
-    tl.store(out + 6 * B, _total(partial, 7, offs, SPLITS, COLUMNS) * win * lose)
-    tl.store(out + 7 * B, win)
-    tl.store(out + 8 * B, lose)
+    tl.store(margin_ptr + b, margin)
+    rest = rest_ptr + b
+    tl.store(rest, _total(partial, 2, offs, SPLITS, COLUMNS) * win)
+    tl.store(rest + B, _total(partial, 3, offs, SPLITS, COLUMNS) * lose)
+    tl.store(rest + 2 * B, _total(partial, 6, offs, SPLITS, COLUMNS) * win * win)
+    tl.store(rest + 3 * B, _total(partial, 7, offs, SPLITS, COLUMNS) * win * lose)
+    tl.store(rest + WIN_SCALE * B, win)
+    tl.store(rest + LOSE_SCALE * B, lose)
+    tl.store(rest + ZEROS * B, 0.0)
 
 
-@triton.jit(do_not_specialize=["P", "B", "HEIGHT", "stride_gr", "stride_gb"])
+@triton.jit(do_not_specialize=["P", "B", "HEIGHT", "stride_gw", "stride_gl", "stride_gm"])
 def _backward_kernel(
-    grad_ptr,  # [ROWS, B] fp32, any strides
-    result_ptr,  # [ROWS, B] fp32, the forward's
+    policy_win_grad_ptr,
+    policy_lose_grad_ptr,
+    margin_grad_ptr,  # three [B] fp32, any strides
+    rest_ptr,  # [ROWS, B] fp32, the forward's
     policy_win_ptr,
     policy_lose_ptr,
     target_win_ptr,
@@ -258,8 +271,9 @@ def _backward_kernel(
     B,
     INNER,
     HEIGHT,
-    stride_gr,
-    stride_gb,
+    stride_gw,
+    stride_gl,
+    stride_gm,
     stride_pw,
     stride_pl,
     stride_tw,
@@ -270,16 +284,17 @@ def _backward_kernel(
     FIELDS: tl.constexpr,
     LATENT: tl.constexpr,
     POWER: tl.constexpr,
+    WIN_SCALE: tl.constexpr,
+    LOSE_SCALE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     valid = offs < E
-    grad = grad_ptr + b * stride_gb
-    margin = tl.load(grad + 4 * stride_gr)
+    margin = tl.load(margin_grad_ptr + b * stride_gm)
     # d margin / d policy is d e / d policy for the winner, and its negative for the loser.
-    win = 2 * (tl.load(grad) + margin) * tl.load(result_ptr + 7 * B + b)
-    lose = 2 * (tl.load(grad + stride_gr) - margin) * tl.load(result_ptr + 8 * B + b)
+    win = 2 * (tl.load(policy_win_grad_ptr + b * stride_gw) + margin) * tl.load(rest_ptr + WIN_SCALE * B + b)
+    lose = 2 * (tl.load(policy_lose_grad_ptr + b * stride_gl) - margin) * tl.load(rest_ptr + LOSE_SCALE * B + b)
     if HAS_WEIGHT:
         m_win, m_lose = _masks(
             weight_win_ptr,
@@ -330,7 +345,7 @@ def forward_launch(dtypes: tuple[torch.dtype, ...], mask: str, latent: bool, pow
         _forward_kernel,
         {**_mask_constants(mask, latent, power), "COLUMNS": SUMS, "LANES": LANES, "BLOCK": BLOCK},
         threads=256,
-        registers=Registers(136, 120, 128, 152),
+        registers=Registers(136, 128, 128, 160),
         types={**types, **MASK_TYPES, "partial_ptr": "*fp32"},
         aligned=("E", "INNER", "stride_pw", "stride_pl", "stride_rw", "stride_rl", "stride_tw", "stride_tl"),
     )
@@ -339,10 +354,11 @@ def forward_launch(dtypes: tuple[torch.dtype, ...], mask: str, latent: bool, pow
 def finish_launch(splits: int, reduction: str) -> Launch:
     return Launch(
         _finish_kernel,
-        {"REDUCTION": reduction, "COLUMNS": SUMS, "SPLITS_PAD": next_power_of_2(splits)},
+        {"REDUCTION": reduction, "COLUMNS": SUMS, "SPLITS_PAD": next_power_of_2(splits), **SCALES, "ZEROS": ZEROS},
         threads=32,
-        registers=Registers(24, 24, 24, 16),
-        types={"partial_ptr": "*fp32", "out_ptr": "*fp32"},
+        # A multiprocessor takes 32 programs at most, and these are one warp each: up to 64 registers cost nothing.
+        registers=Registers(32, 32, 32, 16),
+        types=dict.fromkeys(("partial_ptr", "policy_win_ptr", "policy_lose_ptr", "margin_ptr", "rest_ptr"), "*fp32"),
         # Fused, the margin's difference would round its two products differently: not antisymmetric, not 0 for equal sides.
         fp_fusion=False,
     )
@@ -353,12 +369,13 @@ def backward_launch(dtypes: tuple[torch.dtype, ...], mask: str, latent: bool, po
     pointers = [POINTERS[dtype] for dtype in dtypes]
     names = ("policy_win_ptr", "policy_lose_ptr", "target_win_ptr", "target_lose_ptr", "grad_win_ptr", "grad_lose_ptr")
     types = dict(zip(names, [*pointers, *pointers[:2]], strict=True))
+    floats = dict.fromkeys(("policy_win_grad_ptr", "policy_lose_grad_ptr", "margin_grad_ptr", "rest_ptr"), "*fp32")
     return Launch(
         _backward_kernel,
-        {**_mask_constants(mask, latent, power), "BLOCK": BLOCK},
+        {**_mask_constants(mask, latent, power), **SCALES, "BLOCK": BLOCK},
         threads=256,
         registers=Registers(72, 64, 64, 56),
-        types={**types, **MASK_TYPES, "grad_ptr": "*fp32", "result_ptr": "*fp32"},
+        types={**types, **MASK_TYPES, **floats},
         aligned=("E", "INNER", "stride_pw", "stride_pl", "stride_tw", "stride_tl"),
     )
 

@@ -12,6 +12,7 @@ from focusdpo_kernels.entropy import patch_entropy_op
 from focusdpo_kernels.fusion import fuse_focus_op
 from focusdpo_kernels.matching import structure_field_op, topk_mask_op
 from focusdpo_kernels.residual import preference_residual_backward_op, preference_residual_op
+from focusdpo_kernels.residual_kernels import ROWS
 from focusdpo_kernels.similarity import cross_layer_similarity_op
 from tests.conftest import DEVICE
 
@@ -27,6 +28,7 @@ def operators():
     prior = torch.ones(2, 6, device=DEVICE)
     weight = torch.rand(2, 6, device=DEVICE)
     plain = [x.detach() for x in predictions]
+    rows, rest = tensor(3, 2), tensor(ROWS, 2)
     fields = [weight.clone(), prior.byte(), weight[:, :2].clone(), weight[:, 0].clone()]
     return {
         "similarity": (cross_layer_similarity_op, ([tensor(2, 6, 4)], [tensor(2, 5, 4)], mask, [1.0], "reference")),
@@ -42,7 +44,11 @@ def operators():
         "residual without mask": (preference_residual_op, (*policy, *plain[2:], None, None, [], 0.0, 0.0, "masked_mean", 2)),
         "residual backward": (
             preference_residual_backward_op,
-            (tensor(9, 2), tensor(9, 2), *plain[:2], *plain[4:], weight, weight, [], 0.0, 0.0, 1),
+            (*rows[:3], rest, *plain[:2], *plain[4:], weight, weight, [], 0.0, 0.0, 1),
+        ),
+        "residual backward, margin alone": (
+            preference_residual_backward_op,
+            (None, None, rows[2], rest, *plain[:2], *plain[4:], None, None, [], 0.0, 0.0, 1),
         ),
         "residual of fields": (
             preference_residual_op,
