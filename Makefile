@@ -7,7 +7,15 @@ STAMP := $(VENV)/.installed
 # The tests are many small ones: a process per core beats threads within one.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test bench lint format inspect clean
+# The oldest supported torch and triton. Of numpy a new one: triton 3.6 alone would not run with it.
+# The oldest numpy too: make test-oldest NUMPY=1.26.4
+OLDEST := .venv-oldest
+NUMPY ?= 2.4.6
+# Tests that need torch, triton and numpy only: kernels, mask and loss, what they compile to, and their launches.
+OLDEST_TESTS := $(patsubst %,tests/test_%.py,similarity matching entropy residual mask loss accuracy ops properties errors \
+	aot stub_driver launches)
+
+.PHONY: demo test test-oldest bench lint format inspect clean
 
 $(DEMO): EXTRAS := demo
 $(STAMP): EXTRAS := demo,dev
@@ -22,10 +30,20 @@ demo: $(DEMO)  ## real photos, a tiny FLUX, the real training path: writes demo-
 test: $(STAMP)  ## all tests; without a GPU the kernels run in Triton's interpreter
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
+$(OLDEST)/.installed: constraints-oldest.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt \
+		torch triton hypothesis pytest pytest-timeout pytest-xdist scikit-image
+	touch $@
+
+test-oldest: $(OLDEST)/.installed  ## the kernels' tests with the oldest supported torch and triton
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt numpy==$(NUMPY)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) $(OLDEST_TESTS)
+
 bench: $(STAMP)  ## kernels against every peer, with a report: writes bench-output/
-	mkdir -p bench-output
-	$(BIN)/python -m pytest benchmarks --benchmark-json bench-output/result.json --benchmark-columns=median,iqr,rounds
-	$(BIN)/python -m benchmarks.report bench-output/result.json
+	rm -f bench-output/result.jsonl
+	$(BIN)/python -m pytest benchmarks/test_kernels.py --result bench-output/result.jsonl --benchmark-columns=median,iqr,rounds
+	$(BIN)/python -m benchmarks.report bench-output/result.jsonl
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -40,4 +58,4 @@ inspect: $(STAMP)  ## registers, spills and wide loads of every kernel, compiled
 	$(BIN)/python -m focusdpo_kernels.inspect
 
 clean:
-	rm -rf $(VENV) demo-output bench-output build *.egg-info
+	rm -rf $(VENV) $(OLDEST) demo-output bench-output build *.egg-info

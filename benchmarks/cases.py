@@ -27,6 +27,7 @@ from benchmarks.inputs import (
     similarity_inputs,
     step_inputs,
 )
+from benchmarks.results import COMPILE, COMPILE_MAX, EAGER, OURS, PIECES
 from focusdpo import focus_dpo_loss, focus_mask
 from focusdpo_kernels import cross_layer_similarity, patch_entropy, preference_residual, structure_field
 from focusdpo_kernels import reference as spec
@@ -81,7 +82,6 @@ class Group:
         return max(relative_error(a, e, scale) for a, e, scale in zip(actual, exact, scales, strict=True))
 
 
-OURS, EAGER, COMPILE, COMPILE_MAX, PIECES = "focusdpo", "eager", "torch.compile", "torch.compile max-autotune", "pieces"
 COMPILED = (COMPILE, COMPILE_MAX)
 LOOSE = (PIECES, "kornia", "scikit-image")
 

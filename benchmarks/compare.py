@@ -1,6 +1,6 @@
 """Says what became slower between two results of the same device; exits with 1 if something did.
 
-python -m benchmarks.compare OLD.json NEW.json [--threshold 0.05]
+python -m benchmarks.compare OLD.jsonl NEW.jsonl [--threshold 0.05]
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ def times(result: Result) -> dict[str, float]:
     """Seconds of our own cases and of the steps, by name."""
     kernels = {f"{row.group}, {row.shape}": row.median for row in result.rows if row.provider == result.ours}
     steps = {
-        f"step, {step['backbone']}, {step['setting']}, {variant['name']}": variant["seconds"]
+        f"step, {step.backbone}, {step.setting}, {timed.name}": timed.median
         for step in result.steps
-        for variant in step["variants"]
+        for timed in step.variants.values()
     }
     return kernels | steps
 

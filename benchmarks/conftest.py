@@ -1,22 +1,27 @@
-"""What goes into the suite's JSON beside pytest-benchmark's own."""
+"""Options of the suite, and what it writes: a record of each case the moment it is known (benchmarks/results.py)."""
 
 from __future__ import annotations
 
-import datetime
-import functools
-import os
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from benchmarks.cases import GROUPS
 from benchmarks.inputs import NAMED
-from benchmarks.machine import DEVICE, commit_info, machine_info
+from benchmarks.machine import BROKEN_DEVICE, DEVICE, commit_id, device_is_broken, machine_info
+from benchmarks.results import Recorder, read_records
 from benchmarks.timing import measure_limits
+
+_RECORDER = pytest.StashKey[Recorder]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--shape", action="append", help="only these shapes, by name (may be repeated)")
+    parser.addoption("--shape", action="append", help="only these shapes, by name and in this order (may be repeated)")
+    providers = list(dict.fromkeys(name for group in GROUPS for name in group.providers))
+    parser.addoption("--provider", action="append", choices=providers, help="only these providers (may be repeated)")
     parser.addoption(
         "--compile-shape",
         action="append",
@@ -24,25 +29,70 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="torch.compile at these shapes only, by name (may be repeated; default: all named shapes)",
     )
     parser.addoption("--no-sweep", action="store_true", help="named shapes only")
+    parser.addoption("--only-sweep", action="store_true", help="only the shapes that vary one size at a time")
+    parser.addoption(
+        "--result", type=Path, help="file to append records to; cases that have ended in it are left out, so a run can go on"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_RECORDER] = recorder = Recorder(config.getoption("--result"))
+    if recorder.path is None or config.option.collectonly:
+        return
+    try:
+        recorder.open_run(machine_info(), commit_id())
+    except ValueError as error:
+        raise pytest.UsageError(f"--result: {error}") from error
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    ended = config.stash[_RECORDER].ended()
+    config.hook.pytest_deselected(items=[item for item in items if _case(item) in ended])
+    items[:] = [item for item in items if _case(item) not in ended]
+
+
+def _case(item: pytest.Item) -> str:
+    return item.name.partition("[")[2].rstrip("]")
 
 
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
-    return machine_info()
-
-
-def pytest_benchmark_generate_commit_info(config: pytest.Config) -> dict[str, Any]:
-    return commit_info()
-
-
-@functools.cache
-def limits() -> dict[str, Any]:
-    return measure_limits(DEVICE).as_dict()
+    return machine_info()  # without the names of a machine
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _limits_first() -> None:
+def _limits_first(pytestconfig: pytest.Config) -> None:
     """A device that breaks later cannot tell its limits any more."""
-    limits()
+    recorder = pytestconfig.stash[_RECORDER]
+    if recorder.path is not None and not any(r["kind"] == "limits" for r in read_records(recorder.path)):
+        recorder.append("limits", **measure_limits(DEVICE).as_dict())
+
+
+@pytest.fixture
+def case(request: pytest.FixtureRequest) -> str:
+    """The name of the running case, which has begun."""
+    name = _case(request.node)
+    request.config.stash[_RECORDER].append("begin", case=name)
+    return name
+
+
+@pytest.fixture(scope="session")
+def recorder(pytestconfig: pytest.Config) -> Recorder:
+    return pytestconfig.stash[_RECORDER]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    report = yield
+    if call.excinfo is not None:
+        kind = "skipped" if report.skipped else "failed"
+        item.config.stash[_RECORDER].append(kind, case=_case(item), why=call.excinfo.exconly()[:2000])
+    return report
+
+
+def pytest_runtest_logfinish(nodeid: str, location: Any) -> None:
+    """After an error that the device does not recover from, every other case of this process would fail as well."""
+    if DEVICE.type == "cuda" and device_is_broken():
+        pytest.exit(f"{torch.cuda.get_device_name()} is lost to this process", returncode=BROKEN_DEVICE)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -51,13 +101,3 @@ def pytest_benchmark_generate_json(benchmarks: list[Any]) -> Generator[None, dic
         if not one.stats.data:  # interrupted before its first round
             one.has_error = True
     return (yield)
-
-
-def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
-    output_json["limits"] = limits()
-    output_json["tests"] = os.environ.get("BENCH_TESTS", "")
-    output_json["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
-    for one in output_json["benchmarks"]:
-        one["stats"].pop("data", None)
-        for repeated in ("params", "param", "fullname", "options"):
-            one.pop(repeated, None)

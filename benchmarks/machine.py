@@ -1,7 +1,8 @@
-"""The device that is measured, and what a result says of it."""
+"""The device that is measured on, in a result's words."""
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 from typing import Any
@@ -11,6 +12,7 @@ import triton
 from pytest_benchmark.utils import get_commit_info
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BROKEN_DEVICE = 70  # exit status of a process whose device is lost to it, while another process may still use it
 
 
 def device_name(device: torch.device) -> str:
@@ -35,10 +37,32 @@ def machine_info(device: torch.device = DEVICE) -> dict[str, Any]:
             "multiprocessors": properties.multi_processor_count,
             "l2_mib": properties.L2_cache_size / 2**20,
             "memory_gib": round(properties.total_memory / 2**30, 1),
+            "driver": _driver(),
         }
     return info
 
 
-def commit_info() -> dict[str, Any]:
+@functools.cache
+def _driver() -> str | None:
+    """Version of the driver, where NVIDIA's library tells it."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except Exception:
+        return None
+
+
+def commit_id() -> str | None:
     """The commit that is measured; BENCH_COMMIT names it where there is no repository."""
-    return {"id": os.environ.get("BENCH_COMMIT") or get_commit_info().get("id")}
+    return os.environ.get("BENCH_COMMIT") or get_commit_info().get("id")
+
+
+def device_is_broken() -> bool:
+    """Whether this process can use its GPU no more: after an illegal access or a failed assertion every call fails."""
+    try:
+        torch.cuda.synchronize()
+        return bool(torch.ones(1, device="cuda").item() != 1)
+    except RuntimeError:
+        return True

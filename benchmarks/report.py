@@ -1,13 +1,15 @@
-"""Draws a result: a roofline, bars against the peers, scaling curves, and a Markdown table.
+"""Draws a result: a roofline, bars against the peers, scaling curves, training steps, and Markdown tables.
 
-python -m benchmarks.report RESULT.json [--out FOLDER]
+python -m benchmarks.report RESULT.jsonl [--out FOLDER]
+
+A result that was cut short is drawn as far as it goes.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,23 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # after the choice of a backend without a display
 import numpy as np
+from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from benchmarks.cases import COMPILE, COMPILE_MAX, EAGER, OURS, PIECES
-from benchmarks.results import Result, Row, read_result
+from benchmarks.results import (
+    COMPILE,
+    COMPILE_MAX,
+    EAGER,
+    FOCUS_STEP,
+    OURS,
+    PIECES,
+    PLAIN_STEP,
+    Interval,
+    Result,
+    Row,
+    Step,
+    read_result,
+)
 
 COLOURS = {
     OURS: "#0b5394",
@@ -30,40 +45,34 @@ COLOURS = {
     "kornia": "#999999",
     "scikit-image": "#666666",
 }
-MARKERS = dict(zip(COLOURS, "osvDPX*", strict=True))
+GROUP_MARKERS = "osD^vP*Xd"
+ON_CPU = "Times of a CPU: they say nothing about a GPU, and the Triton kernels are not among them."
 
 
 def draw_roofline(result: Result, path: Path) -> None:
     """Bytes that have to move per second, over those bytes, below what the device can do."""
     rows = [row for row in result.rows if row.sweep is None]
+    if not rows:
+        return
     figure, axes = plt.subplots(figsize=(9, 5.5))
     x = np.geomspace(min(row.bytes for row in rows) / 2, max(row.bytes for row in rows) * 2, 200)
+    handles = []
     if result.copy_bandwidth:
         roof = np.full_like(x, result.copy_bandwidth)
         if result.empty_launch:
             roof = np.minimum(roof, x / result.empty_launch)
-        name = "copy bandwidth" + (" and one empty launch" if result.empty_launch else "")
-        axes.plot(x, roof / 1e9, color="black", linewidth=1.5, label=f"limit: {name}")
-    for provider in _providers(result):
-        own = [row for row in rows if row.provider == provider]
-        if own:
-            axes.scatter(
-                [row.bytes for row in own],
-                [row.bandwidth / 1e9 for row in own],
-                color=COLOURS[provider],
-                marker=MARKERS[provider],
-                s=30,
-                alpha=0.85,
-                label=provider,
-            )
-    best: dict[str, Row] = {}
+        name = "limit: copy bandwidth" + (" and one empty launch" if result.empty_launch else "")
+        handles += axes.plot(x, roof / 1e9, color="black", linewidth=1.5, label=name)
+    markers = dict(zip(result.groups(), GROUP_MARKERS, strict=False))
     for row in rows:
-        if row.provider == result.ours and row.bytes >= best.get(row.group, row).bytes:
-            best[row.group] = row
-    for row in best.values():
-        axes.annotate(row.group, (row.bytes, row.bandwidth / 1e9), (5, 4), textcoords="offset points", fontsize=7)
-    axes.set(xscale="log", yscale="log", xlabel="bytes that have to move", ylabel="GB/s of those bytes")
-    _finish(figure, axes, result, path)
+        style = {"color": COLOURS[row.provider], "marker": markers[row.group], "linestyle": "none", "alpha": 0.85}
+        axes.plot(row.bytes, row.bandwidth / 1e9, markersize=6, **style)
+    # Colours say who, shapes say what: names beside the points would lie on each other.
+    handles += [Line2D([], [], color=COLOURS[p], marker="s", linestyle="none", label=p) for p in _providers(result)]
+    handles += [Line2D([], [], color="grey", marker=m, linestyle="none", label=group) for group, m in markers.items()]
+    axes.set(xscale="log", yscale="log", xlabel="bytes that have to move", ylabel="GB/s of those bytes (higher is better)")
+    axes.legend(handles=handles, fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    _save(figure, result, path)
 
 
 def draw_peers(result: Result, path: Path) -> None:
@@ -78,15 +87,21 @@ def draw_peers(result: Result, path: Path) -> None:
     if not shown:
         return
     figure, axes = plt.subplots(figsize=(9, 0.75 * len(shown) + 1.5))
-    height = 0.8 / len(_providers(result))
-    for i, provider in enumerate(_providers(result)):
+    providers = [p for p in _providers(result) if any(p in ratios for ratios in shown)]
+    height = 0.8 / len(providers)
+    for i, provider in enumerate(providers):
         places = [(y, ratios[provider]) for y, ratios in enumerate(shown) if provider in ratios]
-        axes.barh([y + i * height for y, _ in places], [r for _, r in places], height, color=COLOURS[provider], label=provider)
+        widths = [ratio for _, ratio in places]
+        bars = axes.barh([y + i * height for y, _ in places], widths, height, color=COLOURS[provider], label=provider)
+        axes.bar_label(bars, fmt=lambda ratio: f"{ratio:.3g}x", fontsize=6, padding=2)
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks(np.arange(len(shown)) + 0.4, labels, fontsize=7)
-    axes.set_ylim(len(shown), -0.2)
-    axes.set(xscale="log", xlabel=f"time relative to {result.ours} (less is faster)")
-    _finish(figure, axes, result, path)
+    axes.set_yticks(np.arange(len(shown)) + 0.4 - height / 2, labels, fontsize=7)
+    axes.set_ylim(len(shown), -0.3)
+    axes.margins(x=0.12)
+    axes.set(xscale="log", xlabel=f"time relative to {result.ours} (shorter is faster)")
+    axes.legend(fontsize=7, loc="best")
+    axes.grid(alpha=0.25, axis="x")
+    _save(figure, result, path)
 
 
 def draw_scaling(result: Result, path: Path) -> None:
@@ -96,7 +111,7 @@ def draw_scaling(result: Result, path: Path) -> None:
         return
     columns = 3
     lines = -(-len(pairs) // columns)
-    figure, grid = plt.subplots(lines, columns, figsize=(11, 2.7 * lines), squeeze=False)
+    figure, grid = plt.subplots(lines, columns, figsize=(11, 2.7 * lines + 0.6), squeeze=False)
     for axes in grid.flat[len(pairs) :]:
         axes.remove()
     handles: dict[str, Any] = {}
@@ -107,109 +122,205 @@ def draw_scaling(result: Result, path: Path) -> None:
             if rows:
                 x, y = [row.sizes[size] for row in rows], [row.median * 1e6 for row in rows]
                 error = [row.spread * 1e6 / 2 for row in rows]
-                style = {"color": COLOURS[provider], "marker": MARKERS[provider], "markersize": 4}
+                style = {"color": COLOURS[provider], "marker": "o", "markersize": 4}
                 handles[provider] = axes.errorbar(x, y, error, **style)
         others = ", ".join(f"{name}={value}" for name, value in swept[0].sizes.items() if name != size)
         axes.set_title(f"{group}\n{others}", fontsize=7)
-        axes.set(xscale="log", yscale="log", xlabel=size, ylabel="microseconds")
+        axes.set(xscale="log", yscale="log", xlabel=size, ylabel="microseconds (lower is better)")
+        axes.xaxis.label.set_size(7)
+        axes.yaxis.label.set_size(7)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xticks(values := sorted({row.sizes[size] for row in swept}), [str(value) for value in values])
-        axes.tick_params(labelsize=7, which="both")
-    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(handles), fontsize=8, frameon=False)
-    figure.suptitle(result.title, fontsize=9)
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.25)
+    figure.legend(handles.values(), handles, loc="lower center", ncols=len(handles), fontsize=8)
+    _save(figure, result, path, bottom=0.05)
 
 
 def draw_steps(result: Result, path: Path) -> None:
-    """Seconds and peak memory of each variant of a training step."""
-    if not result.steps:
+    """Seconds and peak memory of each variant of a training step, and what the focus costs."""
+    steps = [step for step in result.steps if step.variants]
+    if not steps:
         return
-    figure, grid = plt.subplots(len(result.steps), 2, figsize=(10, 0.42 * sum(len(s["variants"]) + 3 for s in result.steps)))
-    for (left, right), step in zip(np.reshape(grid, (-1, 2)), result.steps, strict=True):
-        names = [v["name"] for v in step["variants"]]
-        values = [(left, [v["seconds"] for v in step["variants"]], "seconds per step")]
-        if all(v["peak_memory"] is not None for v in step["variants"]):
-            values.append((right, [v["peak_memory"] / 2**30 for v in step["variants"]], "peak memory, GiB"))
+    heights = [len(step.variants) + 2.5 for step in steps]
+    figure, grid = plt.subplots(len(steps), 2, figsize=(11, 0.38 * sum(heights) + 0.8), height_ratios=heights, squeeze=False)
+    for (left, right), step in zip(grid, steps, strict=True):
+        timed = list(step.variants.values())
+        names = [variant.name for variant in timed]
+        colours = [COLOURS[OURS] if "this library" in name else "#9fc5e8" for name in names]
+        bars = left.barh(names, [v.median for v in timed], xerr=[v.spread / 2 for v in timed], color=colours)
+        left.bar_label(bars, labels=[f"{v.median:.4g} s{_more(step, v.name)}" for v in timed], fontsize=7, padding=3)
+        left.set_xlabel("seconds per step (lower is better)", fontsize=8)
+        left.set_title(f"{step.backbone}: {step.setting}", fontsize=8, loc="left")
+        memory = [(v.peak_memory or 0) / 2**30 for v in timed]
+        if any(memory):
+            right.bar_label(right.barh(names, memory, color=colours), fmt="%.4g", fontsize=7, padding=3)
+            if "estimated_memory" in step.facts:
+                estimate = step.facts["estimated_memory"] / 2**30
+                right.axvline(estimate, color="black", linewidth=0.8, linestyle="--")
+                right.set_title(f"dashed: estimate of `focusdpo models`, {estimate:.4g} GiB", fontsize=7, loc="right")
+            right.set_xlabel("peak memory, GiB (lower is better)", fontsize=8)
+            right.set_yticks([])
         else:
             right.set_axis_off()  # a CPU's is not measured
-        for axes, bars, label in values:
-            drawn = axes.barh(names, bars, color=[COLOURS[OURS] if "this library" in n else "#9fc5e8" for n in names])
-            axes.bar_label(drawn, fmt="%.4g", fontsize=7, padding=2)
+        for axes in (left, right):
             axes.invert_yaxis()
-            axes.margins(x=0.15)
-            axes.set_xlabel(label, fontsize=8)
+            axes.margins(x=0.3)
             axes.tick_params(labelsize=7)
-        right.set_yticks([])
-        left.set_title(f"{step['backbone']}, {step['setting']}", fontsize=8, loc="left")
-    figure.suptitle(result.title, fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    _save(figure, result, path)
+
+
+def _more(step: Step, name: str) -> str:
+    """A variant's overhead over the plain step, where they took turns."""
+    overhead = step.overhead(name)
+    if name == PLAIN_STEP or overhead is None:
+        return ""
+    return f"  ({100 * overhead.median / step.variants[PLAIN_STEP].median:+.2f} %)"
 
 
 def markdown(result: Result) -> str:
     """The tables."""
     lines = [f"# {result.title}", ""]
-    if result.copy_bandwidth:
-        limits = f"Measured in the same run: copy {result.copy_bandwidth / 1e9:.0f} GB/s (read plus written)"
-        if result.empty_launch:
-            limits += f", empty launch {result.empty_launch * 1e6:.2f} us"
-        lines += [f"{limits}.", ""]
-    if result.tests:
-        lines += [f"**{result.tests}**", ""]
-    if result.machine["device_type"] == "cpu":
-        lines += ["These are times of a CPU. They say nothing about a GPU, and the Triton kernels are not among them.", ""]
+    if result.on_cpu:
+        lines += [f"**{ON_CPU}**", ""]
+    lines += [*_tests(result), *_limits(result)]
     for group in result.groups():
         formula = next(row.formula for row in result.rows if row.group == group)
         lines += [f"## {group}", "", f"Bytes that have to move per pair: {formula} (pixels and scores fp32, states bf16).", ""]
-        lines += ["| shape | provider | time | spread | GB/s | of copy | vs ours | launches | extra memory | error | timing |"]
-        lines += ["|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---|", *_table_rows(result, group), ""]
+        lines += [*_table(KERNEL_COLUMNS, [row for row in result.rows if row.group == group], result), ""]
     for step in result.steps:
-        lines += [f"## Step: {step['backbone']}, {step['setting']}", ""]
-        lines += ["| variant | s per step | spread | vs first | in the focus part | pairs/s | peak memory, GiB |"]
-        lines += ["|---|---:|---:|---:|---:|---:|---:|"]
-        first = step["variants"][0]["seconds"]
-        for v in step["variants"]:
-            memory = "-" if v["peak_memory"] is None else f"{v['peak_memory'] / 2**30:.3f}"
-            share = "-" if v["focus_share"] is None else f"{100 * v['focus_share']:.2f} %"
-            ratio = v["seconds"] / first
-            cells = (
-                v["name"],
-                f"{v['seconds']:.4f}",
-                f"{v['spread']:.4f}",
-                f"{ratio:.4f}",
-                share,
-                f"{v['pairs_per_second']:.3f}",
-            )
-            lines.append(f"| {' | '.join(cells)} | {memory} |")
-        lines.append("")
+        lines += [f"## Step: {step.backbone}, {step.setting}", "", *_step(step), ""]
+    if result.variants:
+        lines += ["## Launch configurations", "", *_variants(result), ""]
+    if result.failed:
+        lines += ["## Gave no number", ""]
+        lines += [f"- {failed['case']}: {failed['why'].splitlines()[0]}" for failed in result.failed] + [""]
+    if result.parts:
+        lines += ["## How the run went", "", "| part | ended | seconds | at most |", "|---|---|---:|---:|"]
+        lines += [
+            f"| {p['name']} | {p.get('ended', 'cut short')} | {p.get('seconds', '-')} | {p.get('limit', 0):.0f} |"
+            for p in result.parts
+        ] + [""]
     return "\n".join(lines)
 
 
-def _table_rows(result: Result, group: str) -> Iterator[str]:
-    for row in (row for row in result.rows if row.group == group):
-        ours = result.times(group, row.shape).get(result.ours)
-        copy = f"{100 * row.bandwidth / result.copy_bandwidth:.0f} %" if result.copy_bandwidth else "-"
-        cells = (
-            row.shape,
-            row.provider,
-            _time(row.median),
-            f"{100 * row.spread / row.median:.0f} %",
-            f"{row.bandwidth / 1e9:.1f}",
-            copy,
-            f"{row.median / ours.median:.2f}x" if ours else "-",
-            "-" if row.launches is None else str(row.launches),
-            "-" if row.extra_memory is None else f"{row.extra_memory / 2**20:.2f} MiB",
-            f"{row.error:.0e}",
-            row.method + ("" if row.cold or result.machine["device_type"] == "cpu" else ", inputs in the cache"),
-        )
-        yield f"| {' | '.join(cells)} |"
+def _tests(result: Result) -> list[str]:
+    if not result.tests:
+        return []
+    counts = ", ".join(f"{len(tests)} {outcome}" for outcome, tests in sorted(result.tests.items(), key=lambda t: -len(t[1])))
+    red = result.tests.get("failed", [])
+    text = f"Tests of this run: {counts}." + (" Times below passed the gates of their own cases." if red else "")
+    lines = [f"**{text}**" if red else text, ""]
+    lines += [f"- {test['case']}: {test.get('why', '').splitlines()[0][:300]}" for test in red]
+    return [*lines, ""] if red else lines
+
+
+def _limits(result: Result) -> list[str]:
+    if not result.copy_bandwidth:
+        return []
+    text = f"Measured in the same run: copy {_significant(result.copy_bandwidth / 1e9)} GB/s (read plus written)"
+    if result.empty_launch:
+        text += f", empty launch {result.empty_launch * 1e6:.2f} us"
+    return [f"{text}.", ""]
+
+
+Column = tuple[str, Callable[[Row, Result], str | None]]
+KERNEL_COLUMNS: tuple[Column, ...] = (
+    ("shape", lambda row, result: row.shape),
+    ("provider", lambda row, result: row.provider),
+    ("time (lower is better)", lambda row, result: _time(row.median)),
+    ("spread", lambda row, result: f"{100 * row.spread / row.median:.0f} %"),
+    ("GB/s (higher is better)", lambda row, result: _significant(row.bandwidth / 1e9)),
+    (
+        "of copy",
+        lambda row, result: f"{100 * row.bandwidth / result.copy_bandwidth:.1f} %" if result.copy_bandwidth else None,
+    ),
+    ("time vs ours", lambda row, result: _against_ours(row, result)),
+    ("launches", lambda row, result: None if row.launches is None else str(row.launches)),
+    ("extra memory", lambda row, result: None if row.extra_memory is None else f"{row.extra_memory / 2**20:.2f} MiB"),
+    ("error", lambda row, result: f"{row.error:.0e}"),
+    ("timing", lambda row, result: row.method + ("" if row.cold or result.on_cpu else ", inputs in the cache")),
+)
+
+
+def _against_ours(row: Row, result: Result) -> str | None:
+    ours = result.times(row.group, row.shape).get(result.ours)
+    return f"{row.median / ours.median:.2f}x" if ours else None
+
+
+def _table(columns: Sequence[Column], rows: Sequence[Row], result: Result) -> Iterator[str]:
+    """A Markdown table of the columns in which something was measured."""
+    cells = [[value(row, result) for row in rows] for _, value in columns]
+    kept = [i for i, column in enumerate(cells) if any(cell is not None for cell in column)]
+    yield "| " + " | ".join(columns[i][0] for i in kept) + " |"
+    yield "|" + "".join("---|" if i < 2 else "---:|" for i in kept)
+    for r in range(len(rows)):
+        yield "| " + " | ".join(cells[i][r] or "-" for i in kept) + " |"
+
+
+def _step(step: Step) -> Iterator[str]:
+    facts = step.facts
+    if "parameters" in facts:
+        yield f"{facts['parameters'] / 1e9:.2f} B parameters, {facts['lora_parameters'] / 1e6:.2f} M trained, {facts['dtype']}."
+        yield ""
+    if step.variants:
+        memory = any(v.peak_memory for v in step.variants.values())
+        yield "| variant | s per step (lower is better) | spread | steps | pairs/s |" + (" peak memory |" if memory else "")
+        yield "|---|---:|---:|---:|---:|" + ("---:|" if memory else "")
+        for v in step.variants.values():
+            peak = (" - |" if v.peak_memory is None else f" {v.peak_memory / 2**30:.3f} GiB |") if memory else ""
+            yield f"| {v.name} | {v.median:.4f} | {v.spread:.4f} | {len(v.seconds)} | {1 / v.median:.3f} |{peak}"
+        yield ""
+    for name in step.variants:
+        overhead = step.overhead(name)
+        if overhead is not None and name != PLAIN_STEP:
+            yield f"- {name} against {PLAIN_STEP}, in turn: {overhead_text(overhead, step.variants[PLAIN_STEP].median)}."
+    peaks = {name: v.peak_memory for name, v in step.variants.items()}
+    plain, focus = peaks.get(PLAIN_STEP), peaks.get(FOCUS_STEP)
+    if plain and focus:
+        yield f"- Peak memory of the focus above the plain step: {(focus - plain) / 2**20:+.2f} MiB."
+    if "estimated_memory" in facts and focus:
+        estimate = facts["estimated_memory"]
+        yield f"- `focusdpo models` estimates {estimate / 2**30:.3f} GiB, {100 * (estimate / focus - 1):+.1f} % of the peak."
+    for name, part in facts.get("focus_part", {}).items():
+        device = "" if part["device_seconds"] is None else f", {part['device_seconds'] * 1e6:.0f} us on the device"
+        yield f"- `{name}`: {part['calls']:.0f} calls a step, {part['host_seconds'] * 1e6:.0f} us of the host{device}."
+    launches = facts.get("launches", {})
+    if PLAIN_STEP in launches and FOCUS_STEP in launches:
+        plain, focus = launches[PLAIN_STEP], launches[FOCUS_STEP]
+        yield f"- Launches a step: {plain['all']} plain, {focus['all']} with the focus, of which {focus['ours']} are our kernels."
+
+
+def overhead_text(overhead: Interval, of: float) -> str:
+    """A paired difference in milliseconds and as a share of a time."""
+    inside = [f"{1e3 * value:+.2f}" for value in (overhead.low, overhead.high)]
+    shares = [f"{100 * value / of:+.2f}" for value in (overhead.low, overhead.high)]
+    return (
+        f"{1e3 * overhead.median:+.2f} ms [{inside[0]}, {inside[1]}], {100 * overhead.median / of:+.2f} % [{shares[0]}, "
+        f"{shares[1]}] (median of {overhead.pairs} pairs, {100 * overhead.confidence:.1f} % interval)"
+    )
+
+
+def _variants(result: Result) -> Iterator[str]:
+    copy = bool(result.copy_bandwidth)
+    yield "| kernel, shape | configuration | time (lower is better) | GB/s |" + (" of copy |" if copy else "")
+    yield "|---|---|---:|---:|" + ("---:|" if copy else "")
+    for v in result.variants:
+        changed = {**v["constants"], **v["options"], **({} if v["splits"] is None else {"splits": v["splits"]})}
+        named = ", ".join(f"{name}={value}" for name, value in changed.items()) or "as shipped"
+        rate = v["bytes"] / v["median"]
+        share = f" {100 * rate / result.copy_bandwidth:.1f} % |" if result.copy_bandwidth else ""
+        yield f"| {v['kernel']}, {v['shape']} | {named} | {_time(v['median'])} | {_significant(rate / 1e9)} |{share}"
+
+
+def _significant(value: float) -> str:
+    """Four significant digits, without an exponent."""
+    digits = max(3 - int(np.floor(np.log10(value))), 0) if value > 0 else 0
+    return f"{value:.{digits}f}"
 
 
 def _time(seconds: float) -> str:
-    return f"{seconds * 1e3:.3f} ms" if seconds >= 1e-4 else f"{seconds * 1e6:.2f} us"
+    return f"{seconds * 1e3:.4g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.4g} us"
 
 
 def _providers(result: Result) -> list[str]:
@@ -217,11 +328,14 @@ def _providers(result: Result) -> list[str]:
     return [provider for provider in COLOURS if provider in present]
 
 
-def _finish(figure: plt.Figure, axes: plt.Axes, result: Result, path: Path) -> None:
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=7, loc="best")
-    axes.set_title(result.title, fontsize=9)
-    figure.tight_layout()
+def _save(figure: plt.Figure, result: Result, path: Path, bottom: float = 0.0) -> None:
+    figure.suptitle(result.title, fontsize=9)
+    if result.on_cpu:
+        # Across the picture: whoever finds it without its text must not take it for a GPU's.
+        figure.text(0.5, 0.5, "CPU", fontsize=120, color="red", alpha=0.08, ha="center", va="center", rotation=30)
+        figure.text(0.5, 0.003, ON_CPU, fontsize=7, color="#990000", ha="center", va="bottom")
+        bottom += 0.02
+    figure.tight_layout(rect=(0, bottom, 1, 1))
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -231,10 +345,9 @@ def write_report(result: Result, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     report = folder / "report.md"
     report.write_text(markdown(result) + "\n")
-    if result.rows:
-        draw_roofline(result, folder / "roofline.png")
-        draw_peers(result, folder / "peers.png")
-        draw_scaling(result, folder / "scaling.png")
+    draw_roofline(result, folder / "roofline.png")
+    draw_peers(result, folder / "peers.png")
+    draw_scaling(result, folder / "scaling.png")
     draw_steps(result, folder / "steps.png")
     names = ("report.md", "roofline.png", "peers.png", "scaling.png", "steps.png")
     return [folder / name for name in names if (folder / name).exists()]
@@ -242,7 +355,7 @@ def write_report(result: Result, folder: Path) -> list[Path]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
-    parser.add_argument("result", type=Path, help="JSON file of a run")
+    parser.add_argument("result", type=Path, help="JSON Lines of a run")
     parser.add_argument("--out", type=Path, help="folder for report.md and the figures (default: beside the result)")
     arguments = parser.parse_args(argv)
     try:

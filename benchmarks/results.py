@@ -1,17 +1,106 @@
-"""A result file: pytest-benchmark's JSON with our figures in `extra_info`, the device's limits, and the steps measured."""
+"""A result file: JSON Lines, where every record is appended the moment it is known, and what a reader makes of them.
+
+A process may be killed at any moment, and several may write to one file: a record is one line, written at once, and a line
+that was cut short is passed over. Records by their "kind":
+
+    run       device, versions, commit and date, by the first process that measures
+    plan      a part of a run on a GPU, and the seconds it may take; `part` says how it ended
+    limits    what the device can do, measured in the same run
+    begin     a case has begun; it ends with `kernel`, `variant`, `done`, `failed` or `skipped` of the same "case"
+    kernel    a `Row`
+    variant   another launch configuration of a kernel, and its time
+    workload  a model, what of it is trained, and what is known of its step beside its time
+    step      one timed training step
+    test      a test and its outcome
+
+This module imports neither torch nor the library: what watches over a run must not break with it.
+"""
 
 from __future__ import annotations
 
 import datetime
 import json
-from dataclasses import dataclass, fields
+import os
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
+OURS, EAGER, COMPILE, COMPILE_MAX, PIECES = "focusdpo", "eager", "torch.compile", "torch.compile max-autotune", "pieces"
+PLAIN_STEP, FOCUS_STEP = "plain Diffusion-DPO", "FocusDPO, this library"
+# What must agree for two processes to write into one file.
+IDENTITY = ("device", "python", "torch", "triton", "commit")
+ENDS = ("kernel", "variant", "done", "failed", "skipped")
 
-from benchmarks.cases import EAGER, OURS
-from benchmarks.machine import commit_info, machine_info
+
+class Recorder:
+    """Appends records to a file; without a path it forgets them.
+
+    Args:
+        path: of the file, made with its folder where there is none.
+    """
+
+    def __init__(self, path: str | Path | None) -> None:
+        self.path = None if path is None else Path(path)
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def append(self, kind: str, **record: Any) -> None:
+        if self.path is None:
+            return
+        line = json.dumps({"kind": kind, **record}) + "\n"
+        descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                line = "\n" + line  # what somebody was killed over
+            os.write(descriptor, line.encode())
+        finally:
+            os.close(descriptor)
+
+    def open_run(self, machine: Mapping[str, Any], commit: str | None) -> None:
+        """Says what is measured, once a file.
+
+        Raises:
+            ValueError: the file has records of another device, of other versions or of another commit.
+        """
+        if self.path is None:
+            return
+        now = {**machine, "commit": commit or ""}
+        for record in read_records(self.path):
+            if record["kind"] == "run":
+                differing = [name for name in IDENTITY if record.get(name) != now.get(name)]
+                if differing:
+                    what = ", ".join(f"{name} {record.get(name)!r} and not {now.get(name)!r}" for name in differing)
+                    raise ValueError(f"{self.path}: holds a run of {what}; one file is for one run, choose another")
+                return
+        self.append("run", date=datetime.datetime.now(datetime.UTC).date().isoformat(), **now)
+
+    def ended(self) -> set[str]:
+        """The cases that need not be begun again."""
+        return {r["case"] for r in self._records() if r["kind"] in ENDS}
+
+    def unfinished(self) -> list[str]:
+        """The cases that were begun and have not ended."""
+        ended = self.ended()
+        return list(dict.fromkeys(r["case"] for r in self._records() if r["kind"] == "begin" and r["case"] not in ended))
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [] if self.path is None else read_records(self.path)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a file in order, without lines that were cut short; none where there is no file."""
+    records = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("kind"), str):
+            records.append(record)
+    return records
 
 
 @dataclass(frozen=True)
@@ -39,29 +128,109 @@ class Row:
         return self.bytes / self.median
 
 
+@dataclass
+class Timed:
+    """The timed steps of one variant, in order. Seconds; bytes at the peak where the device tells them."""
+
+    name: str
+    seconds: list[float] = field(default_factory=list)
+    rounds: list[int] = field(default_factory=list)
+    peak_memory: int | None = None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Between the quartiles."""
+        if len(self.seconds) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return high - low
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The median of paired differences and an interval that holds the true one with at least the given confidence."""
+
+    median: float
+    low: float
+    high: float
+    confidence: float
+    pairs: int
+
+
+@dataclass
+class Step:
+    """What was measured of a training step of one model at one setting."""
+
+    backbone: str
+    setting: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    variants: dict[str, Timed] = field(default_factory=dict)
+
+    def overhead(self, name: str = FOCUS_STEP, against: str = PLAIN_STEP) -> Interval | None:
+        """Seconds that one variant takes longer than another, from the rounds in which both ran."""
+        if name not in self.variants or against not in self.variants:
+            return None
+        one, other = self.variants[name], self.variants[against]
+        before = dict(zip(other.rounds, other.seconds, strict=True))
+        differences = [s - before[r] for r, s in zip(one.rounds, one.seconds, strict=True) if r in before]
+        return paired_interval(differences)
+
+
+def paired_interval(differences: list[float], confidence: float = 0.95) -> Interval | None:
+    """Median of differences between order statistics that hold the true median, whatever the distribution (a sign test).
+
+    None for fewer than six: all of five differences hold it with a confidence of 0.94 only.
+    """
+    n, ordered = len(differences), sorted(differences)
+    inside = None
+    for k in range(1, n // 2 + 1):  # between the k-th smallest and the k-th largest
+        coverage = 1 - 2 * sum(_binomial(n, i) for i in range(k)) / 2**n
+        if coverage < confidence:
+            break
+        inside = Interval(statistics.median(ordered), ordered[k - 1], ordered[n - k], coverage, n)
+    return inside
+
+
+def _binomial(n: int, k: int) -> int:
+    product = 1
+    for i in range(k):
+        product = product * (n - i) // (i + 1)
+    return product
+
+
 @dataclass(frozen=True)
 class Result:
-    """A result file."""
+    """A result file as a whole."""
 
     path: Path
     machine: dict[str, Any]
-    commit: str
-    date: str
     copy_bandwidth: float | None
     empty_launch: float | None
     rows: list[Row]
-    steps: list[dict[str, Any]]
-    tests: str  # what is to be known of the tests of the same run
+    steps: list[Step]
+    variants: list[dict[str, Any]]
+    tests: dict[str, list[dict[str, Any]]]  # by outcome
+    failed: list[dict[str, Any]]  # cases and parts that gave no number, each with why
+    parts: list[dict[str, Any]]  # of the plan, with `ended` and `seconds` where they ran
+
+    @property
+    def on_cpu(self) -> bool:
+        return bool(self.machine["device_type"] == "cpu")
 
     @property
     def ours(self) -> str:
         """What the library runs on this device: its kernels, or on a CPU its PyTorch backend."""
-        return OURS if self.machine["device_type"] != "cpu" else EAGER
+        return EAGER if self.on_cpu else OURS
 
     @property
     def title(self) -> str:
         m = self.machine
-        return f"{m['device']}, torch {m['torch']}, triton {m['triton']}, {self.date}, commit {self.commit[:10] or 'unknown'}"
+        commit = (m.get("commit") or "unknown")[:10]
+        return f"{m['device']}, torch {m['torch']}, triton {m['triton']}, {m.get('date', '')}, commit {commit}"
 
     def groups(self) -> list[str]:
         return list(dict.fromkeys(row.group for row in self.rows))
@@ -72,52 +241,59 @@ class Result:
 
 
 def read_result(path: str | Path) -> Result:
-    """Reads a result file; ValueError where it is none."""
+    """Reads a result file, whole or cut short; ValueError where it is none."""
     path = Path(path)
-    try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: no JSON: {error}") from error
-    if "machine_info" not in content or "benchmarks" not in content:
-        raise ValueError(
-            f"{path}: has no machine_info or benchmarks; expected a file that `make bench` or benchmarks.step wrote"
-        )
-    limits, rows = content.get("limits", {}), []
-    for one in content["benchmarks"]:
-        info, stats = one["extra_info"], one["stats"]
-        named = {field.name: info[field.name] for field in fields(Row) if field.name in info}
-        rows.append(Row(median=stats["median"], spread=stats["iqr"], **named))
-    commit = (content.get("commit_info") or {}).get("id") or ""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    records = read_records(path)
+    runs = [record for record in records if record["kind"] == "run"]
+    if not runs:
+        raise ValueError(f"{path}: names no run; expected a file that `make bench` or benchmarks/gpu.sh wrote")
+    limits: dict[str, Any] = next((r for r in reversed(records) if r["kind"] == "limits"), {})
+    names = {f.name for f in fields(Row)}
+    rows = {r["case"]: Row(**{k: v for k, v in r.items() if k in names}) for r in records if r["kind"] == "kernel"}
+    variants = {r["case"]: r for r in records if r["kind"] == "variant"}
+    tests: dict[str, list[dict[str, Any]]] = {}
+    for test in {r["case"]: r for r in records if r["kind"] == "test"}.values():  # of one that ran twice the last counts
+        tests.setdefault(test["outcome"], []).append(test)
     return Result(
         path,
-        content["machine_info"],
-        commit,
-        content.get("date", ""),
+        runs[0],
         limits.get("copy_bytes_per_second"),
         limits.get("empty_launch_seconds"),
-        rows,
-        content.get("steps", []),
-        content.get("tests", ""),
+        list(rows.values()),
+        list(_steps(records)),
+        list(variants.values()),
+        tests,
+        [r for r in records if r["kind"] == "failed"],
+        list(_parts(records)),
     )
 
 
-def add_step(path: Path, step: dict[str, Any], device: torch.device) -> None:
-    """Puts a measured step into a result file, in place of one of the same backbone and setting.
+def _steps(records: list[dict[str, Any]]) -> Iterator[Step]:
+    steps: dict[tuple[str, str], Step] = {}
+    for record in records:
+        if record["kind"] not in ("workload", "step"):
+            continue
+        key = record["backbone"], record["setting"]
+        step = steps.setdefault(key, Step(*key))
+        if record["kind"] == "workload":
+            step.facts |= {k: v for k, v in record.items() if k not in ("kind", "backbone", "setting")}
+            continue
+        timed = step.variants.setdefault(record["variant"], Timed(record["variant"]))
+        if record["round"] in timed.rounds:  # a process that began anew
+            timed.seconds.clear()
+            timed.rounds.clear()
+        timed.seconds.append(record["seconds"])
+        timed.rounds.append(record["round"])
+        if record["peak_memory"] is not None:
+            timed.peak_memory = max(timed.peak_memory or 0, record["peak_memory"])
+    yield from steps.values()
 
-    The file is made where there is none; ValueError for one of another device.
-    """
-    if path.exists():
-        machine = read_result(path).machine
-        if machine["device"] != machine_info(device)["device"]:
-            raise ValueError(f"{path}: is of {machine['device']!r}; one file holds the results of one device")
-        content = json.loads(path.read_text())
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        date = datetime.datetime.now(datetime.UTC).date().isoformat()
-        content = {"machine_info": machine_info(device), "commit_info": commit_info(), "date": date, "benchmarks": []}
-    same = (step["backbone"], step["setting"])
-    others = [one for one in content.get("steps", []) if (one["backbone"], one["setting"]) != same]
-    content["steps"] = [*others, step]
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1))
-    partial.replace(path)
+
+def _parts(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    parts: dict[str, dict[str, Any]] = {}
+    for record in records:
+        if record["kind"] in ("plan", "part"):
+            parts.setdefault(record["name"], {}).update({k: v for k, v in record.items() if k != "kind"})
+    yield from parts.values()

@@ -1,50 +1,60 @@
 """What the focus costs in a training step, and how many pairs a second a trainer makes of the same hardware.
 
-    python -m benchmarks.step --backbone flux1 --device cuda                # plain DPO, FocusDPO, FocusDPO in eager PyTorch
-    python -m benchmarks.step --backbone flux1 --device cuda --throughput   # a plain loop against our settings, one by one
-    python -m benchmarks.step --backbone flux1 --flops                      # counts operations; needs neither GPU nor memory
+    python -m benchmarks.step --backbone flux1 --device cuda                        # plain DPO and FocusDPO in turn
+    python -m benchmarks.step --backbone flux1 --device cuda --measure throughput   # a plain loop against our settings
+    python -m benchmarks.step --backbone flux1 --flops                              # counts operations; needs no GPU
 
 The transformer has its full size and random weights, a LoRA of rank 32, and gradient checkpointing; text and pixels are encoded
-already. One pair a step.
+already. One pair a step. With --result every timed step is appended to a file as it ends, and what has ended there is left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import dataclasses
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
+import focusdpo.training.step
 from benchmarks import pieces
-from benchmarks.machine import machine_info
+from benchmarks.machine import BROKEN_DEVICE, commit_id, device_is_broken, machine_info
 from benchmarks.models import MODELS, Setting, random_batch
-from benchmarks.results import add_step
-from benchmarks.timing import synchronize
+from benchmarks.results import FOCUS_STEP, PLAIN_STEP, Interval, Recorder, Step, Timed
+from benchmarks.timing import kernel_names, synchronize
 from focusdpo.features import pool_mask, reference_token_mask
 from focusdpo.mask import match_counts
 from focusdpo.training.adapter import add_adapter, reference_model
 from focusdpo.training.compilation import compile_blocks
-from focusdpo.training.config import FocusConfig, LoraConfig, LossConfig
+from focusdpo.training.config import FocusConfig, LoraConfig, LossConfig, ModelConfig
+from focusdpo.training.memory import estimate
 from focusdpo.training.step import PreferenceStep
+from focusdpo_kernels import SimilarityAccumulator
+from focusdpo_kernels.inspect import FAMILIES
 
 BETA = 2000.0
 PLAIN_LOOP = "plain loop (AdamW, full checkpointing)"
+OUR_KERNELS = {name for family in FAMILIES for name in vars(family) if name.endswith("_kernel")}
+WARM_UP = 2  # rounds that are run and not measured
 
 
 class Workload:
     """A backbone with its adapter, and one noised pair at a setting."""
 
     def __init__(self, name: str, device: torch.device) -> None:
+        self.name = name
+        self.text = MODELS[name].text
         self.device = device
         self.dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         torch.manual_seed(0)
@@ -159,26 +169,9 @@ def timed_step(variant: Variant, work: Workload, optimizer: torch.optim.Optimize
     return seconds, torch.cuda.max_memory_allocated() if work.device.type == "cuda" else None
 
 
-def summary(variant: Variant, measured: list[tuple[float, int | None]], plain: float | None) -> dict[str, Any]:
-    seconds = [s for s, _ in measured]
-    median = statistics.median(seconds)
-    quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [median] * 3
-    return {
-        "name": variant.name,
-        "seconds": median,
-        "spread": quartiles[2] - quartiles[0],
-        "pairs_per_second": 1 / median,
-        "peak_memory": max((m for _, m in measured if m is not None), default=None),
-        # What is above the plain step; noise can make it negative.
-        "focus_share": None if plain is None else 1 - plain / median,
-    }
-
-
-OVERHEAD = (
-    Variant("plain Diffusion-DPO", our_loss("none")),
-    Variant("FocusDPO, this library", our_loss("focus")),
-    Variant("FocusDPO, eager PyTorch that keeps hidden states", eager_focus_loss),
-)
+PLAIN = Variant(PLAIN_STEP, our_loss("none"))
+FOCUS = Variant(FOCUS_STEP, our_loss("focus"))
+KEEPING = Variant("FocusDPO, eager PyTorch that keeps hidden states", eager_focus_loss)
 
 
 def throughput_variants(budgets: list[float]) -> Iterator[Variant]:
@@ -195,34 +188,130 @@ def throughput_variants(budgets: list[float]) -> Iterator[Variant]:
         yield Variant(name, focus, checkpointing=False, compiled=True, budget=budget)
 
 
-def measure_overhead(work: Workload, steps: int) -> Iterator[list[dict[str, Any]]]:
-    """All variants in turn, so that drift meets them alike."""
-    measured: dict[str, list[tuple[float, int | None]]] = {variant.name: [] for variant in OVERHEAD}
-    with OVERHEAD[0].applied(work) as optimizer:
-        for i in tqdm(range(steps + 2), desc="overhead", unit="round"):
-            for variant in OVERHEAD:
-                result = timed_step(variant, work, optimizer)
-                if i >= 2:  # warm-up
-                    measured[variant.name].append(result)
-    plain = statistics.median(s for s, _ in measured[OVERHEAD[0].name])
-    yield [summary(v, measured[v.name], plain if v is not OVERHEAD[0] else None) for v in OVERHEAD]
+class Measurement:
+    """Measures a workload at one setting; every record goes to the file at once, and into `step` for printing."""
+
+    def __init__(self, work: Workload, setting: Setting, recorder: Recorder, steps: int) -> None:
+        self.work, self.setting, self.recorder, self.steps = work, setting, recorder, steps
+        self.step = Step(work.name, setting.label)
+
+    def tell(self, **facts: Any) -> None:
+        self.step.facts |= facts
+        self.recorder.append("workload", backbone=self.work.name, setting=self.setting.label, **facts)
+
+    def take(self, variant: Variant, round_: int, optimizer: torch.optim.Optimizer) -> None:
+        seconds, peak = timed_step(variant, self.work, optimizer)
+        if round_ < WARM_UP:
+            return
+        timed = self.step.variants.setdefault(variant.name, Timed(variant.name))
+        timed.seconds.append(seconds)
+        timed.rounds.append(round_)
+        timed.peak_memory = peak if timed.peak_memory is None else max(timed.peak_memory, peak or 0)
+        record = {"variant": variant.name, "round": round_, "seconds": seconds, "peak_memory": peak}
+        self.recorder.append("step", backbone=self.work.name, setting=self.setting.label, **record)
+
+    def in_turn(self, one: Variant, other: Variant, first_round: int = 0) -> None:
+        """Two variants on the same data, step by step in turn, and which of them is first changes: drift meets both alike."""
+        with one.applied(self.work) as optimizer:
+            for i in tqdm(range(self.steps + WARM_UP), desc=f"{self.work.name}, {self.setting.target} px", unit="round"):
+                for variant in (one, other) if i % 2 == 0 else (other, one):
+                    self.take(variant, i if i < WARM_UP else i + first_round, optimizer)
+
+    def overhead(self) -> None:
+        """The focus against none."""
+        self.in_turn(PLAIN, FOCUS)
+
+    def keeping(self) -> None:
+        """What one would write first against no focus; in rounds of its own, as it leaves the allocator in another state."""
+        self.in_turn(PLAIN, KEEPING, first_round=1000)
+
+    def parts(self) -> None:
+        """Where the focus's time goes, what it launches, and the memory estimate."""
+        work = self.work
+        part = MODELS[work.name].architecture()
+        size = estimate(
+            dataclasses.replace(part, companions=0),
+            ModelConfig("", dtype="fp32" if work.dtype == torch.float32 else "bf16", max_sequence_length=work.text),
+            LoraConfig(rank=32),
+            "no" if work.dtype == torch.float32 else "bf16",
+            self.setting.layout,
+            pairs=1,
+        )
+        self.tell(estimated_memory=size.total)
+        with FOCUS.applied(work) as optimizer:
+            take_step(FOCUS, work, optimizer)
+            with FocusPart(work.device) as part_time:
+                for _ in range(3):
+                    take_step(FOCUS, work, optimizer)
+            self.tell(focus_part=part_time.per_step(3))
+            if work.device.type == "cuda":
+                launches = {v.name: self._launches(v, optimizer) for v in (PLAIN, FOCUS)}
+                self.tell(launches=launches)
+
+    def _launches(self, variant: Variant, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+        names = kernel_names(lambda: take_step(variant, self.work, optimizer))
+        ours = Counter(name for name in names if name in OUR_KERNELS)
+        return {"all": len(names), "ours": sum(ours.values()), **ours}
+
+    def throughput(self, variant: Variant) -> None:
+        """One variant by itself."""
+        with variant.applied(self.work) as optimizer:
+            for i in range(self.steps + WARM_UP):
+                self.take(variant, i, optimizer)
 
 
-def measure_throughput(work: Workload, steps: int, budgets: list[float]) -> Iterator[list[dict[str, Any]]]:
-    """The variants measured so far, after each."""
-    rows: list[dict[str, Any]] = []
-    for variant in tqdm(list(throughput_variants(budgets)), desc="throughput", unit="variant"):
-        try:
-            with variant.applied(work) as optimizer:
-                results = [timed_step(variant, work, optimizer) for _ in range(steps + 2)]
-        except torch.cuda.OutOfMemoryError:
-            tqdm.write(f"{variant.name}: out of memory, left out")
-            for parameter in work.parameters:
-                parameter.grad = None
-            torch.cuda.empty_cache()
-            continue
-        rows.append(summary(variant, results[2:], None))
-        yield rows
+class FocusPart:
+    """Context manager: device and host seconds of the focus within training steps, by its parts.
+
+    Device time is between two events on the stream: it holds where the host queues ahead of the device, as it does in a large
+    model.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._host: dict[str, list[float]] = {}
+        self._events: dict[str, list[tuple[Any, Any]]] = {}
+
+    def __enter__(self) -> FocusPart:
+        self._patches = ExitStack()
+        for owner, name in (
+            (SimilarityAccumulator, "update"),
+            (SimilarityAccumulator, "result"),
+            (focusdpo.training.step, "focus_mask"),
+        ):
+            self._patches.enter_context(mock.patch.object(owner, name, self._timed(name, getattr(owner, name))))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._patches.close()
+
+    def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if self._cuda else []
+            start = time.perf_counter()
+            if events:
+                events[0].record()
+            result = function(*args, **kwargs)
+            if events:
+                events[1].record()
+                self._events.setdefault(name, []).append((events[0], events[1]))
+            self._host.setdefault(name, []).append(time.perf_counter() - start)
+            return result
+
+        return run
+
+    def per_step(self, steps: int) -> dict[str, Any]:
+        """Calls and seconds a step, by function."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        return {
+            name: {
+                "calls": len(host) / steps,
+                "host_seconds": sum(host) / steps,
+                "device_seconds": sum(a.elapsed_time(b) for a, b in self._events[name]) / 1e3 / steps if self._cuda else None,
+            }
+            for name, host in self._host.items()
+        }
 
 
 def print_flops(work: Workload, setting: Setting) -> None:
@@ -239,70 +328,117 @@ def print_flops(work: Workload, setting: Setting) -> None:
     print(f"  {least:.2f} without: checkpointing costs {full / least:.2f}x in operations")
 
 
+MEASURES = ("overhead", "parts", "keeping", "throughput", "compiled")
+
+
+def measurements(
+    work: Workload, settings: list[Setting], options: argparse.Namespace, recorder: Recorder
+) -> Iterator[tuple[str, Measurement, Callable[[], None]]]:
+    """What was asked for, case by case: its name, where its numbers go, and what to run."""
+    for kind in options.measure:
+        for setting in settings:
+            m = Measurement(work, setting, recorder, options.steps)
+            where = f"step-{work.name}-{setting.target}"
+            if kind not in ("throughput", "compiled"):
+                yield f"{where}-{kind}", m, getattr(m, kind)
+                continue
+            for variant in throughput_variants(options.budget or [0.2]):
+                if variant.compiled == (kind == "compiled"):
+                    yield f"{where}-{variant.name}", m, lambda m=m, variant=variant: m.throughput(variant)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.splitlines()[0])
     parser.add_argument("--backbone", choices=list(MODELS), required=True)
     parser.add_argument("--device", choices=("cuda", "cpu"), help="needed unless --flops is given")
     parser.add_argument("--flops", action="store_true", help="count operations instead of measuring")
     parser.add_argument(
-        "--throughput", action="store_true", help="a plain loop against our settings, instead of the focus's cost"
+        "--measure",
+        action="append",
+        choices=MEASURES,
+        help="may be repeated, in the order given: overhead (plain Diffusion-DPO and FocusDPO in turn), parts (the focus's own "
+        "time, launches, memory estimate), keeping (FocusDPO in eager PyTorch that keeps hidden states), throughput (a plain "
+        "loop against our settings), compiled (the settings that compile). Default: overhead, parts, keeping",
     )
-    parser.add_argument(
-        "--budget", type=float, action="append", help="activation budgets to try with --throughput (default: 0.2)"
-    )
+    parser.add_argument("--budget", type=float, action="append", help="activation budgets to try compiled (default: 0.2)")
     parser.add_argument("--target", type=int, action="append", help="only settings with targets of so many pixels")
-    parser.add_argument("--steps", type=int, default=10, help="measured steps of each variant")
-    parser.add_argument("--result", type=Path, help="result file to add to")
-    arguments = parser.parse_args(argv)
-    if arguments.device is None and not arguments.flops:
+    parser.add_argument("--steps", type=int, default=12, help="measured steps of each variant")
+    parser.add_argument("--result", type=Path, help="result file to append to")
+    options = parser.parse_args(argv)
+    if options.device is None and not options.flops:
         parser.error("--device: give cuda or cpu, or --flops to count operations without one")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
+    if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch sees no GPU here")
-    settings = [s for s in MODELS[arguments.backbone].settings if not arguments.target or s.target in arguments.target]
+    settings = [s for s in MODELS[options.backbone].settings if not options.target or s.target in options.target]
     if not settings:
-        known = ", ".join(str(s.target) for s in MODELS[arguments.backbone].settings)
-        parser.error(f"--target: got {arguments.target}; {arguments.backbone} is measured at {known}")
-    if arguments.steps < 1:
-        parser.error(f"--steps: got {arguments.steps}; expected at least 1")
-    device = torch.device("meta" if arguments.flops else arguments.device)
-    work = Workload(arguments.backbone, device)
-    for setting in settings:
-        work.at(setting)
-        if arguments.flops:
+        known = ", ".join(str(s.target) for s in MODELS[options.backbone].settings)
+        parser.error(f"--target: got {options.target}; {options.backbone} is measured at {known}")
+    if options.steps < 1:
+        parser.error(f"--steps: got {options.steps}; expected at least 1")
+    options.measure = options.measure or ["overhead", "parts", "keeping"]
+    device = torch.device("meta" if options.flops else options.device)
+    recorder = Recorder(options.result)
+    if not options.flops:
+        try:
+            recorder.open_run(machine_info(device), commit_id())
+        except ValueError as error:
+            sys.exit(f"benchmarks.step: error: --result: {error}")
+    work = Workload(options.backbone, device)
+    if options.flops:
+        for setting in settings:
+            work.at(setting)
             print_flops(work, setting)
+    else:
+        run(work, settings, options, recorder)
+
+
+def run(work: Workload, settings: list[Setting], options: argparse.Namespace, recorder: Recorder) -> None:
+    """Every measurement that has not ended; one that fails leaves the others alone, unless the device is lost."""
+    ended, told, failed = recorder.ended(), set(), False
+    for case, m, measure in measurements(work, settings, options, recorder):
+        if case in ended:
             continue
-        kind = "throughput" if arguments.throughput else "overhead"
-        step = {
-            "backbone": arguments.backbone,
-            "setting": f"{kind}, {setting.label}",
-            "parameters": sum(p.numel() for p in work.module.parameters()),
-            "lora_parameters": sum(p.numel() for p in work.parameters),
-            "dtype": str(work.dtype),
-            "steps": arguments.steps,
-        }
-        if arguments.throughput:
-            measured = measure_throughput(work, arguments.steps, arguments.budget or [0.2])
+        recorder.append("begin", case=case)
+        try:
+            work.at(m.setting)
+            if m.setting not in told:
+                told.add(m.setting)
+                trained = sum(p.numel() for p in work.parameters)
+                every = sum(p.numel() for p in work.module.parameters())
+                m.tell(parameters=every, lora_parameters=trained, dtype=str(work.dtype))
+            measure()
+        except Exception as error:
+            failed = True
+            recorder.append("failed", case=case, why=f"{type(error).__name__}: {error}"[:2000])
+            print(f"benchmarks.step: {case}: {type(error).__name__}: {error}", file=sys.stderr)
+            if work.device.type == "cuda" and device_is_broken():
+                sys.exit(BROKEN_DEVICE)
+            for parameter in work.parameters:
+                parameter.grad = None
+            torch.cuda.empty_cache()
         else:
-            measured = measure_overhead(work, arguments.steps)
-        for variants in measured:
-            step["variants"] = variants
-            if arguments.result:  # after each variant: a run that is cut short has those before
-                try:
-                    add_step(arguments.result, step, device)
-                except ValueError as error:
-                    sys.exit(f"benchmarks.step: error: --result: {error}")
-        print_step(step, device)
+            recorder.append("done", case=case)
+            print_step(m.step, work.device)
+    sys.exit(1 if failed else 0)
 
 
-def print_step(step: dict[str, Any], device: torch.device) -> None:
-    size = f"{step['parameters'] / 1e9:.2f} B parameters"
-    print(f"{step['backbone']}, {size}, {step['setting']}, on {machine_info(device)['device']}")
-    first = step["variants"][0]["seconds"]
-    for v in step["variants"]:
-        memory = "" if v["peak_memory"] is None else f"  {v['peak_memory'] / 2**30:8.3f} GiB"
-        ratio = f"{v['seconds'] / first:7.4f}x"
-        share = "" if v["focus_share"] is None else f"  {100 * v['focus_share']:6.2f} % in the focus part"
-        print(f"  {v['name']:60} {v['seconds']:9.4f} s  {ratio}  {v['pairs_per_second']:8.3f} pairs/s{memory}{share}")
+def percent(interval: Interval, of: float) -> str:
+    """A paired difference as a share of a time."""
+    low, high = 100 * interval.low / of, 100 * interval.high / of
+    return f"{100 * interval.median / of:+.3f} % [{low:+.3f}, {high:+.3f}]"
+
+
+def print_step(step: Step, device: torch.device) -> None:
+    print(f"{step.backbone}, {step.setting}, on {machine_info(device)['device']}")
+    for timed in step.variants.values():
+        memory = "" if timed.peak_memory is None else f"  {timed.peak_memory / 2**30:8.3f} GiB"
+        print(f"  {timed.name:60} {timed.median:9.4f} s  {1 / timed.median:8.3f} pairs/s{memory}")
+        overhead = step.overhead(timed.name)
+        if overhead and timed.name != PLAIN_STEP:
+            share = percent(overhead, step.variants[PLAIN_STEP].median)
+            print(f"    {share} of a plain step, by {overhead.pairs} paired steps, at {100 * overhead.confidence:.1f} %")
+    for name, value in step.facts.items():
+        print(f"  {name}: {value}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Every group of cases.py, at every shape, by every provider: first the correctness gate, then the time.
 
 make bench                                        # all that fits this machine, with a report
-python -m pytest benchmarks --shape uno-512 -k "similarity and eager"
+python -m pytest benchmarks/test_kernels.py --shape uno-512 -k "similarity and eager"
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.cases import OURS, Group, cases, unavailable
+from benchmarks.cases import Group, cases, unavailable
 from benchmarks.inputs import NAMED, FocusInputs, Shape
 from benchmarks.machine import DEVICE
+from benchmarks.results import OURS, Recorder
 from benchmarks.timing import Clock, cache_bytes, count_launches, extra_memory, plan, rotations
 
 clock = Clock()
@@ -21,13 +22,18 @@ pytestmark = pytest.mark.benchmark(timer=clock)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    wanted, no_sweep = metafunc.config.getoption("--shape"), metafunc.config.getoption("--no-sweep")
-    compiled = metafunc.config.getoption("--compile-shape") or NAMED
+    option = metafunc.config.getoption
+    shapes, providers, compiled = option("--shape"), option("--provider"), option("--compile-shape") or NAMED
     chosen = [
         (group, shape, provider)
         for group, shape, provider in cases(DEVICE, compiled)
-        if (not wanted or shape.name in wanted) and not (no_sweep and shape.sweep)
+        if (not shapes or shape.name in shapes)
+        and (not providers or provider in providers)
+        and not (option("--no-sweep") and shape.sweep)
+        and not (option("--only-sweep") and not shape.sweep)
     ]
+    if shapes:
+        chosen.sort(key=lambda case: shapes.index(case[1].name))  # stable: what takes long to compile stays last of a shape
     ids = [f"{group.name}-{shape.label}-{provider}" for group, shape, provider in chosen]
     metafunc.parametrize(("group", "shape", "provider"), chosen, ids=ids)
 
@@ -51,7 +57,7 @@ def _inputs(group: Group, shape: Shape) -> tuple[list[FocusInputs], tuple[torch.
     return _last["inputs"], _last["exact"]
 
 
-def test_speed(benchmark: Any, group: Group, shape: Shape, provider: str) -> None:
+def test_speed(benchmark: Any, recorder: Recorder, case: str, group: Group, shape: Shape, provider: str) -> None:
     reason = unavailable(provider, shape, DEVICE)
     if reason:
         pytest.skip(reason)
@@ -72,12 +78,25 @@ def test_speed(benchmark: Any, group: Group, shape: Shape, provider: str) -> Non
         pytest.skip("correct; but the interpreter's time says nothing")
     how = plan([lambda x=x: run(x) for x in inputs], DEVICE)
     benchmark.group = f"{group.name}, {shape.label}"
-    benchmark.extra_info.update(
+    clock.begin(how.calls)
+    benchmark.pedantic(how.round_, rounds=how.rounds)
+    try:
+        gate(how.result())  # what was timed
+    except AssertionError:
+        benchmark.has_error = True  # leaves it out of pytest-benchmark's own files
+        raise
+    stats = benchmark.stats.stats
+    recorder.append(
+        "kernel",
+        case=case,
         group=group.name,
         shape=shape.label,
         sizes={**shape.sizes, "B": shape.batch},
         sweep=shape.sweep,
         provider=provider,
+        median=stats.median,
+        spread=stats.iqr,
+        rounds=how.rounds,
         bytes=group.bytes_of(shape),
         formula=group.formula,
         launches=count_launches(lambda: run(inputs[0]), DEVICE),
@@ -87,10 +106,3 @@ def test_speed(benchmark: Any, group: Group, shape: Shape, provider: str) -> Non
         calls=how.calls,
         cold=DEVICE.type == "cuda" and _bytes(inputs[0]) * len(inputs) > 2 * cache_bytes(DEVICE),
     )
-    clock.begin(how.calls)
-    benchmark.pedantic(how.round_, rounds=how.rounds)
-    try:
-        gate(how.result())  # what was timed
-    except AssertionError:
-        benchmark.has_error = True  # leaves it out of the JSON
-        raise

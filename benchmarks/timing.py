@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +25,7 @@ ROUND_LENGTH = 20e-3  # seconds, at least, between two readings of the host's cl
 MEASURE = 0.1  # seconds to measure for
 ROUNDS = (10, 200)  # at least, at most
 IDLE_CYCLES = 2_000_000  # the device waits so long (about 1 ms) before a round, so that the host can queue work ahead
-MOST_COPIES = 512  # of inputs
+MOST_COPIES = 128  # of inputs: each is run for every estimate, and captured
 COPY_BYTES = 2 << 30
 
 
@@ -171,6 +172,11 @@ def device_time(call: Call) -> float:
     return sum(e.time_range.elapsed_us() for e in _kernels(call)) / 1e6
 
 
+def kernel_names(call: Call) -> list[str]:
+    """Names of the kernels that a call launches, by the profiler; needs a GPU."""
+    return [e.name for e in _kernels(call)]
+
+
 def count_launches(call: Call, device: torch.device) -> int | None:
     """Kernels that a call launches, counted by the profiler; None without a GPU."""
     return len(_kernels(call)) if device.type == "cuda" else None
@@ -211,14 +217,15 @@ def measure_limits(device: torch.device) -> Limits:
     size = COPY_BYTES if device.type == "cuda" else COPY_BYTES // 16
     source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copy = _median(plan([lambda: target.copy_(source)], device))
+    copy = measured(plan([lambda: target.copy_(source)], device))[0]
     empty = None
     if device.type == "cuda":
-        empty = _median(plan([lambda: _empty_kernel[(1,)](source)], device))
+        empty = measured(plan([lambda: _empty_kernel[(1,)](source)], device))[0]
     return Limits(2 * size / copy, empty)
 
 
-def _median(how: Plan) -> float:
+def measured(how: Plan) -> tuple[float, float]:
+    """Median seconds of a call and what lies between the quartiles."""
     clock = Clock()
     clock.begin(how.calls)
     seconds = []
@@ -226,4 +233,5 @@ def _median(how: Plan) -> float:
         start = clock()
         how.round_()
         seconds.append(clock() - start)
-    return sorted(seconds)[len(seconds) // 2]
+    low, median, high = statistics.quantiles(seconds, n=4)
+    return median, high - low

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import scipy.stats
 import torch
 
-from benchmarks import compare, timing
-from benchmarks.cases import COMPILE, COMPILED, EAGER, GROUPS, OURS, _compiled, cases, relative_error
+from benchmarks import compare, conftest, dry_run, gpu, timing
+from benchmarks.cases import COMPILED, GROUPS, _compiled, cases, relative_error
 from benchmarks.inputs import TINY, Shape
-from benchmarks.machine import machine_info
-from benchmarks.report import write_report
-from benchmarks.results import add_step, read_result
-from benchmarks.step import print_step
+from benchmarks.machine import BROKEN_DEVICE, machine_info
+from benchmarks.report import markdown, write_report
+from benchmarks.results import (
+    COMPILE,
+    EAGER,
+    FOCUS_STEP,
+    OURS,
+    PLAIN_STEP,
+    Recorder,
+    Step,
+    Timed,
+    paired_interval,
+    read_records,
+    read_result,
+)
+from benchmarks.supervise import Part, run_part
 from benchmarks.timing import Clock, plan
 from focusdpo_kernels.disassembly import _bytes_ahead, resident_blocks
 
@@ -36,21 +50,22 @@ def run(*arguments, interpret=False, code=0):
     return done.stdout + done.stderr
 
 
-SUITE = ("-m", "pytest", "benchmarks", "-q", "-rs", "--shape", "tiny", "-p", "no:cacheprovider")
+SUITE = ("-m", "pytest", "benchmarks/test_kernels.py", "-q", "-rs", "--shape", "tiny", "-p", "no:cacheprovider")
+STEPS = ("-m", "benchmarks.step", "--backbone", "tiny", "--device", "cpu", "--steps", "6")
 
 
 @pytest.fixture(scope="module")
 def result_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("bench") / "result.json"
-    run(*SUITE, "-k", "not compile", "--benchmark-json", str(path))
-    run("-m", "benchmarks.step", "--backbone", "tiny", "--device", "cpu", "--steps", "1", "--result", str(path))
+    path = tmp_path_factory.mktemp("bench") / "result.jsonl"
+    run(*SUITE, "-k", "not compile", "--result", str(path))
+    run(*STEPS, "--measure", "overhead", "--measure", "parts", "--measure", "throughput", "--result", str(path))
     return path
 
 
 def test_every_group_is_measured_and_drawn(result_file, tmp_path):
     result = read_result(result_file)
-    assert result.machine["device"] and result.date and result.copy_bandwidth > 1e8
-    assert "node" not in json.loads(result_file.read_text())["machine_info"], "the name of the machine is nobody's business"
+    assert result.machine["device"] and result.machine["date"] and result.copy_bandwidth > 1e8
+    assert "node" not in result.machine, "the name of the machine is nobody's business"
     for group in GROUPS:
         rows = result.times(group.name, "tiny")
         assert {EAGER} <= set(rows) and (OURS in rows) == torch.cuda.is_available()
@@ -58,36 +73,60 @@ def test_every_group_is_measured_and_drawn(result_file, tmp_path):
     expected = 2 * 3 * (64 + 40) * 64 + 2 * 40 + 4 * 2 * 64  # 2 N (P + Q) D + R Q + 4 R P
     assert result.times("similarity", "tiny")[EAGER].bytes == expected
     (step,) = result.steps
-    assert [v["seconds"] > 0 for v in step["variants"]] == [True] * 3
+    assert len(step.variants) == 6 and all(len(v.seconds) == 6 and v.median > 0 for v in step.variants.values())
+    assert step.facts["focus_part"]["update"]["calls"] == 4 and step.facts["estimated_memory"] > 0
+    overhead = step.overhead()
+    assert overhead.pairs == 6 and overhead.low <= overhead.median <= overhead.high
     written = {path.name for path in write_report(result, tmp_path)}
-    assert written == {"report.md", "roofline.png", "peers.png", "scaling.png", "steps.png"} - {"scaling.png"}
+    assert written == {"report.md", "roofline.png", "peers.png", "steps.png"}
     text = (tmp_path / "report.md").read_text()
     assert all(f"## {group.name}" in text for group in GROUPS) and "## Step: tiny" in text
-    assert ("times of a CPU" in text) != torch.cuda.is_available()
+    assert ("Times of a CPU" in text) != torch.cuda.is_available()
+    assert "| time (lower is better) |" in text and "GB/s (higher is better)" in text
+    if not torch.cuda.is_available():
+        assert "| launches |" not in text and "| extra memory |" not in text, "columns where something was measured"
+
+
+def test_a_run_goes_on_where_it_was(result_file, tmp_path):
+    """What has ended is not measured again, what was begun is."""
+    lines = result_file.read_text().splitlines(keepends=True)
+    cut = next(i for i, line in enumerate(lines) if '"entropy-tiny-eager"' in line and '"kernel"' in line)
+    path = tmp_path / "result.jsonl"
+    path.write_text("".join(lines[:cut]) + lines[cut][:40])  # killed while it wrote
+    assert Recorder(path).unfinished() == ["entropy-tiny-eager"]
+    run(*SUITE, "-k", "entropy-tiny or similarity", "--result", str(path))
+    records = read_records(path)
+    assert [r["case"] for r in records if r["kind"] == "kernel"].count("similarity-tiny-eager") == 1
+    assert len([r for r in records if r["kind"] == "begin" and r["case"] == "entropy-tiny-eager"]) == 2
+    assert "entropy-tiny-eager" in Recorder(path).ended() and read_result(path).times("entropy", "tiny")[EAGER].median > 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels are measured")
 def test_kernels_pass_the_gate_and_interpreted_ones_are_not_timed(tmp_path):
-    path = tmp_path / "result.json"
-    output = run(*SUITE, "-k", "focusdpo", "--benchmark-json", str(path), interpret=True)
+    path = tmp_path / "result.jsonl"
+    output = run(*SUITE, "-k", "focusdpo", "--result", str(path), interpret=True)
     cases = sum(len(group.batches) for group in GROUPS)
     assert f"[{cases}] benchmarks/test_kernels.py" in output and "the interpreter's time says nothing" in output
-    assert not path.exists() or json.loads(path.read_text())["benchmarks"] == []
+    assert read_result(path).rows == []
 
 
 @pytest.mark.parametrize("right_at_first", [False, True], ids=["wrong", "wrong when it is timed"])
 def test_a_red_gate_reports_no_time(tmp_path, right_at_first):
-    path = tmp_path / "result.json"
+    path = tmp_path / "result.jsonl"
     wrong = (
         f"import sys, pytest; from benchmarks import pieces; right, calls = pieces.structure, [{int(right_at_first)}]\n"
         "def wrong(*args):\n"
         "    calls[0] -= 1\n"
         "    return tuple(x + 1e-3 * (calls[0] < 0) for x in right(*args))\n"
         "pieces.structure = wrong\n"
-        f"sys.exit(pytest.main([*{SUITE[2:]!r}, '-k', 'structure and (pieces or eager)', '--benchmark-json', {str(path)!r}]))"
+        f"sys.exit(pytest.main([*{SUITE[2:]!r}, '-k', 'structure and (pieces or eager)', '--result', {str(path)!r}]))"
     )
     assert "structure field by pieces at tiny: error" in run("-c", wrong, code=1)
-    assert [row.provider for row in read_result(path).rows] == [EAGER]
+    result = read_result(path)
+    assert [row.provider for row in result.rows] == [EAGER]
+    (failed,) = result.failed
+    assert failed["case"] == "structure field-tiny-pieces" and "error" in failed["why"]
+    assert "## Gave no number" in markdown(result)
 
 
 def test_every_group_is_compiled_at_every_named_shape():
@@ -182,26 +221,27 @@ def test_the_clock_reads_device_time_per_call(monkeypatch):
 @pytest.fixture
 def make_result(tmp_path):
     def make(name, seconds, device="some GPU"):
-        extra = {
-            "group": "similarity",
-            "shape": "uno-512",
-            "sweep": None,
-            "sizes": {"P": 1024},
-            "provider": OURS,
-            "bytes": 10,
-            "formula": "10",
-            "launches": 4,
-            "extra_memory": 0,
-            "error": 0.0,
-            "method": "events",
-            "cold": True,
-        }
-        content = {
-            "machine_info": {"device": device, "device_type": "cuda", "torch": "2", "triton": "3"},
-            "benchmarks": [{"extra_info": extra, "stats": {"median": seconds, "iqr": 0.0}}],
-        }
-        path = tmp_path / f"{name}.json"
-        path.write_text(json.dumps(content))
+        path = tmp_path / f"{name}.jsonl"
+        recorder = Recorder(path)
+        recorder.open_run({"device": device, "device_type": "cuda", "torch": "2", "triton": "3"}, "abc")
+        recorder.append(
+            "kernel",
+            case="similarity-uno-512-focusdpo",
+            group="similarity",
+            shape="uno-512",
+            sweep=None,
+            sizes={"P": 1024},
+            provider=OURS,
+            median=seconds,
+            spread=0.0,
+            bytes=10,
+            formula="10",
+            launches=4,
+            extra_memory=0,
+            error=0.0,
+            method="events",
+            cold=True,
+        )
         return str(path)
 
     return make
@@ -220,37 +260,193 @@ def test_compare_refuses_other_devices_and_files(make_result, tmp_path):
         compare.main([make_result("old", 1e-3), make_result("new", 1e-3, device="another")])
     other = tmp_path / "other.json"
     other.write_text("{}")
-    with pytest.raises(SystemExit, match="has no machine_info"):
+    with pytest.raises(SystemExit, match="names no run"):
         compare.main([make_result("old", 1e-3), str(other)])
+    with pytest.raises(SystemExit, match="no such file"):
+        compare.main([make_result("old", 1e-3), str(tmp_path / "none.jsonl")])
 
 
-def test_a_steps_focus_share_is_printed_where_it_is_known(capsys):
-    row = {"name": "plain", "seconds": 2.0, "pairs_per_second": 0.5, "peak_memory": None, "focus_share": None}
-    variants = [row, row | {"name": "focus", "seconds": 2.5, "focus_share": 0.2}]
-    print_step({"backbone": "tiny", "parameters": 1, "setting": "small", "variants": variants}, CPU)
-    _, plain, focus = capsys.readouterr().out.splitlines()
-    assert plain.endswith("0.500 pairs/s") and focus.endswith("20.00 % in the focus part")
+def test_one_file_is_for_one_run(tmp_path):
+    path = tmp_path / "result.jsonl"
+    Recorder(path).open_run(machine_info(CPU), "abc")
+    Recorder(path).open_run(machine_info(CPU), "abc")
+    assert len(read_records(path)) == 1
+    for machine, commit, named in ((machine_info(CPU), "def", "commit 'abc'"), ({"device": "another"}, "abc", "device ")):
+        with pytest.raises(ValueError, match=named):
+            Recorder(path).open_run(machine, commit)
 
 
-def test_steps_of_two_devices_do_not_mix(tmp_path):
-    path = tmp_path / "result.json"
-    for seconds in (1, 2):  # of one setting the last counts
-        add_step(path, {"backbone": "tiny", "setting": "small", "seconds": seconds}, CPU)
-    add_step(path, {"backbone": "tiny", "setting": "large"}, CPU)
-    assert [step.get("seconds") for step in read_result(path).steps] == [2, None]
-    content = json.loads(path.read_text())
-    content["machine_info"]["device"] = "another"
-    path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="holds the results of one device"):
-        add_step(path, {"backbone": "tiny", "setting": "small"}, CPU)
-    assert machine_info(CPU)["device_type"] == "cpu"
+def test_paired_differences():
+    """Against scipy's quantiles of the binomial distribution, and on data whose drift is larger than the difference."""
+    for n in (6, 10, 12, 25):
+        values = [float(i) for i in range(n)]
+        k = next(k for k in range(n) if 2 * scipy.stats.binom.cdf(k, n, 0.5) > 0.05)  # so many may lie outside on a side
+        interval = paired_interval(values)
+        assert (interval.low, interval.high) == (values[k - 1], values[n - k]) and interval.pairs == n
+        assert interval.confidence == pytest.approx(1 - 2 * scipy.stats.binom.cdf(k - 1, n, 0.5)) and interval.confidence > 0.95
+    assert paired_interval([1.0] * 5) is None, "five of a kind hold the median with 0.94"
+    drift = [1 + 0.1 * i for i in range(12)]
+    plain = Timed(PLAIN_STEP, [*drift, 99.0], [*range(12), 2000])
+    focus = Timed(FOCUS_STEP, [d + 1e-3 * (1 + i % 2) for i, d in enumerate(drift)], list(range(12)))
+    overhead = Step("x", "y", variants={PLAIN_STEP: plain, FOCUS_STEP: focus}).overhead()
+    assert overhead.pairs == 12, "paired by round"
+    assert (overhead.low, overhead.median, overhead.high) == pytest.approx((1e-3, 1.5e-3, 2e-3))
+
+
+WORKER = """
+import os, signal, subprocess, sys, time
+from benchmarks.results import Recorder
+recorder = Recorder(sys.argv[1])
+for case in "abcd":
+    if case in recorder.ended():
+        continue
+    recorder.append("begin", case=case)
+    if case == "b":
+        {fault}
+    recorder.append("done", case=case)
+"""
+FAULTS = {
+    "hang": ("subprocess.Popen(['sleep', '97']); time.sleep(97)", "silent for 1 s"),
+    "crash": ("os.kill(os.getpid(), signal.SIGSEGV)", "killed by SIGSEGV"),
+    "lost device": ("recorder.append('failed', case='b', why='CUDA error'); sys.exit(70)", "CUDA error"),
+    "odd exit": ("os._exit(3)", "exit status 3"),
+}
+
+
+def part(tmp_path, program, seconds=60.0, **options):
+    return Part("some", "part", (sys.executable, "-c", program, str(tmp_path / "result.jsonl")), seconds, **options)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_ends_one_case_alone(tmp_path, fault):
+    statement, why = FAULTS[fault]
+    recorder = Recorder(tmp_path / "result.jsonl")
+    some = part(tmp_path, WORKER.format(fault=statement), silence=1.0)
+    assert run_part(some, recorder, time.monotonic() + 60) == "done"
+    records = read_records(recorder.path)
+    assert [r["case"] for r in records if r["kind"] == "done"] == ["a", "c", "d"]
+    assert [(r["case"], r["why"]) for r in records if r["kind"] == "failed"] == [("b", why)]
+    assert not subprocess.run(["pgrep", "-f", "sleep 97"], capture_output=True).stdout, "nothing of it is left running"
+
+
+def test_parts_that_cannot_go_on(tmp_path):
+    recorder = Recorder(tmp_path / "result.jsonl")
+
+    def ended(program, seconds=60, **options):
+        return run_part(part(tmp_path, program, **options), recorder, time.monotonic() + seconds)
+
+    assert ended("raise SystemExit(5)", silence=5.0) == "failed: exit status 5", "no case was begun: it would go on for ever"
+    assert ended("raise SystemExit(1)") == "done, with failures"
+    assert ended("raise SystemExit(4)") == "failed: exit status 4"
+    assert ended("", needs=("torch", "no_such_module")) == "left out: needs no_such_module"
+    assert ended(WORKER.format(fault="time.sleep(97)"), seconds=2, silence=60.0) == "out of time, in b"
+    assert [p["ended"] for p in read_records(recorder.path) if p["kind"] == "part"][-1] == "out of time, in b"
+
+
+def test_a_lost_device_ends_the_process(monkeypatch):
+    monkeypatch.setattr(conftest, "DEVICE", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
+    monkeypatch.setattr(conftest, "device_is_broken", lambda: False)
+    conftest.pytest_runtest_logfinish("x", None)
+    monkeypatch.setattr(conftest, "device_is_broken", lambda: True)
+    with pytest.raises(pytest.exit.Exception) as exit_:
+        conftest.pytest_runtest_logfinish("x", None)
+    assert exit_.value.returncode == BROKEN_DEVICE
+
+
+def lines(path):
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def test_a_run_that_is_killed_leaves_what_it_has(tmp_path):
+    """The whole script on a CPU, killed again and again; then it goes on to the end."""
+    path = tmp_path / "out" / "result.jsonl"
+    command = [sys.executable, "-m", "benchmarks.gpu", "rehearsal", str(path.parent)]
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_") and k != "TRITON_INTERPRET"}
+    started = 0
+    for more in (1, 8, 70, 12):
+        process = subprocess.Popen(command, cwd=ROOT, env=kept, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and lines(path) < started + more:
+            time.sleep(0.005)
+        assert process.poll() is None, "it ended before it was killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        time.sleep(0.3)  # its processes end with it
+        size = path.stat().st_size
+        time.sleep(0.5)
+        assert path.stat().st_size == size, "nobody goes on writing"
+        started = lines(path)
+        if any(record["kind"] == "run" for record in read_records(path)):
+            output = run("-m", "benchmarks.report", str(path), "--out", str(tmp_path / "report"))
+            assert "report.md" in output
+        else:
+            assert "names no run" in run("-m", "benchmarks.report", str(path), code=1)
+    kernels = [r["case"] for r in read_records(path) if r["kind"] == "kernel"]
+    done = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = read_result(path)
+    assert [p["ended"] for p in result.parts] == ["done"] * 4 and not result.failed
+    assert len(result.tests["passed"]) > 50 and len(result.steps[0].variants) == 3
+    measured = [r["case"] for r in read_records(path) if r["kind"] == "kernel"]
+    assert kernels == measured[: len(kernels)] and len(measured) == len(set(measured)), "none is measured twice"
+
+
+def test_plans_fit_their_time(capsys, monkeypatch):
+    assert dry_run.check_plans() == []
+    printed = capsys.readouterr().out
+    assert all(f"plan {name}: at most" in printed for name in ("first", "steps", "deep"))
+    assert gpu.PLANS["first"].seconds <= 330 and gpu.PLANS["steps"].seconds <= 360
+    monkeypatch.setitem(gpu.PLANS, "first", gpu.Plan(300, gpu.PLANS["first"].parts))
+    assert ["first" in fault for fault in dry_run.check_plans()] == [True]
+
+
+def test_the_dry_run_finds_what_would_fail(tmp_path, monkeypatch):
+    def plan_of(name):
+        command = (sys.executable, "-m", name)
+        return gpu.Plan(10, lambda result: [Part(name, "", command, 10, needs=())])
+
+    monkeypatch.setattr(
+        dry_run,
+        "PLANS",
+        {"first": plan_of("benchmarks.step"), "steps": plan_of("benchmarks.timing")}
+        | {"deep": gpu.Plan(10, lambda result: [])},
+    )
+    (fault,) = dry_run.check_imports()
+    assert "imports of benchmarks.step" in fault and "No module named 'diffusers'" in fault
+
+
+STUBBED = """
+import torch
+from focusdpo_kernels import fusion, topk_mask
+
+def test_fine():
+    assert topk_mask(torch.rand(3, 50), 4).sum() == -1, "what it compares means nothing"
+
+def test_refused():
+    fusion._fuse_launch()((1,), torch.rand(3))
+"""
+
+
+def test_what_the_stub_driver_refuses_is_red(tmp_path):
+    (tmp_path / "test_stubbed.py").write_text(STUBBED)
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.stub_tests", str(tmp_path), "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, timeout=200)
+    assert "1 failed, 1 passed" in done.stdout and "test_refused" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gpu_script_says_that_there_is_no_gpu(tmp_path):
-    script = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), str(tmp_path)]
+@pytest.mark.parametrize("name", ["first", "steps", "deep"])
+def test_gpu_script_says_that_there_is_no_gpu(tmp_path, name):
+    script = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), name, str(tmp_path)]
     done = subprocess.run(script, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True, timeout=100)
     assert done.returncode == 1 and "PyTorch sees no GPU here" in done.stderr
+
+
+def test_gpu_script_says_how_it_is_used(tmp_path):
+    for arguments in ([], ["first"], ["somewhere"]):
+        done = subprocess.run(["bash", str(ROOT / "benchmarks" / "gpu.sh"), *arguments], capture_output=True, text=True)
+        assert done.returncode == 2 and "gpu.sh first OUTDIR" in done.stderr
 
 
 def test_resident_blocks():

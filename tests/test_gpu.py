@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,6 +18,7 @@ from benchmarks import timing
 from focusdpo import focus_dpo_loss, focus_mask
 from focusdpo_kernels import SimilarityAccumulator, cross_layer_similarity, preference_residual, topk_mask
 
+ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 
 
@@ -17,24 +27,25 @@ def inputs(batch=2, patches=64, tokens=40, width=64, subjects=2):
         return torch.randn(shape, device="cuda").bfloat16()
 
     mask = torch.rand(batch, subjects, tokens, device="cuda") > 0.5
+    side = 16 * round(patches**0.5)
     return {
         "target": [tensor(batch, patches, width) for _ in range(3)],
         "reference": [tensor(batch, tokens, width) for _ in range(3)],
         "mask": mask,
         "prior": torch.rand(batch, patches, device="cuda") > 0.5,
-        "images": torch.rand(batch, 3, 128, 128, device="cuda"),
+        "images": torch.rand(batch, 3, side, side, device="cuda"),
         "predictions": [tensor(batch, patches, 16) for _ in range(6)],
     }
 
 
-def step(x, pooling="reference"):
-    scores = cross_layer_similarity(x["target"], x["reference"], x["mask"], pooling=pooling)
-    similarity = SimilarityAccumulator(x["mask"], pooling=pooling)
+def step(x, pooling="reference", backend=None):
+    scores = cross_layer_similarity(x["target"], x["reference"], x["mask"], pooling=pooling, backend=backend)
+    similarity = SimilarityAccumulator(x["mask"], pooling=pooling, backend=backend)
     for target, reference in zip(x["target"], x["reference"], strict=True):
         similarity.update(target, reference)
-    focus = focus_mask(scores, x["prior"], x["images"], reference_mask=x["mask"])
+    focus = focus_mask(scores, x["prior"], x["images"], reference_mask=x["mask"], backend=backend)
     policy = [p.detach().requires_grad_() for p in x["predictions"][:2]]
-    out = focus_dpo_loss(*policy, *x["predictions"][2:], focus=focus)
+    out = focus_dpo_loss(*policy, *x["predictions"][2:], focus=focus, backend=backend)
     return [scores, similarity.result(), focus.mask, out.loss, *torch.autograd.grad(out.loss, policy)]
 
 
@@ -60,15 +71,75 @@ def test_cuda_graph(pooling):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step(x, pooling)
-    for _ in range(20):  # the captured call's host memory must not be reused by later ones
-        step(inputs(), pooling)
-    fresh = inputs()
-    for name in ("target", "reference", "predictions"):
-        for old, new in zip(x[name], fresh[name], strict=True):
-            old.copy_(new)
-    graph.replay()
-    for actual, expected in zip(captured, step(x, pooling), strict=True):
-        assert torch.equal(actual, expected)
+    for _ in range(20):
+        fresh = inputs()
+        # Calls in between: the captured call's host memory must not be reused by them.
+        expected = step(fresh, pooling)
+        for name in ("target", "reference", "predictions"):
+            for old, new in zip(x[name], fresh[name], strict=True):
+                old.copy_(new)
+        for name in ("mask", "prior", "images"):
+            x[name].copy_(fresh[name])
+        graph.replay()
+        for actual, wanted in zip(captured, expected, strict=True):
+            assert torch.equal(actual, wanted)
+
+
+@pytest.mark.parametrize("pooling", ["reference", "max"])
+def test_two_runs_give_the_same_bits(pooling):
+    x = inputs(batch=3, patches=256, tokens=190, width=1024, subjects=3)
+    first = step(x, pooling)
+    for _ in range(5):
+        for one, other in zip(first, step(x, pooling), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "masked_mean"])
+def test_exchanging_winner_and_loser_negates_the_logit_to_the_bit(dtype, reduction):
+    predictions = [torch.randn(5, 1000, 64, device="cuda").to(dtype) for _ in range(6)]
+    mask = torch.rand(5, 1000, device="cuda")
+    exchanged = [predictions[i] for i in (1, 0, 3, 2, 5, 4)]
+    one = focus_dpo_loss(*predictions, focus=mask, reduction=reduction)
+    other = focus_dpo_loss(*exchanged, focus=mask, reduction=reduction)
+    assert torch.equal(one.logits, -other.logits) and one.logits.abs().min() > 0
+
+
+def test_two_streams():
+    """Two steps at the same time, each on a stream of its own, give what they give one after the other."""
+    x, y = inputs(patches=256, width=512), inputs(patches=256, width=512)
+    expected = [step(x), step(y)]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    for _ in range(10):
+        results = []
+        for stream, one in zip(streams, (x, y), strict=True):
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(1_000_000)
+                results.append(step(one))
+        torch.cuda.synchronize()
+        for actual, wanted in zip(results, expected, strict=True):
+            assert all(torch.equal(a, w) for a, w in zip(actual, wanted, strict=True))
+
+
+@pytest.mark.parametrize("pooling", ["reference", "max"])
+def test_memory_that_is_given_out_again(pooling):
+    """The device is far behind the host, and what calls leave behind (tables, sums) is given to the next at once."""
+    several = [inputs(patches=256, width=256) for _ in range(8)]
+    expected = [cross_layer_similarity(x["target"], x["reference"], x["mask"], pooling=pooling) for x in several]
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda._sleep(200_000_000)  # about 0.1 s
+    actual = []
+    for x in several * 4:
+        out = cross_layer_similarity(x["target"], x["reference"], x["mask"], pooling=pooling)
+        actual.append(out.clone())
+        del out
+        # What the host writes next into memory that a copy may still be waiting for, pinned and on the device.
+        torch.full((4096,), -1, dtype=torch.int64).pin_memory()
+        torch.full((64, 4096), float("nan"), device="cuda")
+    for one, wanted in zip(actual, expected * 4, strict=True):
+        assert torch.equal(one, wanted)
 
 
 def test_timing():
@@ -121,7 +192,98 @@ def test_compiled_with_inductor():
     policy = [p.clone().requires_grad_() for p in x["predictions"][:2]]
 
     def loss(win, lose):
-        return focus_dpo_loss(win, lose, *x["predictions"][2:]).loss
+        scores = cross_layer_similarity(x["target"], x["reference"], x["mask"])
+        focus = focus_mask(scores, x["prior"], x["images"], reference_mask=x["mask"], check_range=False)
+        return focus_dpo_loss(win, lose, *x["predictions"][2:], focus=focus).loss
 
     compiled = torch.compile(loss, fullgraph=True)(*policy)
     torch.testing.assert_close(compiled, loss(*policy), rtol=1e-6, atol=1e-7)
+    gradients = [torch.autograd.grad(value, policy) for value in (compiled, loss(*policy))]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-9)  # bf16
+
+
+INTERPRETED_STEP = """
+import sys, torch
+from tests.test_gpu import step
+x = torch.load(sys.argv[1])
+torch.save(step(x, backend="triton"), sys.argv[2])
+"""
+
+
+def test_the_interpreter_gives_the_same(tmp_path):
+    """What CI runs without a GPU against what runs on one."""
+    x = inputs()
+    torch.save({name: [t.cpu() for t in v] if isinstance(v, list) else v.cpu() for name, v in x.items()}, tmp_path / "in.pt")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", INTERPRETED_STEP, str(tmp_path / "in.pt"), str(tmp_path / "out.pt")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=75)
+    assert done.returncode == 0, done.stderr[-3000:]
+    scores, streamed, mask, loss, *gradients = torch.load(tmp_path / "out.pt")
+    actual = step(x)
+    torch.testing.assert_close(actual[0].cpu(), scores, rtol=0, atol=1e-5)  # sums on tensor cores
+    torch.testing.assert_close(actual[1].cpu(), streamed, rtol=0, atol=1e-5)
+    torch.testing.assert_close(actual[2].cpu(), mask, rtol=0, atol=1e-5)
+    torch.testing.assert_close(actual[3].cpu(), loss, rtol=1e-5, atol=1e-6)
+    for one, other in zip(actual[4:], gradients, strict=True):
+        torch.testing.assert_close(one.cpu(), other, rtol=1e-2, atol=1e-9)  # bf16
+
+
+def training(tmp_path, tiny_flux, tiny_pairs, checkpointing):
+    from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, ModelConfig, OptimConfig, TrainConfig
+
+    return TrainConfig(
+        model=ModelConfig(path=str(tiny_flux), dtype="bf16", max_sequence_length=16, gradient_checkpointing=checkpointing),
+        data=DataConfig(train=str(tiny_pairs), resolution=96, reference_resolution_multiple=48, num_workers=0, check="headers"),
+        output_dir=str(tmp_path / "run"),
+        lora=LoraConfig(rank=4, alpha=8, dropout=0.1),
+        focus=FocusConfig(tau=0.6),
+        optim=OptimConfig(lr=1e-3),
+        max_steps=8,
+        mixed_precision="bf16",
+        checkpoint_every=2,
+        trackers=[],
+    )
+
+
+TRAIN = """
+import pickle, sys
+from focusdpo.training.trainer import Trainer
+Trainer(pickle.load(open(sys.argv[1], "rb"))).train()
+"""
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointing"])
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, request, checkpointing, fresh_accelerate):
+    for package in ("diffusers", "accelerate", "peft", "skimage"):
+        pytest.importorskip(package)
+    from safetensors.torch import load_file
+
+    from focusdpo.training.metrics import read_metrics
+    from focusdpo.training.trainer import Trainer
+
+    config = training(tmp_path, request.getfixturevalue("tiny_flux"), request.getfixturevalue("tiny_pairs"), checkpointing)
+    Trainer(config).train()
+
+    def written(folder):
+        clock = ("pairs_per_second", "peak_memory_mib")
+        rows = [{k: v for k, v in row.items() if k not in clock} for row in read_metrics(folder / "metrics.jsonl")]
+        return rows, load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
+
+    whole = written(tmp_path / "run")
+    assert len(whole[0]) == 8 and torch.cuda.max_memory_allocated() > 0
+    killed = dataclasses.replace(config, output_dir=str(tmp_path / "killed"), resume="latest")
+    (tmp_path / "config.pickle").write_bytes(pickle.dumps(killed))
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    command = [sys.executable, "-c", TRAIN, str(tmp_path / "config.pickle")]
+    for steps in (3, 99):
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= steps):
+            time.sleep(0.01)
+        if steps < 8:
+            process.send_signal(signal.SIGKILL)
+        _, errors = process.communicate(timeout=75)
+        assert process.returncode == (-signal.SIGKILL if steps < 8 else 0), errors[-3000:]
+    rows, lora = written(tmp_path / "killed")
+    assert rows == whole[0]
+    assert all(torch.equal(value, whole[1][name]) for name, value in lora.items())

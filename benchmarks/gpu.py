@@ -1,0 +1,202 @@
+"""What a machine with a GPU can say, in parts that keep every number: python -m benchmarks.gpu PLAN OUTDIR.
+
+Start it by `bash benchmarks/gpu.sh`. A plan is printed first and kept: every part has its limit, and all together theirs. The
+most valuable numbers come first. OUTDIR/result.jsonl has each of them the moment it is measured; started again with the same
+OUTDIR, what has ended is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.results import Recorder
+from benchmarks.supervise import Part, run_part
+
+PYTHON = sys.executable
+KERNEL_TESTS = ("similarity", "matching", "entropy", "residual", "loss", "mask", "accuracy", "ops")
+STEPS_NEED = ("diffusers", "accelerate", "peft", "transformers")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Parts in their order, and the seconds that all may take together: what each may take adds up to no more."""
+
+    seconds: float
+    parts: Callable[[Path], list[Part]]
+
+
+def _tests(name: str, what: str, seconds: float, processes: int, files: tuple[str, ...], result: Path, each: int) -> Part:
+    pytest = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.record_tests", "--tb=short")
+    # The thread method ends a worker that hangs in the driver, where no signal reaches it; another takes its place.
+    limits = ("-n", str(processes), "--timeout", str(each), "--timeout-method", "thread", "--benchmark-disable")
+    return Part(name, what, (*pytest, *limits, "--record", str(result), *files), seconds, log="tests.log")
+
+
+def _kernels(
+    name: str, what: str, seconds: float, silence: float, result: Path, *options: str, file: str = "test_kernels.py"
+) -> Part:
+    pytest = (PYTHON, "-m", "pytest", f"benchmarks/{file}", "-q", "-p", "no:cacheprovider", "--tb=short")
+    columns = ("--benchmark-columns=median,iqr,rounds", "--timeout", "0")
+    return Part(name, what, (*pytest, *columns, "--result", str(result), *options), seconds, silence, log="kernels.log")
+
+
+def _steps(
+    name: str, what: str, seconds: float, silence: float, result: Path, backbone: str, *options: str, device: str = "cuda"
+) -> Part:
+    command = (PYTHON, "-m", "benchmarks.step", "--backbone", backbone, "--device", device, "--result", str(result), *options)
+    return Part(name, what, command, seconds, silence, needs=STEPS_NEED, log="steps.log")
+
+
+def _each(option: str, *values: str) -> tuple[str, ...]:
+    return tuple(part for value in values for part in (option, value))
+
+
+def _first(result: Path) -> list[Part]:
+    plain = _each("--provider", "focusdpo", "eager", "pieces")
+    files = tuple(f"tests/test_{name}.py" for name in KERNEL_TESTS)
+    return [
+        Part("environment", "versions and devices", (PYTHON, "-m", "focusdpo_kernels.env"), 20),
+        _tests("device tests", "what only a GPU can show", 90, 4, ("tests/test_gpu.py",), result, each=80),
+        _tests("kernel tests", "every kernel against float64 and the reference", 60, 8, files, result, each=50),
+        _kernels(
+            "kernels",
+            "ours, eager and pieces at three shapes",
+            95,
+            30,
+            result,
+            "--no-sweep",
+            *_each("--shape", "uno-1024", "flux2-klein-4b", "uno-512"),
+            *plain,
+        ),
+        _kernels(
+            "compiled kernels",
+            "torch.compile at uno-1024",
+            65,
+            60,
+            result,
+            "--no-sweep",
+            *_each("--shape", "uno-1024"),
+            *_each("--provider", "torch.compile"),
+        ),
+    ]
+
+
+def _steps_plan(result: Path) -> list[Part]:
+    flux, klein, settings = "flux1", "flux2-klein-4b", _each("--target", "512")
+    return [
+        _steps("FLUX.1 overhead", "plain DPO and FocusDPO in turn, 512 and 1024 px", 140, 90, result, flux),
+        _steps("klein-4B overhead", "the same at 512 px", 45, 45, result, klein, *settings),
+        _steps(
+            "throughput",
+            "settings without a compiler",
+            45,
+            45,
+            result,
+            flux,
+            *settings,
+            "--measure",
+            "throughput",
+            "--steps",
+            "8",
+        ),
+        _steps("compiled", "settings that compile", 130, 120, result, flux, *settings, "--measure", "compiled", "--steps", "8"),
+    ]
+
+
+def _deep(result: Path) -> list[Part]:
+    ncu = shutil.which("ncu")
+    counters = [
+        Part(
+            "counters",
+            "hardware counters of the kernels at uno-1024",
+            (ncu, *NCU, str(result.parent / "counters.csv"), PYTHON, "-m", "benchmarks.profiled", "--shape", "uno-1024"),
+            80,
+            log="counters.log",
+        )
+    ]
+    return [
+        _kernels("variants", "block sizes and stages of the streaming kernels", 110, 60, result, file="test_variants.py"),
+        *(counters if ncu else []),
+        _kernels("sweeps", "over N, P and R", 110, 40, result, "--only-sweep", *_each("--provider", "focusdpo", "eager")),
+        _kernels(
+            "max-autotune",
+            "torch.compile max-autotune at uno-1024",
+            240,
+            150,
+            result,
+            "--no-sweep",
+            *_each("--shape", "uno-1024"),
+            *_each("--provider", "torch.compile max-autotune"),
+        ),
+    ]
+
+
+NCU = (
+    "--clock-control",
+    "none",  # leave the machine's clocks as they are
+    "--profile-from-start",
+    "off",
+    "--csv",
+    "--page",
+    "raw",
+    "--metrics",
+    "gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,"
+    "sm__warps_active.avg.pct_of_peak_sustained_active,smsp__issue_active.avg.pct_of_peak_sustained_active,"
+    "launch__registers_per_thread,launch__occupancy_limit_registers,launch__grid_size,launch__waves_per_multiprocessor",
+    "--log-file",
+)
+
+
+def _rehearsal(result: Path) -> list[Part]:
+    """The same machinery on a CPU and the smallest sizes: nothing of it says anything about a GPU."""
+    return [
+        Part("environment", "versions and devices", (PYTHON, "-m", "focusdpo_kernels.env"), 60),
+        _tests("kernel tests", "a few, in the interpreter", 120, 2, ("tests/test_entropy.py",), result, each=60),
+        _kernels("kernels", "eager and pieces, tiny", 120, 60, result, "--no-sweep", "--shape", "tiny", "-k", "not compile"),
+        _steps("steps", "the tiny model", 120, 60, result, "tiny", "--steps", "6", device="cpu"),
+    ]
+
+
+PLANS = {
+    "first": Plan(330, _first),
+    "steps": Plan(360, _steps_plan),
+    "deep": Plan(540, _deep),
+    "rehearsal": Plan(420, _rehearsal),
+}
+
+
+def describe(name: str, plan: Plan, parts: list[Part]) -> str:
+    lines = [f"plan {name}: at most {plan.seconds:.0f} s, in this order"]
+    lines += [f"  {part.name:20} {part.seconds:4.0f} s at most   {part.what}" for part in parts]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="bash benchmarks/gpu.sh", description=__doc__.splitlines()[0])
+    parser.add_argument("plan", choices=list(PLANS), help="first: correctness and kernels; steps: training steps; deep: why")
+    parser.add_argument("outdir", type=Path, help="folder for result.jsonl, logs, report and figures")
+    options = parser.parse_args(argv)
+    started = time.monotonic()
+    plan, result = PLANS[options.plan], options.outdir / "result.jsonl"
+    parts, recorder = plan.parts(result), Recorder(result)
+    print(describe(options.plan, plan, parts), flush=True)
+    for part in parts:
+        recorder.append("plan", name=part.name, what=part.what, limit=part.seconds)
+    clean, until = True, started
+    for part in parts:
+        print(f"== {part.name}", flush=True)
+        until += part.seconds  # what earlier parts have left over is this one's
+        ended = run_part(part, recorder, until)
+        clean &= ended == "done"
+        print(f"   {ended}; {time.monotonic() - started:.0f} s of {plan.seconds:.0f} s", flush=True)
+    sys.exit(0 if clean else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""The streaming kernels in other block sizes, pipeline depths and splits, beside the shipped ones: same gate, same clock.
+
+python -m pytest benchmarks/test_variants.py --result FILE     # on a GPU; `bash benchmarks/gpu.sh deep OUTDIR` does it
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from benchmarks.cases import GROUPS, Group
+from benchmarks.inputs import NAMED, Shape
+from benchmarks.machine import DEVICE
+from benchmarks.results import OURS, Recorder
+from benchmarks.timing import measured, plan, rotations
+from focusdpo_kernels import pooled_similarity, residual
+from focusdpo_kernels.backend import INTERPRETED
+from focusdpo_kernels.launch import Launch
+
+SHAPE = "uno-1024"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Another way to launch one kernel.
+
+    Args:
+        kernel: "pool", "compare" or "residual forward".
+        constants: that differ from the shipped ones.
+        options: fields of its `Launch` that differ.
+        splits: of the residual: at most so many programs a sample.
+        batch: pairs in a call.
+    """
+
+    kernel: str
+    constants: dict[str, int] = dataclasses.field(default_factory=dict)
+    options: dict[str, int] = dataclasses.field(default_factory=dict)
+    splits: int | None = None
+    batch: int = 1
+
+    @property
+    def label(self) -> str:
+        changed = {**self.constants, **self.options, **({} if self.splits is None else {"splits": self.splits})}
+        named = ", ".join(f"{name}={value}" for name, value in changed.items()) or "as shipped"
+        return f"{self.kernel}, B={self.batch}, {named}"
+
+    @property
+    def group(self) -> Group:
+        name = "residual forward" if self.kernel == "residual forward" else "similarity"
+        return next(group for group in GROUPS if group.name == name)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        with ExitStack() as patches:
+            if self.kernel == "residual forward":
+                block = self.constants.get("BLOCK", residual.BLOCK)
+                patches.enter_context(mock.patch.object(residual, "BLOCK", block))
+                patches.enter_context(mock.patch.object(residual, "MAX_SPLITS", self.splits or residual.MAX_SPLITS))
+                changed = _changing(residual.forward_launch, self._change)
+                patches.enter_context(mock.patch.object(residual, "forward_launch", changed))
+            else:
+                changed = _changing(pooled_similarity._launches, self._change_one)
+                patches.enter_context(mock.patch.object(pooled_similarity, "_launches", changed))
+            yield
+
+    def _change(self, launch: Launch) -> Launch:
+        return dataclasses.replace(launch, constants={**launch.constants, **self.constants}, **self.options)
+
+    def _change_one(self, launches: Any) -> Any:
+        return launches._replace(**{self.kernel: self._change(getattr(launches, self.kernel))})
+
+
+def _changing(make: Callable[..., Any], change: Callable[[Any], Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: change(make(*args, **kwargs))
+
+
+def _streams(kernel: str, rows: str, blocks: tuple[tuple[int, int, int, int], ...]) -> list[Variant]:
+    made = [
+        Variant(kernel, {rows: height, "BLOCK_D": width}, {"num_stages": stages, "threads": threads})
+        for height, width, stages, threads in blocks
+    ]
+    return [Variant(kernel), *made]
+
+
+VARIANTS = [
+    *_streams(
+        "compare",
+        "BLOCK_P",
+        ((64, 128, 3, 128), (64, 128, 4, 128), (128, 64, 4, 128), (128, 64, 4, 256), (32, 128, 4, 128), (64, 64, 6, 128)),
+    ),
+    *_streams(
+        "pool", "BLOCK_Q", ((32, 256, 3, 128), (64, 128, 3, 128), (64, 64, 4, 128), (16, 128, 5, 128), (32, 128, 6, 128))
+    ),
+    *(
+        Variant("residual forward", constants, options, splits, batch)
+        for batch in (64, 1)
+        for constants, options, splits in (
+            ({}, {}, None),
+            ({}, {}, 32),
+            ({}, {}, 8),
+            ({"BLOCK": 1024}, {"threads": 128}, None),
+            ({"BLOCK": 4096}, {"threads": 512}, None),
+            ({"BLOCK": 1024, "LANES": 4}, {"threads": 256}, None),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.label)
+def test_variant(recorder: Recorder, case: str, variant: Variant) -> None:
+    if DEVICE.type == "cpu" and not INTERPRETED:
+        pytest.skip("no GPU")
+    shape, group = Shape(SHAPE, NAMED[SHAPE], variant.batch), variant.group
+    torch.manual_seed(0)
+    first = group.inputs(shape, DEVICE)
+    size = sum(t.numel() * t.element_size() for t in first.tensors())
+    inputs = [first, *(group.inputs(shape, DEVICE) for _ in range(rotations(size, DEVICE) - 1))]
+    run = group.providers[OURS]
+    with variant.applied():
+        error = group.error(run(first), group.exact(first))
+        assert error <= group.tolerance_of(OURS, shape), f"error {error:.1e} against float64"
+        how = plan([lambda x=x: run(x) for x in inputs], DEVICE)
+        median, spread = measured(how)
+    recorder.append(
+        "variant",
+        case=case,
+        kernel=variant.kernel,
+        batch=variant.batch,
+        shape=shape.label,
+        constants=variant.constants,
+        options=variant.options,
+        splits=variant.splits,
+        median=median,
+        spread=spread,
+        bytes=group.bytes_of(shape),
+        error=error,
+        method=how.method,
+    )
