@@ -31,9 +31,10 @@ def test_compiles_without_spills(arch):
     # The criteria look at something: there are products of either kind, and streaming kernels with rows for wide loads.
     assert {c["dtype"] for c in compiled if c["kernel"] in inspect.PRODUCTS} == {"fp16", "bf16", "fp32"}
     assert {c["kernel"] for c in compiled if c["contiguous"] and c["wide_loads"]} >= set(inspect.STREAMING)
-    # The threads of a block meet where they add up, and no kernel is a handful of instructions.
+    # The threads of a block meet where they add up, and what is counted by name is among all instructions.
     assert all(c["barriers"] for c in compiled if c["kernel"] in ("_structure_kernel", "_forward_kernel"))
-    assert all(100 < c["instructions"] < 20000 for c in compiled)
+    named = ("wide_loads", "tensor_cores", "barriers")
+    assert all(c["instructions"] > sum(c[name] for name in named) for c in compiled)
 
 
 GOOD = inspect.Compiled(
