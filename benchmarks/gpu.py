@@ -59,53 +59,26 @@ def _each(option: str, *values: str) -> tuple[str, ...]:
 
 def _first(result: Path) -> list[Part]:
     plain = _each("--provider", "focusdpo", "eager", "pieces")
-    files = tuple(f"tests/test_{name}.py" for name in KERNEL_TESTS)
+    shapes = _each("--shape", "uno-1024", "flux2-klein-4b", "uno-512")
+    compiled = (*_each("--shape", "uno-1024"), *_each("--provider", "torch.compile"))
+    tests, device = tuple(f"tests/test_{name}.py" for name in KERNEL_TESTS), ("tests/test_gpu.py", "-k")
     return [
-        Part("environment", "versions and devices", (PYTHON, "-m", "focusdpo_kernels.env"), 20),
-        _tests("device tests", "what only a GPU can show", 90, 4, ("tests/test_gpu.py",), result, each=80),
-        _tests("kernel tests", "every kernel against float64 and the reference", 60, 8, files, result, each=50),
-        _kernels(
-            "kernels",
-            "ours, eager and pieces at three shapes",
-            95,
-            30,
-            result,
-            "--no-sweep",
-            *_each("--shape", "uno-1024", "flux2-klein-4b", "uno-512"),
-            *plain,
-        ),
-        _kernels(
-            "compiled kernels",
-            "torch.compile at uno-1024",
-            65,
-            60,
-            result,
-            "--no-sweep",
-            *_each("--shape", "uno-1024"),
-            *_each("--provider", "torch.compile"),
-        ),
+        Part("environment", "versions and devices", (PYTHON, "-m", "focusdpo_kernels.env"), 15),
+        _tests("device tests", "what only a GPU can show", 50, 4, (*device, "not killed"), result, each=40),
+        _tests("kernel tests", "every kernel against float64 and the reference", 65, 8, tests, result, each=50),
+        _kernels("kernels", "ours, eager and pieces at three shapes", 75, 30, result, "--no-sweep", *shapes, *plain),
+        _kernels("compiled kernels", "torch.compile at uno-1024", 75, 60, result, "--no-sweep", *compiled),
+        _tests("training tests", "a run on the GPU, killed and resumed", 50, 2, (*device, "killed"), result, each=48),
     ]
 
 
 def _steps_plan(result: Path) -> list[Part]:
     flux, klein, settings = "flux1", "flux2-klein-4b", _each("--target", "512")
+    speed = (*_each("--measure", "throughput", "compiled"), "--steps", "8")
     return [
-        _steps("FLUX.1 overhead", "plain DPO and FocusDPO in turn, 512 and 1024 px", 140, 90, result, flux),
-        _steps("klein-4B overhead", "the same at 512 px", 45, 45, result, klein, *settings),
-        _steps(
-            "throughput",
-            "settings without a compiler",
-            45,
-            45,
-            result,
-            flux,
-            *settings,
-            "--measure",
-            "throughput",
-            "--steps",
-            "8",
-        ),
-        _steps("compiled", "settings that compile", 130, 120, result, flux, *settings, "--measure", "compiled", "--steps", "8"),
+        _steps("FLUX.1 overhead", "plain DPO and FocusDPO in turn, 512 and 1024 px", 165, 60, result, flux, "--steps", "10"),
+        _steps("klein-4B overhead", "the same at 512 px", 65, 45, result, klein, *settings),
+        _steps("throughput", "settings one by one, compiled ones last", 130, 100, result, flux, *settings, *speed),
     ]
 
 

@@ -183,6 +183,7 @@ def markdown(result: Result) -> str:
     lines = [f"# {result.title}", ""]
     if result.on_cpu:
         lines += [f"**{ON_CPU}**", ""]
+    lines += [line for note in result.notes for line in (f"> {note}", "")]
     lines += [*_tests(result), *_limits(result)]
     for group in result.groups():
         formula = next(row.formula for row in result.rows if row.group == group)
@@ -219,6 +220,8 @@ def _limits(result: Result) -> list[str]:
     if not result.copy_bandwidth:
         return []
     text = f"Measured in the same run: copy {_significant(result.copy_bandwidth / 1e9)} GB/s (read plus written)"
+    if result.read_bandwidth:
+        text += f", reading {_significant(result.read_bandwidth / 1e9)} GB/s"
     if result.empty_launch:
         text += f", empty launch {result.empty_launch * 1e6:.2f} us"
     return [f"{text}.", ""]
@@ -288,7 +291,7 @@ def _step(step: Step) -> Iterator[str]:
     launches = facts.get("launches", {})
     if PLAIN_STEP in launches and FOCUS_STEP in launches:
         plain, focus = launches[PLAIN_STEP], launches[FOCUS_STEP]
-        yield f"- Launches a step: {plain['all']} plain, {focus['all']} with the focus, of which {focus['ours']} are our kernels."
+        yield f"- Launches a step: {plain['all']} plain, {focus['all']} with the focus, of them {focus['ours']} our kernels."
 
 
 def overhead_text(overhead: Interval, of: float) -> str:

@@ -12,6 +12,7 @@ that was cut short is passed over. Records by their "kind":
     workload  a model, what of it is trained, and what is known of its step beside its time
     step      one timed training step
     test      a test and its outcome
+    note      what a reader has to know of the run, in words
 
 This module imports neither torch nor the library: what watches over a run must not break with it.
 """
@@ -209,12 +210,14 @@ class Result:
     path: Path
     machine: dict[str, Any]
     copy_bandwidth: float | None
+    read_bandwidth: float | None
     empty_launch: float | None
     rows: list[Row]
     steps: list[Step]
     variants: list[dict[str, Any]]
     tests: dict[str, list[dict[str, Any]]]  # by outcome
-    failed: list[dict[str, Any]]  # cases and parts that gave no number, each with why
+    failed: list[dict[str, Any]]  # cases that gave no number, each with why
+    notes: list[str]
     parts: list[dict[str, Any]]  # of the plan, with `ended` and `seconds` where they ran
 
     @property
@@ -260,14 +263,27 @@ def read_result(path: str | Path) -> Result:
         path,
         runs[0],
         limits.get("copy_bytes_per_second"),
+        limits.get("read_bytes_per_second"),
         limits.get("empty_launch_seconds"),
         list(rows.values()),
         list(_steps(records)),
         list(variants.values()),
         tests,
-        [r for r in records if r["kind"] == "failed"],
+        list(_failed(records)),
+        [r["text"] for r in records if r["kind"] == "note"],
         list(_parts(records)),
     )
+
+
+def _failed(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Cases that ended without a number, and in no later process with one."""
+    failed: dict[str, dict[str, Any]] = {}
+    for record in records:
+        if record["kind"] == "failed":
+            failed[record["case"]] = record
+        elif record["kind"] in ("kernel", "variant", "done"):
+            failed.pop(record["case"], None)
+    yield from failed.values()
 
 
 def _steps(records: list[dict[str, Any]]) -> Iterator[Step]:

@@ -30,6 +30,12 @@ def inputs(backbone, batch=2):
     )
 
 
+def test_attention_is_not_cudnns(tiny_flux):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    Flux1.from_pretrained(str(tiny_flux), dtype=torch.float32)
+    assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
+
+
 def test_position_ids_are_unos():
     expected = [(0, row, column) for row in range(4) for column in range(6)]
     expected += [(0, 4 + row, 6 + column) for row in range(2) for column in range(3)]

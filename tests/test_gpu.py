@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -253,37 +255,71 @@ Trainer(pickle.load(open(sys.argv[1], "rb"))).train()
 """
 
 
+def rows_and_lora(folder):
+    """Metrics without the clock's, and the adapter."""
+    from safetensors.torch import load_file
+
+    from focusdpo.training.metrics import read_metrics
+
+    clock = ("pairs_per_second", "peak_memory_mib")
+    rows = [{k: v for k, v in row.items() if k not in clock} for row in read_metrics(folder / "metrics.jsonl")]
+    return rows, load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
+
+
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointing"])
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, request, checkpointing, fresh_accelerate):
     for package in ("diffusers", "accelerate", "peft", "skimage"):
         pytest.importorskip(package)
-    from safetensors.torch import load_file
+    from accelerate.state import AcceleratorState
 
-    from focusdpo.training.metrics import read_metrics
     from focusdpo.training.trainer import Trainer
 
     config = training(tmp_path, request.getfixturevalue("tiny_flux"), request.getfixturevalue("tiny_pairs"), checkpointing)
-    Trainer(config).train()
-
-    def written(folder):
-        clock = ("pairs_per_second", "peak_memory_mib")
-        rows = [{k: v for k, v in row.items() if k not in clock} for row in read_metrics(folder / "metrics.jsonl")]
-        return rows, load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
-
-    whole = written(tmp_path / "run")
-    assert len(whole[0]) == 8 and torch.cuda.max_memory_allocated() > 0
     killed = dataclasses.replace(config, output_dir=str(tmp_path / "killed"), resume="latest")
     (tmp_path / "config.pickle").write_bytes(pickle.dumps(killed))
     metrics = tmp_path / "killed" / "metrics.jsonl"
     command = [sys.executable, "-c", TRAIN, str(tmp_path / "config.pickle")]
-    for steps in (3, 99):
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
-        while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= steps):
-            time.sleep(0.01)
-        if steps < 8:
-            process.send_signal(signal.SIGKILL)
-        _, errors = process.communicate(timeout=75)
-        assert process.returncode == (-signal.SIGKILL if steps < 8 else 0), errors[-3000:]
-    rows, lora = written(tmp_path / "killed")
-    assert rows == whole[0]
-    assert all(torch.equal(value, whole[1][name]) for name, value in lora.items())
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+    def kill_after_three_steps():
+        while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+
+    watcher = threading.Thread(target=kill_after_three_steps)
+    watcher.start()
+    Trainer(config).train()  # meanwhile, the same without a kill
+    AcceleratorState._reset_state(reset_partial_state=True)
+    rows, lora = rows_and_lora(tmp_path / "run")
+    assert [row["step"] for row in rows] == list(range(1, config.max_steps + 1))
+    assert all(math.isfinite(row["gradient_norm"]) and not row["skipped_in_a_row"] for row in rows), "every step was taken"
+    assert all(row["margin"] for row in rows[1:]), "and the adapter moved"
+    _, errors = process.communicate(timeout=60)
+    watcher.join()
+    assert process.returncode == -signal.SIGKILL, errors[-3000:]
+    Trainer(killed).train()
+    resumed, resumed_lora = rows_and_lora(tmp_path / "killed")
+    for one, other in zip(resumed, rows, strict=True):
+        assert {k: (v, other[k]) for k, v in one.items() if v != other[k]} == {}, f"step {one['step']}"
+    assert all(torch.equal(value, lora[name]) for name, value in resumed_lora.items())
+
+
+@pytest.mark.parametrize(("tokens", "heads", "width"), [(70, 2, 16), (2336, 24, 128), (3584, 24, 128), (5408, 24, 128)])
+def test_attention_of_a_backbone(tokens, heads, width, tmp_path):
+    """Gradients at the lengths of the demo's model, FLUX.1 at 512 px, klein at 512 px and FLUX.1 at 1024 px."""
+    pytest.importorskip("diffusers")
+    from focusdpo.models.sizes import released
+
+    released("FLUX.1 dev").build(torch.bfloat16, 512)  # a backbone chooses among PyTorch's kernels
+    shape = (2, tokens, heads, width)
+    one = [torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2).requires_grad_() for _ in range(3)]
+    weight = torch.randn(2, heads, tokens, width, device="cuda")
+    out = torch.nn.functional.scaled_dot_product_attention(*one)
+    gradients = torch.autograd.grad((out.float() * weight).sum(), one)
+    for i in range(2):  # a sample at a time: the scores take memory
+        exact = [x[i : i + 1].detach().float().requires_grad_() for x in one]
+        attention = torch.softmax(exact[0] @ exact[1].mT / width**0.5, -1) @ exact[2]
+        wanted = torch.autograd.grad((attention * weight[i : i + 1]).sum(), exact)
+        for actual, expected in zip(gradients, wanted, strict=True):
+            error = (actual[i : i + 1].float() - expected).norm() / expected.norm()
+            assert error < 1e-2, "bf16"
