@@ -61,7 +61,7 @@ def draw_roofline(result: Result, path: Path) -> None:
         roof = np.full_like(x, result.copy_bandwidth)
         if result.empty_launch:
             roof = np.minimum(roof, x / result.empty_launch)
-        name = "limit: copy bandwidth" + (" and one empty launch" if result.empty_launch else "")
+        name = "a copy" + (" and one empty launch" if result.empty_launch else "")
         handles += axes.plot(x, roof / 1e9, color="black", linewidth=1.5, label=name)
     markers = dict(zip(result.groups(), GROUP_MARKERS, strict=False))
     for row in rows:
@@ -165,8 +165,50 @@ def draw_steps(result: Result, path: Path) -> None:
             right.set_axis_off()  # a CPU's is not measured
         for axes in (left, right):
             axes.invert_yaxis()
-            axes.margins(x=0.3)
+            axes.margins(x=0.45)
             axes.tick_params(labelsize=7)
+    _save(figure, result, path)
+
+
+def draw_summary(result: Result, path: Path) -> None:
+    """What a reader asks first, on one page: kernels against their peers, memory, and what the focus costs in a step."""
+    shapes = dict.fromkeys(row.shape.split(" B=")[0] for row in result.rows if row.sweep is None)
+    steps = [(step, step.overhead()) for step in result.steps if step.overhead() is not None]
+    if not shapes or not steps:
+        return
+    shape = next(iter(shapes))  # the first that was measured, which the plans begin with
+    groups = [g for g in result.groups() if result.ours in result.times(g, shape) and len(result.times(g, shape)) > 1]
+    figure, (times, memory, overhead) = plt.subplots(1, 3, figsize=(14, 0.62 * len(groups) + 1.6), width_ratios=(5, 3, 3.4))
+    providers = [p for p in _providers(result) if any(p in result.times(g, shape) for g in groups)]
+    height = 0.8 / len(providers)
+    for axes, value, label in (
+        (times, lambda row: row.median * 1e6, "microseconds (lower is better)"),
+        (memory, lambda row: (row.extra_memory or 0) / 2**20, "extra memory, MiB (lower is better)"),
+    ):
+        for i, provider in enumerate(providers):
+            rows = [(y, result.times(g, shape)[provider]) for y, g in enumerate(groups) if provider in result.times(g, shape)]
+            shown = [value(row) for _, row in rows]
+            bars = axes.barh([y + i * height for y, _ in rows], shown, height, color=COLOURS[provider], label=provider)
+            axes.bar_label(bars, fmt=lambda x: f"{x:,.0f}" if x >= 100 else f"{x:.3g}", fontsize=6, padding=2)
+        axes.set(xlabel=label, ylim=(len(groups) - 0.1, -0.3), xscale="log" if axes is times else "symlog")
+        axes.margins(x=0.14)
+    times.set_yticks(np.arange(len(groups)) + 0.4 - height / 2, groups, fontsize=8)
+    times.set_title(f"kernels at {shape}", fontsize=9, loc="left")
+    times.legend(fontsize=7, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(providers), frameon=False)
+    memory.set_yticks([])
+    for y, (step, interval) in enumerate(steps):
+        assert interval is not None
+        plain = step.variants[PLAIN_STEP].median / 100
+        low, middle, high = interval.low / plain, interval.median / plain, interval.high / plain
+        overhead.errorbar(middle, y, xerr=[[middle - low], [high - middle]], fmt="o", color=COLOURS[OURS], capsize=4)
+        words = f"{step.backbone}, {step.setting.removeprefix('one pair at ')}\n{100 * plain:.3g} s a step"
+        overhead.annotate(words, (0.02, y - 0.2), xycoords=("axes fraction", "data"), fontsize=7)
+    overhead.axvline(0, color="black", linewidth=0.8)
+    overhead.set(ylim=(len(steps) - 0.3, -0.7), yticks=[], xlabel="% of a plain DPO step that FocusDPO adds")
+    overhead.set_title("paired steps: median and interval of 95 % or more", fontsize=9, loc="left")
+    for axes in (times, memory, overhead):
+        axes.grid(alpha=0.25, axis="x")
+        axes.tick_params(labelsize=7)
     _save(figure, result, path)
 
 
@@ -278,10 +320,10 @@ def _step(step: Step) -> Iterator[str]:
         overhead = step.overhead(name)
         if overhead is not None and name != PLAIN_STEP:
             yield f"- {name} against {PLAIN_STEP}, in turn: {overhead_text(overhead, step.variants[PLAIN_STEP].median)}."
-    peaks = {name: v.peak_memory for name, v in step.variants.items()}
-    plain, focus = peaks.get(PLAIN_STEP), peaks.get(FOCUS_STEP)
-    if plain and focus:
-        yield f"- Peak memory of the focus above the plain step: {(focus - plain) / 2**20:+.2f} MiB."
+    extra = step.extra_memory()
+    if extra is not None:
+        yield f"- Peak memory of the focus above the plain step of the same round: {extra / 2**20:+.2f} MiB at most."
+    focus = step.variants[FOCUS_STEP].peak_memory if FOCUS_STEP in step.variants else None
     if "estimated_memory" in facts and focus:
         estimate = facts["estimated_memory"]
         yield f"- `focusdpo models` estimates {estimate / 2**30:.3f} GiB, {100 * (estimate / focus - 1):+.1f} % of the peak."
@@ -352,7 +394,8 @@ def write_report(result: Result, folder: Path) -> list[Path]:
     draw_peers(result, folder / "peers.png")
     draw_scaling(result, folder / "scaling.png")
     draw_steps(result, folder / "steps.png")
-    names = ("report.md", "roofline.png", "peers.png", "scaling.png", "steps.png")
+    draw_summary(result, folder / "summary.png")
+    names = ("report.md", "summary.png", "roofline.png", "peers.png", "scaling.png", "steps.png")
     return [folder / name for name in names if (folder / name).exists()]
 
 

@@ -131,12 +131,23 @@ class Row:
 
 @dataclass
 class Timed:
-    """The timed steps of one variant, in order. Seconds; bytes at the peak where the device tells them."""
+    """The timed steps of one variant, in order: seconds, and bytes at the peak where the device tells them."""
 
     name: str
     seconds: list[float] = field(default_factory=list)
     rounds: list[int] = field(default_factory=list)
-    peak_memory: int | None = None
+    peaks: list[int | None] = field(default_factory=list)
+
+    def add(self, round_: int, seconds: float, peak: int | None) -> None:
+        if round_ in self.rounds:  # a process that began anew
+            self.seconds, self.rounds, self.peaks = [], [], []
+        self.seconds.append(seconds)
+        self.rounds.append(round_)
+        self.peaks.append(peak)
+
+    @property
+    def peak_memory(self) -> int | None:
+        return max((peak for peak in self.peaks if peak is not None), default=None)
 
     @property
     def median(self) -> float:
@@ -173,12 +184,19 @@ class Step:
 
     def overhead(self, name: str = FOCUS_STEP, against: str = PLAIN_STEP) -> Interval | None:
         """Seconds that one variant takes longer than another, from the rounds in which both ran."""
+        return paired_interval([one - other for one, other in self._pairs(name, against, "seconds")])
+
+    def extra_memory(self, name: str = FOCUS_STEP, against: str = PLAIN_STEP) -> int | None:
+        """Bytes by which one variant's peak is above another's, most of the rounds in which both ran; None on a CPU."""
+        pairs = self._pairs(name, against, "peaks")
+        return max((one - other for one, other in pairs if one is not None and other is not None), default=None)
+
+    def _pairs(self, name: str, against: str, what: str) -> list[tuple[Any, Any]]:
         if name not in self.variants or against not in self.variants:
-            return None
+            return []
         one, other = self.variants[name], self.variants[against]
-        before = dict(zip(other.rounds, other.seconds, strict=True))
-        differences = [s - before[r] for r, s in zip(one.rounds, one.seconds, strict=True) if r in before]
-        return paired_interval(differences)
+        before = dict(zip(other.rounds, getattr(other, what), strict=True))
+        return [(value, before[r]) for r, value in zip(one.rounds, getattr(one, what), strict=True) if r in before]
 
 
 def paired_interval(differences: list[float], confidence: float = 0.95) -> Interval | None:
@@ -297,13 +315,7 @@ def _steps(records: list[dict[str, Any]]) -> Iterator[Step]:
             step.facts |= {k: v for k, v in record.items() if k not in ("kind", "backbone", "setting")}
             continue
         timed = step.variants.setdefault(record["variant"], Timed(record["variant"]))
-        if record["round"] in timed.rounds:  # a process that began anew
-            timed.seconds.clear()
-            timed.rounds.clear()
-        timed.seconds.append(record["seconds"])
-        timed.rounds.append(record["round"])
-        if record["peak_memory"] is not None:
-            timed.peak_memory = max(timed.peak_memory or 0, record["peak_memory"])
+        timed.add(record["round"], record["seconds"], record["peak_memory"])
     yield from steps.values()
 
 

@@ -203,10 +203,7 @@ class Measurement:
         seconds, peak = timed_step(variant, self.work, optimizer)
         if round_ < WARM_UP:
             return
-        timed = self.step.variants.setdefault(variant.name, Timed(variant.name))
-        timed.seconds.append(seconds)
-        timed.rounds.append(round_)
-        timed.peak_memory = peak if timed.peak_memory is None else max(timed.peak_memory, peak or 0)
+        self.step.variants.setdefault(variant.name, Timed(variant.name)).add(round_, seconds, peak)
         record = {"variant": variant.name, "round": round_, "seconds": seconds, "peak_memory": peak}
         self.recorder.append("step", backbone=self.work.name, setting=self.setting.label, **record)
 

@@ -78,7 +78,7 @@ def test_every_group_is_measured_and_drawn(result_file, tmp_path):
     overhead = step.overhead()
     assert overhead.pairs == 6 and overhead.low <= overhead.median <= overhead.high
     written = {path.name for path in write_report(result, tmp_path)}
-    assert written == {"report.md", "roofline.png", "peers.png", "steps.png"}
+    assert written == {"report.md", "summary.png", "roofline.png", "peers.png", "steps.png"}
     text = (tmp_path / "report.md").read_text()
     assert all(f"## {group.name}" in text for group in GROUPS) and "## Step: tiny" in text
     assert ("Times of a CPU" in text) != torch.cuda.is_available()
@@ -286,9 +286,14 @@ def test_paired_differences():
         assert interval.confidence == pytest.approx(1 - 2 * scipy.stats.binom.cdf(k - 1, n, 0.5)) and interval.confidence > 0.95
     assert paired_interval([1.0] * 5) is None, "five of a kind hold the median with 0.94"
     drift = [1 + 0.1 * i for i in range(12)]
-    plain = Timed(PLAIN_STEP, [*drift, 99.0], [*range(12), 2000])
-    focus = Timed(FOCUS_STEP, [d + 1e-3 * (1 + i % 2) for i, d in enumerate(drift)], list(range(12)))
-    overhead = Step("x", "y", variants={PLAIN_STEP: plain, FOCUS_STEP: focus}).overhead()
+    plain, focus = Timed(PLAIN_STEP), Timed(FOCUS_STEP)
+    for i, seconds in enumerate(drift):
+        plain.add(i, seconds, 100 + i)
+        focus.add(i, seconds + 1e-3 * (1 + i % 2), 107 + i)
+    plain.add(2000, 99.0, 10**6)  # of other rounds
+    step = Step("x", "y", variants={PLAIN_STEP: plain, FOCUS_STEP: focus})
+    overhead = step.overhead()
+    assert step.extra_memory() == 7
     assert overhead.pairs == 12, "paired by round"
     assert (overhead.low, overhead.median, overhead.high) == pytest.approx((1e-3, 1.5e-3, 2e-3))
 

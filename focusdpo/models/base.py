@@ -121,8 +121,8 @@ class Backbone(abc.ABC):
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
-        # cuDNN's attention is PyTorch's first choice on Hopper. With torch 2.11 on an H200 a step of FLUX.1 at 512 px ended with
-        # it in an illegal memory access, and works without; pytorch/pytorch#196678 and #193893 are of its wrong results.
+        # cuDNN's attention is PyTorch's first choice on Hopper. With it a step of FLUX.1 at 512 px ended in an illegal memory
+        # access (torch 2.11, H200); without it works. pytorch/pytorch#196678 and #193893 are of its wrong results.
         torch.backends.cuda.enable_cudnn_sdp(False)
 
     @classmethod
