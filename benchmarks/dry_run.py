@@ -61,30 +61,35 @@ def check_plans() -> list[str]:
 
 
 def check_imports() -> list[str]:
-    """Collects or imports what each part runs, in processes in which packages are blocked."""
+    """Collects or imports what the parts run, in processes in which packages are blocked."""
+    parts = [part for name in ("first", "steps", "deep") for part in PLANS[name].parts(Path("OUTDIR") / "result.jsonl")]
+    commands: dict[tuple[tuple[str, ...], bool], list[str]] = {}
+    for part in parts:
+        commands.setdefault((_only_imports(part), bool(part.needs)), []).append(part.name)
     faults = []
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "sitecustomize.py").write_text(BLOCK)
-        parts = [p for name in ("first", "steps", "deep") for p in PLANS[name].parts(Path(folder) / "result.jsonl")]
-        for part in parts:
-            carried = CARRIED if part.needs else ()
-            blocked = [name for name in (*ABSENT, *ALSO_ABSENT) if name not in carried]
+        for (command, carries), names in commands.items():
+            blocked = [name for name in (*ABSENT, *ALSO_ABSENT) if not (carries and name in CARRIED)]
             environment = {**os.environ, "BLOCKED_MODULES": " ".join(blocked)}
             environment["PYTHONPATH"] = os.pathsep.join([folder, str(ROOT)])
-            done = subprocess.run(_only_imports(part), cwd=ROOT, env=environment, capture_output=True, text=True)
-            print(f"imports of {part.name}: {'ok' if done.returncode == 0 else 'FAILED'}", flush=True)
+            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+            which = f"imports of {', '.join(names)}"
+            print(f"{which}: {'ok' if done.returncode == 0 else 'FAILED'}", flush=True)
             if done.returncode:
-                faults.append(f"imports of {part.name}, without {', '.join(blocked)}:\n{(done.stdout + done.stderr)[-3000:]}")
+                faults.append(f"{which}, without {', '.join(blocked)}:\n{(done.stdout + done.stderr)[-3000:]}")
     return faults
 
 
 def _only_imports(part: Part) -> tuple[str, ...]:
+    """Imports what a part's process would, and runs nothing."""
     command = part.command[part.command.index(sys.executable) :]  # without a profiler before it
-    if command[:3] == (sys.executable, "-m", "pytest"):
-        options = [word for word in command if word not in ("-n", "8", "4", "2")]
-        # Plugins are found by what is installed, also where it cannot be imported.
-        return (*options, "--collect-only", "-p", "no:xdist", "-p", "no:hypothesispytest")
-    return (sys.executable, "-c", f"import {command[2]}, benchmarks.report")
+    if command[:3] != (sys.executable, "-m", "pytest"):
+        return (sys.executable, "-c", f"import {command[2]}, benchmarks.report")
+    files = [word for word in command if word.endswith(".py")]
+    plugins = ("-p", "benchmarks.record_tests", "-p", "no:cacheprovider")
+    # Plugins are found by what is installed, also where it cannot be imported.
+    return (*command[:3], "-q", "--collect-only", *plugins, "-p", "no:hypothesispytest", *files)
 
 
 def check_launches(what: str) -> list[str]:
@@ -114,12 +119,13 @@ def on_empty(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def launch_kernels() -> None:
-    """Ours at every shape that the plans measure, and every variant."""
+    """Ours at every shape that the plans measure, in the device tests, and in every variant."""
     from benchmarks import timing
     from benchmarks.cases import GROUPS
     from benchmarks.inputs import NAMED, FocusInputs, Shape, shapes
     from benchmarks.results import OURS
     from benchmarks.test_variants import SHAPE, VARIANTS
+    from tests import test_gpu
 
     meta, cuda = torch.device("meta"), torch.device("cuda")
     source, target = torch.empty(5000), torch.empty(5000)
@@ -135,6 +141,10 @@ def launch_kernels() -> None:
         for group in GROUPS:
             for batch in group.batches if shape.sweep is None else (1,):
                 run(group, Shape(shape.name, shape.sizes, batch, shape.sweep))
+    with mock.patch.object(test_gpu, "DEVICE", "cpu"):
+        for pooling in ("reference", "max"):
+            for sizes in ({}, {"batch": 3, "patches": 256, "tokens": 190, "width": 1024, "subjects": 3}):
+                test_gpu.step(test_gpu.inputs(**sizes), pooling)
     for variant in VARIANTS:
         with variant.applied():
             run(variant.group, Shape(SHAPE, NAMED[SHAPE], variant.batch))

@@ -74,7 +74,7 @@ def _first(result: Path) -> list[Part]:
 
 def _steps_plan(result: Path) -> list[Part]:
     flux, klein, settings = "flux1", "flux2-klein-4b", _each("--target", "512")
-    speed = (*_each("--measure", "throughput", "compiled"), "--steps", "8")
+    speed = (*_each("--measure", "throughput", "compiled"), "--steps", "10")
     return [
         _steps("FLUX.1 overhead", "plain DPO and FocusDPO in turn, 512 and 1024 px", 165, 60, result, flux, "--steps", "10"),
         _steps("klein-4B overhead", "the same at 512 px", 65, 45, result, klein, *settings),

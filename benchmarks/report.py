@@ -180,7 +180,7 @@ def draw_summary(result: Result, path: Path) -> None:
     groups = [g for g in result.groups() if result.ours in result.times(g, shape) and len(result.times(g, shape)) > 1]
     figure, (times, memory, overhead) = plt.subplots(1, 3, figsize=(14, 0.62 * len(groups) + 1.6), width_ratios=(5, 3, 3.4))
     providers = [p for p in _providers(result) if any(p in result.times(g, shape) for g in groups)]
-    height = 0.8 / len(providers)
+    height, starred = 0.8 / len(providers), False
     for axes, value, label in (
         (times, lambda row: row.median * 1e6, "microseconds (lower is better)"),
         (memory, lambda row: (row.extra_memory or 0) / 2**20, "extra memory, MiB (lower is better)"),
@@ -189,9 +189,14 @@ def draw_summary(result: Result, path: Path) -> None:
             rows = [(y, result.times(g, shape)[provider]) for y, g in enumerate(groups) if provider in result.times(g, shape)]
             shown = [value(row) for _, row in rows]
             bars = axes.barh([y + i * height for y, _ in rows], shown, height, color=COLOURS[provider], label=provider)
-            axes.bar_label(bars, fmt=lambda x: f"{x:,.0f}" if x >= 100 else f"{x:.3g}", fontsize=6, padding=2)
+            marks = ["*" if axes is times and row.method == "events" else "" for _, row in rows]
+            starred |= any(marks)
+            labels = [f"{x:,.0f}{m}" if x >= 100 else f"{x:.3g}{m}" for x, m in zip(shown, marks, strict=True)]
+            axes.bar_label(bars, labels, fontsize=6, padding=2)
         axes.set(xlabel=label, ylim=(len(groups) - 0.1, -0.3), xscale="log" if axes is times else "symlog")
         axes.margins(x=0.14)
+    if starred:
+        times.set_xlabel("microseconds (lower is better); * not from a graph: the host's launches count")
     times.set_yticks(np.arange(len(groups)) + 0.4 - height / 2, groups, fontsize=8)
     times.set_title(f"kernels at {shape}", fontsize=9, loc="left")
     times.legend(fontsize=7, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(providers), frameon=False)

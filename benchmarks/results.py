@@ -275,7 +275,7 @@ def read_result(path: str | Path) -> Result:
     rows = {r["case"]: Row(**{k: v for k, v in r.items() if k in names}) for r in records if r["kind"] == "kernel"}
     variants = {r["case"]: r for r in records if r["kind"] == "variant"}
     tests: dict[str, list[dict[str, Any]]] = {}
-    for test in {r["case"]: r for r in records if r["kind"] == "test"}.values():  # of one that ran twice the last counts
+    for test in _last_of_each(records).values():
         tests.setdefault(test["outcome"], []).append(test)
     return Result(
         path,
@@ -291,6 +291,17 @@ def read_result(path: str | Path) -> Result:
         [r["text"] for r in records if r["kind"] == "note"],
         list(_parts(records)),
     )
+
+
+def _last_of_each(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of a test that ran twice the last outcome counts, but a failure's own reason before that of the worker it took along."""
+    tests: dict[str, dict[str, Any]] = {}
+    for record in records:
+        if record["kind"] == "test":
+            earlier = tests.get(record["case"])
+            if earlier is None or not earlier["outcome"] == record["outcome"] == "failed":
+                tests[record["case"]] = record
+    return tests
 
 
 def _failed(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -20,7 +20,7 @@ from torch.autograd import DeviceType
 
 Call = Callable[[], Any]
 
-GRAPH_BELOW = 10e-3  # seconds: shorter calls are replayed from a graph, or the host's launches would be measured
+GRAPH_BELOW = 100e-3  # seconds on the device: shorter calls are replayed from a graph, or the host's launches would count
 GRAPH_LENGTH = 2e-3  # seconds that one graph should last, at least
 ROUND_LENGTH = 20e-3  # seconds, at least, between two readings of the host's clock
 MEASURE = 0.1  # seconds to measure for

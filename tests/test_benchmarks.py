@@ -359,6 +359,39 @@ def test_a_lost_device_ends_the_process(monkeypatch):
     assert exit_.value.returncode == BROKEN_DEVICE
 
 
+LOSING = """
+import pytest, torch
+from benchmarks import record_tests
+
+record_tests.DEVICE, record_tests.device_is_broken = torch.device("cuda"), lambda: bool(lost)
+lost = []
+
+def test_before(): pass
+
+def test_loses_the_device():
+    lost.append(1)
+    assert False, "an illegal memory access"
+
+@pytest.mark.parametrize("i", range(3))
+def test_after(i):
+    assert not lost, "in a fresh process"
+"""
+
+
+def test_tests_after_a_lost_device_run_in_a_fresh_process(tmp_path):
+    (tmp_path / "test_losing.py").write_text(LOSING)
+    path = tmp_path / "result.jsonl"
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    command = (sys.executable, "-m", "pytest", "-n", "1", "-p", "benchmarks.record_tests", "--record", str(path), "-q")
+    subprocess.run([*command, str(tmp_path / "test_losing.py")], cwd=ROOT, env=kept, capture_output=True, timeout=200)
+    tests = [(r["case"].split("::")[1], r["outcome"]) for r in read_records(path) if r["kind"] == "test"]
+    after = [f"test_after[{i}]" for i in range(3)]
+    assert {name for name, outcome in tests if outcome == "passed"} == {"test_before", *after}
+    assert {name for name, outcome in tests if outcome == "failed"} == {"test_loses_the_device"}
+    result = read_result(path)
+    assert len(result.tests["passed"]) == 4 and "an illegal memory access" in result.tests["failed"][0]["why"]
+
+
 def lines(path):
     return path.read_text().count("\n") if path.exists() else 0
 

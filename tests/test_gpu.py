@@ -21,21 +21,22 @@ from focusdpo import focus_dpo_loss, focus_mask
 from focusdpo_kernels import SimilarityAccumulator, cross_layer_similarity, preference_residual, topk_mask
 
 ROOT = Path(__file__).parent.parent
+DEVICE = "cuda"  # the dry run takes another
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 
 
 def inputs(batch=2, patches=64, tokens=40, width=64, subjects=2):
     def tensor(*shape):
-        return torch.randn(shape, device="cuda").bfloat16()
+        return torch.randn(shape, device=DEVICE).bfloat16()
 
-    mask = torch.rand(batch, subjects, tokens, device="cuda") > 0.5
+    mask = torch.rand(batch, subjects, tokens, device=DEVICE) > 0.5
     side = 16 * round(patches**0.5)
     return {
         "target": [tensor(batch, patches, width) for _ in range(3)],
         "reference": [tensor(batch, tokens, width) for _ in range(3)],
         "mask": mask,
-        "prior": torch.rand(batch, patches, device="cuda") > 0.5,
-        "images": torch.rand(batch, 3, side, side, device="cuda"),
+        "prior": torch.rand(batch, patches, device=DEVICE) > 0.5,
+        "images": torch.rand(batch, 3, side, side, device=DEVICE),
         "predictions": [tensor(batch, patches, 16) for _ in range(6)],
     }
 
