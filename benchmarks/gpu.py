@@ -8,17 +8,17 @@ OUTDIR, what has ended is left out.
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.results import Recorder
+from benchmarks.results import Recorder, read_records
 from benchmarks.supervise import Part, run_part
 
 PYTHON = sys.executable
+ENVIRONMENT = "environment"
 KERNEL_TESTS = ("similarity", "matching", "entropy", "residual", "loss", "mask", "accuracy", "ops")
 STEPS_NEED = ("diffusers", "accelerate", "peft", "transformers")
 
@@ -29,6 +29,15 @@ class Plan:
 
     seconds: float
     parts: Callable[[Path], list[Part]]
+
+
+def _environment(seconds: float, result: Path) -> Part:
+    return Part(
+        ENVIRONMENT,
+        "versions and devices, and whose result this is",
+        (PYTHON, "-m", "benchmarks.machine", str(result)),
+        seconds,
+    )
 
 
 def _tests(name: str, what: str, seconds: float, processes: int, files: tuple[str, ...], result: Path, each: int) -> Part:
@@ -63,7 +72,7 @@ def _first(result: Path) -> list[Part]:
     compiled = (*_each("--shape", "uno-1024"), *_each("--provider", "torch.compile"))
     tests, device = tuple(f"tests/test_{name}.py" for name in KERNEL_TESTS), ("tests/test_gpu.py", "-k")
     return [
-        Part("environment", "versions and devices", (PYTHON, "-m", "focusdpo_kernels.env"), 15),
+        _environment(15, result),
         _tests("device tests", "what only a GPU can show", 50, 4, (*device, "not killed"), result, each=40),
         _tests("kernel tests", "every kernel against float64 and the reference", 65, 8, tests, result, each=50),
         _kernels("kernels", "ours, eager and pieces at three shapes", 75, 30, result, "--no-sweep", *shapes, *plain),
@@ -76,37 +85,24 @@ def _steps_plan(result: Path) -> list[Part]:
     flux, klein, settings = "flux1", "flux2-klein-4b", _each("--target", "512")
     speed = (*_each("--measure", "throughput", "compiled"), "--steps", "10")
     return [
-        _steps("FLUX.1 overhead", "plain DPO and FocusDPO in turn, 512 and 1024 px", 165, 60, result, flux, "--steps", "10"),
-        _steps("klein-4B overhead", "the same at 512 px", 65, 45, result, klein, *settings),
-        _steps("throughput", "settings one by one, compiled ones last", 130, 100, result, flux, *settings, *speed),
+        _environment(15, result),
+        _steps("FLUX.1 overhead", "plain DPO and FocusDPO in turn, 512 and 1024 px", 160, 60, result, flux, "--steps", "10"),
+        _steps("klein-4B overhead", "the same at 512 px", 60, 45, result, klein, *settings),
+        _steps("throughput", "settings one by one, compiled ones last", 125, 100, result, flux, *settings, *speed),
     ]
 
 
 def _deep(result: Path) -> list[Part]:
-    ncu = shutil.which("ncu")
-    counters = [
-        Part(
-            "counters",
-            "hardware counters of the kernels at uno-1024",
-            (ncu, *NCU, str(result.parent / "counters.csv"), PYTHON, "-m", "benchmarks.profiled", "--shape", "uno-1024"),
-            80,
-            log="counters.log",
-        )
-    ]
+    profiled = (PYTHON, "-m", "benchmarks.profiled", "--shape", "uno-1024")
+    counters = ("ncu", *NCU, str(result.parent / "counters.csv"), *profiled)
+    compiled = (*_each("--shape", "uno-1024"), *_each("--provider", "torch.compile max-autotune"))
+    ours = _each("--provider", "focusdpo", "eager")
     return [
-        _kernels("variants", "block sizes and stages of the streaming kernels", 110, 60, result, file="test_variants.py"),
-        *(counters if ncu else []),
-        _kernels("sweeps", "over N, P and R", 110, 40, result, "--only-sweep", *_each("--provider", "focusdpo", "eager")),
-        _kernels(
-            "max-autotune",
-            "torch.compile max-autotune at uno-1024",
-            240,
-            150,
-            result,
-            "--no-sweep",
-            *_each("--shape", "uno-1024"),
-            *_each("--provider", "torch.compile max-autotune"),
-        ),
+        _environment(15, result),
+        _kernels("variants", "block sizes and stages of the streaming kernels", 105, 60, result, file="test_variants.py"),
+        Part("counters", "hardware counters of the kernels at uno-1024", counters, 75, needs=("ncu",), log="counters.log"),
+        _kernels("sweeps", "over N, P and R", 105, 40, result, "--only-sweep", *ours),
+        _kernels("max-autotune", "torch.compile max-autotune at uno-1024", 240, 150, result, "--no-sweep", *compiled),
     ]
 
 
@@ -129,7 +125,7 @@ NCU = (
 def _rehearsal(result: Path) -> list[Part]:
     """The same machinery on a CPU and the smallest sizes: nothing of it says anything about a GPU."""
     return [
-        Part("environment", "versions and devices", (PYTHON, "-m", "focusdpo_kernels.env"), 60),
+        _environment(60, result),
         _tests("kernel tests", "a few, in the interpreter", 120, 2, ("tests/test_entropy.py",), result, each=60),
         _kernels("kernels", "eager and pieces, tiny", 120, 60, result, "--no-sweep", "--shape", "tiny", "-k", "not compile"),
         _steps("steps", "the tiny model", 120, 60, result, "tiny", "--steps", "6", device="cpu"),
@@ -155,19 +151,26 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("plan", choices=list(PLANS), help="first: correctness and kernels; steps: training steps; deep: why")
     parser.add_argument("outdir", type=Path, help="folder for result.jsonl, logs, report and figures")
     options = parser.parse_args(argv)
-    started = time.monotonic()
     plan, result = PLANS[options.plan], options.outdir / "result.jsonl"
+    if options.outdir.exists() and not result.exists() and any(options.outdir.iterdir()):
+        parser.error(
+            f"OUTDIR: {options.outdir} holds other files and no result.jsonl; name a new folder, or that of an earlier run"
+        )
+    if result.exists() and not read_records(result):
+        parser.error(f"OUTDIR: {result} is not a result of these benchmarks; name another folder")
+    started = time.monotonic()
     parts, recorder = plan.parts(result), Recorder(result)
     print(describe(options.plan, plan, parts), flush=True)
-    for part in parts:
-        recorder.append("plan", name=part.name, what=part.what, limit=part.seconds)
     clean, until = True, started
     for part in parts:
         print(f"== {part.name}", flush=True)
         until += part.seconds  # what earlier parts have left over is this one's
+        recorder.append("plan", name=part.name, what=part.what, limit=part.seconds)
         ended = run_part(part, recorder, until)
-        clean &= ended == "done"
         print(f"   {ended}; {time.monotonic() - started:.0f} s of {plan.seconds:.0f} s", flush=True)
+        clean &= ended == "done"
+        if part.name == ENVIRONMENT and not clean:
+            sys.exit(1)  # it has said why
     sys.exit(0 if clean else 1)
 
 

@@ -1,15 +1,23 @@
-"""The device that is measured on, in a result's words."""
+"""The device that is measured on, in a result's words.
+
+python -m benchmarks.machine RESULT.jsonl     # prints what is there, and begins or continues a result of it
+"""
 
 from __future__ import annotations
 
 import functools
 import os
 import platform
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from pytest_benchmark.utils import get_commit_info
+
+from benchmarks.results import Recorder
+from focusdpo_kernels import env
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BROKEN_DEVICE = 70  # exit status of a process whose device is lost to it, while another process may still use it
@@ -66,3 +74,15 @@ def device_is_broken() -> bool:
         return bool(torch.ones(1, device="cuda").item() != 1)
     except RuntimeError:
         return True
+
+
+def main(path: str) -> None:
+    print(env.report(), flush=True)
+    try:
+        Recorder(Path(path)).open_run(machine_info(), commit_id())
+    except ValueError as error:
+        sys.exit(f"benchmarks: error: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

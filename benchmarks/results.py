@@ -64,12 +64,15 @@ class Recorder:
         """Says what is measured, once a file.
 
         Raises:
-            ValueError: the file has records of another device, of other versions or of another commit.
+            ValueError: the file has records of another device, of other versions or of another commit, or none at all.
         """
         if self.path is None:
             return
         now = {**machine, "commit": commit or ""}
-        for record in read_records(self.path):
+        records = read_records(self.path)
+        if not records and self.path.exists() and self.path.stat().st_size:
+            raise ValueError(f"{self.path}: is not a result of these benchmarks; choose another file")
+        for record in records:
             if record["kind"] == "run":
                 differing = [name for name in IDENTITY if record.get(name) != now.get(name)]
                 if differing:

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,7 +34,7 @@ class Part:
         seconds: it may take at most, and what the parts before it have left over.
         silence: seconds after which a process that has appended nothing counts as hung. None: the part has no cases of its own
             to go on with, and ends with its process.
-        needs: packages without which it is left out.
+        needs: packages or programs without which it is left out.
         log: file for what it prints, in the folder of the result; None lets it print.
     """
 
@@ -48,7 +49,7 @@ class Part:
 
 def missing_modules(part: Part) -> list[str]:
     """Those of `part.needs` that are not installed."""
-    return [name for name in part.needs if importlib.util.find_spec(name) is None]
+    return [name for name in part.needs if importlib.util.find_spec(name) is None and shutil.which(name) is None]
 
 
 def run_part(part: Part, recorder: Recorder, until: float) -> str:

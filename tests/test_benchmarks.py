@@ -311,7 +311,7 @@ for case in "abcd":
     recorder.append("done", case=case)
 """
 FAULTS = {
-    "hang": ("subprocess.Popen(['sleep', '97']); time.sleep(97)", "silent for 1 s"),
+    "hang": ("subprocess.Popen(['sleep', '97']); time.sleep(97)", "silent for 5 s"),
     "crash": ("os.kill(os.getpid(), signal.SIGSEGV)", "killed by SIGSEGV"),
     "lost device": ("recorder.append('failed', case='b', why='CUDA error'); sys.exit(70)", "CUDA error"),
     "odd exit": ("os._exit(3)", "exit status 3"),
@@ -326,12 +326,13 @@ def part(tmp_path, program, seconds=60.0, **options):
 def test_a_fault_ends_one_case_alone(tmp_path, fault):
     statement, why = FAULTS[fault]
     recorder = Recorder(tmp_path / "result.jsonl")
-    some = part(tmp_path, WORKER.format(fault=statement), silence=1.0)
+    some = part(tmp_path, WORKER.format(fault=statement), silence=5.0)
     assert run_part(some, recorder, time.monotonic() + 60) == "done"
     records = read_records(recorder.path)
     assert [r["case"] for r in records if r["kind"] == "done"] == ["a", "c", "d"]
     assert [(r["case"], r["why"]) for r in records if r["kind"] == "failed"] == [("b", why)]
-    assert not subprocess.run(["pgrep", "-f", "sleep 97"], capture_output=True).stdout, "nothing of it is left running"
+    if fault == "hang":
+        assert not subprocess.run(["pgrep", "-f", "sleep 97"], capture_output=True).stdout, "nothing of it is left running"
 
 
 def test_parts_that_cannot_go_on(tmp_path):
@@ -479,6 +480,33 @@ def test_gpu_script_says_that_there_is_no_gpu(tmp_path, name):
     script = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), name, str(tmp_path)]
     done = subprocess.run(script, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True, timeout=100)
     assert done.returncode == 1 and "PyTorch sees no GPU here" in done.stderr
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    for name, content in (("thesis.txt", "mine"), ("result.jsonl", "not JSON")):
+        folder = tmp_path / name.split(".")[0]
+        folder.mkdir()
+        (folder / name).write_text(content)
+        with pytest.raises(SystemExit) as exit_:
+            gpu.main(["rehearsal", str(folder)])
+        assert exit_.value.code == 2 and [p.name for p in folder.iterdir()] == [name]
+        assert (folder / name).read_text() == content
+    with pytest.raises(ValueError, match="is not a result of these benchmarks"):
+        Recorder(folder / "result.jsonl").open_run(machine_info(CPU), "abc")
+
+
+def test_another_runs_folder_is_refused_at_once(tmp_path):
+    path = tmp_path / "result.jsonl"
+    Recorder(path).open_run(machine_info(CPU) | {"device": "some GPU"}, "abc")
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", "rehearsal", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 1 and "holds a run of device 'some GPU'" in done.stderr
+    assert [r["kind"] for r in read_records(path)] == ["run", "plan", "part"]
 
 
 def test_gpu_script_says_how_it_is_used(tmp_path):
