@@ -51,6 +51,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if _case(item) not in ended]
 
 
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and session.config.stash[_RECORDER].ended():
+        session.exitstatus = pytest.ExitCode.OK  # all was measured before
+
+
 def _case(item: pytest.Item) -> str:
     return item.name.partition("[")[2].rstrip("]")
 

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,40 +62,44 @@ def check_plans() -> list[str]:
 
 
 def check_imports() -> list[str]:
-    """Collects or imports what the parts run, in processes in which packages are blocked."""
+    """Collects or imports what the parts run, with their own options, in processes in which packages are blocked."""
     parts = [part for name in ("first", "steps", "deep") for part in PLANS[name].parts(Path("OUTDIR") / "result.jsonl")]
     commands: dict[tuple[tuple[str, ...], bool], list[str]] = {}
     for part in parts:
-        commands.setdefault((_only_imports(part), bool(part.needs)), []).append(part.name)
-    faults = []
-    with tempfile.TemporaryDirectory() as folder:
+        commands.setdefault((_only_imports(part), "diffusers" in part.needs), []).append(part.name)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         (Path(folder) / "sitecustomize.py").write_text(BLOCK)
-        for (command, carries), names in commands.items():
+
+        def check(item: tuple[tuple[tuple[str, ...], bool], list[str]]) -> str | None:
+            (command, carries), names = item
             blocked = [name for name in (*ABSENT, *ALSO_ABSENT) if not (carries and name in CARRIED)]
             environment = {**os.environ, "BLOCKED_MODULES": " ".join(blocked)}
             environment["PYTHONPATH"] = os.pathsep.join([folder, str(ROOT)])
             done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-            which = f"imports of {', '.join(names)}"
+            which = f"imports and options of {', '.join(dict.fromkeys(names))}"
             print(f"{which}: {'ok' if done.returncode == 0 else 'FAILED'}", flush=True)
-            if done.returncode:
-                faults.append(f"{which}, without {', '.join(blocked)}:\n{(done.stdout + done.stderr)[-3000:]}")
-    return faults
+            if done.returncode == 0:
+                return None
+            return f"{which}, without {', '.join(blocked)}:\n{(done.stdout + done.stderr)[-3000:]}"
+
+        return [fault for fault in pool.map(check, commands.items()) if fault]
 
 
 def _only_imports(part: Part) -> tuple[str, ...]:
-    """Imports what a part's process would, and runs nothing."""
+    """Imports what a part's process would, reads its options, and runs nothing."""
     command = part.command[part.command.index(sys.executable) :]  # without a profiler before it
-    if command[:3] != (sys.executable, "-m", "pytest"):
-        return (sys.executable, "-c", f"import {command[2]}, benchmarks.report")
-    files = [word for word in command if word.endswith(".py")]
-    plugins = ("-p", "benchmarks.record_tests", "-p", "no:cacheprovider")
-    # Plugins are found by what is installed, also where it cannot be imported.
-    return (*command[:3], "-q", "--collect-only", *plugins, "-p", "no:hypothesispytest", *files)
+    module, options = command[2], command[3:]
+    if module == "pytest":
+        # Plugins are found by what is installed, also where it cannot be imported.
+        return (*command, "--collect-only", "-p", "no:hypothesispytest")
+    reads = "from benchmarks.step import parse; import sys; parse(sys.argv[1:])" if module == "benchmarks.step" else ""
+    return (sys.executable, "-c", f"import {module}, benchmarks.report; {reads}", *options)
 
 
 def check_launches(what: str) -> list[str]:
     """Runs one of the checks below in a process of its own, where the stub driver is."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "0"}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    environment |= {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}  # also where there is a GPU
     command = [sys.executable, "-m", "benchmarks.dry_run", "--launch", what]
     if what == "tests":
         pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.stub_tests", "--tb=short")

@@ -21,12 +21,5 @@ fi
 out=$(realpath -m "$2")
 cd "$(dirname "$0")/.." || exit 2
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
-if [ "$1" != rehearsal ]; then
-  unset TRITON_INTERPRET
-  "$python" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "gpu.sh: PyTorch sees no GPU here")' || exit 1
-fi
-"$python" -m benchmarks.gpu "$1" "$out"
-status=$?
-[ "$status" -eq 2 ] && exit 2
-timeout -k 5 60 "$python" -m benchmarks.report "$out/result.jsonl" --out "$out" || status=1
-exit "$status"
+[ "$1" = rehearsal ] || unset TRITON_INTERPRET
+exec "$python" -m benchmarks.gpu "$1" "$out"

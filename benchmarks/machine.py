@@ -5,6 +5,7 @@ python -m benchmarks.machine RESULT.jsonl     # prints what is there, and begins
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
 import platform
@@ -72,17 +73,25 @@ def device_is_broken() -> bool:
     try:
         torch.cuda.synchronize()
         return bool(torch.ones(1, device="cuda").item() != 1)
+    except torch.OutOfMemoryError:
+        return False
     except RuntimeError:
         return True
 
 
-def main(path: str) -> None:
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.machine", description=__doc__.splitlines()[0])
+    parser.add_argument("result", type=Path, help="file to begin or to continue")
+    parser.add_argument("--gpu", action="store_true", help="refuse to begin without one")
+    options = parser.parse_args(argv)
     print(env.report(), flush=True)
+    if options.gpu and DEVICE.type != "cuda":
+        sys.exit("gpu.sh: PyTorch sees no GPU here")
     try:
-        Recorder(Path(path)).open_run(machine_info(), commit_id())
+        Recorder(options.result).open_run(machine_info(), commit_id())
     except ValueError as error:
-        sys.exit(f"benchmarks: error: {error}")
+        sys.exit(f"gpu.sh: error: {error}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

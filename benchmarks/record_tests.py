@@ -23,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--record")
-    if path is not None and not hasattr(config, "workerinput"):
+    if path is not None and not hasattr(config, "workerinput") and not config.option.collectonly:
         config.pluginmanager.register(_Outcomes(path))
 
 

@@ -209,7 +209,7 @@ def draw_summary(result: Result, path: Path) -> None:
         words = f"{step.backbone}, {step.setting.removeprefix('one pair at ')}\n{100 * plain:.3g} s a step"
         overhead.annotate(words, (0.02, y - 0.2), xycoords=("axes fraction", "data"), fontsize=7)
     overhead.axvline(0, color="black", linewidth=0.8)
-    overhead.set(ylim=(len(steps) - 0.3, -0.7), yticks=[], xlabel="% of a plain DPO step that FocusDPO adds")
+    overhead.set(ylim=(len(steps) - 0.3, -0.7), yticks=[], xlabel="% that FocusDPO adds to a plain DPO step (lower is better)")
     overhead.set_title("paired steps: median and interval of 95 % or more", fontsize=9, loc="left")
     for axes in (times, memory, overhead):
         axes.grid(alpha=0.25, axis="x")
@@ -315,7 +315,9 @@ def _step(step: Step) -> Iterator[str]:
         yield ""
     if step.variants:
         memory = any(v.peak_memory for v in step.variants.values())
-        yield "| variant | s per step (lower is better) | spread | steps | pairs/s |" + (" peak memory |" if memory else "")
+        yield "| variant | s per step (lower is better) | spread | steps | pairs/s (higher is better) |" + (
+            " peak memory (lower is better) |" if memory else ""
+        )
         yield "|---|---:|---:|---:|---:|" + ("---:|" if memory else "")
         for v in step.variants.values():
             peak = (" - |" if v.peak_memory is None else f" {v.peak_memory / 2**30:.3f} GiB |") if memory else ""
@@ -353,7 +355,9 @@ def overhead_text(overhead: Interval, of: float) -> str:
 
 def _variants(result: Result) -> Iterator[str]:
     copy = bool(result.copy_bandwidth)
-    yield "| kernel, shape | configuration | time (lower is better) | GB/s |" + (" of copy |" if copy else "")
+    yield "| kernel, shape | configuration | time (lower is better) | GB/s (higher is better) |" + (
+        " of copy |" if copy else ""
+    )
     yield "|---|---|---:|---:|" + ("---:|" if copy else "")
     for v in result.variants:
         changed = {**v["constants"], **v["options"], **({} if v["splits"] is None else {"splits": v["splits"]})}

@@ -7,10 +7,12 @@ that was cut short is passed over. Records by their "kind":
     plan      a part of a run on a GPU, and the seconds it may take; `part` says how it ended
     limits    what the device can do, measured in the same run
     begin     a case has begun; it ends with `kernel`, `variant`, `done`, `failed` or `skipped` of the same "case"
+    cut       a case that had begun when its part's time was over: another run may take it up
     kernel    a `Row`
     variant   another launch configuration of a kernel, and its time
     workload  a model, what of it is trained, and what is known of its step beside its time
-    step      one timed training step
+    step      one timed training step; steps of the same case and round took turns
+    warm-up   one that is not timed
     test      a test and its outcome
     note      what a reader has to know of the run, in words
 
@@ -83,14 +85,15 @@ class Recorder:
 
     def ended(self) -> set[str]:
         """The cases that need not be begun again."""
-        return {r["case"] for r in self._records() if r["kind"] in ENDS}
+        return {r["case"] for r in self.records() if r["kind"] in ENDS}
 
-    def unfinished(self) -> list[str]:
-        """The cases that were begun and have not ended."""
+    def unfinished(self, since: int = 0) -> list[str]:
+        """The cases that were begun and have not ended, of those begun after so many records."""
         ended = self.ended()
-        return list(dict.fromkeys(r["case"] for r in self._records() if r["kind"] == "begin" and r["case"] not in ended))
+        begun = (r["case"] for r in self.records()[since:] if r["kind"] == "begin")
+        return list(dict.fromkeys(case for case in begun if case not in ended))
 
-    def _records(self) -> list[dict[str, Any]]:
+    def records(self) -> list[dict[str, Any]]:
         return [] if self.path is None else read_records(self.path)
 
 
@@ -138,14 +141,15 @@ class Timed:
 
     name: str
     seconds: list[float] = field(default_factory=list)
-    rounds: list[int] = field(default_factory=list)
+    turns: list[tuple[str, int]] = field(default_factory=list)  # case and round
     peaks: list[int | None] = field(default_factory=list)
 
-    def add(self, round_: int, seconds: float, peak: int | None) -> None:
-        if round_ in self.rounds:  # a process that began anew
-            self.seconds, self.rounds, self.peaks = [], [], []
+    def add(self, case: str, round_: int, seconds: float, peak: int | None) -> None:
+        if (case, round_) in self.turns:  # a process that began the case anew
+            kept = [i for i, (other, _) in enumerate(self.turns) if other != case]
+            self.seconds, self.turns, self.peaks = ([x[i] for i in kept] for x in (self.seconds, self.turns, self.peaks))
         self.seconds.append(seconds)
-        self.rounds.append(round_)
+        self.turns.append((case, round_))
         self.peaks.append(peak)
 
     @property
@@ -186,11 +190,11 @@ class Step:
     variants: dict[str, Timed] = field(default_factory=dict)
 
     def overhead(self, name: str = FOCUS_STEP, against: str = PLAIN_STEP) -> Interval | None:
-        """Seconds that one variant takes longer than another, from the rounds in which both ran."""
+        """Seconds that one variant takes longer than another, from the rounds in which they took turns."""
         return paired_interval([one - other for one, other in self._pairs(name, against, "seconds")])
 
     def extra_memory(self, name: str = FOCUS_STEP, against: str = PLAIN_STEP) -> int | None:
-        """Bytes by which one variant's peak is above another's, most of the rounds in which both ran; None on a CPU."""
+        """Bytes by which one variant's peak is above another's, at most in a round in which they took turns; None on a CPU."""
         pairs = self._pairs(name, against, "peaks")
         return max((one - other for one, other in pairs if one is not None and other is not None), default=None)
 
@@ -198,8 +202,8 @@ class Step:
         if name not in self.variants or against not in self.variants:
             return []
         one, other = self.variants[name], self.variants[against]
-        before = dict(zip(other.rounds, getattr(other, what), strict=True))
-        return [(value, before[r]) for r, value in zip(one.rounds, getattr(one, what), strict=True) if r in before]
+        before = dict(zip(other.turns, getattr(other, what), strict=True))
+        return [(value, before[turn]) for turn, value in zip(one.turns, getattr(one, what), strict=True) if turn in before]
 
 
 def paired_interval(differences: list[float], confidence: float = 0.95) -> Interval | None:
@@ -308,13 +312,16 @@ def _last_of_each(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _failed(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Cases that ended without a number, and in no later process with one."""
+    """Cases that ended without a number, or not at all, and in no later process with one."""
     failed: dict[str, dict[str, Any]] = {}
     for record in records:
-        if record["kind"] == "failed":
-            failed[record["case"]] = record
-        elif record["kind"] in ("kernel", "variant", "done"):
-            failed.pop(record["case"], None)
+        kind, case = record["kind"], record.get("case", "")
+        if kind in ("failed", "cut"):
+            failed[case] = record
+        elif kind == "begin":
+            failed[case] = {"case": case, "why": "cut short"}
+        elif kind in ENDS:
+            failed.pop(case, None)
     yield from failed.values()
 
 
@@ -329,13 +336,16 @@ def _steps(records: list[dict[str, Any]]) -> Iterator[Step]:
             step.facts |= {k: v for k, v in record.items() if k not in ("kind", "backbone", "setting")}
             continue
         timed = step.variants.setdefault(record["variant"], Timed(record["variant"]))
-        timed.add(record["round"], record["seconds"], record["peak_memory"])
+        timed.add(record["case"], record["round"], record["seconds"], record["peak_memory"])
     yield from steps.values()
 
 
 def _parts(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     parts: dict[str, dict[str, Any]] = {}
     for record in records:
-        if record["kind"] in ("plan", "part"):
-            parts.setdefault(record["name"], {}).update({k: v for k, v in record.items() if k != "kind"})
+        fields_ = {k: v for k, v in record.items() if k != "kind"}
+        if record["kind"] == "plan":
+            parts[record["name"]] = fields_
+        elif record["kind"] == "part":
+            parts.setdefault(record["name"], {}).update(fields_)
     yield from parts.values()

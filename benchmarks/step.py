@@ -194,6 +194,7 @@ class Measurement:
     def __init__(self, work: Workload, setting: Setting, recorder: Recorder, steps: int) -> None:
         self.work, self.setting, self.recorder, self.steps = work, setting, recorder, steps
         self.step = Step(work.name, setting.label)
+        self.case = ""
 
     def tell(self, **facts: Any) -> None:
         self.step.facts |= facts
@@ -202,25 +203,26 @@ class Measurement:
     def take(self, variant: Variant, round_: int, optimizer: torch.optim.Optimizer) -> None:
         seconds, peak = timed_step(variant, self.work, optimizer)
         if round_ < WARM_UP:
+            self.recorder.append("warm-up", case=self.case, variant=variant.name)  # who watches sees that it goes on
             return
-        self.step.variants.setdefault(variant.name, Timed(variant.name)).add(round_, seconds, peak)
-        record = {"variant": variant.name, "round": round_, "seconds": seconds, "peak_memory": peak}
-        self.recorder.append("step", backbone=self.work.name, setting=self.setting.label, **record)
+        self.step.variants.setdefault(variant.name, Timed(variant.name)).add(self.case, round_, seconds, peak)
+        where = {"case": self.case, "backbone": self.work.name, "setting": self.setting.label}
+        self.recorder.append("step", **where, variant=variant.name, round=round_, seconds=seconds, peak_memory=peak)
 
-    def in_turn(self, one: Variant, other: Variant, first_round: int = 0) -> None:
+    def in_turn(self, one: Variant, other: Variant) -> None:
         """Two variants on the same data, step by step in turn, and which of them is first changes: drift meets both alike."""
         with one.applied(self.work) as optimizer:
             for i in tqdm(range(self.steps + WARM_UP), desc=f"{self.work.name}, {self.setting.target} px", unit="round"):
                 for variant in (one, other) if i % 2 == 0 else (other, one):
-                    self.take(variant, i if i < WARM_UP else i + first_round, optimizer)
+                    self.take(variant, i, optimizer)
 
     def overhead(self) -> None:
         """The focus against none."""
         self.in_turn(PLAIN, FOCUS)
 
     def keeping(self) -> None:
-        """What one would write first against no focus; in rounds of its own, as it leaves the allocator in another state."""
-        self.in_turn(PLAIN, KEEPING, first_round=1000)
+        """What one would write first against no focus; a case of its own, as it leaves the allocator in another state."""
+        self.in_turn(PLAIN, KEEPING)
 
     def parts(self) -> None:
         """Where the focus's time goes, what it launches, and the memory estimate."""
@@ -344,7 +346,8 @@ def measurements(
                     yield f"{where}-{variant.name}", m, lambda m=m, variant=variant: m.throughput(variant)
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Setting]]:
+    """The options, and the settings that they choose."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.splitlines()[0])
     parser.add_argument("--backbone", choices=list(MODELS), required=True)
     parser.add_argument("--device", choices=("cuda", "cpu"), help="needed unless --flops is given")
@@ -364,8 +367,6 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.device is None and not options.flops:
         parser.error("--device: give cuda or cpu, or --flops to count operations without one")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch sees no GPU here")
     settings = [s for s in MODELS[options.backbone].settings if not options.target or s.target in options.target]
     if not settings:
         known = ", ".join(str(s.target) for s in MODELS[options.backbone].settings)
@@ -373,6 +374,13 @@ def main(argv: list[str] | None = None) -> None:
     if options.steps < 1:
         parser.error(f"--steps: got {options.steps}; expected at least 1")
     options.measure = options.measure or ["overhead", "parts", "keeping"]
+    return options, settings
+
+
+def main(argv: list[str] | None = None) -> None:
+    options, settings = parse(argv)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("benchmarks.step: error: --device cuda: PyTorch sees no GPU here")
     device = torch.device("meta" if options.flops else options.device)
     recorder = Recorder(options.result)
     if not options.flops:
@@ -380,7 +388,11 @@ def main(argv: list[str] | None = None) -> None:
             recorder.open_run(machine_info(device), commit_id())
         except ValueError as error:
             sys.exit(f"benchmarks.step: error: --result: {error}")
-    work = Workload(options.backbone, device)
+    try:
+        work = Workload(options.backbone, device)
+    except Exception as error:
+        recorder.append("failed", case=f"step-{options.backbone}-model", why=f"{type(error).__name__}: {error}"[:2000])
+        raise
     if options.flops:
         for setting in settings:
             work.at(setting)
@@ -396,6 +408,7 @@ def run(work: Workload, settings: list[Setting], options: argparse.Namespace, re
         if case in ended:
             continue
         recorder.append("begin", case=case)
+        m.case = case
         try:
             work.at(m.setting)
             if m.setting not in told:

@@ -34,10 +34,24 @@ mock.patch.object(Launch, "__call__", _watched).start()
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_pyfunc_call() -> Generator[None, Any, Any]:
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]:
     _faults.clear()
-    with contextlib.suppress(Exception):  # of a comparison, or of what follows from one
+    with stub_driver.launches() as names, contextlib.suppress(Exception):  # of a comparison, or of what follows from one
         yield
+    pyfuncitem.user_properties.append(("launches", len(names)))
     if _faults:
         raise _faults[0]
     return True
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Nothing launched is nothing tried."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or hasattr(session.config, "workerinput"):
+        return
+    reports = [report for kind in ("passed", "failed") for report in reporter.stats.get(kind, [])]
+    total = sum(value for report in reports for name, value in report.user_properties if name == "launches")
+    print(f"\nstub driver: {total} launches")
+    if total == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

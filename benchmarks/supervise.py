@@ -20,6 +20,7 @@ from pathlib import Path
 
 from benchmarks.results import Recorder
 
+OUT_OF_TIME = "out of time"
 POLL = 0.1  # seconds between two looks at a process
 
 
@@ -69,17 +70,17 @@ def run_part(part: Part, recorder: Recorder, until: float) -> str:
 
 def _run(part: Part, recorder: Recorder, until: float) -> str:
     while True:
-        known = recorder.ended()
+        known, since = recorder.ended(), len(recorder.records())
         code, why = _process(part, recorder, until)
-        begun = recorder.unfinished() if part.silence is not None else []
+        begun = recorder.unfinished(since) if part.silence is not None else []
+        if why == OUT_OF_TIME:
+            for case in begun:
+                recorder.append("cut", case=case, part=part.name, why=why)
+            return why if not begun else f"{why}, in {begun[0]}"
         for case in begun:
             recorder.append("failed", case=case, part=part.name, why=why or _status(code))
-        if why == "out of time":
-            return why if not begun else f"{why}, in {begun[0]}"
-        if why is None and code == 0:
-            return "done"
-        if why is None and code == 1:
-            return "done, with failures"
+        if why is None and code in (0, 1) and not begun:
+            return "done" if code == 0 else "done, with failures"
         if part.silence is None or recorder.ended() == known:  # nothing to go on with, or nothing that moves
             return f"failed: {why or _status(code)}"
 
@@ -97,7 +98,7 @@ def _process(part: Part, recorder: Recorder, until: float) -> tuple[int, str | N
                 if _size(recorder.path) != size:
                     size, heard = _size(recorder.path), now
                 if now >= until:
-                    why = "out of time"
+                    why = OUT_OF_TIME
                 elif part.silence is not None and now - heard > part.silence:
                     why = f"silent for {part.silence:.0f} s"
                 if why is not None:

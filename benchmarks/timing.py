@@ -165,7 +165,9 @@ def _kernels(call: Call) -> list[Any]:
         call()
         torch.cuda.synchronize()
     events = [e for e in profile.events() if e.device_type == DeviceType.CUDA]
-    return [e for e in events if not e.name.startswith(("Memcpy", "Memset"))]
+    # Nor ranges that somebody named, such as an optimiser's step, which are drawn on the device as well.
+    kernels = [e for e in events if not getattr(e, "is_user_annotation", False)]
+    return [e for e in kernels if not e.name.startswith(("Memcpy", "Memset"))]
 
 
 def device_time(call: Call) -> float:

@@ -23,7 +23,7 @@ class FocusMask:
         structure: M_s [B, P] of 0 and 1, E6.
         complexity: M_d [B, P] in [0, 1] before it is multiplied by the prior, E7.
         coverage: A [B] = |M_s| / |prior|, E8.
-        prior: [B, P] bool, the union over subjects.
+        prior: [B, P] bool, the union over subjects; the caller's own tensor where that is bool [B, P].
         coverage_floor: [B], the lowest A that so many matches can reach: where it is above tau, M_d never switches on.
         all_matched: bool [B], one subject alone may match every target token: no structure can be left.
         tau: the threshold on A that was used.

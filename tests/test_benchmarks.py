@@ -288,12 +288,18 @@ def test_paired_differences():
     drift = [1 + 0.1 * i for i in range(12)]
     plain, focus = Timed(PLAIN_STEP), Timed(FOCUS_STEP)
     for i, seconds in enumerate(drift):
-        plain.add(i, seconds, 100 + i)
-        focus.add(i, seconds + 1e-3 * (1 + i % 2), 107 + i)
-    plain.add(2000, 99.0, 10**6)  # of other rounds
+        plain.add("overhead", i, seconds, 100 + i)
+        focus.add("overhead", i, seconds + 1e-3 * (1 + i % 2), 107 + i)
+        plain.add("keeping", i, 99.0, 10**6)  # of another case, which took turns with something else
+    plain.add("keeping", 0, 98.0, 10**6)  # begun anew: it takes nothing of the other case along
+    assert len(plain.seconds) == 13
     step = Step("x", "y", variants={PLAIN_STEP: plain, FOCUS_STEP: focus})
     overhead = step.overhead()
     assert step.extra_memory() == 7
+    alone = Timed("alone")
+    for i in range(12):
+        alone.add("throughput", i, 5.0, None)
+    assert Step("x", "y", variants={PLAIN_STEP: plain, "alone": alone}).overhead("alone") is None, "they never took turns"
     assert overhead.pairs == 12, "paired by round"
     assert (overhead.low, overhead.median, overhead.high) == pytest.approx((1e-3, 1.5e-3, 2e-3))
 
@@ -347,6 +353,10 @@ def test_parts_that_cannot_go_on(tmp_path):
     assert ended("", needs=("torch", "no_such_module")) == "left out: needs no_such_module"
     assert ended(WORKER.format(fault="time.sleep(97)"), seconds=2, silence=60.0) == "out of time, in b"
     assert [p["ended"] for p in read_records(recorder.path) if p["kind"] == "part"][-1] == "out of time, in b"
+    assert recorder.unfinished() == ["b"] and "b" not in recorder.ended(), "another run takes it up"
+    assert ended("", silence=5.0) == "done" and recorder.unfinished() == ["b"], "a part leaves another's case alone"
+    assert ended(WORKER.format(fault="sys.exit(1)"), silence=5.0) == "done", "what ends within a case is no clean end"
+    assert [(r["case"], r["why"]) for r in read_records(recorder.path) if r["kind"] == "failed"] == [("b", "exit status 1")]
 
 
 def test_a_lost_device_ends_the_process(monkeypatch):
@@ -393,41 +403,40 @@ def test_tests_after_a_lost_device_run_in_a_fresh_process(tmp_path):
     assert len(result.tests["passed"]) == 4 and "an illegal memory access" in result.tests["failed"][0]["why"]
 
 
-def lines(path):
-    return path.read_text().count("\n") if path.exists() else 0
+def kinds(path):
+    return [record["kind"] for record in read_records(path)]
 
 
 def test_a_run_that_is_killed_leaves_what_it_has(tmp_path):
-    """The whole script on a CPU, killed again and again; then it goes on to the end."""
+    """The whole script on a CPU, killed in each of its parts; then it goes on to the end, and again."""
     path = tmp_path / "out" / "result.jsonl"
-    command = [sys.executable, "-m", "benchmarks.gpu", "rehearsal", str(path.parent)]
+    command = ["bash", "benchmarks/gpu.sh", "rehearsal", str(path.parent)]
     kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_") and k != "TRITON_INTERPRET"}
-    started = 0
-    for more in (1, 8, 70, 12):
+    kept["PYTHON"] = sys.executable
+    for kind, count in (("run", 1), ("test", 1), ("kernel", 2), ("step", 3)):
+        before = kinds(path).count(kind)
         process = subprocess.Popen(command, cwd=ROOT, env=kept, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and lines(path) < started + more:
-            time.sleep(0.005)
+        while process.poll() is None and kinds(path).count(kind) < before + count:
+            time.sleep(0.02)
         assert process.poll() is None, "it ended before it was killed"
-        process.send_signal(signal.SIGKILL)
+        process.send_signal(signal.SIGKILL)  # the script has become its Python
         process.wait()
         time.sleep(0.3)  # its processes end with it
         size = path.stat().st_size
         time.sleep(0.5)
         assert path.stat().st_size == size, "nobody goes on writing"
-        started = lines(path)
-        if any(record["kind"] == "run" for record in read_records(path)):
-            output = run("-m", "benchmarks.report", str(path), "--out", str(tmp_path / "report"))
-            assert "report.md" in output
-        else:
-            assert "names no run" in run("-m", "benchmarks.report", str(path), code=1)
+        assert "report.md" in run("-m", "benchmarks.report", str(path), "--out", str(tmp_path / "report"))
     kernels = [r["case"] for r in read_records(path) if r["kind"] == "kernel"]
-    done = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = read_result(path)
-    assert [p["ended"] for p in result.parts] == ["done"] * 4 and not result.failed
-    assert len(result.tests["passed"]) > 50 and len(result.steps[0].variants) == 3
-    measured = [r["case"] for r in read_records(path) if r["kind"] == "kernel"]
-    assert kernels == measured[: len(kernels)] and len(measured) == len(set(measured)), "none is measured twice"
+    assert kernels and Recorder(path).unfinished()[-1] == "step-tiny-128-overhead"
+    for _ in range(2):
+        done = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        result = read_result(path)
+        assert [p["ended"] for p in result.parts] == ["done"] * 4 and not result.failed
+        assert result.tests["passed"] and len(result.steps[0].variants) == 3 and result.steps[0].overhead().pairs == 6
+        measured = [r["case"] for r in read_records(path) if r["kind"] == "kernel"]
+        assert kernels == measured[: len(kernels)] and len(measured) == len(set(measured)), "none is measured twice"
+        assert kinds(path).count("done") == 3
 
 
 def test_plans_fit_their_time(capsys, monkeypatch):
@@ -451,7 +460,12 @@ def test_the_dry_run_finds_what_would_fail(tmp_path, monkeypatch):
         | {"deep": gpu.Plan(10, lambda result: [])},
     )
     (fault,) = dry_run.check_imports()
-    assert "imports of benchmarks.step" in fault and "No module named 'diffusers'" in fault
+    assert "benchmarks.step" in fault and "No module named 'diffusers'" in fault
+    option = (sys.executable, "-m", "benchmarks.step", "--backbone", "flux9")
+    plan = gpu.Plan(10, lambda result: [Part("steps", "", option, 10, needs=("diffusers",))])
+    monkeypatch.setattr(dry_run, "PLANS", dict.fromkeys(("first", "steps", "deep"), plan))
+    (fault,) = dry_run.check_imports()
+    assert "invalid choice: 'flux9'" in fault
 
 
 STUBBED = """
@@ -472,6 +486,10 @@ def test_what_the_stub_driver_refuses_is_red(tmp_path):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.stub_tests", str(tmp_path), "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, timeout=200)
     assert "1 failed, 1 passed" in done.stdout and "test_refused" in done.stdout, done.stdout + done.stderr
+    assert "stub driver: 1 launches" in done.stdout
+    (tmp_path / "test_stubbed.py").write_text("def test_nothing(): pass")
+    done = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, timeout=200)
+    assert "stub driver: 0 launches" in done.stdout and done.returncode == 1, "nothing launched is nothing tried"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -506,7 +524,7 @@ def test_another_runs_folder_is_refused_at_once(tmp_path):
         timeout=100,
     )
     assert done.returncode == 1 and "holds a run of device 'some GPU'" in done.stderr
-    assert [r["kind"] for r in read_records(path)] == ["run", "plan", "part"]
+    assert kinds(path) == ["run"], "not a line is added to it"
 
 
 def test_gpu_script_says_how_it_is_used(tmp_path):
