@@ -176,7 +176,11 @@ def main(argv: list[str] | None = None) -> None:
         first = part.name == ENVIRONMENT  # it says whether the result may be written to at all
         if not first:
             recorder.append("plan", name=part.name, what=part.what, limit=part.seconds)
-        ended = run_part(part, Recorder(None) if first else recorder, until)
+        try:
+            ended = run_part(part, Recorder(None) if first else recorder, until)
+        except KeyboardInterrupt:
+            print(f"\ngpu.sh: interrupted; {result} has what was measured, and the same command goes on", file=sys.stderr)
+            sys.exit(130)
         print(f"   {ended}; {time.monotonic() - started:.0f} s of {plan.seconds:.0f} s", flush=True)
         if first and ended != "done":
             sys.exit(1)

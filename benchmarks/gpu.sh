@@ -12,6 +12,7 @@
 # what to carry to a machine without network.
 set -uo pipefail
 python=${PYTHON:-python3}
+case $python in */*) python=$(realpath -s "$python") ;; esac # a relative one is seen from here; a venv's link stays a link
 usage() { grep '^#  ' "$0" | cut -c3- >&2; exit 2; }
 [ $# -ge 1 ] || usage
 if [ "$1" = --dry-run ]; then

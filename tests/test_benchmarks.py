@@ -439,6 +439,22 @@ def test_a_run_that_is_killed_leaves_what_it_has(tmp_path):
         assert kinds(path).count("done") == 3
 
 
+def test_ctrl_c_ends_it_and_says_how_to_go_on(tmp_path):
+    """From another folder, with an interpreter named from there."""
+    (tmp_path / "python").symlink_to(sys.executable)
+    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "rehearsal", "out folder"]
+    environment = {**os.environ, "PYTHON": "./python", "PYTHONPATH": os.pathsep.join(sys.path)}
+    # A shell's background job ignores Ctrl-C, and Python with it.
+    begin = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, **begin)
+    while process.poll() is None and not (tmp_path / "out folder" / "result.jsonl").exists():
+        time.sleep(0.02)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on" in errors and "Traceback" not in errors
+
+
 def test_plans_fit_their_time(capsys, monkeypatch):
     assert dry_run.check_plans() == []
     printed = capsys.readouterr().out
