@@ -159,7 +159,7 @@ def launch_steps() -> None:
     """The focus of full-size steps: blocks run on the meta device, and what they give reaches the kernels."""
     import focusdpo.training.step as module
     from benchmarks.models import MODELS
-    from benchmarks.step import Workload, our_loss
+    from benchmarks.workload import Workload, our_loss
     from focusdpo.features import SimilarityAccumulator
 
     update = SimilarityAccumulator.update
