@@ -16,7 +16,7 @@ def times(result: Result) -> dict[str, float]:
     """Seconds of our own cases and of the steps, by name."""
     kernels = {f"{row.group}, {row.shape}": row.median for row in result.rows if row.provider == result.ours}
     steps = {
-        f"step, {step.backbone}, {step.setting}, {timed.name}": timed.median
+        f"step, {step.measure}, {step.backbone}, {step.setting}, {timed.name}": timed.median
         for step in result.steps
         for timed in step.variants.values()
     }

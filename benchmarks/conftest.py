@@ -12,10 +12,12 @@ import torch
 from benchmarks.cases import GROUPS
 from benchmarks.inputs import NAMED
 from benchmarks.machine import BROKEN_DEVICE, DEVICE, commit_id, device_is_broken, machine_info
-from benchmarks.results import Recorder, read_records
+from benchmarks.results import Recorder
 from benchmarks.timing import measure_limits
 
+LIMITS = "limits"  # a case like the others
 _RECORDER = pytest.StashKey[Recorder]()
+_BEGUN = pytest.StashKey[bool]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,6 +41,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_RECORDER] = recorder = Recorder(config.getoption("--result"))
     if recorder.path is None or config.option.collectonly:
         return
+    if config.option.benchmark_disable or hasattr(config, "workerinput") or getattr(config.option, "numprocesses", None):
+        raise pytest.UsageError("--result: keeps times, which need one process (no -n) and no --benchmark-disable")
     try:
         recorder.open_run(machine_info(), commit_id())
     except ValueError as error:
@@ -66,16 +70,23 @@ def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, A
 
 @pytest.fixture(scope="session", autouse=True)
 def _limits_first(pytestconfig: pytest.Config) -> None:
-    """A device that breaks later cannot tell its limits any more."""
+    """A device that breaks later cannot tell its limits any more; limits that fail leave the cases alone."""
     recorder = pytestconfig.stash[_RECORDER]
-    if recorder.path is not None and not any(r["kind"] == "limits" for r in read_records(recorder.path)):
+    if recorder.path is None or LIMITS in recorder.ended():
+        return
+    recorder.append("begin", case=LIMITS)
+    try:
         recorder.append("limits", **measure_limits(DEVICE).as_dict())
+        recorder.append("done", case=LIMITS)
+    except Exception as error:
+        recorder.append("failed", case=LIMITS, why=f"{type(error).__name__}: {error}"[:2000])
 
 
 @pytest.fixture
 def case(request: pytest.FixtureRequest) -> str:
     """The name of the running case, which has begun."""
     name = _case(request.node)
+    request.node.stash[_BEGUN] = True
     request.config.stash[_RECORDER].append("begin", case=name)
     return name
 
@@ -88,7 +99,7 @@ def recorder(pytestconfig: pytest.Config) -> Recorder:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
     report = yield
-    if call.excinfo is not None:
+    if call.excinfo is not None and _BEGUN in item.stash:
         kind = "skipped" if report.skipped else "failed"
         item.config.stash[_RECORDER].append(kind, case=_case(item), why=call.excinfo.exconly()[:2000])
     return report

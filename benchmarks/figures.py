@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ COLOURS = {
     "kornia": "#999999",
     "scikit-image": "#666666",
 }
+OTHER = "#000000"
 GROUP_MARKERS = "osD^vP*Xd"
 ON_CPU = "Times of a CPU: they say nothing about a GPU, and the Triton kernels are not among them."
 
@@ -42,12 +44,12 @@ def draw_roofline(result: Result, path: Path) -> None:
             roof = np.minimum(roof, x / result.empty_launch)
         name = "a copy" + (" and one empty launch" if result.empty_launch else "")
         handles += axes.plot(x, roof / 1e9, color="black", linewidth=1.5, label=name)
-    markers = dict(zip(result.groups(), GROUP_MARKERS, strict=False))
+    markers = dict(zip(result.groups(), itertools.cycle(GROUP_MARKERS), strict=False))
     for row in rows:
-        style = {"color": COLOURS[row.provider], "marker": markers[row.group], "linestyle": "none", "alpha": 0.85}
+        style = {"color": _colour(row.provider), "marker": markers[row.group], "linestyle": "none", "alpha": 0.85}
         axes.plot(row.bytes, row.bandwidth / 1e9, markersize=6, **style)
     # Colours say who, shapes say what: names beside the points would lie on each other.
-    handles += [Line2D([], [], color=COLOURS[p], marker="s", linestyle="none", label=p) for p in _providers(result)]
+    handles += [Line2D([], [], color=_colour(p), marker="s", linestyle="none", label=p) for p in _providers(result)]
     handles += [Line2D([], [], color="grey", marker=m, linestyle="none", label=group) for group, m in markers.items()]
     axes.set(xscale="log", yscale="log", xlabel="bytes that have to move", ylabel="GB/s of those bytes (higher is better)")
     axes.legend(handles=handles, fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
@@ -71,7 +73,7 @@ def draw_peers(result: Result, path: Path) -> None:
     for i, provider in enumerate(providers):
         places = [(y, ratios[provider]) for y, ratios in enumerate(shown) if provider in ratios]
         widths = [ratio for _, ratio in places]
-        bars = axes.barh([y + i * height for y, _ in places], widths, height, color=COLOURS[provider], label=provider)
+        bars = axes.barh([y + i * height for y, _ in places], widths, height, color=_colour(provider), label=provider)
         axes.bar_label(bars, fmt=lambda ratio: f"{ratio:.3g}x", fontsize=6, padding=2)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(np.arange(len(shown)) + 0.4 - height / 2, labels, fontsize=7)
@@ -101,7 +103,7 @@ def draw_scaling(result: Result, path: Path) -> None:
             if rows:
                 x, y = [row.sizes[size] for row in rows], [row.median * 1e6 for row in rows]
                 error = [row.spread * 1e6 / 2 for row in rows]
-                style = {"color": COLOURS[provider], "marker": "o", "markersize": 4}
+                style = {"color": _colour(provider), "marker": "o", "markersize": 4}
                 handles[provider] = axes.errorbar(x, y, error, **style)
         others = ", ".join(f"{name}={value}" for name, value in swept[0].sizes.items() if name != size)
         axes.set_title(f"{group}\n{others}", fontsize=7)
@@ -130,7 +132,7 @@ def draw_steps(result: Result, path: Path) -> None:
         bars = left.barh(names, [v.median for v in timed], xerr=[v.spread / 2 for v in timed], color=colours)
         left.bar_label(bars, labels=[f"{v.median:.4g} s{_more(step, v.name)}" for v in timed], fontsize=7, padding=3)
         left.set_xlabel("seconds per step (lower is better)", fontsize=8)
-        left.set_title(f"{step.backbone}: {step.setting}", fontsize=8, loc="left")
+        left.set_title(f"{step.backbone}, {step.measure}: {step.setting}", fontsize=8, loc="left")
         memory = [(v.peak_memory or 0) / 2**30 for v in timed]
         if any(memory):
             right.bar_label(right.barh(names, memory, color=colours), fmt="%.4g", fontsize=7, padding=3)
@@ -152,11 +154,17 @@ def draw_steps(result: Result, path: Path) -> None:
 def draw_summary(result: Result, path: Path) -> None:
     """What a reader asks first, on one page: kernels against their peers, memory, and what the focus costs in a step."""
     shapes = dict.fromkeys(row.shape.split(" B=")[0] for row in result.rows if row.sweep is None)
-    steps = [(step, step.overhead()) for step in result.steps if step.overhead() is not None]
+    steps = [(step, step.overhead()) for step in result.steps if step.measure == "overhead" and step.overhead() is not None]
     if not shapes or not steps:
         return
-    shape = next(iter(shapes))  # the first that was measured, which the plans begin with
-    groups = [g for g in result.groups() if result.ours in result.times(g, shape) and len(result.times(g, shape)) > 1]
+    compared = {
+        shape: [g for g in result.groups() if result.ours in result.times(g, shape) and len(result.times(g, shape)) > 1]
+        for shape in shapes
+    }
+    shape = next((shape for shape in shapes if compared[shape]), None)  # the plans begin with the one that matters
+    if shape is None:
+        return
+    groups = compared[shape]
     figure, (times, memory, overhead) = plt.subplots(1, 3, figsize=(14, 0.62 * len(groups) + 1.6), width_ratios=(5, 3, 3.4))
     providers = [p for p in _providers(result) if any(p in result.times(g, shape) for g in groups)]
     height, starred = 0.8 / len(providers), False
@@ -167,7 +175,7 @@ def draw_summary(result: Result, path: Path) -> None:
         for i, provider in enumerate(providers):
             rows = [(y, result.times(g, shape)[provider]) for y, g in enumerate(groups) if provider in result.times(g, shape)]
             shown = [value(row) for _, row in rows]
-            bars = axes.barh([y + i * height for y, _ in rows], shown, height, color=COLOURS[provider], label=provider)
+            bars = axes.barh([y + i * height for y, _ in rows], shown, height, color=_colour(provider), label=provider)
             marks = ["*" if axes is times and row.method == "events" else "" for _, row in rows]
             starred |= any(marks)
             labels = [f"{x:,.0f}{m}" if x >= 100 else f"{x:.3g}{m}" for x, m in zip(shown, marks, strict=True)]
@@ -208,9 +216,13 @@ def time_text(seconds: float) -> str:
     return f"{seconds * 1e3:.4g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.4g} us"
 
 
+def _colour(provider: str) -> str:
+    return COLOURS.get(provider, OTHER)
+
+
 def _providers(result: Result) -> list[str]:
-    present = {row.provider for row in result.rows}
-    return [provider for provider in COLOURS if provider in present]
+    present = dict.fromkeys(row.provider for row in result.rows)
+    return [*(p for p in COLOURS if p in present), *(p for p in present if p not in COLOURS)]
 
 
 def _save(figure: plt.Figure, result: Result, path: Path, bottom: float = 0.0) -> None:

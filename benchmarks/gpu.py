@@ -8,13 +8,16 @@ OUTDIR, what has ended is left out.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
+import signal
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.results import Recorder, read_records
+from benchmarks.results import Recorder, is_foreign
 from benchmarks.supervise import Part, run_part
 
 PYTHON = sys.executable
@@ -159,13 +162,34 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("plan", choices=list(PLANS), help="first: correctness and kernels; steps: training steps; deep: why")
     parser.add_argument("outdir", type=Path, help="folder for result.jsonl, logs, report and figures")
     options = parser.parse_args(argv)
+    try:
+        with contextlib.ExitStack() as stack:
+            run(options, parser, stack)
+    except OSError as error:  # a full disk, or a folder that is not to be written to
+        sys.exit(f"gpu.sh: error: {error}")
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def run(options: argparse.Namespace, parser: argparse.ArgumentParser, stack: contextlib.ExitStack) -> None:
+    """Checks the folder, then runs the plan's parts."""
     plan, result = PLANS[options.plan], options.outdir / "result.jsonl"
     if options.outdir.exists() and not result.exists() and any(options.outdir.iterdir()):
         parser.error(
             f"OUTDIR: {options.outdir} holds other files and no result.jsonl; name a new folder, or that of an earlier run"
         )
-    if result.exists() and not read_records(result):
+    if is_foreign(result):
         parser.error(f"OUTDIR: {result} is not a result of these benchmarks; name another folder")
+    options.outdir.mkdir(parents=True, exist_ok=True)
+    lock = stack.enter_context(result.open("ab"))
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with this process, however it ends
+    except BlockingIOError:
+        parser.error(f"OUTDIR: another run is writing to {result}; wait for it, or name another folder")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)  # as Ctrl-C: what runs is ended with it
     started = time.monotonic()
     parts, recorder = plan.parts(result), Recorder(result)
     print(describe(options.plan, plan, parts), flush=True)

@@ -19,7 +19,7 @@ if [ "$1" = --dry-run ]; then
   cd "$(dirname "$0")/.." && exec "$python" -m benchmarks.dry_run
 fi
 [ $# -eq 2 ] || usage
-out=$(realpath -m "$2")
+out=$(realpath -m -- "$2") && [ -n "$2" ] || usage
 cd "$(dirname "$0")/.." || exit 2
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 [ "$1" = rehearsal ] || unset TRITON_INTERPRET

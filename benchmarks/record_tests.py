@@ -15,6 +15,7 @@ import pytest
 
 from benchmarks.machine import BROKEN_DEVICE, DEVICE, commit_id, device_is_broken, machine_info
 from benchmarks.results import Recorder
+from benchmarks.supervise import end_with_parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,6 +24,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--record")
+    if hasattr(config, "workerinput"):
+        end_with_parent()  # a test that hangs would keep the GPU
     if path is not None and not hasattr(config, "workerinput") and not config.option.collectonly:
         config.pluginmanager.register(_Outcomes(path))
 

@@ -30,12 +30,12 @@ def markdown(result: Result) -> str:
         lines += [f"## {group}", "", f"Bytes that have to move per pair: {formula} (pixels and scores fp32, states bf16).", ""]
         lines += [*_table(KERNEL_COLUMNS, [row for row in result.rows if row.group == group], result), ""]
     for step in result.steps:
-        lines += [f"## Step: {step.backbone}, {step.setting}", "", *_step(step), ""]
+        lines += [f"## Step, {step.measure}: {step.backbone}, {step.setting}", "", *_step(step), ""]
     if result.variants:
         lines += ["## Launch configurations", "", *_variants(result), ""]
     if result.failed:
         lines += ["## Gave no number", ""]
-        lines += [f"- {failed['case']}: {failed['why'].splitlines()[0]}" for failed in result.failed] + [""]
+        lines += [f"- {failed['case']}: {_line(failed['why'])}" for failed in result.failed] + [""]
     if result.parts:
         lines += ["## How the run went", "", "| part | ended | seconds | at most |", "|---|---|---:|---:|"]
         lines += [
@@ -52,8 +52,14 @@ def _tests(result: Result) -> list[str]:
     red = result.tests.get("failed", [])
     text = f"Tests of this run: {counts}." + (" Times below passed the gates of their own cases." if red else "")
     lines = [f"**{text}**" if red else text, ""]
-    lines += [f"- {test['case']}: {test.get('why', '').splitlines()[0][:300]}" for test in red]
+    lines += [f"- {test['case']}: {_line(test.get('why', ''))}" for test in red]
+    cut = [p["name"] for p in result.parts if p["name"].endswith("tests") and not p.get("ended", "").startswith("done")]
+    lines += [f"**{' and '.join(cut)} did not come to their end: what did not run is not counted.**", ""] if cut else []
     return [*lines, ""] if red else lines
+
+
+def _line(text: str) -> str:
+    return (text.splitlines() or ["no reason is recorded"])[0][:300]
 
 
 def _limits(result: Result) -> list[str]:
@@ -120,6 +126,8 @@ def _step(step: Step) -> Iterator[str]:
         overhead = step.overhead(name)
         if overhead is not None and name != PLAIN_STEP:
             yield f"- {name} against {PLAIN_STEP}, in turn: {overhead_text(overhead, step.variants[PLAIN_STEP].median)}."
+    if step.measure not in ("overhead", "facts"):
+        return
     extra = step.extra_memory()
     if extra is not None:
         yield f"- Peak memory of the focus above the plain step of the same round: {extra / 2**20:+.2f} MiB at most."

@@ -35,6 +35,22 @@ PLAIN_STEP, FOCUS_STEP = "plain Diffusion-DPO", "FocusDPO, this library"
 # What must agree for two processes to write into one file.
 IDENTITY = ("device", "python", "torch", "triton", "commit")
 ENDS = ("kernel", "variant", "done", "failed", "skipped")
+TIMES = ("median", "seconds")
+NEEDED: dict[str, tuple[str, ...]] = {
+    "run": ("device", "device_type", "torch", "triton"),
+    "plan": ("name",),
+    "part": ("name", "ended"),
+    "begin": ("case",),
+    "done": ("case",),
+    "skipped": ("case",),
+    "failed": ("case", "why"),
+    "cut": ("case", "why"),
+    "variant": ("case", "kernel", "shape", "constants", "options", "splits", "median", "bytes"),
+    "workload": ("backbone", "setting"),
+    "step": ("case", "measure", "backbone", "setting", "variant", "round", "seconds", "peak_memory"),
+    "test": ("case", "outcome"),
+    "note": ("text",),
+}
 
 
 class Recorder:
@@ -66,15 +82,14 @@ class Recorder:
         """Says what is measured, once a file.
 
         Raises:
-            ValueError: the file has records of another device, of other versions or of another commit, or none at all.
+            ValueError: the file has records of another device, of other versions or of another commit, or is something else.
         """
         if self.path is None:
             return
-        now = {**machine, "commit": commit or ""}
-        records = read_records(self.path)
-        if not records and self.path.exists() and self.path.stat().st_size:
+        if is_foreign(self.path):
             raise ValueError(f"{self.path}: is not a result of these benchmarks; choose another file")
-        for record in records:
+        now = {**machine, "commit": commit or ""}
+        for record in read_records(self.path):
             if record["kind"] == "run":
                 differing = [name for name in IDENTITY if record.get(name) != now.get(name)]
                 if differing:
@@ -97,17 +112,37 @@ class Recorder:
         return [] if self.path is None else read_records(self.path)
 
 
+def is_foreign(path: Path) -> bool:
+    """Whether a file is something else than a result, or than the beginning of one."""
+    if not path.exists() or read_records(path):
+        return False
+    with path.open("rb") as stream:
+        start = stream.read(10)
+    return not b'{"kind": "'.startswith(start)
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a file in order, without lines that were cut short; none where there is no file."""
+    """The records of a file in order, none where there is no file.
+
+    Lines that were cut short, and records without what their kind needs or with a time that is none, are passed over.
+    """
     records = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and isinstance(record.get("kind"), str):
+        if isinstance(record, dict) and _is_whole(record):
             records.append(record)
     return records
+
+
+def _is_whole(record: dict[str, Any]) -> bool:
+    kind = record.get("kind")
+    if not isinstance(kind, str) or any(name not in record for name in NEEDED.get(kind, ())):
+        return False
+    times = [record[name] for name in TIMES if name in record and kind in ("kernel", "variant", "step")]
+    return all(isinstance(t, float | int) and 0 < t < float("inf") for t in times)
 
 
 @dataclass(frozen=True)
@@ -135,6 +170,9 @@ class Row:
         return self.bytes / self.median
 
 
+NEEDED["kernel"] = ("case", *(f.name for f in fields(Row)))
+
+
 @dataclass
 class Timed:
     """The timed steps of one variant, in order: seconds, and bytes at the peak where the device tells them."""
@@ -145,12 +183,18 @@ class Timed:
     peaks: list[int | None] = field(default_factory=list)
 
     def add(self, case: str, round_: int, seconds: float, peak: int | None) -> None:
-        if (case, round_) in self.turns:  # a process that began the case anew
-            kept = [i for i, (other, _) in enumerate(self.turns) if other != case]
-            self.seconds, self.turns, self.peaks = ([x[i] for i in kept] for x in (self.seconds, self.turns, self.peaks))
+        if (case, round_) in self.turns:  # the same line twice
+            return
         self.seconds.append(seconds)
         self.turns.append((case, round_))
         self.peaks.append(peak)
+
+    def forget(self, case: str) -> None:
+        """Leaves out what a process measured of a case that another began anew."""
+        kept = [i for i, (other, _) in enumerate(self.turns) if other != case]
+        self.seconds = [self.seconds[i] for i in kept]
+        self.turns = [self.turns[i] for i in kept]
+        self.peaks = [self.peaks[i] for i in kept]
 
     @property
     def peak_memory(self) -> int | None:
@@ -182,10 +226,14 @@ class Interval:
 
 @dataclass
 class Step:
-    """What was measured of a training step of one model at one setting."""
+    """What was measured of a training step of one model at one setting, in one go.
+
+    `measure` is "overhead", "keeping" or "throughput" (benchmarks/step.py); `facts` are of the model and the setting.
+    """
 
     backbone: str
     setting: str
+    measure: str
     facts: dict[str, Any] = field(default_factory=dict)
     variants: dict[str, Timed] = field(default_factory=dict)
 
@@ -326,18 +374,34 @@ def _failed(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _steps(records: list[dict[str, Any]]) -> Iterator[Step]:
-    steps: dict[tuple[str, str], Step] = {}
+    steps: dict[tuple[str, str, str], Step] = {}
+    facts: dict[tuple[str, str], dict[str, Any]] = {}
+    begun: set[str] = set()  # anew, without a step since
     for record in records:
-        if record["kind"] not in ("workload", "step"):
-            continue
-        key = record["backbone"], record["setting"]
-        step = steps.setdefault(key, Step(*key))
-        if record["kind"] == "workload":
-            step.facts |= {k: v for k, v in record.items() if k not in ("kind", "backbone", "setting")}
-            continue
-        timed = step.variants.setdefault(record["variant"], Timed(record["variant"]))
-        timed.add(record["case"], record["round"], record["seconds"], record["peak_memory"])
-    yield from steps.values()
+        kind, case = record["kind"], record.get("case", "")
+        if kind == "begin":
+            begun.add(case)
+        elif kind == "workload":
+            known = facts.setdefault((record["backbone"], record["setting"]), {})
+            known |= {k: v for k, v in record.items() if k not in ("kind", "backbone", "setting")}
+        elif kind == "step":
+            key = record["backbone"], record["setting"], record["measure"]
+            step = steps.setdefault(key, Step(*key))
+            if case in begun:
+                begun.remove(case)
+                for timed in step.variants.values():
+                    timed.forget(case)
+            timed = step.variants.setdefault(record["variant"], Timed(record["variant"]))
+            timed.add(case, record["round"], record["seconds"], record["peak_memory"])
+    for (backbone, setting), known in facts.items():
+        if not any(key[:2] == (backbone, setting) for key in steps):
+            steps[backbone, setting, "facts"] = Step(backbone, setting, "facts")
+        for key, step in steps.items():
+            if key[:2] == (backbone, setting):
+                step.facts |= known
+    for step in steps.values():
+        step.variants = {name: timed for name, timed in step.variants.items() if timed.seconds}
+        yield step
 
 
 def _parts(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -66,7 +66,7 @@ class Measurement:
 
     def __init__(self, work: Workload, setting: Setting, recorder: Recorder, steps: int) -> None:
         self.work, self.setting, self.recorder, self.steps = work, setting, recorder, steps
-        self.step = Step(work.name, setting.label)
+        self.step = Step(work.name, setting.label, "")
         self.case = ""
 
     def tell(self, **facts: Any) -> None:
@@ -79,7 +79,7 @@ class Measurement:
             self.recorder.append("warm-up", case=self.case, variant=variant.name)  # who watches sees that it goes on
             return
         self.step.variants.setdefault(variant.name, Timed(variant.name)).add(self.case, round_, seconds, peak)
-        where = {"case": self.case, "backbone": self.work.name, "setting": self.setting.label}
+        where = {"case": self.case, "backbone": self.work.name, "setting": self.setting.label, "measure": self.step.measure}
         self.recorder.append("step", **where, variant=variant.name, round=round_, seconds=seconds, peak_memory=peak)
 
     def in_turn(self, one: Variant, other: Variant) -> None:
@@ -210,6 +210,7 @@ def measurements(
     for kind in options.measure:
         for setting in settings:
             m = Measurement(work, setting, recorder, options.steps)
+            m.step.measure = "throughput" if kind == "compiled" else kind
             where = f"step-{work.name}-{setting.target}"
             if kind not in ("throughput", "compiled"):
                 yield f"{where}-{kind}", m, getattr(m, kind)
@@ -259,13 +260,16 @@ def main(argv: list[str] | None = None) -> None:
     if not options.flops:
         try:
             recorder.open_run(machine_info(device), commit_id())
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             sys.exit(f"benchmarks.step: error: --result: {error}")
+    model = f"step-{options.backbone}-model"
     try:
         work = Workload(options.backbone, device)
     except Exception as error:
-        recorder.append("failed", case=f"step-{options.backbone}-model", why=f"{type(error).__name__}: {error}"[:2000])
+        recorder.append("failed", case=model, why=f"{type(error).__name__}: {error}"[:2000])
         raise
+    if model in recorder.ended():  # it failed before
+        recorder.append("done", case=model)
     if options.flops:
         for setting in settings:
             work.at(setting)

@@ -69,6 +69,7 @@ def run_part(part: Part, recorder: Recorder, until: float) -> str:
 
 
 def _run(part: Part, recorder: Recorder, until: float) -> str:
+    clean = True
     while True:
         known, since = recorder.ended(), len(recorder.records())
         code, why = _process(part, recorder, until)
@@ -80,7 +81,8 @@ def _run(part: Part, recorder: Recorder, until: float) -> str:
         for case in begun:
             recorder.append("failed", case=case, part=part.name, why=why or _status(code))
         if why is None and code in (0, 1) and not begun:
-            return "done" if code == 0 else "done, with failures"
+            return "done" if code == 0 and clean else "done, with failures"
+        clean = False
         if part.silence is None or recorder.ended() == known:  # nothing to go on with, or nothing that moves
             return f"failed: {why or _status(code)}"
 
@@ -90,7 +92,7 @@ def _process(part: Part, recorder: Recorder, until: float) -> tuple[int, str | N
     log = None if part.log is None or recorder.path is None else (recorder.path.parent / part.log).open("ab")
     try:
         # A session of its own: what it leaves behind can be ended with it.
-        process = subprocess.Popen(part.command, start_new_session=True, stdout=log, stderr=log, preexec_fn=_end_with_parent)
+        process = subprocess.Popen(part.command, start_new_session=True, stdout=log, stderr=log, preexec_fn=end_with_parent)
         why, size, heard = None, _size(recorder.path), time.monotonic()
         try:
             while process.poll() is None:
@@ -106,13 +108,13 @@ def _process(part: Part, recorder: Recorder, until: float) -> tuple[int, str | N
                 time.sleep(POLL)
         finally:
             _end(process)
-        return process.wait(), why
+        return -signal.SIGKILL if process.returncode is None else process.returncode, why
     finally:
         if log is not None:
             log.close()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """In a child: it does not outlive a parent that is killed and cannot end it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -122,7 +124,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     """Ends a process and its children."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # one that is stuck in a driver may not hold up the others
+        process.wait(timeout=5)
 
 
 def _size(path: Path | None) -> int:

@@ -32,6 +32,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         and not (option("--no-sweep") and shape.sweep)
         and not (option("--only-sweep") and not shape.sweep)
     ]
+    known = {shape.name for _, shape, _ in cases(DEVICE, compiled)}
+    unknown = [name for name in shapes or () if name not in known]
+    if unknown:
+        raise pytest.UsageError(f"--shape: got {', '.join(unknown)}; this device has {', '.join(sorted(known))}")
     if shapes:
         chosen.sort(key=lambda case: shapes.index(case[1].name))  # stable: what takes long to compile stays last of a shape
     ids = [f"{group.name}-{shape.label}-{provider}" for group, shape, provider in chosen]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -72,15 +73,18 @@ def test_every_group_is_measured_and_drawn(result_file, tmp_path):
         assert all(row.median > 0 and row.error <= group.tolerance_of(name, Shape("tiny", TINY)) for name, row in rows.items())
     expected = 2 * 3 * (64 + 40) * 64 + 2 * 40 + 4 * 2 * 64  # 2 N (P + Q) D + R Q + 4 R P
     assert result.times("similarity", "tiny")[EAGER].bytes == expected
-    (step,) = result.steps
-    assert len(step.variants) == 6 and all(len(v.seconds) == 6 and v.median > 0 for v in step.variants.values())
+    step, throughput = result.steps
+    assert (step.measure, throughput.measure) == ("overhead", "throughput")
+    assert (len(step.variants), len(throughput.variants)) == (2, 4)
+    assert all(len(v.seconds) == 6 and v.median > 0 for s in result.steps for v in s.variants.values())
     assert step.facts["focus_part"]["update"]["calls"] == 4 and step.facts["estimated_memory"] > 0
     overhead = step.overhead()
     assert overhead.pairs == 6 and overhead.low <= overhead.median <= overhead.high
     written = {path.name for path in write_report(result, tmp_path)}
     assert written == {"report.md", "summary.png", "roofline.png", "peers.png", "steps.png"}
     text = (tmp_path / "report.md").read_text()
-    assert all(f"## {group.name}" in text for group in GROUPS) and "## Step: tiny" in text
+    assert all(f"## {group.name}" in text for group in GROUPS) and "## Step, overhead: tiny" in text
+    assert text.count("in turn") == 1, "throughput is measured one after the other"
     assert ("Times of a CPU" in text) != torch.cuda.is_available()
     assert "| time (lower is better) |" in text and "GB/s (higher is better)" in text
     if not torch.cuda.is_available():
@@ -291,15 +295,17 @@ def test_paired_differences():
         plain.add("overhead", i, seconds, 100 + i)
         focus.add("overhead", i, seconds + 1e-3 * (1 + i % 2), 107 + i)
         plain.add("keeping", i, 99.0, 10**6)  # of another case, which took turns with something else
-    plain.add("keeping", 0, 98.0, 10**6)  # begun anew: it takes nothing of the other case along
-    assert len(plain.seconds) == 13
-    step = Step("x", "y", variants={PLAIN_STEP: plain, FOCUS_STEP: focus})
+    plain.add("keeping", 0, 98.0, 10**6)
+    assert len(plain.seconds) == 24, "the same turn twice is one"
+    step = Step("x", "y", "overhead", variants={PLAIN_STEP: plain, FOCUS_STEP: focus})
     overhead = step.overhead()
     assert step.extra_memory() == 7
     alone = Timed("alone")
     for i in range(12):
         alone.add("throughput", i, 5.0, None)
-    assert Step("x", "y", variants={PLAIN_STEP: plain, "alone": alone}).overhead("alone") is None, "they never took turns"
+    assert Step("x", "y", "overhead", variants={PLAIN_STEP: plain, "alone": alone}).overhead("alone") is None, (
+        "they never took turns"
+    )
     assert overhead.pairs == 12, "paired by round"
     assert (overhead.low, overhead.median, overhead.high) == pytest.approx((1e-3, 1.5e-3, 2e-3))
 
@@ -333,7 +339,7 @@ def test_a_fault_ends_one_case_alone(tmp_path, fault):
     statement, why = FAULTS[fault]
     recorder = Recorder(tmp_path / "result.jsonl")
     some = part(tmp_path, WORKER.format(fault=statement), silence=5.0)
-    assert run_part(some, recorder, time.monotonic() + 60) == "done"
+    assert run_part(some, recorder, time.monotonic() + 60) == "done, with failures"
     records = read_records(recorder.path)
     assert [r["case"] for r in records if r["kind"] == "done"] == ["a", "c", "d"]
     assert [(r["case"], r["why"]) for r in records if r["kind"] == "failed"] == [("b", why)]
@@ -355,7 +361,7 @@ def test_parts_that_cannot_go_on(tmp_path):
     assert [p["ended"] for p in read_records(recorder.path) if p["kind"] == "part"][-1] == "out of time, in b"
     assert recorder.unfinished() == ["b"] and "b" not in recorder.ended(), "another run takes it up"
     assert ended("", silence=5.0) == "done" and recorder.unfinished() == ["b"], "a part leaves another's case alone"
-    assert ended(WORKER.format(fault="sys.exit(1)"), silence=5.0) == "done", "what ends within a case is no clean end"
+    assert ended(WORKER.format(fault="sys.exit(1)"), silence=5.0) == "done, with failures", "what ends within a case"
     assert [(r["case"], r["why"]) for r in read_records(recorder.path) if r["kind"] == "failed"] == [("b", "exit status 1")]
 
 
@@ -433,13 +439,15 @@ def test_a_run_that_is_killed_leaves_what_it_has(tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         result = read_result(path)
         assert [p["ended"] for p in result.parts] == ["done"] * 4 and not result.failed
-        assert result.tests["passed"] and len(result.steps[0].variants) == 3 and result.steps[0].overhead().pairs == 6
+        assert result.tests["passed"] and [step.measure for step in result.steps] == ["overhead", "keeping"]
+        assert result.steps[0].overhead().pairs == 6
         measured = [r["case"] for r in read_records(path) if r["kind"] == "kernel"]
         assert kernels == measured[: len(kernels)] and len(measured) == len(set(measured)), "none is measured twice"
-        assert kinds(path).count("done") == 3
+        assert kinds(path).count("done") == 4, "limits, overhead, parts, keeping"
 
 
-def test_ctrl_c_ends_it_and_says_how_to_go_on(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_ends_it_and_says_how_to_go_on(tmp_path, number):
     """From another folder, with an interpreter named from there."""
     (tmp_path / "python").symlink_to(sys.executable)
     command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "rehearsal", "out folder"]
@@ -447,10 +455,10 @@ def test_ctrl_c_ends_it_and_says_how_to_go_on(tmp_path):
     # A shell's background job ignores Ctrl-C, and Python with it.
     begin = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, **begin)
-    while process.poll() is None and not (tmp_path / "out folder" / "result.jsonl").exists():
+    while process.poll() is None and "plan" not in kinds(tmp_path / "out folder" / "result.jsonl"):
         time.sleep(0.02)
     time.sleep(1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "the same command goes on" in errors and "Traceback" not in errors
 
@@ -527,6 +535,103 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
         assert (folder / name).read_text() == content
     with pytest.raises(ValueError, match="is not a result of these benchmarks"):
         Recorder(folder / "result.jsonl").open_run(machine_info(CPU), "abc")
+
+
+def test_what_was_begun_is_no_other_file(tmp_path):
+    """A disk that was full, or a kill, leaves nothing, or half a line."""
+    path = tmp_path / "result.jsonl"
+    for content in ("", '{"ki', '{"kind": "run", "device": "so'):
+        path.write_text(content)
+        Recorder(path).open_run(machine_info(CPU), "abc")
+        assert kinds(path) == ["run"]
+
+
+def step_record(case, measure, variant, round_, seconds):
+    named = {"backbone": "tiny", "setting": "small", "measure": measure, "variant": variant}
+    return {"kind": "step", "case": case, **named, "round": round_, "seconds": seconds, "peak_memory": None}
+
+
+def test_each_measurement_stands_for_itself(make_result, tmp_path):
+    """The plain step of one case is not the plain step of another, nor what a killed process measured of the same."""
+    path = Path(make_result("steps", 1e-3))
+    recorder = Recorder(path)
+    recorder.append("begin", case="o")
+    recorder.append(**step_record("o", "overhead", PLAIN_STEP, 0, 9.0))
+    recorder.append("begin", case="o")  # anew, after a kill
+    for i in range(8):
+        recorder.append(**step_record("o", "overhead", PLAIN_STEP, i, 1.0))
+        recorder.append(**step_record("o", "overhead", FOCUS_STEP, i, 1.1))
+    short = tmp_path / "short.jsonl"
+    short.write_bytes(path.read_bytes())
+    for i in range(8):
+        recorder.append(**step_record("k", "keeping", PLAIN_STEP, i, 5.0))
+    overhead, keeping = read_result(path).steps
+    assert overhead.variants[PLAIN_STEP].seconds == [1.0] * 8 and keeping.variants[PLAIN_STEP].median == 5.0
+    assert "+10.00 %" in markdown(read_result(path)) and overhead.overhead().median == pytest.approx(0.1)
+    with pytest.raises(SystemExit) as exit_:
+        compare.main([str(short), str(path)])
+    assert exit_.value.code == 0, "a run is not slower than its own beginning"
+
+
+def test_odd_records_are_passed_over(make_result, tmp_path):
+    path = Path(make_result("odd", 1e-3))
+    good = path.read_text()
+    kernel = good.splitlines()[1]
+    for odd in (
+        '{"kind": "kernel", "case": "x"}',
+        '{"kind": "step", "case": "x"}',
+        '{"kind": "test", "outcome": "failed"}',
+        '{"kind": "failed", "case": "x"}',
+        kernel.replace("0.001", "NaN"),
+        kernel.replace("0.001", "0"),
+        '{"kind": "of another version", "case": "x"}',
+        "[" * 100_000,
+        "9" * 5000,
+    ):
+        path.write_text(good + odd + "\n")
+        assert [row.median for row in read_result(path).rows] == [1e-3]
+        write_report(read_result(path), tmp_path / "report")
+    path.write_text(good + kernel.replace("focusdpo", "another") + '\n{"kind": "failed", "case": "x", "why": ""}\n')
+    write_report(read_result(path), tmp_path / "report")
+    assert "x: no reason is recorded" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_limits_that_fail_leave_the_cases_alone(tmp_path):
+    path = tmp_path / "result.jsonl"
+    broken = (
+        "import sys, pytest; from benchmarks import timing\n"
+        "def measure_limits(device): raise RuntimeError('no memory')\n"
+        "timing.measure_limits = measure_limits\n"
+        f"sys.exit(pytest.main([*{SUITE[2:]!r}, '-k', 'structure and eager', '--result', {str(path)!r}]))"
+    )
+    run("-c", broken)
+    result = read_result(path)
+    assert [row.provider for row in result.rows] == [EAGER] and result.copy_bandwidth is None
+    assert [(f["case"], f["why"]) for f in result.failed] == [("limits", "RuntimeError: no memory")]
+
+
+def test_what_cannot_be_measured_is_refused(tmp_path):
+    path = tmp_path / "result.jsonl"
+    for options, message, code in (
+        (("--shape", "typo"), "--shape: got typo", 2),
+        (("--benchmark-disable", "--result", str(path)), "need one process", 4),
+        (("-n", "2", "--result", str(path)), "need one process", 4),
+    ):
+        command = ("-m", "pytest", "benchmarks/test_kernels.py", "-q", "-p", "no:cacheprovider")
+        assert message in run(*command, *options, code=code)
+    assert not path.exists()
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    path = tmp_path / "result.jsonl"
+    with path.open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit) as exit_:
+            gpu.main(["rehearsal", str(tmp_path)])
+    assert exit_.value.code == 2 and path.read_bytes() == b""
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"gpu.sh: error: .*file"):
+        gpu.main(["rehearsal", str(tmp_path / "file" / "inside")])
 
 
 def test_another_runs_folder_is_refused_at_once(tmp_path):
