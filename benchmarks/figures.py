@@ -184,7 +184,7 @@ def draw_summary(result: Result, path: Path) -> None:
         axes.margins(x=0.14)
     if starred:
         times.set_xlabel("microseconds (lower is better); * not from a graph: the host's launches count")
-    times.set_yticks(np.arange(len(groups)) + 0.4 - height / 2, groups, fontsize=8)
+    times.set_yticks(np.arange(len(groups)) + 0.4 - height / 2, groups)
     times.set_title(f"kernels at {shape}", fontsize=9, loc="left")
     times.legend(fontsize=7, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(providers), frameon=False)
     memory.set_yticks([])
@@ -196,11 +196,12 @@ def draw_summary(result: Result, path: Path) -> None:
         words = f"{step.backbone}, {step.setting.removeprefix('one pair at ')}\n{100 * plain:.3g} s a step"
         overhead.annotate(words, (0.02, y - 0.2), xycoords=("axes fraction", "data"), fontsize=7)
     overhead.axvline(0, color="black", linewidth=0.8)
-    overhead.set(ylim=(len(steps) - 0.3, -0.7), yticks=[], xlabel="% that FocusDPO adds to a plain DPO step (lower is better)")
+    overhead.set(ylim=(len(steps) - 0.3, -0.7), yticks=[], xlabel="% added to a plain DPO step (lower is better)")
     overhead.set_title("paired steps: median and interval of 95 % or more", fontsize=9, loc="left")
     for axes in (times, memory, overhead):
         axes.grid(alpha=0.25, axis="x")
         axes.tick_params(labelsize=7)
+        axes.xaxis.label.set_size(8)
     _save(figure, result, path)
 
 
