@@ -1,4 +1,4 @@
-"""Options of the suite, and what it writes: a record of each case the moment it is known (benchmarks/results.py)."""
+"""Options of the suite, and what it writes: a record of each case the moment it is known (benchmarks/records.py)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from benchmarks.cases import GROUPS
 from benchmarks.inputs import NAMED
 from benchmarks.machine import BROKEN_DEVICE, DEVICE, commit_id, device_is_broken, machine_info
-from benchmarks.results import Recorder
+from benchmarks.records import Recorder
 from benchmarks.timing import measure_limits
 
 LIMITS = "limits"  # a case like the others

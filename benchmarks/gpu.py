@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.results import Recorder, is_foreign
+from benchmarks.records import Recorder, is_foreign
 from benchmarks.supervise import Part, run_part
 
 PYTHON = sys.executable

@@ -17,7 +17,7 @@ import torch
 import triton
 from pytest_benchmark.utils import get_commit_info
 
-from benchmarks.results import Recorder
+from benchmarks.records import Recorder
 from focusdpo_kernels import env
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks.machine import BROKEN_DEVICE, DEVICE, commit_id, device_is_broken, machine_info
-from benchmarks.results import Recorder
+from benchmarks.records import Recorder
 from benchmarks.supervise import end_with_parent
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from benchmarks import figures
 from benchmarks.figures import ON_CPU, time_text
-from benchmarks.results import FOCUS_STEP, PLAIN_STEP, Interval, Result, Row, Step, read_result
+from benchmarks.records import Row
+from benchmarks.results import FOCUS_STEP, PLAIN_STEP, Interval, Result, Step, read_result
 
 
 def markdown(result: Result) -> str:

@@ -28,7 +28,8 @@ from tqdm.auto import tqdm
 import focusdpo.training.step
 from benchmarks.machine import BROKEN_DEVICE, commit_id, device_is_broken, machine_info
 from benchmarks.models import MODELS, Setting
-from benchmarks.results import PLAIN_STEP, Interval, Recorder, Step, Timed
+from benchmarks.records import Recorder
+from benchmarks.results import PLAIN_STEP, Interval, Step, Timed
 from benchmarks.timing import kernel_names, synchronize
 from benchmarks.workload import FOCUS, KEEPING, PLAIN, Variant, Workload, throughput_variants
 from focusdpo.training.config import LoraConfig, ModelConfig

@@ -1,6 +1,6 @@
 """Runs the parts of a measurement in processes of their own, so that an error, a crash or a hang ends one case alone.
 
-A part's process appends to the result what it begins and what it has measured (benchmarks/results.py). When it crashes, loses
+A part's process appends to the result what it begins and what it has measured (benchmarks/records.py). When it crashes, loses
 its device or falls silent, the case that it had begun is recorded as failed, and a fresh process goes on with the rest.
 """
 
@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.results import Recorder
+from benchmarks.records import Recorder
 
 OUT_OF_TIME = "out of time"
 POLL = 0.1  # seconds between two looks at a process

@@ -14,7 +14,8 @@ import torch
 from benchmarks.cases import Group, cases, unavailable
 from benchmarks.inputs import NAMED, FocusInputs, Shape
 from benchmarks.machine import DEVICE
-from benchmarks.results import OURS, Recorder
+from benchmarks.records import Recorder
+from benchmarks.results import OURS
 from benchmarks.timing import Clock, cache_bytes, count_launches, extra_memory, plan, rotations
 
 clock = Clock()

@@ -18,7 +18,8 @@ import torch
 from benchmarks.cases import GROUPS, Group
 from benchmarks.inputs import NAMED, Shape
 from benchmarks.machine import DEVICE
-from benchmarks.results import OURS, Recorder
+from benchmarks.records import Recorder
+from benchmarks.results import OURS
 from benchmarks.timing import measured, plan, rotations
 from focusdpo_kernels import pooled_similarity, residual
 from focusdpo_kernels.backend import INTERPRETED

@@ -18,20 +18,9 @@ from benchmarks import compare, conftest, dry_run, gpu, timing
 from benchmarks.cases import COMPILED, GROUPS, _compiled, cases, relative_error
 from benchmarks.inputs import TINY, Shape
 from benchmarks.machine import BROKEN_DEVICE, machine_info
+from benchmarks.records import Recorder, read_records
 from benchmarks.report import markdown, write_report
-from benchmarks.results import (
-    COMPILE,
-    EAGER,
-    FOCUS_STEP,
-    OURS,
-    PLAIN_STEP,
-    Recorder,
-    Step,
-    Timed,
-    paired_interval,
-    read_records,
-    read_result,
-)
+from benchmarks.results import COMPILE, EAGER, FOCUS_STEP, OURS, PLAIN_STEP, Step, Timed, paired_interval, read_result
 from benchmarks.supervise import Part, run_part
 from benchmarks.timing import Clock, plan
 from focusdpo_kernels.disassembly import _bytes_ahead, resident_blocks
