@@ -33,10 +33,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         and not (option("--no-sweep") and shape.sweep)
         and not (option("--only-sweep") and not shape.sweep)
     ]
-    known = {shape.name for _, shape, _ in cases(DEVICE, compiled)}
-    unknown = [name for name in shapes or () if name not in known]
-    if unknown:
-        raise pytest.UsageError(f"--shape: got {', '.join(unknown)}; this device has {', '.join(sorted(known))}")
+    known = {*NAMED, *(shape.name for _, shape, _ in cases(DEVICE, compiled))}
+    if unknown := [name for name in shapes or () if name not in known]:
+        raise pytest.UsageError(f"--shape: got {', '.join(unknown)}; expected some of {', '.join(sorted(known))}")
+    if not chosen and not metafunc.config.option.collectonly:
+        raise pytest.UsageError("these shapes and providers have no case that fits this device")
     if shapes:
         chosen.sort(key=lambda case: shapes.index(case[1].name))  # stable: what takes long to compile stays last of a shape
     ids = [f"{group.name}-{shape.label}-{provider}" for group, shape, provider in chosen]

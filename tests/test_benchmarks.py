@@ -301,7 +301,7 @@ def test_paired_differences():
 
 WORKER = """
 import os, signal, subprocess, sys, time
-from benchmarks.results import Recorder
+from benchmarks.records import Recorder
 recorder = Recorder(sys.argv[1])
 for case in "abcd":
     if case in recorder.ended():
@@ -311,8 +311,9 @@ for case in "abcd":
         {fault}
     recorder.append("done", case=case)
 """
+SLEEP = f"97.{os.getpid()}"  # a command line that nobody else has
 FAULTS = {
-    "hang": ("subprocess.Popen(['sleep', '97']); time.sleep(97)", "silent for 5 s"),
+    "hang": (f"subprocess.Popen(['sleep', '{SLEEP}']); time.sleep(97)", "silent for 5 s"),
     "crash": ("os.kill(os.getpid(), signal.SIGSEGV)", "killed by SIGSEGV"),
     "lost device": ("recorder.append('failed', case='b', why='CUDA error'); sys.exit(70)", "CUDA error"),
     "odd exit": ("os._exit(3)", "exit status 3"),
@@ -333,7 +334,9 @@ def test_a_fault_ends_one_case_alone(tmp_path, fault):
     assert [r["case"] for r in records if r["kind"] == "done"] == ["a", "c", "d"]
     assert [(r["case"], r["why"]) for r in records if r["kind"] == "failed"] == [("b", why)]
     if fault == "hang":
-        assert not subprocess.run(["pgrep", "-f", "sleep 97"], capture_output=True).stdout, "nothing of it is left running"
+        assert not subprocess.run(["pgrep", "-f", f"sleep {SLEEP}"], capture_output=True).stdout, (
+            "nothing of it is left running"
+        )
 
 
 def test_parts_that_cannot_go_on(tmp_path):
@@ -603,6 +606,7 @@ def test_what_cannot_be_measured_is_refused(tmp_path):
     path = tmp_path / "result.jsonl"
     for options, message, code in (
         (("--shape", "typo"), "--shape: got typo", 2),
+        (("--shape", "uno-1024", "--provider", "kornia", "--no-sweep"), "no case that fits this device", 2),
         (("--benchmark-disable", "--result", str(path)), "need one process", 4),
         (("-n", "2", "--result", str(path)), "need one process", 4),
     ):
