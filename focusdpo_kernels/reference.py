@@ -190,10 +190,14 @@ def fields_mask(fields: FocusFields) -> Tensor:
 
 
 def element_weight(weight: Tensor, prediction: Tensor, mask_power: int) -> Tensor:
-    """M^mask_power, shaped to broadcast over a prediction: [B, P, 1] for tokens, [B, 1, H, W] for latents (2x2 patches)."""
+    """M^mask_power of M [B, P] (of latents in 2x2 patches) or, of latents, [B, H, W], shaped to broadcast over a prediction:
+    [B, P, 1] for tokens, [B, 1, H, W] for latents.
+    """
     weight = weight.to(accumulation_dtype(prediction.dtype)) ** mask_power
     if prediction.ndim == 3:
         return weight[:, :, None]
+    if weight.ndim == 3:
+        return weight[:, None]
     batch, _, height, width = prediction.shape
     grid = weight.reshape(batch, 1, height // 2, width // 2)
     return grid.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)

@@ -29,19 +29,22 @@ from focusdpo_kernels.residual_kernels import (
     forward_launch,
 )
 
+PATCH = 2  # latents along the side of a token
+
 
 def _by_sample(prediction: Tensor) -> Tensor:
     """The same tensor where each sample is contiguous (a slice of a longer sequence is), else a copy."""
     return prediction if prediction.numel() == 0 or prediction[0].is_contiguous() else prediction.contiguous()
 
 
-def _sizes(prediction: Tensor) -> tuple[int, int, int, int]:
-    """E, P, INNER and HEIGHT of `_masks`."""
+def _sizes(prediction: Tensor, weight: Tensor | None) -> tuple[int, int, int, int, int]:
+    """E, P, INNER, HEIGHT and SIDE of `_masks`."""
     if prediction.ndim == 3:
         _, patches, channels = prediction.shape
-        return patches * channels, patches, channels, 1
+        return patches * channels, patches, channels, 1, 0
     _, channels, height, width = prediction.shape
-    return channels * height * width, (height // 2) * (width // 2), width, height
+    side = 1 if weight is not None and weight.ndim == 3 else PATCH
+    return channels * height * width, (height // side) * (width // side), width, height, side
 
 
 def _mask_arguments(
@@ -78,7 +81,7 @@ def preference_residual_op(
     """
     predictions = [_by_sample(x) for x in (policy_win, policy_lose, reference_win, reference_lose, target_win, target_lose)]
     batch = policy_win.shape[0]
-    elements, patches, inner, height = _sizes(policy_win)
+    elements, patches, inner, height, side = _sizes(policy_win, weight_win)
     win, lose, margin = (torch.empty((batch,), dtype=torch.float32, device=policy_win.device) for _ in range(3))
     rest = torch.empty((ROWS, batch), dtype=torch.float32, device=policy_win.device)
     if batch == 0:
@@ -86,7 +89,7 @@ def preference_residual_op(
     splits = max(min(triton.cdiv(elements, BLOCK), MAX_SPLITS), 1)
     partial = torch.empty((batch, splits, SUMS), dtype=torch.float32, device=policy_win.device)
     mask, weights = _mask_arguments(weight_win, weight_lose, fields, partial)
-    forward = forward_launch(tuple(x.dtype for x in predictions), mask, policy_win.ndim == 4, mask_power)
+    forward = forward_launch(tuple(x.dtype for x in predictions), mask, side, mask_power)
     with device_guard(policy_win):
         strides = [x.stride(0) for x in predictions]
         sizes = (elements, patches, splits, inner, height, *strides)
@@ -122,12 +125,12 @@ def preference_residual_backward_op(
 ) -> tuple[Tensor, Tensor]:
     predictions = [_by_sample(x) for x in (policy_win, policy_lose, target_win, target_lose)]
     batch = policy_win.shape[0]
-    elements, patches, inner, height = _sizes(policy_win)
+    elements, patches, inner, height, side = _sizes(policy_win, weight_win)
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (policy_win, policy_lose)]
     if batch * elements == 0:
         return grads[0], grads[1]
     mask, weights = _mask_arguments(weight_win, weight_lose, fields, rest)
-    backward = backward_launch(tuple(x.dtype for x in predictions), mask, policy_win.ndim == 4, mask_power)
+    backward = backward_launch(tuple(x.dtype for x in predictions), mask, side, mask_power)
     with device_guard(policy_win):
         incoming = [rest[ZEROS] if x is None else x for x in (policy_win_grad, policy_lose_grad, margin_grad)]
         tensors = (*incoming, rest, *predictions, *weights, *grads)
@@ -159,10 +162,32 @@ def _backward(ctx: Any, win: Tensor | None, lose: Tensor | None, margin: Tensor 
 preference_residual_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _check_weight(name: str, weight: object, prediction: Tensor, patches: int) -> Tensor:
-    value = check_tensor(name, weight, ndim=2, dtypes=(*FLOATS, torch.bool, torch.uint8), layout="[B, P]")
-    why = "B and P of the predictions" if prediction.ndim == 3 else "B of the predictions, one value per 2x2 latents"
-    check_shape(name, value, (prediction.shape[0], patches), why)
+def _patches(name: str, prediction: Tensor) -> int:
+    """P of M [B, P]."""
+    if prediction.ndim == 3:
+        return prediction.shape[1]
+    height, width = prediction.shape[2:]
+    if height % PATCH or width % PATCH:
+        raise ValueError(
+            f"{name}: latents of {height}x{width} have no whole 2x2 patches; height and width must be even, or give one value "
+            "per latent, [B, H, W]"
+        )
+    return (height // PATCH) * (width // PATCH)
+
+
+def _check_weight(name: str, weight: object, prediction: Tensor) -> Tensor:
+    """M [B, P], or of latents [B, H, W]."""
+    latents = prediction.ndim == 4
+    layout = "[B, P] or, one value per latent, [B, H, W]" if latents else "[B, P]"
+    kinds = (*FLOATS, torch.bool, torch.uint8)
+    value = check_tensor(name, weight, ndim=(2, 3, 4) if latents else 2, dtypes=kinds, layout=layout)
+    if value.ndim == 4 and value.shape[1] == 1:
+        value = value[:, 0]
+    if value.ndim > 2:
+        check_shape(name, value, (prediction.shape[0], *prediction.shape[2:]), "B, H and W of the predictions")
+    else:
+        why = "B of the predictions, one value per 2x2 latents; or [B, H, W]" if latents else "B and P of the predictions"
+        check_shape(name, value, (prediction.shape[0], _patches(name, prediction)), why)
     check_device(name, value, prediction.device, "policy_win")
     check_no_grad(name, value, "the mask carries no gradient (E9)")
     return value
@@ -172,9 +197,9 @@ def _formed(weight: Tensor | FocusFields) -> Tensor:
     return spec.fields_mask(weight) if isinstance(weight, FocusFields) else weight
 
 
-def _check_fields(fields: FocusFields, prediction: Tensor, patches: int) -> list[Tensor]:
+def _check_fields(fields: FocusFields, prediction: Tensor) -> list[Tensor]:
     """Structure, entropy, prior (uint8), extremes and coverage, as the kernel reads them."""
-    batch = prediction.shape[0]
+    batch, patches = prediction.shape[0], _patches("weight", prediction)
     shapes = {"structure": (batch, patches), "entropy": (batch, patches), "extremes": (batch, 2), "coverage": (batch,)}
     for name, shape in {**shapes, "prior": (batch, patches)}.items():
         value = check_tensor(f"weight.{name}", getattr(fields, name), ndim=len(shape), layout=str(list(shape)))
@@ -207,9 +232,9 @@ def preference_residual(
             (float64 on the torch backend). Gradient reaches these two only.
         reference_win, reference_lose: the reference model's predictions, same shape.
         target_win, target_lose: what they should be (velocity or noise), same shape.
-        weight: M [B, P], or None for all ones. Latents take one value per 2x2 patch, row-major: P = (H/2)(W/2). FocusFields
-            form M on the fly, so that it is not written.
-        weight_lose: the loser's own M; None uses `weight` for both.
+        weight: M [B, P], or None for all ones. Latents take one value per 2x2 patch, row-major: P = (H/2)(W/2); or one per
+            latent, M [B, H, W] or [B, 1, H, W]. FocusFields form M on the fly, so that it is not written.
+        weight_lose: the loser's own M, of the same layout; None uses `weight` for both.
         reduction: "mean" over P*C, so that M = 1 is plain Diffusion-DPO; "sum"; or "masked_mean", divided by the sum of
             M^mask_power over all elements (0 where that is 0).
         mask_power: 1 weights the squared difference by M, 2 by M^2 (the mask inside the norm).
@@ -232,26 +257,24 @@ def preference_residual(
             check_no_grad(name, value, "gradient reaches the two policy predictions only (E9)")
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("mask_power", mask_power, (1, 2))
-    _, patches, inner, height = _sizes(policy_win)
     if weight is None and weight_lose is not None:
         raise ValueError("weight_lose: given without weight; pass weight for the winner as well")
-    if weight is not None and policy_win.ndim == 4 and (height % 2 or inner % 2):
-        raise ValueError(f"weight: latents of {height}x{inner} have no whole 2x2 patches; height and width must be even")
     chosen = resolve_backend(backend, *values)
     fields: list[Tensor] = []
     tau = gamma = 0.0
     weight_win: Tensor | None = None
     weight_other: Tensor | None = None
     if isinstance(weight, FocusFields) and weight_lose is None and chosen == "triton":
-        structure, *fields = _check_fields(weight, policy_win, patches)
+        structure, *fields = _check_fields(weight, policy_win)
         weight_win = weight_other = structure
         tau, gamma = float(weight.tau), float(weight.gamma)
     else:
         # One mask for each side, or PyTorch: the mask is formed first, by the same definition.
         if weight is not None:
-            weight_win = weight_other = _check_weight("weight", _formed(weight), policy_win, patches)
-        if weight_lose is not None:
-            weight_other = _check_weight("weight_lose", _formed(weight_lose), policy_win, patches)
+            weight_win = weight_other = _check_weight("weight", _formed(weight), policy_win)
+        if weight_win is not None and weight_lose is not None:
+            weight_other = _check_weight("weight_lose", _formed(weight_lose), policy_win)
+            check_shape("weight_lose", weight_other, weight_win.shape, "as weight")
     if chosen == "torch":
         return spec.preference_residual(*values, weight_win, weight_other, reduction, mask_power)
     if weight_win is not None and weight_other is not None:

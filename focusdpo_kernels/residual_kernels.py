@@ -49,19 +49,19 @@ def _masks(
     HEIGHT,
     tau,
     gamma,
-    LATENT: tl.constexpr,
+    SIDE: tl.constexpr,
     POWER: tl.constexpr,
     FIELDS: tl.constexpr,
 ):
-    """M^POWER of winner and loser at flat offsets of sample b: [P, C] tokens (INNER = C), or [C, H, W] latents in 2x2 patches
-    (INNER = W).
+    """M^POWER of winner and loser at flat offsets of sample b: of [P, C] tokens (SIDE = 0, INNER = C), or of [C, H, W] latents
+    in patches of SIDE x SIDE (INNER = W).
 
     With FIELDS both share one M, formed from M_s (`weight_win_ptr`), entropy, prior, extremes and coverage (E7, E8).
     """
-    if LATENT:
+    if SIDE > 0:
         column = offs % INNER
         row = (offs // INNER) % HEIGHT
-        patch = (row // 2) * (INNER // 2) + column // 2
+        patch = (row // SIDE) * (INNER // SIDE) + column // SIDE
     else:
         patch = offs // INNER
     patch += b * P
@@ -123,7 +123,7 @@ def _forward_kernel(
     gamma,
     HAS_WEIGHT: tl.constexpr,
     FIELDS: tl.constexpr,
-    LATENT: tl.constexpr,
+    SIDE: tl.constexpr,
     POWER: tl.constexpr,
     COLUMNS: tl.constexpr,
     LANES: tl.constexpr,
@@ -154,7 +154,7 @@ def _forward_kernel(
                 HEIGHT,
                 tau,
                 gamma,
-                LATENT,
+                SIDE,
                 POWER,
                 FIELDS,
             )
@@ -282,7 +282,7 @@ def _backward_kernel(
     gamma,
     HAS_WEIGHT: tl.constexpr,
     FIELDS: tl.constexpr,
-    LATENT: tl.constexpr,
+    SIDE: tl.constexpr,
     POWER: tl.constexpr,
     WIN_SCALE: tl.constexpr,
     LOSE_SCALE: tl.constexpr,
@@ -311,7 +311,7 @@ def _backward_kernel(
             HEIGHT,
             tau,
             gamma,
-            LATENT,
+            SIDE,
             POWER,
             FIELDS,
         )
@@ -334,16 +334,16 @@ MASK_TYPES = {
 }
 
 
-def _mask_constants(mask: str, latent: bool, power: int) -> dict[str, Any]:
-    """`mask` is "none", "weight" or "fields"."""
-    return {"HAS_WEIGHT": mask != "none", "FIELDS": mask == "fields", "LATENT": latent, "POWER": power}
+def _mask_constants(mask: str, side: int, power: int) -> dict[str, Any]:
+    """`mask` is "none", "weight" or "fields"; `side` that of a patch of latents, 0 for tokens."""
+    return {"HAS_WEIGHT": mask != "none", "FIELDS": mask == "fields", "SIDE": side, "POWER": power}
 
 
-def forward_launch(dtypes: tuple[torch.dtype, ...], mask: str, latent: bool, power: int) -> Launch:
+def forward_launch(dtypes: tuple[torch.dtype, ...], mask: str, side: int, power: int) -> Launch:
     types = {f"{name}_ptr": POINTERS[dtype] for name, dtype in zip(PREDICTIONS, dtypes, strict=True)}
     return Launch(
         _forward_kernel,
-        {**_mask_constants(mask, latent, power), "COLUMNS": SUMS, "LANES": LANES, "BLOCK": BLOCK},
+        {**_mask_constants(mask, side, power), "COLUMNS": SUMS, "LANES": LANES, "BLOCK": BLOCK},
         threads=256,
         registers=Registers(136, 128, 128, 160),
         types={**types, **MASK_TYPES, "partial_ptr": "*fp32"},
@@ -364,7 +364,7 @@ def finish_launch(splits: int, reduction: str) -> Launch:
     )
 
 
-def backward_launch(dtypes: tuple[torch.dtype, ...], mask: str, latent: bool, power: int) -> Launch:
+def backward_launch(dtypes: tuple[torch.dtype, ...], mask: str, side: int, power: int) -> Launch:
     """`dtypes` of policy_win, policy_lose, target_win, target_lose; a gradient has its policy's."""
     pointers = [POINTERS[dtype] for dtype in dtypes]
     names = ("policy_win_ptr", "policy_lose_ptr", "target_win_ptr", "target_lose_ptr", "grad_win_ptr", "grad_lose_ptr")
@@ -372,7 +372,7 @@ def backward_launch(dtypes: tuple[torch.dtype, ...], mask: str, latent: bool, po
     floats = dict.fromkeys(("policy_win_grad_ptr", "policy_lose_grad_ptr", "margin_grad_ptr", "rest_ptr"), "*fp32")
     return Launch(
         _backward_kernel,
-        {**_mask_constants(mask, latent, power), **SCALES, "BLOCK": BLOCK},
+        {**_mask_constants(mask, side, power), **SCALES, "BLOCK": BLOCK},
         threads=256,
         registers=Registers(72, 64, 64, 56),
         types={**types, **MASK_TYPES, **floats},
@@ -384,10 +384,10 @@ def launches() -> Iterator[Launch]:
     """Every shipped launch configuration, for ahead-of-time compilation."""
     half, full = torch.bfloat16, torch.float32
     for dtypes in ((torch.float16,) * 6, (half,) * 6, (full,) * 6, (half, half, half, half, full, full)):
-        masks = (("none", False, 1), ("weight", False, 1), ("weight", False, 2), ("weight", True, 1), ("fields", False, 1))
-        for mask, latent, power in masks:
-            yield forward_launch(dtypes, mask, latent, power)
-            yield backward_launch((*dtypes[:2], *dtypes[4:]), mask, latent, power)
+        weights = [("weight", *rest) for rest in ((0, 1), (0, 2), (1, 1), (2, 1))]
+        for mask, side, power in (("none", 0, 1), *weights, ("fields", 0, 1)):
+            yield forward_launch(dtypes, mask, side, power)
+            yield backward_launch((*dtypes[:2], *dtypes[4:]), mask, side, power)
     for reduction in REDUCTIONS:
         for splits in (1, 32, MAX_SPLITS):
             yield finish_launch(splits, reduction)
