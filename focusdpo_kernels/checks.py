@@ -158,3 +158,24 @@ def check_images(images: object, patch_size: int, check_range: bool | None) -> t
                 "(and clamp what a decoder overshoots)"
             )
     return value
+
+
+METHODS = ("kde", "histogram")
+# exp(-x^2 / 2) stays a normal fp32 number up to here; a pixel must be this near (in sigmas) to some bin.
+MAX_SIGMAS = 13.0
+MAX_SIGMA = 1.0  # wider, and rounding is all that tells one patch's entropy from another's
+MAX_BINS = 256  # as many as there are gray values in 8 bits
+
+
+def check_estimator(method: str, bins: int, sigma: float, prefix: str = "") -> None:
+    """The settings of E7's entropy fit each other; ValueError names them with `prefix` in front."""
+    check_choice(f"{prefix}method", method, METHODS)
+    if not 2 <= bins <= MAX_BINS:
+        limit = "at least 2" if bins < 2 else f"at most {MAX_BINS}, the gray values of 8 bits"
+        raise ValueError(f"{prefix}bins: got {bins}; expected {limit}")
+    least = 0.5 / (bins - 1) / MAX_SIGMAS
+    if method == "kde" and not least <= sigma <= MAX_SIGMA:
+        why = f"no more than {MAX_SIGMA:g}, the width of all gray values"
+        if sigma < least:
+            why = f"at least {least:.2g} with {bins} bins, or a pixel between two of them would reach neither"
+        raise ValueError(f"{prefix}sigma: got {sigma!r}; expected {why}")

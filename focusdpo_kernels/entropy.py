@@ -19,12 +19,8 @@ from torch import Tensor
 
 from focusdpo_kernels import reference as spec
 from focusdpo_kernels.backend import device_guard, resolve_backend
-from focusdpo_kernels.checks import check_choice, check_images
+from focusdpo_kernels.checks import METHODS, check_estimator, check_images
 from focusdpo_kernels.launch import POINTERS, Launch, Registers, next_power_of_2
-
-METHODS = ("kde", "histogram")
-# exp(-x^2 / 2) stays a normal fp32 number up to here; a pixel must be this near (in sigmas) to some bin.
-MAX_SIGMAS = 13.0
 
 
 @triton.jit(do_not_specialize=["COLUMNS", "P"])
@@ -186,8 +182,9 @@ def patch_entropy(
         images: [B, C, H, W] in [0, 1] (uint8: 0 to 255), C = 3 (RGB) or 1 (gray); fp16, bf16, fp32 or uint8 (float64 on the
             torch backend).
         patch_size: pixels along a patch's side; must divide H and W. 16 is one FLUX token.
-        bins: number of bins over [0, 1], at least 2.
-        sigma: width of the Gaussian kernel around a bin's centre, in gray values.
+        bins: number of bins over [0, 1], 2 to 256.
+        sigma: width of the Gaussian kernel around a bin's centre, in gray values: at most 1, and wide enough that a pixel
+            between two bins reaches one, 0.0013 for 32 of them.
         method: "kde" (Gaussian kernel) or "histogram" (hard bins: the entropy of the patch quantised to `bins` levels).
         normalize: min-max over an image's patches, giving M_d before the prior; all zeros where every patch is alike.
         check_range: look at the values and refuse what is outside [0, 1]. None looks at CPU tensors only, because on an
@@ -201,14 +198,7 @@ def patch_entropy(
         TypeError, ValueError: arguments of wrong type, shape, dtype or range, each named.
     """
     images = check_images(images, patch_size, check_range).detach()
-    check_choice("method", method, METHODS)
-    if bins < 2:
-        raise ValueError(f"bins: got {bins}; expected at least 2")
-    if method == "kde" and not 0.5 / (bins - 1) <= MAX_SIGMAS * sigma < float("inf"):
-        raise ValueError(
-            f"sigma: {sigma!r} is too narrow for {bins} bins, a pixel between two bins would reach neither; "
-            f"use at least {0.5 / (bins - 1) / MAX_SIGMAS:.2g}"
-        )
+    check_estimator(method, bins, sigma)
     if resolve_backend(backend, images) == "torch":
         return spec.patch_entropy(images, patch_size, bins, sigma, method, normalize)
     return patch_entropy_op(images, patch_size, bins, sigma, method, normalize)
