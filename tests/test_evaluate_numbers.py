@@ -254,10 +254,14 @@ def test_dino_with_the_transform_of_its_authors(models, images):
     model = ViTModel.from_pretrained(models["dino"]).eval()
     side = 37  # 32 * 256 / 224
     expected = []
+    rng = np.random.default_rng(3)
+    # 37 x 39, 41 x 37 and so on: the crop's offset is halfway between two pixels, once with the even one above.
+    sizes = [(74, 78), (82, 74), (78, 74), (74, 86)]
+    images = [*images, *(Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes)]
     for image in images:
         scale = side / min(image.size)
         width, height = (side if edge == min(image.size) else int(edge * scale) for edge in image.size)
-        left, top = (width - 32) // 2, (height - 32) // 2
+        left, top = (round((edge - 32) / 2) for edge in (width, height))  # as torchvision.transforms.CenterCrop
         colours = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
         pixels = pixels_of(image, (width, height), Image.Resampling.BICUBIC, (left, top, left + 32, top + 32), *colours)
         expected.append(model(pixels).last_hidden_state[0, 0])

@@ -78,7 +78,9 @@ def load_encoder(setting: str, folder: Path, device: str, transform: Transform =
         raise FileNotFoundError(f"{setting}: {folder} has no preprocessor_config.json, which says how images are prepared")
     model = _model(setting, folder, KINDS[kind][model_type], device)
     processor = _original(model.config.image_size) if transform == "original" else _processor(setting, folder)
-    key = hash_of(kind, fingerprint(folder, ["."]), transform, transformers.__version__, torch.device(device).type, "float32")
+    # Embeddings that were kept before the original transform cropped as torchvision does are of other pixels.
+    prepared = "original, torchvision's crop" if transform == "original" else transform
+    key = hash_of(kind, fingerprint(folder, ["."]), prepared, transformers.__version__, torch.device(device).type, "float32")
 
     @torch.inference_mode()
     def encode_images(images: Sequence[Image.Image]) -> Tensor:
@@ -118,9 +120,17 @@ def _processor(setting: str, folder: Path) -> Any:
         raise ValueError(f"{setting}: {folder} has no image processor that loads ({error})") from error
 
 
+class _MiddleOfTorchvision(BitImageProcessorPil):  # type: ignore[misc]  # a lazily imported class is Any to mypy
+    """Where the middle lies between two pixels, torchvision takes the even offset; transformers the smaller one."""
+
+    def center_crop(self, image: np.ndarray, size: Any, **kwargs: Any) -> np.ndarray:
+        top, left = (round((whole - part) / 2) for whole, part in zip(image.shape[1:], (size.height, size.width), strict=True))
+        return image[:, top : top + size.height, left : left + size.width]
+
+
 def _original(side: int) -> Any:
     """The transform of DINO's authors: the shorter side to 256 by bicubic interpolation, the middle 224, ImageNet's colours."""
-    return BitImageProcessorPil(
+    return _MiddleOfTorchvision(
         size={"shortest_edge": round(side * 256 / 224)},
         crop_size={"height": side, "width": side},
         resample=Image.Resampling.BICUBIC,
