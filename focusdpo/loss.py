@@ -13,6 +13,7 @@ from focusdpo_kernels import FocusFields, preference_residual
 from focusdpo_kernels.checks import check_choice, check_device, check_no_grad, check_shape, check_tensor
 
 LOSS_TYPES = ("sigmoid", "ipo", "hinge", "sft")
+LOSER_SCALES = (None, "sdpo", "sdpo_batch")
 
 
 class FocusDPOOutput(NamedTuple):
@@ -93,6 +94,7 @@ def focus_dpo_loss(
     loss_type: str = "sigmoid",
     label_smoothing: float = 0.0,
     winner_anchor: float = 0.0,
+    reference_anchor: float = 0.0,
     loser_scale: str | None = None,
     sdpo_mu: float = 0.0,
     backend: str | None = None,
@@ -107,20 +109,24 @@ def focus_dpo_loss(
         reference_win, reference_lose: the frozen reference model's predictions, same shape.
         target_win, target_lose: the true noise or velocity, same shape. Winner and loser share timestep and noise.
         focus: None (all ones), M [B, P], a FocusMask, or FocusFields, from which the kernels form M on the fly; latents take
-            one value per 2x2 patch.
+            one value per 2x2 patch, or one per latent: M [B, H, W].
         focus_lose: the loser's own mask (`mask_from="each"`); None uses `focus` for both.
         beta: strength of the preference, for the chosen reduction; see `convert_beta`.
         timestep_weight: w_t [B] inside the sigmoid; None is 1, (1 - t)^2 turns velocity errors into noise errors (E2).
         sample_weight: [B], multiplies each pair's loss before the mean over the batch.
         reduction: "mean" over P*C, "sum", or "masked_mean"; see `focusdpo_kernels.preference_residual`.
         mask_power: 1, or 2 to put the mask inside the norm.
-        loss_type: "sigmoid"; "hinge", max(0, 1 - logit); "ipo", (logit / beta - 1 / (2 beta))^2; "sft",
-            w_t e_pol(win), supervised fine-tuning on winners: no gradient is computed for policy_lose, its `grad` stays None.
+        loss_type: "sigmoid"; "hinge", max(0, 1 - logit); "ipo", (2 logit / beta - 1 / beta)^2; "sft", w_t e_pol(win),
+            supervised fine-tuning on winners: without a reference_anchor no gradient is computed for policy_lose, its `grad`
+            stays None.
         label_smoothing: cDPO, the assumed share of flipped pairs in [0, 0.5); with "sigmoid" only.
         winner_anchor: alpha >= 0, adds alpha * e_pol(win) to keep the winner's error from rising.
+        reference_anchor: alpha >= 0, adds alpha / 2 times the sum over winner and loser of the mean squared difference between
+            policy and reference, without mask and w_t, to keep the policy near (SimpleTuner's `anchor_alpha`).
         loser_scale: None, or "sdpo" (arXiv 2511.03317): scales the loser's gradient by
             min(1, (1 - sdpo_mu) |g_w|^2 / <g_w, g_l>) where the inner product is positive, so that to first order in output
-            space the step does not raise the winner's error. The loss value stays the same.
+            space the step does not raise the winner's error. The loss value stays the same. "sdpo_batch" takes both products
+            over the whole batch, so that all its pairs share one factor, as the authors' code does.
         sdpo_mu: the share of the winner's descent to keep, 0 to 1.
         backend: "triton", "torch" or None; see `focusdpo_kernels.backend`.
 
@@ -133,23 +139,25 @@ def focus_dpo_loss(
             that requires grad; each named.
     """
     check_choice("loss_type", loss_type, LOSS_TYPES)
-    check_choice("loser_scale", loser_scale, (None, "sdpo"))
+    check_choice("loser_scale", loser_scale, LOSER_SCALES)
     if not 0 < beta < float("inf"):
         raise ValueError(f"beta: got {beta!r}; expected a positive number (2000 for reduction='mean' is a usual start)")
     if not 0.0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing: got {label_smoothing!r}; expected 0 <= label_smoothing < 0.5")
     if label_smoothing and loss_type != "sigmoid":
         raise ValueError(f"label_smoothing: {label_smoothing!r} works with loss_type='sigmoid' only, got {loss_type!r}")
-    if not 0.0 <= winner_anchor < float("inf"):
-        raise ValueError(f"winner_anchor: got {winner_anchor!r}; expected a number >= 0")
+    for name, anchor in (("winner_anchor", winner_anchor), ("reference_anchor", reference_anchor)):
+        if not 0.0 <= anchor < float("inf"):
+            raise ValueError(f"{name}: got {anchor!r}; expected a number >= 0")
     if not 0.0 <= sdpo_mu <= 1.0:
         raise ValueError(f"sdpo_mu: got {sdpo_mu!r}; expected a number from 0 to 1")
+    preferred_lose = policy_lose
     if loss_type == "sft" and isinstance(policy_lose, Tensor):
         # Both backends then leave the loser out of the backward pass; otherwise the kernel would send zeros through the model.
-        policy_lose = policy_lose.detach()
+        preferred_lose = policy_lose.detach()
     residual = preference_residual(
         policy_win,
-        policy_lose,
+        preferred_lose,
         reference_win,
         reference_lose,
         target_win,
@@ -164,9 +172,12 @@ def focus_dpo_loss(
     _check_per_sample("sample_weight", sample_weight, policy_win)
 
     margin = residual.margin
-    if loser_scale == "sdpo":
-        aligned = residual.inner > 0
-        scale = (1 - sdpo_mu) * residual.winner_norm / torch.where(aligned, residual.inner, 1)
+    if loser_scale is not None:
+        norm, inner = residual.winner_norm, residual.inner
+        if loser_scale == "sdpo_batch":
+            norm, inner = norm.sum(), inner.sum()
+        aligned = inner > 0
+        scale = (1 - sdpo_mu) * norm / torch.where(aligned, inner, 1)
         scale = torch.where(aligned, scale.clamp(max=1), 1)
         # Adds exactly zero to the value and takes (1 - scale) of the loser's gradient back.
         margin = margin + (1 - scale) * (residual.policy_lose - residual.policy_lose.detach())
@@ -179,13 +190,17 @@ def focus_dpo_loss(
     elif loss_type == "hinge":
         losses = torch.relu(1 - logits)
     elif loss_type == "ipo":
-        losses = (scaled - 1 / (2 * beta)) ** 2
+        losses = (2 * scaled - 1 / beta) ** 2
     else:
         losses = residual.policy_win
         if timestep_weight is not None:
             losses = timestep_weight.to(losses.dtype) * losses
     if winner_anchor:
         losses = losses + winner_anchor * residual.policy_win
+    if reference_anchor:
+        # The kernel's errors, with the reference's predictions as what the policy's should be.
+        drift = preference_residual(*[policy_win, policy_lose] + 2 * [reference_win, reference_lose], backend=backend)
+        losses = losses + 0.5 * reference_anchor * (drift.policy_win + drift.policy_lose)
     if sample_weight is not None:
         losses = losses * sample_weight.to(losses.dtype)
 

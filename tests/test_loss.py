@@ -1,4 +1,4 @@
-"""The loss against Diffusion-DPO as diffusers has it, its family, and the invariants of docs/method.md."""
+"""The loss family, and the invariants of docs/method.md. test_peers.py compares with other people's losses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from focusdpo_kernels import cross_layer_similarity
 from tests.conftest import DEVICE
 
 BACKENDS = ["triton", "torch"]
-TOKENS, LATENTS = (4, 24, 8), (4, 3, 8, 6)
+TOKENS = (4, 24, 8)
 
 
 def make(shape=TOKENS, dtype=torch.float32):
@@ -21,7 +21,7 @@ def make(shape=TOKENS, dtype=torch.float32):
     # Policy near reference, as in training: the loss is then neither saturated nor flat.
     for side in (0, 1):
         predictions[side] = predictions[side + 2] + 1e-3 * torch.randn_like(predictions[side])
-    return predictions, torch.rand(shape[0], 24 if len(shape) == 3 else 12, device=DEVICE)
+    return predictions, torch.rand(shape[:2], device=DEVICE)
 
 
 def loss_and_gradients(predictions, backend, **options):
@@ -29,50 +29,6 @@ def loss_and_gradients(predictions, backend, **options):
     out = focus_dpo_loss(*policy, *predictions[2:], backend=backend, **options)
     out.loss.backward()
     return out, [x.grad for x in policy]
-
-
-def sdxl_formula(policy_win, policy_lose, reference_win, reference_lose, target_win, target_lose, beta):
-    """Diffusion-DPO as in diffusers' SDXL script: mean over elements, half of beta, logsigmoid, mean over the batch."""
-
-    def error(prediction, target):
-        return (prediction - target).pow(2).mean(dim=list(range(1, target.ndim)))
-
-    model_diff = error(policy_win, target_win) - error(policy_lose, target_lose)
-    reference_diff = error(reference_win, target_win) - error(reference_lose, target_lose)
-    return -F.logsigmoid(-0.5 * beta * (model_diff - reference_diff)).mean()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", [TOKENS, LATENTS])
-def test_is_diffusion_dpo_without_a_mask(shape, backend):
-    predictions, weight = make(shape)
-    for focus in (None, torch.ones_like(weight)):
-        out, gradients = loss_and_gradients(predictions, backend, focus=focus, beta=2000.0)
-        # The formula cancels in fp32 (the errors are near 2, their difference near 1e-4): in float64 it is the truth.
-        exact = [x.double() for x in predictions]
-        policy = [x.requires_grad_() for x in exact[:2]]
-        expected = sdxl_formula(*policy, *exact[2:], beta=2000.0)
-        expected.backward()
-        assert out.loss.item() == pytest.approx(expected.item(), rel=1e-6)
-        for gradient, reference in zip(gradients, policy, strict=True):
-            torch.testing.assert_close(
-                gradient.double(), reference.grad, rtol=1e-5, atol=1e-6 * float(reference.grad.abs().max())
-            )
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_is_diffusion_dpo_in_its_own_fp32(backend):
-    """Value and gradient within 1e-6 of the script's fp32 arithmetic where that does not cancel."""
-    predictions, _ = make()
-    for side in (0, 1):
-        predictions[side] = torch.randn_like(predictions[side])
-    out, gradients = loss_and_gradients(predictions, backend, beta=1.0)
-    policy = [x.clone().requires_grad_() for x in predictions[:2]]
-    expected = sdxl_formula(*policy, *predictions[2:], beta=1.0)
-    expected.backward()
-    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    for gradient, reference in zip(gradients, policy, strict=True):
-        torch.testing.assert_close(gradient, reference.grad, rtol=1e-6, atol=1e-6 * float(reference.grad.abs().max()))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -173,7 +129,7 @@ def test_loss_family(backend):
     smoothed = -(0.9 * F.logsigmoid(logits) + 0.1 * F.logsigmoid(-logits)).mean()
     assert loss(label_smoothing=0.1) == pytest.approx(float(smoothed), rel=1e-6)
     assert loss(loss_type="hinge") == pytest.approx(float(torch.relu(1 - logits).mean()), rel=1e-6)
-    assert loss(loss_type="ipo") == pytest.approx(float(((logits / 500 - 1 / 1000) ** 2).mean()), rel=1e-5)
+    assert loss(loss_type="ipo") == pytest.approx(float(((2 * logits / 500 - 1 / 500) ** 2).mean()), rel=1e-5)
     assert loss(winner_anchor=0.7) == pytest.approx(loss() + 0.7 * float(base.policy_win.double().mean()), rel=1e-6)
     assert loss(loss_type="sft") == pytest.approx(float(base.policy_win.double().mean()), rel=1e-6)
     with pytest.raises(TypeError, match="policy_lose: expected a tensor"):
@@ -202,6 +158,24 @@ def test_sdpo_scales_only_the_losers_gradient(backend):
     torch.testing.assert_close(safe_lose, scale[:, None, None] * plain_lose, rtol=1e-4, atol=1e-9)
     # The step's effect on the winner's error, to first order in output space: not above -mu |g_w|^2 of its share.
     assert ((-norm + scale * inner)[:2] <= -0.2 * norm[:2] * (1 - 1e-5)).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_reference_anchor(backend):
+    """Beside its value, its gradient: to the reference, on both sides, whatever mask and loss."""
+    predictions, weight = make()
+    for loss_type in ("sigmoid", "sft"):
+        options = {"focus": weight, "loss_type": loss_type, "beta": 500.0}
+        plain, plain_gradients = loss_and_gradients(predictions, backend, **options)
+        held, gradients = loss_and_gradients(predictions, backend, reference_anchor=0.8, **options)
+        drift = [(predictions[i] - predictions[i + 2]).double() for i in (0, 1)]
+        expected = float(plain.loss) + 0.4 * float(sum((d**2).mean() for d in drift))
+        assert float(held.loss) == pytest.approx(expected, rel=1e-6)
+        for before, after, difference in zip(plain_gradients, gradients, drift, strict=True):
+            added = 0.8 * difference / difference.numel()
+            expected = added if before is None else before.double() + added
+            torch.testing.assert_close(after.double(), expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
+    assert plain_gradients[1] is None, "supervised fine-tuning alone leaves the loser out"
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
