@@ -19,7 +19,7 @@ from focusdpo.data import collate, load_pairs
 from focusdpo.demo.scenes import write_dataset
 from focusdpo.evaluation import overlays
 from focusdpo.experiments import masks
-from focusdpo.experiments.masks import MasksConfig, groups_of, masks_by_group, prepare_masks
+from focusdpo.experiments.masks import MasksConfig, groups_of, prepare_masks
 from focusdpo.mask import FocusMask
 from focusdpo.training.batches import dataset_of
 from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, ModelConfig, TrainConfig
@@ -191,7 +191,7 @@ def test_one_forward_pass_a_time(step_and_batch, monkeypatch):
     calls = []
     predict = step.backbone.predict
     monkeypatch.setattr(step.backbone, "predict", lambda *arguments: calls.append(1) or predict(*arguments))
-    masks_by_group(step, batch, groups_of(step.paths, 4, range(4)), 0.5, seed=0)
+    step.masks(batch, 0.5, 0, groups_of(step.paths, 4, range(4)))
     assert len(calls) == 1
 
 

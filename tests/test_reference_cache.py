@@ -90,6 +90,17 @@ def test_the_losses_are_the_same_with_and_without(config, focus, reference_runs)
     assert without[-1]["loss"] != without[0]["loss"]
 
 
+def test_times_in_turn_are_the_same_with_and_without(config):
+    """Each pair meets one time after the other through its draws, and the kept prediction is of that time."""
+    config.loss = dataclasses.replace(config.loss, draws=3, times=[0.2, 0.5, 0.8], time_order="round_robin")
+    config.max_steps = 12
+    without = train(config)
+    assert train(with_cache(config)) == without
+    times = [round(row["time"], 3) for row in without]
+    assert sorted(times) == [0.2] * 4 + [0.5] * 4 + [0.8] * 4, "three epochs of four pairs"
+    assert len(set(times[:4])) == 3
+
+
 def test_batches_of_several_pairs(config):
     """The reference runs pair by pair for the cache, so that rounding may differ."""
     config.data = dataclasses.replace(config.data, batch_size=2)
@@ -141,6 +152,10 @@ def test_other_models_settings_and_masks_are_not_mixed_up(config, tiny_flux, pai
     changes = {
         "seed": {"seed": 1},
         "times": {"loss": dataclasses.replace(config.loss, logit_mean=1.0)},
+        "shift": {"loss": dataclasses.replace(config.loss, shift=2.0)},
+        "shift of the scheduler": {"loss": dataclasses.replace(config.loss, shift="auto")},
+        "listed times": {"loss": dataclasses.replace(config.loss, times=[0.2, 0.7])},
+        "in turn": {"loss": dataclasses.replace(config.loss, times=[0.2, 0.7], time_order="round_robin")},
         "guidance": {"model": dataclasses.replace(config.model, guidance=3.5)},
         "precision": {"mixed_precision": "bf16"},
         "features": {"focus": FocusConfig(feature_source="reference")},

@@ -138,19 +138,6 @@ def groups_of(paths: Sequence[str], count: int, numbers: Sequence[int]) -> dict[
     return groups
 
 
-def masks_by_group(
-    step: PreferenceStep, batch: PairBatch, groups: dict[str, list[str]], t: float, seed: int, autocast: bool = False
-) -> dict[str, FocusMask]:
-    """The focus mask of each group of blocks, of one forward pass at one time."""
-    import torch
-
-    device = step.backbone.device.type
-    with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=autocast):
-        noised = step.noise(batch, torch.Generator().manual_seed(seed), torch.tensor([t]))
-        scores = step.tapped_scores(noised, batch, groups)
-        return {name: step.mask_of(each, batch) for name, each in scores.items()}
-
-
 def write_masks(
     config: MasksConfig,
     run: TrainConfig,
@@ -161,6 +148,7 @@ def write_masks(
 ) -> None:
     """Computes all masks, and writes pictures, fields and, last, the numbers."""
     import numpy as np
+    import torch
     from tqdm.auto import tqdm
 
     from focusdpo.data.images import PATCH_SIZE
@@ -173,7 +161,8 @@ def write_masks(
     (out / GROUPS).mkdir()
     masks: dict[str, list[MaskAtTime]] = {name: [] for name in groups}
     for t in tqdm(config.timesteps, desc="forward passes", unit="time", leave=False):
-        found = masks_by_group(step, batch, groups, t, config.seed, run.mixed_precision == "bf16")
+        with torch.autocast(step.backbone.device.type, torch.bfloat16, enabled=run.mixed_precision == "bf16"):
+            found = step.masks(batch, t, config.seed, groups)
         for name, focus in found.items():
             masks[name].append(MaskAtTime(t, focus))
     model = "before training" if about["checkpoint"] is None else Path(about["checkpoint"]).name

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import abc
+import inspect
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -95,6 +97,12 @@ class PromptEmbeddings:
         """Joins embeddings of one prompt each to a batch; shorter texts, and their masks, are padded with zeros at the end."""
         names = single[0].tensors
         return PromptEmbeddings({k: pad_sequence([one.tensors[k][0] for one in single], batch_first=True) for k in names})
+
+
+def at_times(clean: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """E2: x_t = (1 - t) x_0 + t eps and its velocity eps - x_0, of tokens [B, P, C] at times t [B]."""
+    t = t[:, None, None]
+    return (1 - t) * clean + t * noise, noise - clean
 
 
 class Backbone(abc.ABC):
@@ -208,11 +216,24 @@ class Backbone(abc.ABC):
         """Guidance fed to the model, and scale of classifier-free guidance (1 is none), that its pipeline samples with."""
 
     def time_shift(self, tokens: int, steps: int) -> float:
-        """What the pipeline shifts the times by (its mu) for an image of so many tokens."""
+        """What is sampled with as the scheduler's mu, for an image of so many tokens."""
+        return self._mu(tokens, steps)
+
+    def _mu(self, tokens: int, steps: int) -> float:
+        """The pipeline's own mu for an image of so many tokens."""
         config = self.pipeline.scheduler.config
         names = {"base_seq_len": "base_image_seq_len", "max_seq_len": "max_image_seq_len"}
         names |= {name: name for name in ("base_shift", "max_shift")}
         return float(calculate_shift(tokens, **{to: config[name] for to, name in names.items() if name in config}))
+
+    def training_shift(self, tokens: int) -> float:
+        """The s of t' = s t / (1 + (s - 1) t) of the pipeline's scheduler, for an image of so many tokens."""
+        config = self.pipeline.scheduler.config
+        if not config.get("use_dynamic_shifting", False):
+            return float(config.get("flow_shift", config.get("shift", 1.0)))
+        steps = inspect.signature(type(self.pipeline).__call__).parameters["num_inference_steps"].default
+        mu = self._mu(tokens, steps)
+        return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
 
     def guide(self, velocity: Tensor, negative: Tensor, scale: float) -> Tensor:
         """Classifier-free guidance: the velocity [B, P, C], led away from the negative prompt's."""

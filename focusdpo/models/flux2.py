@@ -100,7 +100,7 @@ class Flux2(Backbone):
             return 4.0, 1.0
         return 1.0, 1.0 if self.pipeline.config.is_distilled else 4.0
 
-    def time_shift(self, tokens: int, steps: int) -> float:
+    def _mu(self, tokens: int, steps: int) -> float:
         return float(compute_empirical_mu(tokens, steps))
 
     def tap_paths(self) -> list[str]:

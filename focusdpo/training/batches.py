@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from focusdpo.data import DatasetError, PairBatch, PairDataset, PairRecord, Problem, SizeBatches, collate, load_pairs
 from focusdpo.data.images import PATCH_SIZE
 from focusdpo.training.config import DataConfig, FocusConfig, TrainConfig, parse_ratios
+from focusdpo.training.draws import turns_at
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +160,12 @@ class TrainingBatches:
 
     def epoch_of(self, position: int) -> int:
         return position // self._rounds
+
+    def turns(self, position: int, batch: PairBatch) -> list[int]:
+        """Turns of a batch of this process, where times take turns from pair to pair and from process to process."""
+        epoch, place = divmod(position, self._rounds)
+        number = place * self._accelerator.num_processes + self._accelerator.process_index
+        return turns_at(number * self._config.data.batch_size, epoch, len(batch.prompts))
 
     def pairs_of_epochs(self, start: int, end: int) -> dict[int, set[int]]:
         """Indices of the pairs, of all processes, by epoch, at the positions from start to end."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from focusdpo.settings import require as _require
+from focusdpo_kernels.checks import check_estimator
 
 
 def parse_ratios(name: str, texts: list[str | int] | None) -> list[tuple[int, int]] | None:
@@ -193,8 +194,7 @@ class FocusConfig:
             _require(self.match_count >= 0, "focus.match_count", self.match_count, "0 or more tokens")
         distinct = self.layers == "all" or 0 < len(set(self.layers)) == len(self.layers)
         _require(distinct, "focus.layers", self.layers, '"all", or at least one block, each once')
-        _require(self.entropy_bins >= 2, "focus.entropy_bins", self.entropy_bins, "at least 2")
-        _require(self.entropy_sigma > 0, "focus.entropy_sigma", self.entropy_sigma, "a positive number")
+        check_estimator(self.entropy_method, self.entropy_bins, self.entropy_sigma, "focus.entropy_")
 
 
 @dataclass
@@ -210,13 +210,21 @@ class LossConfig:
         loss_type: Shape of the loss over the logit; "sft" trains on winners alone.
         label_smoothing: Assumed share of pairs with winner and loser exchanged (with "sigmoid").
         winner_anchor: Weight of the winner's own error, added to keep it from rising.
-        loser_scale: "sdpo" scales the loser's gradient so that the winner's error does not grow to first order.
+        reference_anchor: Weight of the mean squared difference between policy and reference model, over the whole image of
+            winner and loser, added to keep the policy near.
+        loser_scale: "sdpo" scales the loser's gradient so that the winner's error does not grow to first order, in each pair;
+            "sdpo_batch" by one factor for all pairs of a batch, as Diffusion-SDPO's code does.
         sdpo_mu: Share of the winner's descent that "sdpo" keeps, 0 to 1.
         timestep_weight: "none" weights all times alike; "noise" weights by (1 - t)^2, which turns velocity errors into noise
             errors.
         draws: Times and noise of a pair come from this many fixed draws, another one each epoch; none draws anew each time.
-        logit_mean: Mean of the logit-normal distribution of t.
+        times: Distribution of t, which is 0 for clean and 1 for noise: "logit_normal", "uniform", or a list of times.
+        time_order: Which of a list's times a pair gets: "random", or "round_robin", one after the other from pair to pair.
+        logit_mean: Mean of the logit-normal distribution of t. diffusers' scripts count from the other end: theirs is its
+            negative.
         logit_std: Its standard deviation.
+        shift: Times drawn are moved to s t / (1 + (s - 1) t); 1 leaves them. "auto" takes the pipeline's own shift, which as a
+            rule grows with the image.
     """
 
     beta: float = 2000.0
@@ -226,15 +234,19 @@ class LossConfig:
     loss_type: Literal["sigmoid", "ipo", "hinge", "sft"] = "sigmoid"
     label_smoothing: float = 0.0
     winner_anchor: float = 0.0
-    loser_scale: Literal["sdpo"] | None = None
+    reference_anchor: float = 0.0
+    loser_scale: Literal["sdpo", "sdpo_batch"] | None = None
     sdpo_mu: float = 0.0
     timestep_weight: Literal["none", "noise"] = "none"
     draws: int | None = None
+    times: Literal["logit_normal", "uniform"] | list[float] = "logit_normal"
+    time_order: Literal["random", "round_robin"] = "random"
     logit_mean: float = 0.0
     logit_std: float = 1.0
+    shift: float | Literal["auto"] = 1.0
 
     def __post_init__(self) -> None:
-        _require(self.beta > 0, "loss.beta", self.beta, "a positive number")
+        _require(0 < self.beta < math.inf, "loss.beta", self.beta, "a positive number")
         held = self.auto_beta is None or 0 < self.auto_beta < 1
         _require(held, "loss.auto_beta", self.auto_beta, "0 < auto_beta < 1, or null")
         fits = self.auto_beta is None or self.loss_type == "sigmoid"
@@ -242,10 +254,28 @@ class LossConfig:
         _require(0 <= self.label_smoothing < 0.5, "loss.label_smoothing", self.label_smoothing, "0 <= label_smoothing < 0.5")
         smooths = self.label_smoothing == 0 or self.loss_type == "sigmoid"
         _require(smooths, "loss.label_smoothing", self.label_smoothing, f"0 with loss_type={self.loss_type!r}")
-        _require(self.winner_anchor >= 0, "loss.winner_anchor", self.winner_anchor, "0 or more")
+        for name in ("winner_anchor", "reference_anchor"):
+            anchor = getattr(self, name)
+            _require(math.isfinite(anchor) and anchor >= 0, f"loss.{name}", anchor, "0 or more")
         _require(0 <= self.sdpo_mu <= 1, "loss.sdpo_mu", self.sdpo_mu, "0 to 1")
         _require(self.draws is None or self.draws >= 1, "loss.draws", self.draws, "at least 1, or null")
-        _require(self.logit_std > 0, "loss.logit_std", self.logit_std, "a positive number")
+        self._check_times()
+
+    def _check_times(self) -> None:
+        times, shift = self.times, self.shift
+        listed = isinstance(times, list)
+        if isinstance(times, list):
+            fits = len(times) > 0 and all(0 <= t <= 1 for t in times)
+            _require(fits, "loss.times", times, "at least one time, each from 0 (clean) to 1 (noise)")
+        ordered = listed or self.time_order == "random"
+        _require(ordered, "loss.time_order", self.time_order, "'random' unless loss.times is a list")
+        _require(math.isfinite(self.logit_mean), "loss.logit_mean", self.logit_mean, "a finite number")
+        _require(0 < self.logit_std < math.inf, "loss.logit_std", self.logit_std, "a positive number")
+        for name, unused in (("logit_mean", 0.0), ("logit_std", 1.0)):
+            value = getattr(self, name)
+            _require(times == "logit_normal" or value == unused, f"loss.{name}", value, f"{unused:g} with loss.times={times!r}")
+        _require(shift == "auto" or 0 < shift < math.inf, "loss.shift", shift, 'a positive number, or "auto"')
+        _require(not listed or shift == 1, "loss.shift", shift, "1 with a list as loss.times, which is taken as it is")
 
 
 @dataclass

@@ -31,3 +31,21 @@ def generators(seed: int, position: int, indices: Sequence[int], draw: int | Non
     here = seeded(seed, position)
     torch.manual_seed(here.initial_seed())
     return here if draw is None else [fixed_draw(seed, index, draw) for index in indices]
+
+
+def turns_at(start: int, epoch: int, pairs: int) -> list[int]:
+    """Turns of the pairs of a batch.
+
+    Each epoch begins one turn further: a pair whose place never changes would otherwise always meet the same time.
+
+    Args:
+        start: how many pairs of the epoch come before the batch's first.
+        epoch: its number.
+        pairs: of the batch.
+    """
+    return [start + epoch + i for i in range(pairs)]
+
+
+def fixed_turns(indices: Sequence[int], draw: int) -> list[int]:
+    """Turns of a batch's pairs in their n-th fixed draw: through its draws each pair meets one time after the other."""
+    return [index + draw for index in indices]

@@ -23,7 +23,7 @@ from focusdpo.models.base_lora import find_lora_file
 from focusdpo.training.batches import in_rounds, load_batches
 from focusdpo.training.cache import EncodingReader
 from focusdpo.training.config import TrainConfig
-from focusdpo.training.draws import fixed_draw
+from focusdpo.training.draws import fixed_draw, fixed_turns
 from focusdpo.training.step import PreferenceStep, Reference
 from focusdpo.training.tensor_files import TensorFiles
 
@@ -56,9 +56,11 @@ class ReferenceCache:
             FORMAT,
             diffusers.__version__,
             *(model.backbone, model.dtype, str(model.quantization), config.mixed_precision, str(model.guidance)),
-            *(str(lora), str(model.base_lora_scale), str(loss.logit_mean), str(loss.logit_std)),
+            *(str(lora), str(model.base_lora_scale)),
+            *(str(getattr(loss, name)) for name in ("times", "time_order", "logit_mean", "logit_std", "shift")),
             *((str(focus.layers), focus.mask_from) if self._has_scores else ()),
-            fingerprint(pipeline_folder(model.path, model.revision), ["transformer"]),
+            # With loss.shift="auto" the scheduler decides the times.
+            fingerprint(pipeline_folder(model.path, model.revision), ["scheduler", "transformer"]),
         )
 
     def fill(self, pairs: Mapping[int, set[int]]) -> None:
@@ -90,7 +92,8 @@ class ReferenceCache:
 
     def _compute(self, batch: PairBatch, draw: int) -> dict[str, Tensor]:
         with torch.no_grad(), self._accelerator.autocast():
-            noised = self._step.noise(batch, [fixed_draw(self._config.seed, batch.indices[0], draw)])
+            drawn = [fixed_draw(self._config.seed, batch.indices[0], draw)]
+            noised = self._step.noise(batch, drawn, turns=fixed_turns(batch.indices, draw))
             reference = self._step.reference(noised, batch)
         scores = {} if reference.scores is None else {"scores": reference.scores}
         return {"prediction": reference.prediction, **scores}

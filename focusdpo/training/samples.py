@@ -29,15 +29,9 @@ from focusdpo.training.tracking import log_images
 MASK_TIMES = (0.1, 0.5, 0.9)
 
 
-@torch.no_grad()
 def masks_at(step: PreferenceStep, batch: PairBatch, times: Sequence[float], seed: int) -> list[MaskAtTime]:
     """The focus masks of one pair at several times, with one noise; none where `focus.mask` is not "focus"."""
-    masks = []
-    for t in times if step.focus.mask == "focus" else ():
-        focus = step(batch, torch.Generator().manual_seed(seed), torch.tensor([t])).focus
-        assert focus is not None
-        masks.append(MaskAtTime(t, focus))
-    return masks
+    return [MaskAtTime(t, step.masks(batch, t, seed)["all"]) for t in times if step.focus.mask == "focus"]
 
 
 @dataclass(frozen=True)

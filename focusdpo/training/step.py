@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from diffusers.training_utils import compute_density_for_timestep_sampling
 from torch import Tensor
 
 from focusdpo.data import PairBatch
@@ -17,9 +16,12 @@ from focusdpo.data.images import PATCH_SIZE
 from focusdpo.features import SimilarityTap, pool_mask, reference_token_mask
 from focusdpo.loss import FocusDPOOutput, focus_dpo_loss
 from focusdpo.mask import FocusMask, focus_mask
-from focusdpo.models import Backbone, PromptEmbeddings, TokenLayout
+from focusdpo.models import Backbone, PromptEmbeddings, TokenLayout, at_times
 from focusdpo.training.adapter import reference_model
 from focusdpo.training.config import FocusConfig, LossConfig
+from focusdpo.training.times import draw_times
+
+Which = Literal["policy", "reference"]
 
 KEPT_PROMPTS = 256  # 4 MiB each for FLUX.1 in bf16
 
@@ -69,6 +71,9 @@ class Reference:
 class PreferenceStep:
     """Computes the FocusDPO loss of a batch.
 
+    All that looks at a model goes one way: `noise` brings pairs to their times, `predict` runs the policy or the reference
+    model on them, taps that `tap` makes listen meanwhile, and `compare` takes the loss. `__call__` is all of it.
+
     Args:
         backbone: whose transformer carries the adapter.
         focus, loss: settings.
@@ -86,61 +91,107 @@ class PreferenceStep:
         self._module: Any = backbone.transformer
         self._prompts: dict[tuple[str, ...], PromptEmbeddings] = {}
 
-    def sample_times(self, batch: int, generator: torch.Generator) -> Tensor:
-        """Logit-normal t in (0, 1), [B]."""
-        return compute_density_for_timestep_sampling(
-            "logit_normal", batch, logit_mean=self.loss.logit_mean, logit_std=self.loss.logit_std, generator=generator
-        )
-
     def __call__(
         self,
         batch: PairBatch,
         generator: torch.Generator | Sequence[torch.Generator],
         t: Tensor | None = None,
         reference: Reference | None = None,
+        turns: Sequence[int] | None = None,
     ) -> StepResult:
         """The loss of a batch.
 
         Args:
             batch: pairs, on the model's device.
-            generator: CPU generator of times and noise, which are then the same on every device; or one for each pair.
-            t: times [B]; None draws them.
+            generator, t, turns: of times and noise, see `noise`.
             reference: what `reference` gave for the same pairs, times and noise; None computes it.
         """
-        return self.compare(self.noise(batch, generator, t), batch, reference)
+        return self.compare(self.noise(batch, generator, t, turns), batch, reference)
+
+    @torch.no_grad()
+    def noise(
+        self,
+        batch: PairBatch,
+        generator: torch.Generator | Sequence[torch.Generator],
+        t: Tensor | None = None,
+        turns: Sequence[int] | None = None,
+    ) -> Noised:
+        """Encodes a batch and brings winner and loser to the same times with the same noise (E2).
+
+        Args:
+            batch: pairs, on the model's device.
+            generator: CPU generator of times and noise, which are then the same on every device; or one for each pair.
+            t: times [B]; None draws them as `loss.times` says.
+            turns: numbers of the pairs' turns, where times take turns; None counts from 0.
+        """
+        pairs = len(batch.prompts)
+        draws = [(generator, pairs)] if isinstance(generator, torch.Generator) else [(own, 1) for own in generator]
+        clean, given = self._clean(batch), self.condition(batch)  # [2B, P, C]
+        if t is None:
+            numbers = list(range(pairs)) if turns is None else list(turns)
+            shift = self.backbone.training_shift(given.layout.num_target) if self.loss.shift == "auto" else self.loss.shift
+            drawn, start = [], 0
+            for own, count in draws:
+                drawn.append(draw_times(self.loss, own, numbers[start : start + count], shift))
+                start += count
+            t = torch.cat(drawn)
+        noise = torch.cat([torch.randn(count, *clean.shape[1:], generator=own) for own, count in draws])
+        noise = noise.to(clean.device).repeat(2, 1, 1)
+        t = t.to(clean.device).repeat(2)
+        tokens, target = at_times(clean, noise, t)
+        return Noised(
+            tokens=tokens,
+            target=target,
+            t=t,
+            references=given.references.repeat(2, 1, 1),
+            prompts=given.prompts.repeat(2),
+            layout=given.layout,
+        )
+
+    def predict(self, noised: Noised, taps: Iterable[SimilarityTap] = (), which: Which = "policy") -> Tensor:
+        """The model's prediction [2B, P, C] of a noised batch, while taps listen; of the reference model without gradient."""
+        with ExitStack() as stack:
+            if which == "reference":
+                stack.enter_context(torch.no_grad())
+                stack.enter_context(reference_model(self._module))
+            for tap in taps:
+                stack.enter_context(tap)
+            return self.backbone.predict(noised.tokens, noised.t, noised.prompts, noised.references, noised.layout)
+
+    def tap(
+        self,
+        noised: Noised,
+        batch: PairBatch,
+        paths: Sequence[str] | None = None,
+        pooling: str = "reference",
+        each: bool = False,
+    ) -> SimilarityTap:
+        """What listens to one forward pass and gives S.
+
+        Args:
+            noised, batch: what the pass is of.
+            paths: of the blocks whose similarities are averaged; None takes the run's own.
+            pooling: "reference" (E4) or "max" (E4').
+            each: S of winners and losers [2B, R, P] instead of the winners' alone [B, R, P].
+        """
+        reference_mask = reference_token_mask(batch.reference_masks)
+        return SimilarityTap(
+            self._module,
+            self.paths if paths is None else paths,
+            image_tokens=self.backbone.image_tokens,
+            num_target=noised.layout.num_target,
+            reference_mask=reference_mask.repeat(2, 1, 1) if each else reference_mask,
+            rows=slice(None) if each else slice(0, reference_mask.shape[0]),
+            pooling=pooling,
+            backend=self.backend,
+        )
 
     @torch.no_grad()
     def reference(self, noised: Noised, batch: PairBatch) -> Reference:
         """Runs the reference model on a noised batch."""
-        tapped = self.focus.mask == "focus" and self.focus.feature_source == "reference"
-        tap = self._tap(noised.layout, reference_token_mask(batch.reference_masks)) if tapped else None
-        with reference_model(self._module), nullcontext() if tap is None else tap:
-            prediction = self._predict(noised)
-        return Reference(prediction, None if tap is None else tap.scores())
-
-    @torch.no_grad()
-    def tapped_scores(
-        self, noised: Noised, batch: PairBatch, groups: Mapping[str, Sequence[str]], pooling: str = "reference"
-    ) -> dict[str, Tensor]:
-        """S [B, R, P] of the winners by group of blocks, of one forward pass of the model that `focus.feature_source` names.
-
-        Args:
-            noised: tokens and conditioning of the batch.
-            batch: the pairs themselves.
-            groups: paths of the blocks whose similarities are averaged, by any name.
-            pooling: "reference" (E4) or "max" (E4').
-        """
-        reference_mask = reference_token_mask(batch.reference_masks)
-        from_reference = self.focus.feature_source == "reference"
-        with ExitStack() as stack:
-            if from_reference:
-                stack.enter_context(reference_model(self._module))
-            taps = {
-                name: stack.enter_context(self._tap(noised.layout, reference_mask, paths, pooling, each=False))
-                for name, paths in groups.items()
-            }
-            self._predict(noised)
-        return {name: tap.scores() for name, tap in taps.items()}
+        taps = self._taps_of_mask(noised, batch, "reference")
+        prediction = self.predict(noised, taps, "reference")
+        return Reference(prediction, taps[0].scores() if taps else None)
 
     @torch.no_grad()
     def predictions(self, noised: Noised, batch: PairBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,17 +199,47 @@ class PreferenceStep:
 
         S is of the run's blocks and of the model that `focus.feature_source` names, whatever mask the run has.
         """
-        tap = self._tap(noised.layout, reference_token_mask(batch.reference_masks), each=False)
-        from_reference = self.focus.feature_source == "reference"
-        with reference_model(self._module), tap if from_reference else nullcontext():
-            reference = self._predict(noised)
-        with nullcontext() if from_reference else tap:
-            policy = self._predict(noised)
+        tap, source = self.tap(noised, batch), self.focus.feature_source
+        reference = self.predict(noised, [tap] if source == "reference" else [], "reference")
+        policy = self.predict(noised, [tap] if source == "policy" else [])
         return policy, reference, tap.scores()
 
-    def mask_of(self, scores: Tensor, batch: PairBatch) -> FocusMask:
-        """The winners' focus mask of similarity S [B, R, P], whichever blocks it is of."""
-        return self._mask(scores, pool_mask(batch.prior), batch.winner, reference_token_mask(batch.reference_masks))
+    @torch.no_grad()
+    def masks(
+        self, batch: PairBatch, t: float, seed: int, groups: Mapping[str, Sequence[str]] | None = None
+    ) -> dict[str, FocusMask]:
+        """The winners' focus masks at one time by group of blocks, of one forward pass of the model that gives the features.
+
+        Args:
+            batch: the pairs.
+            t: the time of all of them.
+            seed: of the noise, which is the same at each time.
+            groups: paths of the blocks whose similarities are averaged, by any name; None takes the run's own, as "all".
+        """
+        noised = self.noise(batch, torch.Generator().manual_seed(seed), torch.full((len(batch.prompts),), t))
+        taps = {name: self.tap(noised, batch, paths) for name, paths in (groups or {"all": self.paths}).items()}
+        self.predict(noised, taps.values(), self.focus.feature_source)
+        return {name: self.mask_of(tap.scores(), batch) for name, tap in taps.items()}
+
+    def mask_of(self, scores: Tensor, batch: PairBatch, loser: bool = False) -> FocusMask:
+        """The focus mask of similarity S [B, R, P], whichever blocks it is of: the winners', or the losers'."""
+        focus = self.focus
+        return focus_mask(
+            scores,
+            pool_mask(batch.prior),
+            batch.loser if loser else batch.winner,
+            reference_mask=reference_token_mask(batch.reference_masks),
+            match_count=focus.match_count,
+            per_subject=focus.per_subject,
+            tau=focus.tau,
+            gamma=focus.gamma,
+            patch_size=PATCH_SIZE,
+            entropy_method=focus.entropy_method,
+            entropy_bins=focus.entropy_bins,
+            entropy_sigma=focus.entropy_sigma,
+            check_range=False,  # pixels come from 8-bit files
+            backend=self.backend,
+        )
 
     def compare(self, noised: Noised, batch: PairBatch, reference: Reference | None = None) -> StepResult:
         """Runs reference and policy on a noised batch, forms the mask and takes the loss.
@@ -170,24 +251,19 @@ class PreferenceStep:
         """
         if reference is None:
             reference = self.reference(noised, batch)
-        pairs = noised.tokens.shape[0] // 2
-        reference_mask = reference_token_mask(batch.reference_masks)
-        prior = pool_mask(batch.prior)
-        tapped = self.focus.mask == "focus" and self.focus.feature_source == "policy"
-        tap = self._tap(noised.layout, reference_mask) if tapped else None
-        with nullcontext() if tap is None else tap:
-            policy = self._predict(noised)
-        scores = reference.scores if tap is None else tap.scores()
+        taps = self._taps_of_mask(noised, batch, "policy")
+        policy = self.predict(noised, taps)
+        scores = taps[0].scores() if taps else reference.scores
 
-        focus, focus_lose = None, None
-        masks: tuple[Tensor | FocusMask | None, Tensor | FocusMask | None] = (None, None)
-        if scores is not None:
-            focus = self._mask(scores[:pairs], prior, batch.winner, reference_mask)
-            if self.focus.mask_from == "each":
-                focus_lose = self._mask(scores[pairs:], prior, batch.loser, reference_mask)
-            masks = (focus, focus_lose)
-        elif self.focus.mask == "prior":
-            masks = ((prior if prior.ndim == 2 else prior.any(1)).float(), None)
+        pairs = noised.tokens.shape[0] // 2
+        focus = None if scores is None else self.mask_of(scores[:pairs], batch)
+        mask: Tensor | FocusMask | None = focus
+        mask_lose = None
+        if scores is not None and self.focus.mask_from == "each":
+            mask_lose = self.mask_of(scores[pairs:], batch, loser=True)
+        if self.focus.mask == "prior":
+            prior = pool_mask(batch.prior)
+            mask = (prior if prior.ndim == 2 else prior.any(1)).float()
 
         loss = self.loss
         times = noised.t[:pairs]
@@ -198,8 +274,8 @@ class PreferenceStep:
             reference.prediction[pairs:],
             noised.target[:pairs],
             noised.target[pairs:],
-            focus=masks[0],
-            focus_lose=masks[1],
+            focus=mask,
+            focus_lose=mask_lose,
             beta=self.beta,
             timestep_weight=(1 - times) ** 2 if loss.timestep_weight == "noise" else None,
             reduction=loss.reduction,
@@ -207,34 +283,18 @@ class PreferenceStep:
             loss_type=loss.loss_type,
             label_smoothing=loss.label_smoothing,
             winner_anchor=loss.winner_anchor,
+            reference_anchor=loss.reference_anchor,
             loser_scale=loss.loser_scale,
             sdpo_mu=loss.sdpo_mu,
             backend=self.backend,
         )
         return StepResult(output, focus, times)
 
-    @torch.no_grad()
-    def noise(
-        self, batch: PairBatch, generator: torch.Generator | Sequence[torch.Generator], t: Tensor | None = None
-    ) -> Noised:
-        """Encodes a batch and brings winner and loser to the same times with the same noise (E2)."""
-        pairs = len(batch.prompts)
-        draws = [(generator, pairs)] if isinstance(generator, torch.Generator) else [(own, 1) for own in generator]
-        if t is None:
-            t = torch.cat([self.sample_times(count, own) for own, count in draws])
-        clean, given = self._clean(batch), self.condition(batch)  # [2B, P, C]
-        noise = torch.cat([torch.randn(count, *clean.shape[1:], generator=own) for own, count in draws])
-        noise = noise.to(clean.device).repeat(2, 1, 1)
-        t = t.to(clean.device).repeat(2)
-        tokens = (1 - t[:, None, None]) * clean + t[:, None, None] * noise
-        return Noised(
-            tokens=tokens,
-            target=noise - clean,
-            t=t,
-            references=given.references.repeat(2, 1, 1),
-            prompts=given.prompts.repeat(2),
-            layout=given.layout,
-        )
+    def _taps_of_mask(self, noised: Noised, batch: PairBatch, which: Which) -> list[SimilarityTap]:
+        """The tap of the loss's own mask, if it has one and this model gives the features."""
+        if self.focus.mask != "focus" or self.focus.feature_source != which:
+            return []
+        return [self.tap(noised, batch, each=self.focus.mask_from == "each")]
 
     @torch.no_grad()
     def condition(self, batch: PairBatch) -> Conditioning:
@@ -257,49 +317,6 @@ class PreferenceStep:
     def _encode(self, images: Tensor) -> Tensor:
         """One by one, as data.cache keeps them: convolutions sum in another order in a batch of another size."""
         return torch.cat([self.backbone.encode_images(image[None]) for image in images])
-
-    def _predict(self, noised: Noised) -> Tensor:
-        return self.backbone.predict(noised.tokens, noised.t, noised.prompts, noised.references, noised.layout)
-
-    def _tap(
-        self,
-        layout: TokenLayout,
-        reference_mask: Tensor,
-        paths: Sequence[str] | None = None,
-        pooling: str = "reference",
-        each: bool | None = None,
-    ) -> SimilarityTap:
-        """A tap of the run's own blocks, or of others; of the winners alone, or of winners and losers (`each`)."""
-        each = self.focus.mask_from == "each" if each is None else each
-        return SimilarityTap(
-            self._module,
-            self.paths if paths is None else paths,
-            image_tokens=self.backbone.image_tokens,
-            num_target=layout.num_target,
-            reference_mask=reference_mask.repeat(2, 1, 1) if each else reference_mask,
-            rows=slice(None) if each else slice(0, reference_mask.shape[0]),
-            pooling=pooling,
-            backend=self.backend,
-        )
-
-    def _mask(self, scores: Tensor, prior: Tensor, images: Tensor, reference_mask: Tensor) -> FocusMask:
-        focus = self.focus
-        return focus_mask(
-            scores,
-            prior,
-            images,
-            reference_mask=reference_mask,
-            match_count=focus.match_count,
-            per_subject=focus.per_subject,
-            tau=focus.tau,
-            gamma=focus.gamma,
-            patch_size=PATCH_SIZE,
-            entropy_method=focus.entropy_method,
-            entropy_bins=focus.entropy_bins,
-            entropy_sigma=focus.entropy_sigma,
-            check_range=False,  # pixels come from 8-bit files
-            backend=self.backend,
-        )
 
     def _embed(self, batch: PairBatch) -> PromptEmbeddings:
         """Text conditioning; what was used last is kept on the CPU, by prompt and by what its encoder saw of the references."""

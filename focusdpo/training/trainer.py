@@ -33,7 +33,7 @@ from focusdpo.training.cache import EncodingCache
 from focusdpo.training.checkpoints import Checkpoints, Progress, Stateful
 from focusdpo.training.compilation import compile_blocks
 from focusdpo.training.config import TrainConfig
-from focusdpo.training.draws import generators
+from focusdpo.training.draws import fixed_turns, generators, turns_at
 from focusdpo.training.health import Alarm, Health
 from focusdpo.training.hub import check_hub, upload
 from focusdpo.training.loading import check_files_and_packages, load_backbone
@@ -194,9 +194,10 @@ class Trainer:
         draw = self._draw_of(self.progress.batches) if config.loss.draws else None
         position = self.progress.batches * accelerator.num_processes + accelerator.process_index
         drawn = generators(config.seed, position, batch.indices, draw)
+        turns = self.batches.turns(self.progress.batches, batch) if draw is None else fixed_turns(batch.indices, draw)
         kept = None if self.references is None or draw is None else self.references.read(batch.indices, draw)
         with accelerator.autocast():
-            return self.step(batch, drawn, reference=kept)
+            return self.step(batch, drawn, reference=kept, turns=turns)
 
     def _draw_of(self, position: int) -> int:
         """Number of the fixed draw at a position: another one each epoch."""
@@ -400,8 +401,9 @@ class Trainer:
         for place, batch in zip(range(rank, len(mine) * processes, processes), loader, strict=True):
             generator = torch.Generator().manual_seed(VALIDATION_SEED + place)
             self._running = dataset, batch.indices
+            turns = turns_at(place * self.config.data.batch_size, 0, len(batch.prompts))
             with accelerator.autocast():
-                result = self.step(batch.to(accelerator.device), generator)
+                result = self.step(batch.to(accelerator.device), generator, turns=turns)
             self._running = None
             averager.add(step_metrics(result), len(batch.prompts) if place < len(plan) else 0)
         self.module.train(was_training)

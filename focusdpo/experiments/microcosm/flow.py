@@ -14,7 +14,7 @@ from focusdpo.experiments.microcosm.learning import learn
 from focusdpo.experiments.microcosm.scenes import prompt_of
 from focusdpo.experiments.microcosm.subjects import Identity
 from focusdpo.experiments.microcosm.world import VIEWS, World
-from focusdpo.models import Backbone, PromptEmbeddings, TokenLayout
+from focusdpo.models import Backbone, PromptEmbeddings, TokenLayout, at_times
 
 EMA_DECAY = 0.995
 
@@ -54,10 +54,9 @@ def train_flow(
         noise = torch.randn(batch, *scenes.shape[1:], generator=draws).to(scenes.device)
         t = compute_density_for_timestep_sampling("logit_normal", batch, logit_mean=0.0, logit_std=1.0, generator=draws)
         t = t.to(scenes.device)
-        clean, times = scenes[picked], t[:, None, None]
+        noisy, velocity = at_times(scenes[picked], noise, t)
         text = PromptEmbeddings({name: value[texts[picked]] for name, value in embedded.tensors.items()})
-        velocity = backbone.predict((1 - times) * clean + times * noise, t, text, given, layout)
-        return (velocity.float() - (noise - clean)).square().mean()
+        return (backbone.predict(noisy, t, text, given, layout).float() - velocity).square().mean()
 
     backbone.transformer.requires_grad_(True)
     losses = learn(
