@@ -134,6 +134,14 @@ def test_pool_mask():
         pool_mask(mask[:30])
 
 
+def test_patches_of_another_size():
+    mask = torch.zeros(1, 16, 24)
+    mask[:, :8, 8:16] = 1
+    assert pool_mask(mask, 8).tolist() == [[False, True, False, False, False, False]]
+    assert reference_token_mask([mask, mask], 8).shape == (1, 2, 12)
+    assert reference_token_mask([mask], 8).tolist() == [[[False, True, False, False, False, False]]]
+
+
 def test_reference_token_mask_is_block_diagonal():
     first, second = torch.zeros(2, 16, 32), torch.ones(2, 32, 16)
     first[0, :, 16:] = 1

@@ -188,6 +188,20 @@ def test_convert_beta(reduction):
     second = focus_dpo_loss(*predictions, focus=weight, beta=converted, reduction=other)
     torch.testing.assert_close(first.logits, second.logits, rtol=1e-5, atol=1e-7)
     assert convert_beta(2000.0, 65536, source="mean", target="sum") == pytest.approx(0.0305, rel=1e-2)
+    assert convert_beta(7.0, 1, source="mean", target="sum") == 7.0 == convert_beta(7.0, 9, source="sum", target="sum")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"elements": 0}, "elements: got 0; expected the number of elements of one prediction, at least 1"),
+        ({"source": "masked_mean"}, "source: got 'masked_mean'; expected one of 'mean', 'sum'"),
+        ({"target": "masked_mean"}, "target: got 'masked_mean'; expected one of 'mean', 'sum'"),
+    ],
+)
+def test_a_beta_that_cannot_be_converted(arguments, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        convert_beta(**{"beta": 1.0, "elements": 8, "source": "mean", "target": "sum"} | arguments)
 
 
 def test_own_mask_for_the_loser():

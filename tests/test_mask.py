@@ -35,6 +35,19 @@ def test_composition_and_branches():
     assert torch.equal(never.mask[misaligned], structure[misaligned])
 
 
+def test_a_threshold_that_is_met_turns_to_detail():
+    """E8: A <= tau."""
+    scores = torch.arange(24.0, device=DEVICE).expand(1, 1, 24)
+    prior = torch.ones(1, 24, dtype=torch.bool, device=DEVICE)
+    images = torch.rand(1, 3, 64, 96, device=DEVICE)
+    for tau, detail in ((0.25, True), (0.2499, False)):
+        focus = focus_mask(scores, prior, images, match_count=18, tau=tau)
+        assert focus.coverage.item() == 0.25 and focus.uses_detail.item() is detail
+        assert torch.equal(focus.mask, focus.structure) is not detail
+    assert focus.matched.tolist() == [[[False] * 6 + [True] * 18]]
+    assert focus.structure.tolist() == [[1.0] * 6 + [0.0] * 18]
+
+
 def test_match_counts():
     scores, prior, _, reference_mask = make(per_subject=True)
     assert torch.equal(match_counts("reference", scores, prior, reference_mask), reference_mask.sum(-1))
