@@ -15,7 +15,7 @@ NUMPY ?= 2.4.6
 OLDEST_TESTS := $(patsubst %,tests/test_%.py,similarity matching entropy residual mask loss accuracy ops properties errors \
 	aot stub_driver launches)
 
-.PHONY: demo test test-oldest bench lint format inspect clean
+.PHONY: demo test test-oldest mutants bench lint format inspect clean
 
 $(DEMO): EXTRAS := demo
 $(STAMP): EXTRAS := demo,dev
@@ -39,6 +39,10 @@ $(OLDEST)/.installed: constraints-oldest.txt
 test-oldest: $(OLDEST)/.installed  ## the kernels' tests with the oldest supported torch and triton
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt numpy==$(NUMPY)
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) $(OLDEST_TESTS)
+
+mutants: $(STAMP)  ## how many one-line faults in loss, mask and step the tests notice: an hour
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt mutmut
+	$(BIN)/python tests/mutants.py
 
 bench: $(STAMP)  ## kernels against every peer, with a report: writes bench-output/
 	rm -f bench-output/result.jsonl

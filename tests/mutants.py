@@ -1,0 +1,119 @@
+"""Mutation run over the code that decides the loss: `make mutants`, an hour on two cores, not part of CI.
+
+mutmut changes one thing at a time in a copy of the repository and runs the tests that reach it. A change that no test notices
+survives. It has to be explained in survivors.yaml, by a reason that several may share; 95 % have to be killed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import libcst
+import yaml
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "build" / "mutants"
+EXPLAINED = Path(__file__).with_name("survivors.yaml")
+MUTATED = (
+    "focusdpo/loss.py",
+    "focusdpo/mask.py",
+    "focusdpo/features.py",
+    "focusdpo/training/step.py",
+    "focusdpo/training/times.py",
+    "focusdpo_kernels/reference.py",
+)
+TESTS = "step times loss peers mask features similarity matching entropy residual errors qwen cache".split()
+WANTED = 0.95
+KILLED = ("killed", "timeout", "segfault")
+SETTINGS = f"""
+[tool.mutmut]
+source_paths = ["focusdpo", "focusdpo_kernels"]
+only_mutate = {list(MUTATED)}
+pytest_add_cli_args = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+pytest_add_cli_args_test_selection = {[f"tests/test_{name}.py" for name in TESTS]}
+use_git_change_detection = false
+track_dependencies = false
+
+[tool.pytest.ini_options]
+filterwarnings = ["ignore:.*torchvision.*"]
+"""
+
+
+class Undecorated(libcst.CSTTransformer):
+    """`@a def f` as `def f` and `f = a(f)`: mutmut leaves decorated functions out."""
+
+    def leave_FunctionDef(self, original_node: libcst.FunctionDef, updated_node: libcst.FunctionDef) -> object:  # noqa: N802
+        name = libcst.Name(updated_node.name.value)
+        value: libcst.BaseExpression = name
+        for decorator in reversed(updated_node.decorators):
+            value = libcst.Call(decorator.decorator, [libcst.Arg(value)])
+        if value is name:
+            return updated_node
+        again = libcst.SimpleStatementLine([libcst.Assign([libcst.AssignTarget(name)], value)])
+        return libcst.FlattenSentinel([updated_node.with_changes(decorators=[]), again])
+
+
+def mutmut(*arguments: str) -> str:
+    """What a command of mutmut prints; its progress goes to the terminal."""
+    command = [sys.executable, "-m", "mutmut", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    shown = None if arguments[0] == "run" else subprocess.PIPE
+    return subprocess.run(command, cwd=FOLDER, env=environment, stdout=shown, text=True, check=True).stdout or ""
+
+
+def prepare() -> None:
+    """A copy of the repository whose functions have no decorators."""
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir(parents=True)
+    for part in ("focusdpo", "focusdpo_kernels", "tests"):
+        shutil.copytree(ROOT / part, FOLDER / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in MUTATED:
+        file = FOLDER / name
+        file.write_text(libcst.parse_module(file.read_text()).visit(Undecorated()).code)
+    (FOLDER / "pyproject.toml").write_text(SETTINGS)
+
+
+def change(name: str) -> str:
+    """A mutant as `module.function: what was -> what is`, of the lines that differ."""
+    lines = mutmut("show", name).splitlines()
+    sides = ("-", "---"), ("+", "+++")
+    was, now = (" ".join(line[1:].strip() for line in lines if line.startswith(a) and not line.startswith(b)) for a, b in sides)
+    function = re.sub(r"x(?:ǁ\w+?ǁ|_)", "", name.rpartition("__mutmut_")[0])
+    return f"{function}: {was} -> {now}"
+
+
+def main() -> None:
+    if "--go-on" not in sys.argv:
+        prepare()
+    mutmut("run", "--max-children", str(os.cpu_count()))
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    survivors = []
+    for line in mutmut("results", "--all", "true").splitlines():
+        name, _, status = line.strip().partition(": ")
+        if not status:
+            continue
+        killed = status in KILLED
+        counts[name.partition(".x")[0]]["killed" if killed else "survived"] += 1
+        if not killed:
+            survivors.append(change(name))
+    reasons = {text: why for why, texts in yaml.safe_load(EXPLAINED.read_text()).items() for text in texts}
+    total = sum(counts.values(), Counter())
+    for module, count in {**counts, "all": total}.items():
+        print(f"{module:32} {count['killed']:5} of {count.total():5} killed, {count['killed'] / count.total():.1%}")
+    unexplained = [text for text in survivors if text not in reasons]
+    stale = sorted(reasons.keys() - set(survivors))
+    for title, texts in (("survived, and nothing explains them", unexplained), ("explained, but killed or gone", stale)):
+        if texts:
+            print(f"\n{title}:", *texts, sep="\n- ")
+    if unexplained or total["killed"] < WANTED * total.total():
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
