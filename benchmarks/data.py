@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from benchmarks.machine import machine_info
-from focusdpo.data import PairBatch, PairDataset, SizeBatches, collate, load_pairs
+from focusdpo.data import LongestSide, PairBatch, PairDataset, SizeBatches, collate, load_pairs
 from focusdpo.data.shards import write_shards
 from focusdpo.demo.scenes import write_dataset
 from focusdpo.features import pool_mask, reference_token_mask
@@ -28,13 +28,13 @@ from focusdpo.training.config import DataConfig
 
 
 def batches(path: Path, workers: int, epoch: int) -> Iterator[PairBatch]:
-    """One epoch of a dataset under a run's default sizes, with what the step makes of its masks."""
+    """One epoch of a dataset with references of 512 px, 320 px where there are several, and what a step makes of masks."""
     default = DataConfig(str(path))
     dataset = PairDataset(
         load_pairs(path, "headers", progress=False),
         resolution=default.resolution,
-        reference_resolution=default.reference_resolution,
-        reference_resolution_multiple=default.reference_resolution_multiple,
+        reference_rule=LongestSide(512),
+        reference_rule_multiple=LongestSide(320),
     )
     plan = SizeBatches(dataset, default.batch_size, shuffle=True, seed=0).epoch(epoch)
     for batch in DataLoader(dataset, batch_sampler=plan, collate_fn=collate, num_workers=workers):

@@ -25,16 +25,18 @@ class ValidateConfig:
         json: File for the report as JSON; "-" prints it instead of the text.
         check: "full" decodes every image, "headers" reads sizes only.
         resolution: Longest side of winner and loser in pixels, by which layouts are counted.
-        reference_resolution: Longest side of a reference image when a pair has one.
-        reference_resolution_multiple: Longest side of a reference image when a pair has several.
+        backbone: Whose own sizes references have where no number is given.
+        reference_resolution: Longest side of a reference image in pixels; null takes the backbone's own size.
+        reference_resolution_multiple: Another one for pairs that have several; null is reference_resolution's value.
     """
 
     path: str
     json: str | None = None
     check: Literal["full", "headers"] = "full"
     resolution: int = 512
-    reference_resolution: int = 512
-    reference_resolution_multiple: int = 320
+    backbone: Literal["flux", "kontext", "flux2", "qwen-edit-plus"] = "flux"
+    reference_resolution: int | None = None
+    reference_resolution_multiple: int | None = None
 
     def __post_init__(self) -> None:
         # The settings of a run have their own checks.
@@ -135,7 +137,7 @@ def prepare_validation(config: ValidateConfig) -> Callable[[], None]:
     find_sources(config.path)
 
     def work() -> None:
-        report = validate(config.path, config.check, partial(dataset_of, data=config.data))
+        report = validate(config.path, config.check, partial(dataset_of, data=config.data, backbone=config.backbone))
         text = json.dumps(report.as_json(), indent=1)
         print(text if config.json == "-" else report)
         if config.json not in (None, "-"):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from focusdpo.settings import require
 from focusdpo.training.config import DataConfig, LoraConfig, ModelConfig
 
 
@@ -16,7 +18,8 @@ class ModelsConfig:
     Args:
         resolution: Side of winner and loser in pixels.
         references: Reference images of a pair.
-        reference_resolution: Side of each in pixels.
+        photo: Width and height of the photo that each of them is, in pixels.
+        reference_resolution: Longest side that it is brought to; null takes each backbone's own size.
         batch_size: Pairs per process and forward pass.
         rank: Rank of the adapter.
         dtype: Precision of the frozen weights.
@@ -29,7 +32,8 @@ class ModelsConfig:
 
     resolution: int = 512
     references: int = 2
-    reference_resolution: int = 320
+    photo: str = "1024x1024"
+    reference_resolution: int | None = None
     batch_size: int = 1
     rank: int = 32
     dtype: Literal["bf16", "fp32"] = "bf16"
@@ -42,6 +46,10 @@ class ModelsConfig:
     def __post_init__(self) -> None:
         if self.references < 1:
             raise ValueError(f"references: got {self.references}; expected at least 1")
+        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", self.photo)
+        require(match is not None, "photo", self.photo, "width and height in pixels, such as 1024x1024")
+        assert match is not None
+        self.photo_size = int(match[1]), int(match[2])
         # The settings of a run have their own checks.
         DataConfig("", resolution=self.resolution, reference_resolution=self.reference_resolution, batch_size=self.batch_size)
         self.lora = LoraConfig(rank=self.rank)
@@ -57,22 +65,29 @@ class ModelsConfig:
 def prepare_list(config: ModelsConfig) -> Callable[[], None]:
     """Computes the tables, and returns what prints them."""
     # Imports diffusers: seconds that --help need not wait for.
+    from focusdpo.data import LongestSide
     from focusdpo.data.images import PATCH_SIZE
     from focusdpo.models import BACKBONES, TokenLayout
     from focusdpo.models.sizes import RELEASED, parameters, released
     from focusdpo.training.memory import DTYPES, GIB, estimate
 
-    side, reference_side = config.resolution // PATCH_SIZE, config.reference_resolution // PATCH_SIZE
-    layout = TokenLayout((side, side), ((reference_side, reference_side),) * config.references)
+    side = config.resolution // PATCH_SIZE
     dtype = DTYPES[config.dtype]
+    number = None if config.reference_resolution is None else LongestSide(config.reference_resolution)
+    layouts = {}
+    for name, model in BACKBONES.items():
+        try:
+            width, height = (number or model.reference_rule).place(config.photo_size, config.references).size
+        except ValueError as error:
+            raise ValueError(f"photo: got {config.photo}; {name} cannot bring it to size: {error}") from error
+        layouts[name] = TokenLayout((side, side), ((height // PATCH_SIZE, width // PATCH_SIZE),) * config.references)
 
     parts = ["weights", "text, VAE", "adapter", "kept", "block", "tokens", "total"]
-    models = [["model", "backbone", "parameters", "LoRA", "taps", "channels", *parts]]
+    models = [["model", "backbone", "parameters", "LoRA", "taps", "channels", "references", *parts]]
     for name in RELEASED:
         architecture = released(name)
-        part = estimate(
-            architecture, config.model, config.lora, config.mixed_precision, layout, config.batch_size, config.optimizer
-        )
+        layout, pairs = layouts[architecture.backbone.name], config.batch_size
+        part = estimate(architecture, config.model, config.lora, config.mixed_precision, layout, pairs, config.optimizer)
         backbone = architecture.build(dtype, config.max_sequence_length)
         adapter = part.adapter_weights + part.adapter_gradients + part.optimizer_state
         sizes = [part.frozen_weights, part.companions, adapter, part.kept_activations, part.recomputed_block, part.tokens]
@@ -84,6 +99,7 @@ def prepare_list(config: ModelsConfig) -> Callable[[], None]:
                 f"{part.adapter_weights / 4e6:.1f}M",
                 str(len(backbone.tap_paths())),
                 str(backbone.transformer.config.in_channels),
+                str(layout.num_reference),
                 *(f"{size / GIB:.2f}" for size in (*sizes, part.total)),
             ]
         )
@@ -91,14 +107,15 @@ def prepare_list(config: ModelsConfig) -> Callable[[], None]:
     pipelines += [
         [name, ", ".join(pipeline.__name__ for pipeline in backbone.pipelines)] for name, backbone in BACKBONES.items()
     ]
-    pairs = f"{config.batch_size} pair{'s' * (config.batch_size > 1)} of {side * PATCH_SIZE} px"
-    references = f"{config.references} reference{'s' * (config.references > 1)} of {reference_side * PATCH_SIZE} px"
-    tokens = f"{layout.num_target} + {layout.num_reference} tokens of {PATCH_SIZE}x{PATCH_SIZE} px"
+    size = f"{side * PATCH_SIZE} px, {side * side} tokens of {PATCH_SIZE}x{PATCH_SIZE} px"
+    target = f"{config.batch_size} pair{'s' * (config.batch_size > 1)} of {size}"
+    brought = "in the backbone's own size" if number is None else f"with a longest side of {config.reference_resolution} px"
+    photos = f"{config.references} reference{'s' * (config.references > 1)}, photos of {config.photo} px {brought}"
     checkpointing = "on" if config.gradient_checkpointing else "off"
     weights = f"{config.quantization or config.dtype} weights, {config.optimizer}, autocast {config.mixed_precision}"
     text = (
-        f"{_table(pipelines)}\n\nEstimate in GiB for {pairs}, {references}: {tokens}, LoRA rank {config.rank},\n{weights}, "
-        f"gradient checkpointing {checkpointing}\n\n{_table(models)}"
+        f"{_table(pipelines)}\n\nEstimate in GiB for {target},\n{photos} (references: their tokens),\n"
+        f"LoRA rank {config.rank}, {weights}, gradient checkpointing {checkpointing}\n\n{_table(models)}"
     )
     return lambda: print(text)
 

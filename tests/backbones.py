@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from focusdpo.data import PairBatch, PairDataset, collate, load_pairs
+from focusdpo.data import LongestSide, PairBatch, PairDataset, collate, load_pairs
 from focusdpo.features import SimilarityTap
-from focusdpo.models import Backbone
+from focusdpo.models import Backbone, Flux1
 from focusdpo.training.adapter import add_adapter, reference_model
 from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, LossConfig, ModelConfig, TrainConfig
 from focusdpo.training.metrics import read_metrics
@@ -97,8 +97,15 @@ def check_saved_lora(
     torch.testing.assert_close(loaded.predict(*arguments), expected, rtol=0, atol=1e-5)
 
 
-def pair_batch(pairs: Path, *indices: int) -> PairBatch:
-    data = PairDataset(load_pairs(str(pairs)), resolution=96, reference_resolution=48, reference_resolution_multiple=48)
+def prompt_images(backbone: Backbone, photos: list[Image.Image]) -> list[Tensor]:
+    """Photos as the text encoder is to see them, [1, 3, h, w] each; none where it sees none."""
+    rule = backbone.prompt_rule
+    return [] if rule is None else [rule.place(photo.size, len(photos)).pixels(photo)[None] for photo in photos]
+
+
+def pair_batch(pairs: Path, *indices: int, backbone: type[Backbone] = Flux1) -> PairBatch:
+    rules: dict[str, Any] = {"reference_rule": LongestSide(48), "prompt_rule": backbone.prompt_rule}
+    data = PairDataset(load_pairs(str(pairs)), resolution=96, **rules)
     return collate([data[i] for i in indices])
 
 
@@ -108,7 +115,7 @@ def check_first_step(backbone: Backbone, pairs: Path) -> int:
     backbone.transformer.enable_gradient_checkpointing()
     step = PreferenceStep(backbone, FocusConfig(tau=0.6), LossConfig())
     backbone.transformer.train()
-    result = step(pair_batch(pairs, 0), torch.Generator().manual_seed(0))
+    result = step(pair_batch(pairs, 0, backbone=type(backbone)), torch.Generator().manual_seed(0))
     assert result.output.loss.item() == pytest.approx(math.log(2), abs=1e-6)
     assert result.focus is not None and 0 < result.focus.mask.mean() < 1
     result.output.loss.backward()

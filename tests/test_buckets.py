@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from focusdpo import cli
-from focusdpo.data import DatasetError, PairDataset, SizeBatches, leave_out_misfits, load_pairs
+from focusdpo.data import DatasetError, LongestSide, PairDataset, SizeBatches, leave_out_misfits, load_pairs
 from focusdpo.data.images import bucket_size, share_cut, token_size
 from focusdpo.training.batches import TrainingBatches, dataset_of
 from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, ModelConfig, TrainConfig
@@ -99,8 +99,8 @@ def dataset(folder, buckets=((1, 1), (4, 3), (3, 4)), reference_buckets=((1, 1),
     return PairDataset(
         load_pairs(folder, progress=False),
         resolution=64,
-        reference_resolution=48,
-        reference_resolution_multiple=32,
+        reference_rule=LongestSide(48),
+        reference_rule_multiple=LongestSide(32),
         buckets=buckets,
         reference_buckets=reference_buckets,
     )
@@ -219,8 +219,8 @@ def test_a_mask_that_cannot_be_read(tmp_path):
     data = PairDataset(
         load_pairs(tmp_path, check="headers", progress=False),
         resolution=64,
-        reference_resolution=48,
-        reference_resolution_multiple=32,
+        reference_rule=LongestSide(48),
+        reference_rule_multiple=LongestSide(32),
         buckets=[(1, 1)],
     )
     with pytest.raises(DatasetError, match=r"pairs.jsonl:2: prior: cannot be read as an image \(.*data.check=full lists"):
@@ -323,7 +323,7 @@ def test_a_foreign_list_is_not_overwritten(config, tmp_path):
 
 def test_sizes_without_buckets_are_each_images_own(config):
     config.data.buckets = config.data.reference_buckets = None
-    data = dataset_of(load_pairs(config.data.train, progress=False), config.data)
+    data = dataset_of(load_pairs(config.data.train, progress=False), config.data, "flux")
     own = [(64, 64), (100, 50), (64, 64), (200, 64), (60, 80)]
     assert [sizes.target for sizes in data.sizes] == [token_size(size, 64) for size in own]
     assert data.buckets is None and DataConfig(train="x").buckets is None and DataConfig(train="x").reference_buckets is None

@@ -18,7 +18,7 @@ from PIL import Image
 pytest.importorskip("cv2", reason="needs the extra build: pip install 'focusdpo[build]'")
 pytest.importorskip("imagehash", reason="needs the extra build: pip install 'focusdpo[build]'")
 
-from focusdpo.data import DatasetError, PairDataset, load_pairs
+from focusdpo.data import DatasetError, LongestSide, PairDataset, load_pairs
 from focusdpo.data.building import builder
 from focusdpo.data.building.builder import prepare_build
 from focusdpo.data.building.config import BuildConfig, DisruptionConfig, GatesConfig, SegmentationConfig
@@ -76,7 +76,7 @@ def built(scenes, tmp_path_factory):
 def test_pairs_are_what_training_reads(built):
     _, records = built
     assert len(records) > 12 and all(record.per_subject and len(record.prior) == 2 for record in records)
-    sample = PairDataset(records, resolution=SIDE, reference_resolution=64, reference_resolution_multiple=64)[0]
+    sample = PairDataset(records, resolution=SIDE, reference_rule=LongestSide(64))[0]
     assert sample.winner.shape == (3, SIDE, SIDE) and sample.prior.shape == (2, SIDE, SIDE)
     assert all(0 < mask.float().mean() < 1 for mask in sample.reference_masks)
 

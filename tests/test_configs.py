@@ -10,6 +10,7 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from focusdpo import cli
 from focusdpo.models import TokenLayout
 from focusdpo.models.sizes import released
+from focusdpo.training.batches import reference_rules
 from focusdpo.training.memory import estimate
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -34,8 +35,9 @@ def test_training_settings(file):
     name, gigabytes, gpus = FITS[file.stem]
     architecture, side = released(name), config.data.resolution // 16
     assert architecture.backbone.name == config.model.backbone
-    reference = config.data.reference_resolution_multiple // 16
-    layout = TokenLayout((side, side), ((reference, reference),) * 2)
+    _, several = reference_rules(config.data, config.model.backbone)
+    width, height = several.place((1024, 1024), 2).size
+    layout = TokenLayout((side, side), ((height // 16, width // 16),) * 2)
     precision, optimizer = config.mixed_precision, config.optim.optimizer
     need = estimate(architecture, config.model, config.lora, precision, layout, config.data.batch_size, optimizer)
     companions = 0 if config.data.cache else need.companions

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from focusdpo.data import DatasetError, PairDataset, SizeBatches, collate, load_pairs
+from focusdpo.data import DatasetError, LongestSide, PairDataset, SizeBatches, collate, load_pairs
 from focusdpo.data.images import fit_image, fit_mask, read_image, read_mask, read_size, token_size
 
 RECORD = {
@@ -41,7 +41,7 @@ def write(folder, records):
 
 
 def dataset(records):
-    return PairDataset(records, resolution=96, reference_resolution=64, reference_resolution_multiple=32)
+    return PairDataset(records, resolution=96, reference_rule=LongestSide(64), reference_rule_multiple=LongestSide(32))
 
 
 def test_sound_dataset(folder):

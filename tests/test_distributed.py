@@ -20,7 +20,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from focusdpo.data import PairDataset, SizeBatches, load_pairs
+from focusdpo.data import LongestSide, PairDataset, SizeBatches, load_pairs
 from focusdpo.data.images import read_image
 from focusdpo.models.base_lora import LORA_FILE
 from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, ModelConfig, OptimConfig, SamplesConfig, TrainConfig
@@ -144,7 +144,7 @@ def test_ddp_trains_as_one_process(config, single):
     assert all(len(process["gradients"]) == 3 for process in processes)
     encodings = len(list(Path(config.data.cache).rglob("*.safetensors")))
     assert f"{-(-encodings // 2)}/{-(-encodings // 2)} " in output, "each process encodes half"
-    sizes = PairDataset(load_pairs(config.data.train), resolution=96, reference_resolution=48, reference_resolution_multiple=48)
+    sizes = PairDataset(load_pairs(config.data.train), resolution=96, reference_rule=LongestSide(48))
     expected = [len(batch) for batch in SizeBatches(sizes, 2, shuffle=True, seed=0).epoch(0)[:2]]
     assert left(config)[0][0]["pairs"] == sum(expected), "metrics are over the pairs of both"
 

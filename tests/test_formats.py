@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from focusdpo.data import DatasetError, PairDataset, PairStream, load_pairs
+from focusdpo.data import DatasetError, LongestSide, PairDataset, PairStream, load_pairs
 from focusdpo.data.shards import write_shards
 from focusdpo.data.sources import Shard, content_checksum, find_sources, parse_pairs
 from focusdpo.files import checksum
@@ -27,7 +27,7 @@ from tests.test_resume import assert_same, config, train  # noqa: F401 (a fixtur
 datasets = pytest.importorskip("datasets")
 webdataset = pytest.importorskip("webdataset")
 
-SIZES = {"resolution": 96, "reference_resolution": 48, "reference_resolution_multiple": 48}
+SIZES = {"resolution": 96, "reference_rule": LongestSide(48)}
 FORMATS = ("shards", "parquet", "imagefolder")
 
 

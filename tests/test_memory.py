@@ -243,7 +243,7 @@ def test_advised_savings_are_differences_of_estimates(config):
 def test_models_lists_the_released_sizes(capsys):
     cli.main(["models", "--resolution", "1024", "--references", "2", "--reference_resolution", "320", "--rank", "32"])
     text = capsys.readouterr().out
-    assert "FluxPipeline, FluxKontextPipeline" in text and "4096 + 800 tokens of 16x16 px" in text
+    assert "FluxPipeline, FluxKontextPipeline" in text and "4096 tokens of 16x16 px" in text
     rows = {line[:20].strip(): line[20:].split() for line in text.splitlines() if line.endswith(tuple("0123456789"))}
     # Parameters as published; FLUX.1's LoRA by hand: 57 blocks of q, k, v, the 19 double ones' to_out, 2 * 3072 * 32 each.
     # FLUX.2's: four projections in a double block, one to 9 times the width in a single one.
@@ -257,7 +257,8 @@ def test_models_lists_the_released_sizes(capsys):
     }
     assert {name: tuple(row[:4]) for name, row in rows.items()} == published
     for row in rows.values():
-        *parts, total = map(float, row[5:])
+        references, *parts, total = map(float, row[5:])
+        assert references == 2 * 20 * 20, "two of 320 px, whatever the backbone"
         assert total == pytest.approx(math.fsum(parts), abs=0.04)
 
 

@@ -24,6 +24,7 @@ from tests.backbones import (
     image_streams,
     pair_batch,
     photos,
+    prompt_images,
     recorded_call,
     tapped_scores,
 )
@@ -100,7 +101,7 @@ def test_it_is_the_pipelines_own_step(load, kind, dtype, sizes, monkeypatch):
         lambda: backbone.predict(
             theirs["hidden_states"][:, :24],
             theirs["timestep"],
-            backbone.encode_prompts(["a cat and a cup"], pixels),
+            backbone.encode_prompts(["a cat and a cup"], prompt_images(backbone, images)),
             torch.cat([backbone.encode_images(image) for image in pixels], dim=1),
             layout,
         ),
@@ -185,8 +186,9 @@ def test_preference_step(load, kind, tiny_pairs):
 
 
 def test_prompts_are_encoded_once_for_what_their_encoder_sees(backbone, tiny_flux, tiny_pairs, monkeypatch):
-    batch = pair_batch(tiny_pairs, 0)
-    others = dataclasses.replace(batch, references=(1 - batch.references[0], *batch.references[1:]))
+    batch = pair_batch(tiny_pairs, 0, backbone=QwenEditPlus)
+    ((first, *rest),) = batch.prompt_images
+    others = dataclasses.replace(batch, prompt_images=((1 - first, *rest),))
 
     def encoded(model):
         step, calls, encode = PreferenceStep(model, FocusConfig(), LossConfig()), [], model.encode_prompts

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from focusdpo.data import PairDataset, collate, load_pairs
+from focusdpo.data import LongestSide, PairDataset, collate, load_pairs
 from focusdpo.demo.scenes import write_dataset
 from focusdpo.demo.tiny_qwen import write_tiny_qwen
 from focusdpo.evaluation.sheets import sample_sheet
@@ -98,13 +98,7 @@ def test_a_sample_is_what_the_loaded_lora_gives(config, tiny_flux):
     folder = run(config).folder
     backbone = BACKBONES["flux"].from_pretrained(str(tiny_flux), dtype=torch.float32, max_sequence_length=16)
     backbone.pipeline.load_lora_weights(folder / "lora")
-    pair = collate(
-        [
-            PairDataset(
-                load_pairs(config.data.train), resolution=64, reference_resolution=512, reference_resolution_multiple=32
-            )[1]
-        ]
-    )
+    pair = collate([PairDataset(load_pairs(config.data.train), resolution=64, reference_rule=LongestSide(32))[1]])
     layout = TokenLayout((4, 4), tuple((image.shape[2] // 16, image.shape[3] // 16) for image in pair.references))
     tokens = backbone.sample(
         torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(6)),

@@ -11,11 +11,12 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 
+from focusdpo.data.images import to_pil
 from focusdpo.demo.tiny_flux import write_tiny_flux
 from focusdpo.demo.tiny_flux2 import write_tiny_flux2
 from focusdpo.demo.tiny_qwen import write_tiny_qwen
 from focusdpo.models import BACKBONES, TokenLayout
-from tests.backbones import photos
+from tests.backbones import photos, prompt_images
 
 PROMPT = "a cat and a cup"
 TEXT = 300  # tokens; FLUX.2's and Qwen's tiny tokenizers need one for each letter of their templates
@@ -48,8 +49,9 @@ def sampled(backbone, noise, pixels, *, guidance=None, cfg_scale=1.0):
     """What `sample` and `decode_images` make of pixels and prompt."""
     layout = TokenLayout(GRID, tuple((image.shape[2] // 16, image.shape[3] // 16) for image in pixels))
     references = torch.cat([torch.zeros(1, 0, 16), *(backbone.encode_images(image) for image in pixels)], dim=1)
-    prompts = backbone.encode_prompts([PROMPT], pixels)
-    negative = backbone.encode_prompts([backbone.negative_prompt], pixels) if cfg_scale != 1 else None
+    seen = prompt_images(backbone, [to_pil(image[0]) for image in pixels])
+    prompts = backbone.encode_prompts([PROMPT], seen)
+    negative = backbone.encode_prompts([backbone.negative_prompt], seen) if cfg_scale != 1 else None
     tokens = backbone.sample(
         noise, prompts, references, layout, steps=STEPS, guidance=guidance, negative=negative, cfg_scale=cfg_scale
     )

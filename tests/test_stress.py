@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from focusdpo import cli
-from focusdpo.data import PairDataset, collate, load_pairs
+from focusdpo.data import LongestSide, PairDataset, collate, load_pairs
 from focusdpo.demo.tiny_flux import write_tiny_flux
 from focusdpo.demo.tiny_flux2 import write_tiny_flux2
 from focusdpo.demo.tiny_qwen import write_tiny_qwen
@@ -104,7 +104,7 @@ def scenes(flux_model, tmp_path_factory):
 
 
 def batch_of(scenes, index=0):
-    sizes = {"resolution": 96, "reference_resolution": 48, "reference_resolution_multiple": 48}
+    sizes = {"resolution": 96, "reference_rule": LongestSide(48)}
     return collate([PairDataset(load_pairs(str(scenes), "headers"), **sizes)[index]])
 
 

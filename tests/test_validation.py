@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from focusdpo.data import DatasetError, PairDataset, load_pairs
+from focusdpo.data import DatasetError, LongestSide, PairDataset, load_pairs
 from focusdpo.data.validation import validate
 
-SIZED = partial(PairDataset, resolution=128, reference_resolution=64, reference_resolution_multiple=64)
+SIZED = partial(PairDataset, resolution=128, reference_rule=LongestSide(64))
 RECORD = {
     "prompt": "a cat and a cup",
     "references": [{"image": "cat.png", "mask": "cat_mask.png", "class_name": "cat"}, {"image": "cup.png"}],

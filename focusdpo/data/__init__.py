@@ -3,20 +3,24 @@
 from focusdpo.data.buckets import leave_out_misfits
 from focusdpo.data.dataset import Encodings, PairBatch, PairDataset, PairSample, PairSizes, SizeBatches, collate
 from focusdpo.data.records import DatasetError, PairRecord, Problem, Reference
+from focusdpo.data.references import LongestSide, Placement, ReferenceRule
 from focusdpo.data.stream import PairStream
 from focusdpo.data.validation import load_pairs
 
 __all__ = [
     "DatasetError",
     "Encodings",
+    "LongestSide",
     "PairBatch",
     "PairDataset",
     "PairRecord",
     "PairSample",
     "PairSizes",
     "PairStream",
+    "Placement",
     "Problem",
     "Reference",
+    "ReferenceRule",
     "SizeBatches",
     "collate",
     "leave_out_misfits",

@@ -10,8 +10,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from focusdpo.data.dataset import PairDataset, reference_mask
-from focusdpo.data.images import Size, fit_mask, read_mask, read_size, share_cut
+from focusdpo.data.images import read_mask, read_size
 from focusdpo.data.records import DatasetError, Problem
+from focusdpo.data.references import Placement
 from focusdpo.files import ReadableFile
 
 Masks = dict[str, Callable[[], Image.Image | None]]  # by their field, read when asked for
@@ -46,12 +47,12 @@ def leave_out_misfits(dataset: PairDataset, max_crop: float, progress: bool = Tr
 
 
 def _misfits(dataset: PairDataset, index: int, max_crop: float) -> Iterator[Problem]:
-    record, sizes = dataset.records[index], dataset.sizes[index]
+    record, placements = dataset.records[index], dataset.placements[index]
 
-    def misfits(field: str, image: ReadableFile, size: Size, masks: Masks) -> Iterator[Problem]:
-        before = read_size(image)
+    def misfits(field: str, image: ReadableFile, placement: Placement, masks: Masks) -> Iterator[Problem]:
+        before, size = read_size(image), placement.size
         shapes = f"{before[0]}x{before[1]} px to the nearest bucket, {size[0]}x{size[1]} px"
-        if (share := float(share_cut(before, size))) > max_crop:
+        if (share := float(placement.lost(before))) > max_crop:
             message = f"loses {share:.1%} of its area from {shapes}, data.max_crop allows {max_crop:.1%}"
             yield Problem(record.file, record.line, field, message, "add a bucket for its shape, or cut it by hand")
         for name, read in masks.items():
@@ -62,14 +63,15 @@ def _misfits(dataset: PairDataset, index: int, max_crop: float) -> Iterator[Prob
                 problem = Problem(record.file, record.line, name, message, "data.check=full lists all such files")
                 raise DatasetError([problem]) from error
             # One of several priors may be empty from the start.
-            if mask is not None and mask.getbbox() is not None and not fit_mask(mask, size).any():
+            if mask is not None and mask.getbbox() is not None and not placement.mask(mask).any():
                 message = f"has nothing left inside when {field} is cut from {shapes}"
                 yield Problem(record.file, record.line, name, message, "cut both by hand, around the subject")
 
     if dataset.buckets is not None:
         priors: Masks = {name: partial(read_mask, path) for name, path in record.prior_fields.items()}
-        yield from misfits("winner", record.winner, sizes.target, priors)
+        yield from misfits("winner", record.winner, placements.target, priors)
     if dataset.reference_buckets is not None:
-        for number, (reference, size) in enumerate(zip(record.references, sizes.references, strict=True)):
+        for number, (reference, placement) in enumerate(zip(record.references, placements.references, strict=True)):
             name = f"references[{number}].{'image' if reference.mask is None else 'mask'}"
-            yield from misfits(f"references[{number}].image", reference.image, size, {name: partial(reference_mask, reference)})
+            masks: Masks = {name: partial(reference_mask, reference)}
+            yield from misfits(f"references[{number}].image", reference.image, placement, masks)

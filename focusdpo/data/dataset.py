@@ -12,21 +12,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from focusdpo.data.images import (
-    PATCH_SIZE,
-    Ratio,
-    Size,
-    bucket_size,
-    fit_image,
-    fit_mask,
-    read_alpha,
-    read_image,
-    read_mask,
-    read_size,
-    token_size,
-)
-from focusdpo.data.records import PairRecord, Reference
-from focusdpo.files import ReadableFile
+from focusdpo.data.images import PATCH_SIZE, Ratio, Size, fit_mask, read_alpha, read_mask, read_photo, read_size
+from focusdpo.data.records import DatasetError, PairRecord, Problem, Reference
+from focusdpo.data.references import LongestSide, Placement, ReferenceRule
 
 
 @dataclass(frozen=True)
@@ -48,7 +36,9 @@ class PairSample:
     """One pair, at size.
 
     winner, loser: [3, H, W] in [0, 1]. references: R tensors [3, h, w] in [0, 1]. reference_masks: R tensors bool [h, w].
-    prior: bool [H, W], or [R, H, W] where it is per subject. encodings: None where the step has to encode the pair itself.
+    prior: bool [H, W], or [R, H, W] where it is per subject. prompt_images: R tensors [3, h', w'] in [0, 1], the references as
+    the text encoder is to see them; none where it sees none, or has seen them. encodings: None where the step has to encode the
+    pair itself.
     """
 
     index: int
@@ -58,12 +48,16 @@ class PairSample:
     references: tuple[Tensor, ...]
     reference_masks: tuple[Tensor, ...]
     prior: Tensor
+    prompt_images: tuple[Tensor, ...] = ()
     encodings: Encodings | None = None
 
 
 @dataclass(frozen=True)
 class PairBatch:
-    """B pairs whose images have the same sizes: the tensors of PairSample with a leading B, and B encodings or none."""
+    """B pairs whose images have the same sizes: the tensors of PairSample with a leading B, and B encodings or none.
+
+    prompt_images: those of each pair, whose sizes may differ from pair to pair, on the CPU.
+    """
 
     indices: list[int]
     prompts: list[str]
@@ -72,6 +66,7 @@ class PairBatch:
     references: tuple[Tensor, ...]
     reference_masks: tuple[Tensor, ...]
     prior: Tensor
+    prompt_images: tuple[tuple[Tensor, ...], ...] = ()
     encodings: tuple[Encodings, ...] = ()
 
     def to(self, device: torch.device) -> PairBatch:
@@ -83,6 +78,7 @@ class PairBatch:
             tuple(image.to(device, non_blocking=True) for image in self.references),
             tuple(mask.to(device, non_blocking=True) for mask in self.reference_masks),
             self.prior.to(device, non_blocking=True),
+            self.prompt_images,
             self.encodings,  # the step stacks them first
         )
 
@@ -109,16 +105,29 @@ def reference_mask(reference: Reference) -> Image.Image | None:
     return read_alpha(reference.image) if reference.mask is None else read_mask(reference.mask)
 
 
+@dataclass(frozen=True)
+class PairPlacements:
+    """How each image of a pair is brought to size: winner and loser, the references, and these for the text encoder."""
+
+    target: Placement
+    references: tuple[Placement, ...]
+    prompt: tuple[Placement, ...]
+
+
 class PairDataset(Dataset[PairSample]):
     """Reads pairs from disk.
 
     Args:
         records: checked records (`focusdpo.data.load_pairs`).
         resolution: longest side of winner and loser in pixels.
-        reference_resolution: longest side of a reference where a pair has one.
-        reference_resolution_multiple: longest side of a reference where a pair has several.
+        reference_rule: how references are brought to size.
+        reference_rule_multiple: how those of pairs with several are; None is `reference_rule`.
+        prompt_rule: how a text encoder sees the references, made of the photos themselves; None where it does not.
         buckets: aspect ratios that winner and loser are cut to, each to the nearest; None keeps an image's own.
         reference_buckets: the same for references.
+
+    Raises:
+        DatasetError: with every reference that its rule has no way for.
 
     `encodings`, once set, reads what was kept of the pair of an index.
     """
@@ -130,52 +139,67 @@ class PairDataset(Dataset[PairSample]):
         records: Sequence[PairRecord],
         *,
         resolution: int,
-        reference_resolution: int,
-        reference_resolution_multiple: int,
+        reference_rule: ReferenceRule,
+        reference_rule_multiple: ReferenceRule | None = None,
+        prompt_rule: ReferenceRule | None = None,
         buckets: Sequence[Ratio] | None = None,
         reference_buckets: Sequence[Ratio] | None = None,
     ) -> None:
         self.records = list(records)
         self.buckets, self.reference_buckets = buckets, reference_buckets
-        self.sizes = []
+        self.placements: list[PairPlacements] = []
+        problems: list[Problem] = []
         for record in self.records:
-            longest = reference_resolution if len(record.references) == 1 else reference_resolution_multiple
-            target = _size_of(record.winner, resolution, buckets)
-            references = tuple(_size_of(reference.image, longest, reference_buckets) for reference in record.references)
-            self.sizes.append(PairSizes(target, references, record.per_subject))
+            count = len(record.references)
+            rule = reference_rule if count == 1 or reference_rule_multiple is None else reference_rule_multiple
+            references, prompt = [], []
+            for number, reference in enumerate(record.references):
+                try:
+                    references.append(rule.place(read_size(reference.image), count, reference_buckets))
+                    if prompt_rule is not None:
+                        prompt.append(prompt_rule.place(references[-1].cut, count))
+                except ValueError as error:
+                    field, message = f"references[{number}].image", f"{reference.image} cannot be brought to size: {error}"
+                    problems.append(Problem(record.file, record.line, field, message, "cut or enlarge it by hand"))
+            target = LongestSide(resolution).place(read_size(record.winner), 1, buckets)
+            self.placements.append(PairPlacements(target, tuple(references), tuple(prompt)))
+        if problems:
+            raise DatasetError(problems)
+        self.sizes = [
+            PairSizes(placed.target.size, tuple(reference.size for reference in placed.references), record.per_subject)
+            for record, placed in zip(self.records, self.placements, strict=True)
+        ]
 
     def keep(self, indices: Sequence[int]) -> None:
         """Takes all other pairs out."""
         self.records = [self.records[index] for index in indices]
+        self.placements = [self.placements[index] for index in indices]
         self.sizes = [self.sizes[index] for index in indices]
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> PairSample:
-        record, sizes = self.records[index], self.sizes[index]
-        references, reference_masks = [], []
-        for reference, size in zip(record.references, sizes.references, strict=True):
-            references.append(fit_image(read_image(reference.image), size))
+        record, placed = self.records[index], self.placements[index]
+        photos = [read_photo(reference.image) for reference in record.references]
+        reference_masks = []
+        for reference, placement in zip(record.references, placed.references, strict=True):
             mask = reference_mask(reference)
-            whole = torch.ones(size[1], size[0], dtype=torch.bool)
-            reference_masks.append(whole if mask is None else fit_mask(mask, size))
-        priors = [fit_mask(read_mask(path), sizes.target) for path in record.prior]
+            whole = torch.ones(placement.size[1], placement.size[0], dtype=torch.bool)
+            reference_masks.append(whole if mask is None else placement.mask(mask))
+        priors = [fit_mask(read_mask(path), placed.target.size) for path in record.prior]
+        seen = placed.prompt if self.encodings is None else ()
         return PairSample(
             index=index,
             prompt=record.prompt,
-            winner=fit_image(read_image(record.winner), sizes.target),
-            loser=fit_image(read_image(record.loser), sizes.target),
-            references=tuple(references),
+            winner=placed.target.pixels(read_photo(record.winner)),
+            loser=placed.target.pixels(read_photo(record.loser)),
+            references=tuple(one.pixels(photo) for one, photo in zip(placed.references, photos, strict=True)),
             reference_masks=tuple(reference_masks),
             prior=torch.stack(priors) if record.per_subject else priors[0],
+            prompt_images=tuple(one.pixels(photo) for one, photo in zip(seen, photos, strict=False)),
             encodings=None if self.encodings is None else self.encodings(index),
         )
-
-
-def _size_of(image: ReadableFile, longest: int, buckets: Sequence[Ratio] | None) -> Size:
-    size = read_size(image)
-    return token_size(size, longest) if buckets is None else bucket_size(size, longest, buckets)
 
 
 def collate(samples: Sequence[PairSample]) -> PairBatch:
@@ -188,6 +212,7 @@ def collate(samples: Sequence[PairSample]) -> PairBatch:
         references=tuple(torch.stack(images) for images in zip(*(s.references for s in samples), strict=True)),
         reference_masks=tuple(torch.stack(masks) for masks in zip(*(s.reference_masks for s in samples), strict=True)),
         prior=torch.stack([s.prior for s in samples]),
+        prompt_images=tuple(s.prompt_images for s in samples if s.prompt_images),
         encodings=tuple(s.encodings for s in samples if s.encodings is not None),
     )
 

@@ -30,12 +30,13 @@ class Header:
 
 
 def read_header(file: ReadableFile) -> Header:
-    """Reads no pixels."""
+    """Reads no pixels. ValueError for floating-point images."""
     with file.open("rb") as stream, Image.open(stream) as image:
         width, height = image.size
         turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # orientation by a quarter turn
         # A phone's MPO has a photo and its preview.
         frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+        _check_depth(image.mode)
         return Header((height, width) if turned else (width, height), image.mode, frames, image.has_transparency_data)
 
 
@@ -44,14 +45,23 @@ def read_size(file: ReadableFile) -> Size:
     return read_header(file).size
 
 
+def read_photo(file: ReadableFile) -> Image.Image:
+    """An image in its file's own mode, upright, of 8 bits. ValueError for floating-point images."""
+    with file.open("rb") as stream, Image.open(stream) as image:
+        return _eight_bits(ImageOps.exif_transpose(image))
+
+
+def on_white(photo: Image.Image) -> Image.Image:
+    """An RGB image; what is transparent becomes white."""
+    if not photo.has_transparency_data:
+        return photo.convert("RGB")
+    white = Image.new("RGBA", photo.size, "white")
+    return Image.alpha_composite(white, photo.convert("RGBA")).convert("RGB")
+
+
 def read_image(file: ReadableFile) -> Image.Image:
     """An RGB image, upright; what is transparent becomes white. ValueError for floating-point images."""
-    with file.open("rb") as stream, Image.open(stream) as image:
-        upright = _eight_bits(ImageOps.exif_transpose(image))
-    if not upright.has_transparency_data:
-        return upright.convert("RGB")
-    white = Image.new("RGBA", upright.size, "white")
-    return Image.alpha_composite(white, upright.convert("RGBA")).convert("RGB")
+    return on_white(read_photo(file))
 
 
 def read_alpha(file: ReadableFile) -> Image.Image | None:
@@ -91,9 +101,13 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     """16-bit gray scaled to 8 bits (Pillow would clip it); floating-point and 32-bit images are refused."""
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
-    if image.mode in ("F", "I"):
-        raise ValueError(f"mode {image.mode}, more than 8 bits of unknown range")
+    _check_depth(image.mode)
     return image
+
+
+def _check_depth(mode: str) -> None:
+    if mode in ("F", "I"):
+        raise ValueError(f"mode {mode}, more than 8 bits of unknown range")
 
 
 def token_size(size: Size, longest: int) -> Size:
@@ -119,15 +133,30 @@ def bucket_size(size: Size, longest: int, buckets: Sequence[Ratio]) -> Size:
 
 def fit_image(image: Image.Image, size: Size) -> Tensor:
     """Scaled to cover `size` and cut at the centre: float [3, H, W] in [0, 1]."""
-    fitted = ImageOps.fit(image, size, method=Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.asarray(fitted).copy()).permute(2, 0, 1).float() / 255
+    return to_pixels(ImageOps.fit(image, size, method=Image.Resampling.LANCZOS))
 
 
 def fit_mask(mask: Image.Image, size: Size) -> Tensor:
     """A mask under the same scaling and cut: bool [H, W]."""
-    fitted = torch.from_numpy(np.asarray(ImageOps.fit(mask, size, method=Image.Resampling.BOX)).copy())
+    return marked(ImageOps.fit(mask, size, method=Image.Resampling.BOX))
+
+
+def centre_cut(image: Image.Image, size: Size) -> Image.Image:
+    """The centre of an image, `size` pixels of it; where a half is left over, up and to the left."""
+    left, top = (image.width - size[0]) // 2, (image.height - size[1]) // 2
+    return image.crop((left, top, left + size[0], top + size[1]))
+
+
+def marked(mask: Image.Image) -> Tensor:
+    """What a mask marks that was scaled from 0 and 255: bool [H, W]."""
+    fitted = torch.from_numpy(np.asarray(mask).copy())
     # A region thinner than a pixel of the target stays where it covers most.
     return (fitted >= min(128, int(fitted.max()))) & (fitted > 0)
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """An RGB image to float [3, H, W] in [0, 1]."""
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
 
 
 def to_pil(image: Tensor) -> Image.Image:

@@ -138,7 +138,13 @@ def validate(
     errors, warnings = _split(problems)
     bad = {(p.file, p.line) for p in errors}
     sound = [pair.record for pair in pairs if (pair.record.file, pair.record.line) not in bad]
-    layouts = Counter(dataset(sound).sizes)
+    try:
+        layouts = Counter(dataset(sound).sizes)
+    except DatasetError as error:  # of references that cannot be brought to size
+        errors = [*errors, *error.problems]
+        bad = {(p.file, p.line) for p in errors}
+        sound = [record for record in sound if (record.file, record.line) not in bad]
+        layouts = Counter(dataset(sound).sizes)
     unnamed = sum(reference.class_name is None for pair in pairs for reference in pair.record.references)
     return Report(
         str(path), len(sound), errors, warnings, dict(_classes(pairs).most_common()), unnamed, dict(layouts.most_common())

@@ -95,7 +95,7 @@ def prepare_masks(config: MasksConfig) -> Callable[[], None]:
     record = records[config.pair]
     one_prior = run.focus.per_subject and not record.per_subject
     require(not one_prior, "pair", config.pair, "a pair with a prior per reference, as the run has focus.per_subject=true")
-    dataset = dataset_of([record], run.data)
+    dataset = dataset_of([record], run.data, run.model.backbone)
     check_match_count(run.focus, [dataset])
     step = load_step(run, checkpoint)
     numbers = range(len(step.paths)) if run.focus.layers == "all" else run.focus.layers

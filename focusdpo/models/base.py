@@ -19,6 +19,8 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from focusdpo.data.references import ReferenceRule
+
 
 def check_pipeline_path(path: str) -> None:
     """Refuses a path that cannot be a pipeline folder; a hub id is left to the loader.
@@ -114,7 +116,8 @@ class Backbone(abc.ABC):
 
     name: ClassVar[str]
     pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]]  # whose folders it takes
-    prompts_see_references: ClassVar[bool] = False  # whether the text encoder looks at the reference images, too
+    reference_rule: ClassVar[ReferenceRule]  # how its pipeline brings references to size
+    prompt_rule: ClassVar[ReferenceRule | None] = None  # how the text encoder sees the references, where it does
     adapted_layers: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")  # ends of names, the default
     negative_prompt: ClassVar[str] = ""  # what classifier-free guidance leads away from
     transformer: Any  # an nn.Module; what the trainer calls on it comes from diffusers' mixins
@@ -192,7 +195,8 @@ class Backbone(abc.ABC):
 
         Args:
             prompts: B texts.
-            references: pixels [B, 3, h, w] in [0, 1] of each reference, which only `prompts_see_references` makes a difference.
+            references: pixels [B, 3, h, w] in [0, 1] of each reference, in the size of `prompt_rule`; without one they make no
+                difference.
         """
 
     @abc.abstractmethod

@@ -8,18 +8,25 @@ target. The layouts differ in the position ids alone, three numbers a token:
 - Kontext: (1, row, column) for a reference, whose rows and columns count from 0. The pipeline and the released weights know one
   reference; several are put side by side as if stitched to one image, each right of or below the ones before, whichever leaves
   the shorter side. That is ComfyUI's default, and asks nothing of the weights that they have not seen.
+
+How references are brought to size differs as well, each like its own pipeline.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, FluxKontextPipeline, FluxPipeline
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
+from PIL import Image
 from torch import Tensor
 
-from focusdpo.data.images import PATCH_SIZE
+from focusdpo.data.images import PATCH_SIZE, Size, centre_cut, to_pixels
+from focusdpo.data.references import ReferenceRule
 from focusdpo.models.base import Backbone, PromptEmbeddings, TokenLayout
 
 
@@ -54,10 +61,57 @@ def _grid(rows: int, columns: int, row_offset: int, column_offset: int, image: i
     return ids.reshape(rows * columns, 3)
 
 
+@dataclass(frozen=True)
+class UnoReferences(ReferenceRule):
+    """As `preprocess_ref` of bytedance/UNO, uno/flux/pipeline.py.
+
+    The longest side becomes 512 pixels, or 320 where there are several references; both sides are truncated, and cut to whole
+    tokens without a second scaling. It becomes RGB last: transparent parts are black where the file is scaled, and else have
+    whatever colour the file has under them.
+    """
+
+    name: ClassVar[str] = "flux"
+
+    def fit(self, size: Size, count: int) -> tuple[Size, Size]:
+        longest = 512 if count == 1 else 320
+        scale = longest / max(size)  # times a side, it may be rounded to just below a whole number, also in a square
+        width, height = (longest, int(scale * size[1])) if size[0] >= size[1] else (int(scale * size[0]), longest)
+        if min(width, height) < PATCH_SIZE:
+            message = f"{size[0]}x{size[1]} px would become {width}x{height} px"
+            raise ValueError(f"{message}; expected sides of at least {PATCH_SIZE} px, one token")
+        return (width, height), (width - width % PATCH_SIZE, height - height % PATCH_SIZE)
+
+    def resize(self, photo: Image.Image, scaled: Size, size: Size) -> Tensor:
+        return to_pixels(centre_cut(photo.resize(scaled, Image.Resampling.LANCZOS), size).convert("RGB"))
+
+
+@dataclass(frozen=True)
+class KontextReferences(ReferenceRule):
+    """As FluxKontextPipeline: stretched to the nearest of its own sizes, all of about a megapixel.
+
+    The pipeline takes RGB images alone, which diffusers' `load_image` makes: transparent parts have whatever colour the file
+    has under them.
+    """
+
+    name: ClassVar[str] = "kontext"
+    processor: ClassVar[VaeImageProcessor] = VaeImageProcessor(vae_scale_factor=PATCH_SIZE, do_normalize=False)
+
+    def fit(self, size: Size, count: int) -> tuple[Size, Size]:
+        height, width = self.processor.get_default_height_width(None, size[1], size[0])
+        if not height or not width:
+            raise ValueError(f"{size[0]}x{size[1]} px; expected sides of at least {PATCH_SIZE} px, one token")
+        best: Size = min(PREFERRED_KONTEXT_RESOLUTIONS, key=lambda known: abs(width / height - known[0] / known[1]))
+        return best, best
+
+    def resize(self, photo: Image.Image, scaled: Size, size: Size) -> Tensor:
+        return self.processor.preprocess(photo.convert("RGB"), size[1], size[0])[0]
+
+
 class Flux1(Backbone):
     """FLUX.1 (dev, schnell, Kontext weights) with UNO's reference layout."""
 
     name = "flux"
+    reference_rule: ClassVar[ReferenceRule] = UnoReferences()
     pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]] = (FluxPipeline, FluxKontextPipeline)
     position_ids = staticmethod(position_ids)
 
@@ -124,5 +178,6 @@ class Kontext(Flux1):
     """FLUX.1 Kontext with the position ids of its own pipeline."""
 
     name = "kontext"
+    reference_rule = KontextReferences()
     pipelines = (FluxKontextPipeline,)
     position_ids = staticmethod(kontext_position_ids)

@@ -8,13 +8,19 @@ rows and columns from 0; text counts along l.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Pipeline
+from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+from PIL import Image
 from torch import Tensor
 
+from focusdpo.data.images import PATCH_SIZE, Size
+from focusdpo.data.references import ReferenceRule
 from focusdpo.models.base import Backbone, PromptEmbeddings, TokenLayout
 
 REFERENCE_SHIFT = 10  # along t, from one image to the next
@@ -36,6 +42,29 @@ def _grid(t: int, rows: int, columns: int) -> Tensor:
     return torch.cartesian_prod(torch.tensor([t]), torch.arange(rows), torch.arange(columns), torch.zeros(1, dtype=torch.int64))
 
 
+@dataclass(frozen=True)
+class Flux2References(ReferenceRule):
+    """As Flux2Pipeline and Flux2KleinPipeline: scaled down to a megapixel where they have more, then cut to whole tokens.
+
+    It becomes RGB last: transparent parts are black where the file is scaled, and else have whatever colour the file has under
+    them.
+    """
+
+    name: ClassVar[str] = "flux2"
+    processor: ClassVar[Flux2ImageProcessor] = Flux2ImageProcessor(vae_scale_factor=PATCH_SIZE, do_normalize=False)
+
+    def fit(self, size: Size, count: int) -> tuple[Size, Size]:
+        self.processor.check_image_input(Image.new("1", size, None))  # None: the memory is not touched
+        # The pipelines' own arithmetic, on something that has a size and no pixels.
+        photo = SimpleNamespace(size=size, resize=lambda scaled, _: SimpleNamespace(size=scaled))
+        width, height = self.processor._resize_if_exceeds_area(photo).size
+        return (width, height), (width - width % PATCH_SIZE, height - height % PATCH_SIZE)
+
+    def resize(self, photo: Image.Image, scaled: Size, size: Size) -> Tensor:
+        photo = self.processor._resize_if_exceeds_area(photo)
+        return self.processor.preprocess(photo, size[1], size[0], resize_mode="crop")[0]
+
+
 class Flux2(Backbone):
     """FLUX.2 dev or klein.
 
@@ -44,6 +73,7 @@ class Flux2(Backbone):
     """
 
     name = "flux2"
+    reference_rule = Flux2References()
     pipelines = (Flux2Pipeline, Flux2KleinPipeline)
     adapted_layers = (*Backbone.adapted_layers, "to_qkv_mlp_proj")
 

@@ -2,21 +2,31 @@
 
 The image sequence is [target | reference 1 | reference 2 ...]. The transformer makes the position ids itself, from the images'
 sizes: the first axis counts the images, rows and columns count from each image's centre. The references enter twice: as the
-VAE's tokens, and through the text encoder, a vision-language model that reads them in front of the prompt.
+VAE's tokens, and through the text encoder, a vision-language model that reads them in front of the prompt. Both are made of the
+photo itself, in two sizes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from diffusers import QwenImageEditPlusPipeline
-from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import CONDITION_IMAGE_SIZE, calculate_dimensions
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import (
+    CONDITION_IMAGE_SIZE,
+    VAE_IMAGE_SIZE,
+    calculate_dimensions,
+)
+from PIL import Image
 from torch import Tensor
 from transformers import Qwen2VLProcessor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from focusdpo.data.images import PATCH_SIZE, to_pil
+from focusdpo.data.images import PATCH_SIZE, Size, to_pil
+from focusdpo.data.references import ReferenceRule
 from focusdpo.models.base import Backbone, PromptEmbeddings, TokenLayout
 
 
@@ -27,12 +37,36 @@ class ImageTextProcessor(Qwen2VLProcessor):  # type: ignore[misc]  # a lazily im
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
 
+@dataclass(frozen=True)
+class QwenReferences(ReferenceRule):
+    """As QwenImageEditPlusPipeline: stretched to about an area in pixels, one for the VAE and one for the text encoder.
+
+    The pipeline takes RGB images alone, which diffusers' `load_image` makes: transparent parts have whatever colour the file
+    has under them.
+    """
+
+    area: int
+    name: ClassVar[str] = "qwen-edit-plus"
+    processor: ClassVar[VaeImageProcessor] = VaeImageProcessor(vae_scale_factor=PATCH_SIZE, do_normalize=False)
+
+    def fit(self, size: Size, count: int) -> tuple[Size, Size]:
+        width, height = calculate_dimensions(self.area, size[0] / size[1])
+        if not width or not height:
+            raise ValueError(f"{size[0]}x{size[1]} px is too narrow: a side would be of no pixels")
+        smart_resize(height, width)  # has its own limit, and the text encoder's part of the pipeline asks it
+        return (width, height), (width, height)
+
+    def resize(self, photo: Image.Image, scaled: Size, size: Size) -> Tensor:
+        return self.processor.preprocess(photo.convert("RGB"), size[1], size[0])[0]
+
+
 class QwenEditPlus(Backbone):
     """Qwen-Image-Edit-Plus, trained without classifier-free guidance; sampling needs it, and keeps each token's norm."""
 
     name = "qwen-edit-plus"
     pipelines = (QwenImageEditPlusPipeline,)
-    prompts_see_references = True
+    reference_rule = QwenReferences(VAE_IMAGE_SIZE)
+    prompt_rule = QwenReferences(CONDITION_IMAGE_SIZE)
     negative_prompt = " "
 
     @classmethod
@@ -60,17 +94,11 @@ class QwenEditPlus(Backbone):
     def encode_prompts(self, prompts: Sequence[str], references: Sequence[Tensor] = ()) -> PromptEmbeddings:
         single = []
         for i, prompt in enumerate(prompts):  # the pipeline shows all images to all prompts it is given
-            images = [self._condition_image(pixels[i]) for pixels in references]
+            images = [to_pil(pixels[i]) for pixels in references]
             embeds, _ = self.pipeline.encode_prompt(prompt=prompt, image=images or None, device=self.device)
             # Ones and zeros come through any dtype that the embeddings are brought to.
             single.append(PromptEmbeddings({"prompt_embeds": embeds, "prompt_embeds_mask": torch.ones_like(embeds[..., 0])}))
         return PromptEmbeddings.stack(single)
-
-    def _condition_image(self, pixels: Tensor) -> Any:
-        """A reference [3, h, w] in the size in which the pipeline shows it to the text encoder."""
-        height, width = pixels.shape[-2:]
-        new_width, new_height = calculate_dimensions(CONDITION_IMAGE_SIZE, width / height)
-        return self.pipeline.image_processor.resize(to_pil(pixels), new_height, new_width)
 
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"prompt_embeds": (self.max_sequence_length, self.pipeline.transformer.config.joint_attention_dim)}

@@ -10,8 +10,20 @@ from typing import Any, TypeVar
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from focusdpo.data import DatasetError, PairBatch, PairDataset, PairRecord, Problem, SizeBatches, collate, load_pairs
+from focusdpo.data import (
+    DatasetError,
+    LongestSide,
+    PairBatch,
+    PairDataset,
+    PairRecord,
+    Problem,
+    ReferenceRule,
+    SizeBatches,
+    collate,
+    load_pairs,
+)
 from focusdpo.data.images import PATCH_SIZE
+from focusdpo.models import BACKBONES
 from focusdpo.training.config import DataConfig, FocusConfig, TrainConfig, parse_ratios
 from focusdpo.training.draws import turns_at
 
@@ -40,13 +52,26 @@ def load_records(config: TrainConfig) -> tuple[list[PairRecord], list[PairRecord
     return records[0], records[1]
 
 
-def dataset_of(records: Sequence[PairRecord], data: DataConfig) -> PairDataset:
-    """Records under the sizes of a configuration."""
+def reference_rules(data: DataConfig, backbone: str) -> tuple[ReferenceRule, ReferenceRule]:
+    """How references of pairs with one, and with several, are brought to size."""
+    one, several = data.reference_resolution, data.reference_resolution_multiple
+    rule = BACKBONES[backbone].reference_rule if one is None else LongestSide(one)
+    return rule, rule if several is None else LongestSide(several)
+
+
+def dataset_of(records: Sequence[PairRecord], data: DataConfig, backbone: str) -> PairDataset:
+    """Records under the sizes of a configuration, and the rules of a backbone where it leaves them to that.
+
+    Raises:
+        DatasetError: with every reference that cannot be brought to size.
+    """
+    one, several = reference_rules(data, backbone)
     return PairDataset(
         records,
         resolution=data.resolution,
-        reference_resolution=data.reference_resolution,
-        reference_resolution_multiple=data.reference_resolution_multiple,
+        reference_rule=one,
+        reference_rule_multiple=several,
+        prompt_rule=BACKBONES[backbone].prompt_rule,
         buckets=parse_ratios("data.buckets", data.buckets),
         reference_buckets=parse_ratios("data.reference_buckets", data.reference_buckets),
     )

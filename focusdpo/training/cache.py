@@ -5,6 +5,7 @@ Every image and every prompt has a file of its own (`training/tensor_files.py`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,37 +19,37 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from focusdpo.data import Encodings, PairDataset
-from focusdpo.data.images import PATCH_SIZE, Size, fit_image, read_image
+from focusdpo.data import Encodings, PairDataset, Placement
+from focusdpo.data.images import PATCH_SIZE, read_photo
 from focusdpo.files import ReadableFile, checksum, fingerprint, hash_of
-from focusdpo.models import BACKBONES, Backbone
+from focusdpo.models import Backbone
 from focusdpo.models.base import pipeline_folder, pipeline_parts
 from focusdpo.training.config import TrainConfig
 from focusdpo.training.tensor_files import TensorFiles
 
-FORMAT = 1  # of the files; another one where an image is brought to size, or encoded, in another way
+FORMAT = 2  # of the files; another one where an image is brought to size, or encoded, in another way
 
 
 @dataclass(frozen=True)
 class _Image:
     file: ReadableFile
-    size: Size
+    placement: Placement
 
     def pixels(self, device: torch.device) -> Tensor:
-        return fit_image(read_image(self.file), self.size)[None].to(device)
+        return self.placement.pixels(read_photo(self.file))[None].to(device)
 
     def encode(self, backbone: Backbone) -> dict[str, Tensor]:
         return {"tokens": backbone.encode_images(self.pixels(backbone.device))[0]}
 
     def fits(self, shapes: dict[str, list[int]]) -> bool:
-        tokens = self.size[0] * self.size[1] // PATCH_SIZE**2
+        tokens = math.prod(self.placement.size) // PATCH_SIZE**2
         return shapes.keys() == {"tokens"} and len(shapes["tokens"]) == 2 and shapes["tokens"][0] == tokens
 
 
 @dataclass(frozen=True)
 class _Prompt:
     text: str
-    references: tuple[_Image, ...]  # those that its encoder sees
+    references: tuple[_Image, ...]  # as its encoder sees them
 
     def encode(self, backbone: Backbone) -> dict[str, Tensor]:
         pixels = [reference.pixels(backbone.device) for reference in self.references]
@@ -88,7 +89,6 @@ class EncodingCache:
         data, model = config.data, config.model
         assert data.cache is not None
         self._files = TensorFiles("data.cache", Path(data.cache))
-        self._sees_references = BACKBONES[model.backbone].prompts_see_references
         pipeline = pipeline_folder(model.path, model.revision)
         prompt_parts = [part for part in pipeline_parts(pipeline) if part not in ("transformer", "vae")]
         # The libraries' own part in an embedding, such as a prompt's template, may change from version to version.
@@ -102,11 +102,12 @@ class EncodingCache:
     def reader(self, dataset: PairDataset) -> EncodingReader:
         """What reads a dataset's encodings by index, once `fill` has run."""
         pairs = []
-        for record, sizes in zip(dataset.records, dataset.sizes, strict=True):
+        for record, placed in zip(dataset.records, dataset.placements, strict=True):
             files = [reference.image for reference in record.references]
-            references = tuple(_Image(file, size) for file, size in zip(files, sizes.references, strict=True))
-            winner, loser = (_Image(file, sizes.target) for file in (record.winner, record.loser))
-            prompt = _Prompt(record.prompt, references if self._sees_references else ())
+            references = [_Image(file, placement) for file, placement in zip(files, placed.references, strict=True)]
+            winner, loser = (_Image(file, placed.target) for file in (record.winner, record.loser))
+            seen = tuple(_Image(file, placement) for file, placement in zip(files, placed.prompt, strict=False))  # all or none
+            prompt = _Prompt(record.prompt, seen)
             pairs.append((self._add(winner), self._add(loser), [self._add(r) for r in references], self._add(prompt)))
         return EncodingReader(self._files, pairs)
 
@@ -139,11 +140,17 @@ class EncodingCache:
     def _add(self, item: _Image | _Prompt) -> str:
         """The key of an item, which is remembered."""
         if isinstance(item, _Prompt):
-            key = hash_of(self._prompt_settings, item.text, *map(self._add, item.references))
+            key = hash_of(self._prompt_settings, item.text, *map(self._pixels_key, item.references))
         else:
-            key = hash_of(self._image_settings, self._content(item.file), *item.size)
+            key = hash_of(self._image_settings, self._pixels_key(item))
         self._items[key] = item
         return key
+
+    def _pixels_key(self, image: _Image) -> str:
+        """Of what decides an image's pixels."""
+        placement = image.placement
+        way = (placement.rule.name, *placement.cut, *placement.scaled, *placement.size)
+        return hash_of(self._content(image.file), *way)
 
     def _content(self, file: ReadableFile) -> str:
         if file not in self._contents:

@@ -83,8 +83,11 @@ class DataConfig:
         train: Training pairs: pairs.jsonl or its folder, shards, parquet files or an image folder, or a pattern of files.
         validation: Held-out pairs, likewise; none are needed.
         resolution: Longest side of winner and loser in pixels; sides are cut to multiples of 16.
-        reference_resolution: Longest side of a reference image when a pair has one.
-        reference_resolution_multiple: Longest side of a reference image when a pair has several.
+        reference_resolution: Longest side of a reference image in pixels. null brings references to size as the backbone's own
+            pipeline does: for kontext and qwen-edit-plus to about a megapixel, for flux2 to at most that. A number takes less
+            memory and time; 512 is a usual one.
+        reference_resolution_multiple: Another longest side for pairs that have several references; null is
+            reference_resolution's value, whatever it is.
         buckets: Aspect ratios such as ["1:1", "4:3", "3:4"]: winner and loser are cut at the centre to the nearest, so that
             photos of many shapes share few layouts. null leaves each image its own shape.
         reference_buckets: The same for reference images.
@@ -103,8 +106,8 @@ class DataConfig:
     train: str
     validation: str | None = None
     resolution: int = 512
-    reference_resolution: int = 512
-    reference_resolution_multiple: int = 320
+    reference_resolution: int | None = None
+    reference_resolution_multiple: int | None = None
     buckets: list[str | int] | None = None
     reference_buckets: list[str | int] | None = None
     max_crop: float = 0.2
@@ -117,7 +120,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         for name in ("resolution", "reference_resolution", "reference_resolution_multiple"):
-            _require(getattr(self, name) >= 16, f"data.{name}", getattr(self, name), "at least 16 pixels (one token)")
+            value, expected = getattr(self, name), "at least 16 pixels (one token)"
+            expected += "" if name == "resolution" else ", or null"
+            _require(value is None or value >= 16, f"data.{name}", value, expected)
         for name in ("buckets", "reference_buckets"):
             parse_ratios(f"data.{name}", getattr(self, name))
         _require(0 <= self.max_crop < 1, "data.max_crop", self.max_crop, "0 <= max_crop < 1, a share of the area")

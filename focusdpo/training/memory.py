@@ -267,7 +267,7 @@ def advice(architecture: Architecture, config: TrainConfig, layout_of: Callable[
 
     now = of(config)
     saved = {"data.cache=FOLDER": now.companions} if config.data.cache is None else {}
-    for section, name, value in _remedies(config, len(layout_of(config.data).references)):
+    for section, name, value in _remedies(config, layout_of(config.data)):
         if section:
             part = dataclasses.replace(getattr(config, section), **{name: value})
             changed, label = dataclasses.replace(config, **{section: part}), f"{section}.{name}"
@@ -297,7 +297,7 @@ def batch_advice(architecture: Architecture, config: TrainConfig, dataset: PairD
     """`advice` for a batch of a dataset's pairs."""
 
     def layout_of(data: DataConfig) -> TokenLayout:
-        sizes = dataset_of([dataset.records[indices[0]]], data).sizes[0]
+        sizes = dataset_of([dataset.records[indices[0]]], data, config.model.backbone).sizes[0]
         grids = [(height // PATCH_SIZE, width // PATCH_SIZE) for width, height in (sizes.target, *sizes.references)]
         return TokenLayout(grids[0], tuple(grids[1:]))
 
@@ -318,11 +318,14 @@ def run_advice(config: TrainConfig, dataset: PairDataset, encoding: bool = False
     return f"The largest batch is {batch_text(dataset, largest)}. {batch_advice(architecture, config, dataset, largest)}"
 
 
-def _remedies(config: TrainConfig, references: int) -> list[tuple[str, str, Any]]:
+def _remedies(config: TrainConfig, layout: TokenLayout) -> list[tuple[str, str, Any]]:
     """(section, setting, value) of everything that could be made smaller: halves, and cheaper choices."""
     half = [("data", "resolution", 16), ("data", "batch_size", 1), ("lora", "rank", 1)]
-    half.append(("data", "reference_resolution" if references == 1 else "reference_resolution_multiple", 16))
-    values = [(s, n, getattr(getattr(config, s), n) // 2 // unit * unit, unit) for s, n, unit in half]
+    apart = len(layout.references) > 1 and config.data.reference_resolution_multiple is not None
+    half.append(("data", "reference_resolution_multiple" if apart else "reference_resolution", 16))
+    # Of references in the backbone's own size: to half of it.
+    longest = max((side for grid in layout.references for side in grid), default=0) * PATCH_SIZE
+    values = [(s, n, (getattr(getattr(config, s), n) or longest) // 2 // unit * unit, unit) for s, n, unit in half]
     remedies: list[tuple[str, str, Any]] = [(s, n, value) for s, n, value, unit in values if value >= unit]
     if not config.model.gradient_checkpointing and config.model.activation_budget is None:
         remedies.append(("model", "gradient_checkpointing", True))

@@ -63,12 +63,13 @@ class Samples:
         self._folder = folder
         self._load_vae = load_vae
         shown = records[: config.samples.count] if config.samples.every else []
-        self._pairs = dataset_of(shown, config.data)
+        self._pairs = dataset_of(shown, config.data, config.model.backbone)
         self._negatives: PairDataset | None = None
         if config.samples.cfg_scale != 1:
             # As pairs, so that the negative prompt takes the same way through cache and encoders as all others.
             prompt = BACKBONES[config.model.backbone].negative_prompt
-            self._negatives = dataset_of([replace(record, prompt=prompt) for record in shown], config.data)
+            negatives = [replace(record, prompt=prompt) for record in shown]
+            self._negatives = dataset_of(negatives, config.data, config.model.backbone)
         self._vae: Backbone | None = None
 
     @property

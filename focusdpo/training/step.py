@@ -323,10 +323,13 @@ class PreferenceStep:
         if batch.encodings:
             kept = [PromptEmbeddings({name: x[None] for name, x in one.prompt.items()}) for one in batch.encodings]
             return PromptEmbeddings.stack(kept).to(self.backbone.device, self.backbone.dtype)
-        references = batch.references if self.backbone.prompts_see_references else ()
+        images = batch.prompt_images if self.backbone.prompt_rule is not None else ((),) * len(batch.prompts)
+        if len(images) != len(batch.prompts):
+            expected = f"{len(batch.prompts)}, by a dataset with the backbone's prompt_rule"
+            raise ValueError(f"batch.prompt_images: got those of {len(images)} pairs; expected {expected}")
         embeddings = []
-        for i, prompt in enumerate(batch.prompts):
-            seen = [images[i : i + 1] for images in references]
+        for prompt, of_pair in zip(batch.prompts, images, strict=True):
+            seen = [image[None] for image in of_pair]
             key = (prompt, *map(_fingerprint, seen))
             known = self._prompts.pop(key, None)
             if known is None:

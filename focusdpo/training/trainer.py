@@ -104,7 +104,9 @@ class Trainer:
             check_trackers(config)
             check_hub(config.push_to_hub)
         kernels = resolve_backend(config.backend, torch.empty(0, device=self.accelerator.device))
-        self.train_set, self.validation_set = datasets = [dataset_of(records, config.data) for records in (train, validation)]
+        self.train_set, self.validation_set = datasets = [
+            dataset_of(records, config.data, config.model.backbone) for records in (train, validation)
+        ]
         left_out = [problem for dataset in datasets for problem in leave_out_misfits(dataset, config.data.max_crop)]
         if self.accelerator.is_main_process:
             run.report_left_out(left_out)

@@ -102,7 +102,7 @@ def jobs_of(config: AblationConfig, run: TrainConfig, changes: Sequence[Change],
 def _check_pairs(run: TrainConfig, changes: Sequence[Change]) -> None:
     """Refuses pairs that the mask of a variant cannot be made of; the coverage of all is taken, whatever their loss does."""
     masked = replace(run, focus=replace(run.focus, mask="focus"))
-    datasets = [dataset_of(records, run.data) for records in load_records(masked) if records]
+    datasets = [dataset_of(records, run.data, run.model.backbone) for records in load_records(masked) if records]
     for change in changes:
         check_match_count(replace(change.of(run).focus, mask="focus"), datasets)
 

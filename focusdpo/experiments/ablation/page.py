@@ -131,7 +131,7 @@ def _shown_pairs(run: TrainConfig, jobs: Sequence[Job], names: Mapping[str, str]
     numbers = sorted(set().union(*drawn.values())) if count else []
     if not numbers:
         return []
-    dataset = dataset_of(load_records(run)[1], run.data)
+    dataset = dataset_of(load_records(run)[1], run.data, run.model.backbone)
     leave_out_misfits(dataset, run.data.max_crop)  # as the trainer does, so that a number means the same pair
     pairs = []
     for number in numbers:

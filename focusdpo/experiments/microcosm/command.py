@@ -132,7 +132,7 @@ def draw(stages: Stages) -> None:
         if (run / IMAGES_FILE).is_file():
             runs[label] = run
     settings = stages.train_config()
-    held_out = dataset_of(load_records(settings)[1], settings.data)
+    held_out = dataset_of(load_records(settings)[1], settings.data, settings.model.backbone)
     identities = [identity.name for identity in stages.identities]
     with torch.no_grad():
         draw_samples(held_out, runs, classifier.eval(), identities, ROWS, stages.size.samples, folder / "samples.png")

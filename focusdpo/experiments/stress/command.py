@@ -129,19 +129,20 @@ def _test(
     """Measures the scenes that are not among the measured ones yet, sums up and draws."""
     from tqdm.auto import tqdm
 
-    from focusdpo.data import PairDataset, collate, load_pairs
+    from focusdpo.data import LongestSide, PairDataset, collate, load_pairs
     from focusdpo.experiments.stress import pictures, summary
     from focusdpo.experiments.stress.scenes import write_scenes
     from focusdpo.experiments.stress.work import measure_scene, save_scene
     from focusdpo.files import write_json
+    from focusdpo.models import BACKBONES
 
     folder = Path(config.output_dir)
     records = load_pairs(str(write_scenes(config, cast, folder / SCENES)), "headers")
     dataset = PairDataset(
         records,
         resolution=config.resolution,
-        reference_resolution=config.reference_resolution,
-        reference_resolution_multiple=config.reference_resolution,
+        reference_rule=LongestSide(config.reference_resolution),
+        prompt_rule=BACKBONES[run.model.backbone].prompt_rule,
     )
     files = [file for kind in KINDS for file in _measured(config, kind)]
     missing = [index for index, file in enumerate(files) if file not in measured]

@@ -1,0 +1,155 @@
+"""How a photo is brought to whole tokens: to a number of pixels, or by the rule of a backbone's own pipeline.
+
+A rule knows sizes before a file is decoded or a model loaded, and goes to the loader's processes. Photo and mask take the same
+way: cut at the centre, scaled, cut at the centre again.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar
+
+from PIL import Image
+from torch import Tensor
+
+from focusdpo.data.images import (
+    Ratio,
+    Size,
+    bucket_size,
+    centre_cut,
+    fit_image,
+    fit_mask,
+    marked,
+    on_white,
+    share_cut,
+    token_size,
+)
+
+CUTS = 16  # to a ratio, each a pixel smaller than the one before, of which a rule has its choice
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One photo's way to whole tokens.
+
+    rule: whose way it is. cut: what is taken of the photo's centre. scaled: what that is scaled to. size: what is taken of the
+    centre then, in whole tokens. All in pixels.
+    """
+
+    rule: ReferenceRule
+    cut: Size
+    scaled: Size
+    size: Size
+
+    def pixels(self, photo: Image.Image) -> Tensor:
+        """A photo as `read_photo` gives it: float [3, H, W] in [0, 1]."""
+        return self.rule.pixels(photo, self)
+
+    def mask(self, mask: Image.Image) -> Tensor:
+        """A mask of 0 and 255, of the photo's size, on the photo's way: bool [H, W]."""
+        return self.rule.mask(mask, self)
+
+    def lost(self, photo: Size) -> Fraction:
+        """Share of the area of a photo of this size that is cut away."""
+        return self.rule.lost(photo, self)
+
+
+class ReferenceRule(abc.ABC):
+    """How reference photos are brought to size. Frozen: equal rules do the same, and `name` and sizes say what they do."""
+
+    name: ClassVar[str]
+
+    @abc.abstractmethod
+    def fit(self, size: Size, count: int) -> tuple[Size, Size]:
+        """What a photo is scaled to, and what of its centre is left then, in whole tokens.
+
+        Args:
+            size: of the photo in pixels.
+            count: references of the pair.
+
+        Raises:
+            ValueError: there is no way for a photo of this size; the message is about the photo.
+        """
+
+    @abc.abstractmethod
+    def resize(self, photo: Image.Image, scaled: Size, size: Size) -> Tensor:
+        """A photo on the way that `fit` found: float [3, H, W] in [0, 1].
+
+        Args:
+            photo: upright, in its file's own mode, of 8 bits.
+            scaled, size: what `fit` found.
+        """
+
+    def place(self, size: Size, count: int, buckets: Sequence[Ratio] | None = None) -> Placement:
+        """The way of a photo; with buckets, it is first cut at its centre to the nearest ratio.
+
+        Raises:
+            ValueError: as `fit`.
+        """
+        if buckets is None:
+            return Placement(self, size, *self.fit(size, count))
+        ratio = min(buckets, key=lambda ratio: share_cut(size, ratio))
+        placements: list[Placement] = []
+        for cut in _ratio_cuts(size, ratio):
+            try:
+                placements.append(Placement(self, cut, *self.fit(cut, count)))
+            except ValueError:
+                if not placements:
+                    raise
+        # A side that is a whole number of tokens may come out a token shorter, as pipelines truncate what they have rounded. Of
+        # a few cuts, one that does not: photos of one ratio then have one size.
+        return max(placements, key=lambda placement: math.prod(placement.size))
+
+    def pixels(self, photo: Image.Image, placement: Placement) -> Tensor:
+        return self.resize(centre_cut(photo, placement.cut), placement.scaled, placement.size)
+
+    def mask(self, mask: Image.Image, placement: Placement) -> Tensor:
+        scaled = centre_cut(mask, placement.cut).resize(placement.scaled, Image.Resampling.BOX)
+        return marked(centre_cut(scaled, placement.size))
+
+    def lost(self, photo: Size, placement: Placement) -> Fraction:
+        kept = Fraction(math.prod(placement.cut), math.prod(photo))
+        return 1 - kept * Fraction(math.prod(placement.size), math.prod(placement.scaled))
+
+
+@dataclass(frozen=True)
+class LongestSide(ReferenceRule):
+    """The longest side becomes a number of pixels, both are cut to whole tokens; what is transparent becomes white."""
+
+    longest: int
+    name: ClassVar[str] = "longest side"
+
+    def fit(self, size: Size, count: int) -> tuple[Size, Size]:
+        target = token_size(size, self.longest)
+        return target, target
+
+    def place(self, size: Size, count: int, buckets: Sequence[Ratio] | None = None) -> Placement:
+        if buckets is None:
+            return super().place(size, count)
+        target = bucket_size(size, self.longest, buckets)
+        return Placement(self, next(_ratio_cuts(size, target)), target, target)
+
+    def resize(self, photo: Image.Image, scaled: Size, size: Size) -> Tensor:
+        return fit_image(on_white(photo), size)
+
+    # Scaling and cutting are one operation here, to fractions of a pixel.
+    def pixels(self, photo: Image.Image, placement: Placement) -> Tensor:
+        return self.resize(photo, placement.scaled, placement.size)
+
+    def mask(self, mask: Image.Image, placement: Placement) -> Tensor:
+        return fit_mask(mask, placement.size)
+
+    def lost(self, photo: Size, placement: Placement) -> Fraction:
+        return share_cut(photo, placement.size)
+
+
+def _ratio_cuts(size: Size, ratio: Ratio) -> Iterator[Size]:
+    """What may be taken of a photo so that it has a ratio of width to height, to a pixel; the largest first."""
+    for less in range(min(CUTS, *size)):
+        width, height = size[0] - less, size[1] - less
+        across, down = round(Fraction(height * ratio[0], ratio[1])), round(Fraction(width * ratio[1], ratio[0]))
+        yield max(min(width, across), 1), max(min(height, down), 1)
