@@ -117,10 +117,12 @@ def items(config):
 
 
 @pytest.mark.parametrize(
-    ("backbone", "precision"), [("flux", "no"), ("flux", "bf16"), ("flux2", "no"), ("qwen-edit-plus", "no")]
+    ("backbone", "precision", "size"),
+    [("flux", "no", 32), ("flux", "bf16", 32), ("flux", "no", None), ("flux2", "no", 32), ("qwen-edit-plus", "no", 32)],
 )
-def test_the_same_bits_with_and_without(config, tmp_path, encoded, backbone, precision):
+def test_the_same_bits_with_and_without(config, tmp_path, encoded, backbone, precision, size):
     calls, loaded = encoded
+    config.data.reference_resolution_multiple = size  # None: the backbone's own
     config.mixed_precision = precision
     config.model.backbone = backbone
     if backbone != "flux":
@@ -208,6 +210,9 @@ def test_other_settings_reuse_only_what_stays_the_same(config, encoded):
     references = {ref.image.read_bytes() for r in load_pairs(config.data.train) for ref in r.references}
     for changes, expected in (
         ({"data": {"resolution": 80}}, (images - len(references), 0)),
+        ({"data": {"reference_resolution_multiple": 48}}, (len(references), 0)),
+        ({"data": {"reference_buckets": ["1:1"], "max_crop": 0.9}}, (len(references), 0)),
+        ({"data": {"reference_resolution_multiple": None}}, (len(references), 0)),
         ({"model": {"max_sequence_length": 24}}, (0, prompts)),
         ({"model": {"dtype": "bf16"}}, (images, prompts)),
         ({"mixed_precision": "bf16"}, (images, prompts)),
@@ -217,6 +222,20 @@ def test_other_settings_reuse_only_what_stays_the_same(config, encoded):
         changed = {k: dataclasses.replace(parts[k], **v) if isinstance(v, dict) else v for k, v in changes.items()}
         encoded[0].clear()
         trainer(config, **changed)
+        assert (encoded[0].count("image"), encoded[0].count("prompt")) == expected, changes
+
+
+def test_what_qwens_prompts_see_does_not_depend_on_the_size_of_the_references(config, encoded, tmp_path):
+    config.model = dataclasses.replace(config.model, path=str(write_tiny_qwen(tmp_path / "model")), backbone="qwen-edit-plus")
+    trainer(config)
+    prompts = items(config)[1]
+    references = {ref.image.read_bytes() for r in load_pairs(config.data.train) for ref in r.references}
+    for changes, expected in (
+        ({"reference_resolution_multiple": 48}, (len(references), 0)),
+        ({"reference_buckets": ["1:1"], "max_crop": 0.9}, (len(references), prompts)),  # a cut photo is another one
+    ):
+        encoded[0].clear()
+        trainer(config, data=dataclasses.replace(config.data, **changes))
         assert (encoded[0].count("image"), encoded[0].count("prompt")) == expected, changes
 
 

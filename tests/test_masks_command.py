@@ -67,7 +67,7 @@ def run(tiny_flux, pairs, tmp_path_factory):
 def step_and_batch(run, pairs):
     config = read_run_config("config", run)
     step = load_step(config, None)
-    return step, collate([dataset_of(load_pairs(str(pairs), "headers"), config.data)[1]])
+    return step, collate([dataset_of(load_pairs(str(pairs), "headers"), config.data, "flux")[1]])
 
 
 @pytest.fixture(scope="module")

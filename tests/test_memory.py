@@ -240,6 +240,32 @@ def test_advised_savings_are_differences_of_estimates(config):
     assert list(saved.values()) == sorted(saved.values(), reverse=True) and min(saved.values()) > 0
 
 
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({}, "data.reference_resolution=256"),  # half of what the backbone's own rule gave
+        ({"reference_resolution": 128}, "data.reference_resolution=64"),
+        ({"reference_resolution": 128, "reference_resolution_multiple": 96}, "data.reference_resolution_multiple=48"),
+    ],
+)
+def test_smaller_references_are_advised_from_what_they_are(config, settings, named):
+    config.data = DataConfig("-", **settings)
+    config.model.gradient_checkpointing, config.data.cache = True, "-"
+    architecture = Architecture.of_folder(Flux1, Path(config.model.path))
+
+    def layout_of(data):
+        return TokenLayout((2, 2), ((32, 20), (32, 32)) if data == config.data else ((2, 2), (2, 2)))
+
+    assert named in advice(architecture, config, layout_of, 1)
+
+
+def test_models_counts_references_in_each_backbones_own_size(capsys):
+    cli.main(["models", "--references", "1", "--photo", "400x272"])
+    rows = {line[:20].strip(): line[20:].split() for line in capsys.readouterr().out.splitlines() if line[-1:].isdigit()}
+    expected = {"flux": 32 * 21, "kontext": 52 * 78, "flux2": 25 * 17, "qwen-edit-plus": 78 * 52}  # by hand, in tokens
+    assert {row[0]: int(row[5]) for row in rows.values()} == expected
+
+
 def test_models_lists_the_released_sizes(capsys):
     cli.main(["models", "--resolution", "1024", "--references", "2", "--reference_resolution", "320", "--rank", "32"])
     text = capsys.readouterr().out
@@ -266,6 +292,8 @@ def test_models_lists_the_released_sizes(capsys):
     ("argument", "message"),
     [
         (["--references", "0"], "references: got 0; expected at least 1"),
+        (["--photo", "1024"], "photo: got '1024'; expected width and height in pixels, such as 1024x1024"),
+        (["--photo", "900x100"], "photo: got 900x100; flux2 cannot bring it to size: Aspect ratio too extreme"),
         (["--rank", "0"], "lora.rank: got 0"),
         (["--resolution", "8"], "data.resolution: got 8; expected at least 16 pixels"),
     ],

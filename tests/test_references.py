@@ -46,6 +46,7 @@ PHOTOS = {
     "portrait": noise(301, 457),
     "landscape": noise(703, 411),
     "tiny": noise(65, 70),
+    "thumbnail": noise(33, 47),  # in whole tokens a square, by which Kontext's pipeline chooses a size
     "large": noise(1301, 1103),
     "cut-out": cut_out(333, 290),
     "large cut-out": cut_out(1203, 1001),
@@ -135,7 +136,7 @@ def check_same(ours, theirs):
 
 
 CALLS = {
-    "kontext": [["portrait"], ["landscape"], ["tiny"], ["large"], ["cut-out"]],
+    "kontext": [["portrait"], ["landscape"], ["thumbnail"], ["large"], ["cut-out"]],
     "klein": [["portrait", "cut-out"], ["landscape"], ["tiny"], ["large"], ["large cut-out"]],
     "dev": [["tiny", "large"]],
     "qwen-edit-plus": [["tiny", "portrait"], ["landscape"], ["large"], ["cut-out"]],
