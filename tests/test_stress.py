@@ -103,8 +103,8 @@ def scenes(flux_model, tmp_path_factory):
     return write_scenes(config, cast_of(config), tmp_path_factory.mktemp("stress") / "scenes")
 
 
-def batch_of(scenes, index=0):
-    sizes = {"resolution": 96, "reference_rule": LongestSide(48)}
+def batch_of(scenes, index=0, prompt_rule=None):
+    sizes = {"resolution": 96, "reference_rule": LongestSide(48), "prompt_rule": prompt_rule}
     return collate([PairDataset(load_pairs(str(scenes), "headers"), **sizes)[index]])
 
 
@@ -169,7 +169,8 @@ def test_scores_of_one_pass_are_those_of_a_pass_each(backbone, scenes, tmp_path)
     """Against the step's own passes: a tap of one block at a time, winners alone, loser as winner."""
     path = BACKBONES[backbone](tmp_path / "model")
     model = ModelConfig(str(path), backbone=backbone, dtype="fp32", max_sequence_length=16)
-    step, batch = load_step(run_of(config_of(model)), None), batch_of(scenes, 2)
+    step = load_step(run_of(config_of(model)), None)
+    batch = batch_of(scenes, 2, step.backbone.prompt_rule)
     noised = step.noise(batch, torch.Generator().manual_seed(1), torch.tensor([0.4]))
     found = block_scores(step, noised, batch, ["max", "reference"])
 
