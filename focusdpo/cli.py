@@ -14,7 +14,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from focusdpo.convert import ConvertUnoConfig, prepare_conversion
+from focusdpo.convert import ConvertLoraConfig, ConvertUnoConfig, prepare_conversion, prepare_uno_conversion
 from focusdpo.data.building.builder import prepare_build
 from focusdpo.data.building.config import BuildConfig
 from focusdpo.data.building.dreambench import DreamBenchConfig, prepare_dreambench
@@ -103,9 +103,15 @@ COMMANDS = {
     "train": Command(TrainConfig, _train, "Train a LoRA with FocusDPO on preference pairs."),
     "demo": Command(DemoConfig, _demo, "Build a small dataset of real photos, train on it, and draw what happened."),
     "models": Command(ModelsConfig, prepare_list, "List the backbones, and estimate the memory of training on them."),
+    "convert-lora": Command(
+        ConvertLoraConfig,
+        prepare_conversion,
+        "Convert a LoRA between the forms of diffusers, PEFT, ComfyUI, kohya's tools and UNO.",
+        positional=("source", "out_dir"),
+    ),
     "convert-uno": Command(
         ConvertUnoConfig,
-        prepare_conversion,
+        prepare_uno_conversion,
         "Convert UNO's LoRA to diffusers' format, and back.",
         positional=("source", "out_dir"),
     ),

@@ -1,15 +1,36 @@
-"""`focusdpo convert-uno`: UNO's LoRA file to diffusers' format, and back."""
+"""`focusdpo convert-lora`: a LoRA from any form that tools know to any other; `convert-uno`, the same for UNO's alone."""
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ConvertLoraConfig:
+    """A LoRA of FLUX.1, FLUX.2 or Qwen-Image, and where the converted one goes.
+
+    Its strength is multiplied into its weights: every tool applies it at scale 1.
+
+    Args:
+        source: The LoRA, a file or its folder, in any of the forms below; which one is seen from its names.
+        out_dir: Folder for the converted one: pytorch_lora_weights.safetensors (diffusers), adapter_config.json and
+            adapter_model.safetensors (peft), lora_comfyui.safetensors, lora_kohya.safetensors, or dit_lora.safetensors (uno).
+        to: The form to convert to; kohya is that of sd-scripts and, for FLUX.2 and Qwen-Image, of musubi-tuner.
+        backbone: What the LoRA is for, where its names fit several models that differ in the form.
+        overwrite: Replace what an earlier conversion left in out_dir.
+    """
+
+    source: str
+    out_dir: str
+    to: Literal["diffusers", "peft", "comfyui", "kohya", "uno"] = "diffusers"
+    backbone: Literal["flux", "kontext", "flux2", "qwen-edit-plus"] | None = None
+    overwrite: bool = False
 
 
 @dataclass
@@ -29,77 +50,47 @@ class ConvertUnoConfig:
     overwrite: bool = False
 
 
-def prepare_conversion(config: ConvertUnoConfig) -> Callable[[], None]:
-    """Converts in memory, and returns what writes the file.
+def prepare_conversion(config: ConvertLoraConfig) -> Callable[[], None]:
+    """Converts in memory, and returns what writes the files.
 
     Raises:
         FileNotFoundError, ValueError: there is no such file, or it cannot be converted.
         FileExistsError, NotADirectoryError: the folder holds something that may not be replaced.
     """
     # Imports diffusers: seconds that --help need not wait for.
-    from safetensors.torch import load_file, save_file
-
+    from focusdpo.files import write_bytes
     from focusdpo.folders import check_folder, clear_folder
-    from focusdpo.models.base_lora import LORA_FILE, find_lora_file, lora_shapes
-    from focusdpo.models.uno_lora import UNO_FILE, check_diffusers, check_uno, diffusers_to_uno, is_uno, uno_to_diffusers
+    from focusdpo.models.lora_reading import find_lora_file, read_lora
+    from focusdpo.models.lora_writing import FILES, lora_files
 
-    source = find_lora_file("source", config.source)
-    shapes = lora_shapes("source", source)
-    if is_uno(shapes) == config.reverse:
-        has, fix = (
-            ("UNO's", "leave --reverse out") if config.reverse else ("another", "if it is diffusers', say --reverse true")
-        )
-        raise ValueError(f"source: {source} is in {has} format; {fix}")
-    target = Path(config.out_dir) / (UNO_FILE if config.reverse else LORA_FILE)
+    source, folder = find_lora_file("source", config.source), Path(config.out_dir)
     hint = "replace it with --overwrite true, or name another folder"
-    check_folder("out_dir", target.parent, (target.name,), config.overwrite, hint)
-    metadata = {"format": "pt"}
+    check_folder("out_dir", folder, FILES[config.to], config.overwrite, hint)
+    lora = read_lora("source", config.source, config.backbone)
     try:
-        if config.reverse:
-            check_diffusers(shapes)
-            _check_unscaled(source)
-            converted = diffusers_to_uno(load_file(source))
-        else:
-            rank = check_uno(shapes)
-            converted = uno_to_diffusers(load_file(source))
-            metadata |= _diffusers_metadata(rank, converted.keys())
+        files = lora_files(lora, config.to)
     except ValueError as error:
         raise ValueError(f"source: {source}: {error}") from error
 
     def write() -> None:
-        clear_folder(target.parent, ())
-        # Under its own name the file is always whole.
-        partial = target.with_name(f".{target.name}.partial")
-        try:
-            save_file(converted, partial, metadata)
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
-        logger.info("wrote %s", target)
+        clear_folder(folder, ())
+        for name, content in files.items():
+            write_bytes(folder / name, content)
+            logger.info("wrote %s", folder / name)
 
     return write
 
 
-def _diffusers_metadata(rank: int, names: Iterable[str]) -> dict[str, str]:
-    """What diffusers' loader makes its adapter's settings of: alpha is the rank, as UNO does not scale."""
-    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+def prepare_uno_conversion(config: ConvertUnoConfig) -> Callable[[], None]:
+    """As `prepare_conversion`, from UNO's form to diffusers' or back; ValueError where the source is of another."""
+    from focusdpo.models.lora_reading import find_lora_file, lora_shapes
+    from focusdpo.models.uno_lora import is_uno
 
-    layers = sorted({name.removeprefix("transformer.").rsplit(".lora_", 1)[0] for name in names})
-    settings = {"transformer.r": rank, "transformer.lora_alpha": rank, "transformer.target_modules": layers}
-    return {LORA_ADAPTER_METADATA_KEY: json.dumps(settings, indent=2)}
-
-
-def _check_unscaled(file: Path) -> None:
-    """ValueError where the file's own settings scale the update: UNO's format cannot say so."""
-    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as content:
-        settings = json.loads((content.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
-    rank, alpha = (settings.get(f"transformer.{key}") for key in ("r", "lora_alpha"))
-    special = [key for key in ("alpha_pattern", "rank_pattern", "use_rslora") if settings.get(f"transformer.{key}")]
-    if alpha != rank or special:
-        raise ValueError(
-            f"its update is scaled (rank {rank}, alpha {alpha}{''.join(f', {key}' for key in special)}), which UNO's format "
-            "cannot say: only alpha = rank converts"
+    source = find_lora_file("source", config.source)
+    if is_uno(lora_shapes("source", source)) == config.reverse:
+        has, fix = (
+            ("UNO's", "leave --reverse out") if config.reverse else ("another", "if it is diffusers', say --reverse true")
         )
+        raise ValueError(f"source: {source} is in {has} format; {fix}")
+    to: Literal["uno", "diffusers"] = "uno" if config.reverse else "diffusers"
+    return prepare_conversion(ConvertLoraConfig(config.source, config.out_dir, to, overwrite=config.overwrite))

@@ -27,9 +27,17 @@ def checksum(file: ReadableFile) -> str:
 
 def write_whole(path: Path, text: str, errors: str = "strict") -> None:
     """Writes a file at once or not at all, in UTF-8; an earlier one stays until then."""
+    write_bytes(path, text.encode("utf-8", errors))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file at once or not at all; an earlier one stays until then."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8", errors=errors)
-    partial.replace(path)
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

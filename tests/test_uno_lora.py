@@ -192,12 +192,12 @@ def test_command_refuses_by_name(uno_file, tmp_path, monkeypatch):
     refused("out_dir: .* holds an earlier run .pytorch_lora_weights.safetensors.; replace it with --overwrite", uno_file, out)
     assert (out / WEIGHTS).read_bytes() == before
 
-    def fails(tensors, file, metadata):
-        Path(file).write_bytes(b"half")
+    def fails(file, content):
+        file.open("wb").write(b"half")
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("safetensors.torch.save_file", fails)
+        patch.setattr(Path, "write_bytes", fails)
         with pytest.raises(OSError, match="disk full"):
             convert(uno_file, out, "--overwrite", "true")
     assert (out / WEIGHTS).read_bytes() == before
@@ -228,14 +228,16 @@ def test_command_by_position_and_its_help(capsys):
         assert part in text
 
 
-def test_a_scaled_lora_does_not_fit_unos_format(tiny_flux, tmp_path):
-    backbone = Flux1.from_pretrained(str(tiny_flux), dtype=torch.float32)
-    layers = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-    layers += [f"single_transformer_blocks.{i}.proj_out" for i in range(2)]
-    add_adapter(backbone, LoraConfig(rank=4, alpha=8, target_modules=layers), seed=0)
-    backbone.save_lora(tmp_path)
-    with pytest.raises(SystemExit, match=r"its update is scaled \(rank 4, alpha 8"):
-        convert(tmp_path, tmp_path / "out", "--reverse", "true")
+def test_a_scale_goes_into_unos_matrices(tmp_path):
+    """Its format cannot say one."""
+    lora = uno_lora()
+    settings = {"transformer.r": RANK, "transformer.lora_alpha": 3 * RANK}
+    save_file(uno_to_diffusers(lora), tmp_path / WEIGHTS, {"lora_adapter_metadata": json.dumps(settings)})
+    convert(tmp_path, tmp_path / "out", "--reverse", "true")
+    converted = load_file(tmp_path / "out" / "dit_lora.safetensors")
+    assert converted.keys() == lora.keys()
+    for name, value in lora.items():
+        torch.testing.assert_close(converted[name], value if ".down." in name else 3 * value, rtol=1e-6, atol=0)
 
 
 # base_lora

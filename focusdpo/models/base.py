@@ -20,6 +20,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from focusdpo.data.references import ReferenceRule
+from focusdpo.models.lora_fusion import Update
+from focusdpo.models.lora_names import family_of
+from focusdpo.models.lora_reading import Lora
+from focusdpo.models.lora_settings import scale_of
+from focusdpo.models.lora_writing import write_lora
 
 
 def check_pipeline_path(path: str) -> None:
@@ -295,20 +300,25 @@ class Backbone(abc.ABC):
         return tokens
 
     def save_lora(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
-        """Writes the transformer's adapter in diffusers' format, with the metadata that keeps its alpha.
+        """Writes the transformer's adapter in diffusers' format, and as PEFT's in `peft` under the folder.
+
+        What scales the update is multiplied into lora_B, so that every tool applies the trained strength.
 
         Args:
             folder: where to.
             state: the adapter's weights, whole; None takes them from a transformer that is not split.
         """
         transformer = self.pipeline.transformer
-        self.pipeline.save_lora_weights(
-            folder,
-            transformer_lora_layers=get_peft_model_state_dict(transformer) if state is None else state,
-            # Without it alpha is lost, and the adapter comes back with another scale. Dropout would be switched on in the
-            # pipeline that loads it: layers added to a model in evaluation mode are in training mode.
-            transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict() | {"lora_dropout": 0.0},
-        )
+        state = get_peft_model_state_dict(transformer) if state is None else state
+        settings = transformer.peft_config["default"].to_dict()
+        layers = {}
+        for key in (key for key in state if key.endswith(".lora_A.weight")):
+            name = key.removesuffix(".lora_A.weight")
+            a, b = (state[f"{name}.lora_{side}.weight"].detach().cpu() for side in "AB")
+            layers[name] = Update(a, b, scale_of(settings, name, a.shape[0]))
+        lora = Lora(layers, (family_of(self.name),))
+        write_lora(folder, lora, "diffusers")
+        write_lora(folder / "peft", lora, "peft")
 
     def to(self, device: torch.device, transformer: bool = True) -> None:
         """Moves all parts to a device, the transformer only if asked to; `device` is that one from now on."""

@@ -22,7 +22,7 @@ def check_files_and_packages(config: TrainConfig) -> None:
     """
     check_pipeline_path(config.model.path)
     if config.model.base_lora is not None:
-        check_base_lora(config.model.base_lora)
+        check_base_lora(config.model.base_lora, config.model.backbone)
     if config.model.quantization is not None:
         check_quantization(config.model.quantization)
     check_optimizer(config.optim.optimizer)

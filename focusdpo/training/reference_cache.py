@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from focusdpo.data import PairBatch, PairDataset
 from focusdpo.files import checksum, fingerprint, hash_of
 from focusdpo.models.base import pipeline_folder
-from focusdpo.models.base_lora import find_lora_file
+from focusdpo.models.base_lora import base_lora_checksum
 from focusdpo.training.batches import in_rounds, load_batches
 from focusdpo.training.cache import EncodingReader
 from focusdpo.training.config import TrainConfig
@@ -50,7 +50,7 @@ class ReferenceCache:
         self._step = step
         self._accelerator = accelerator
         self._has_scores = focus.mask == "focus" and focus.feature_source == "reference"
-        lora = None if model.base_lora is None else checksum(find_lora_file("model.base_lora", model.base_lora))
+        lora = None if model.base_lora is None else base_lora_checksum(model.base_lora)
         # What the prompts' encoders and the VAE contribute is in the pairs' keys.
         self._settings = hash_of(
             FORMAT,

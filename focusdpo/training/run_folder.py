@@ -14,11 +14,11 @@ import yaml
 from focusdpo.data import PairDataset
 from focusdpo.data.records import Problem
 from focusdpo.data.sources import content_checksum
-from focusdpo.files import checksum, fingerprint, hash_of, write_whole
+from focusdpo.files import fingerprint, hash_of, write_whole
 from focusdpo.folders import check_folder, clear_folder, mark_folder
 from focusdpo.models import BACKBONES
 from focusdpo.models.base import pipeline_folder, pipeline_parts
-from focusdpo.models.base_lora import find_lora_file
+from focusdpo.models.base_lora import base_lora_checksum
 from focusdpo.settings import differences, flat
 from focusdpo.training.adapter import targets_of
 from focusdpo.training.checkpoints import SETTINGS_FILE, find_checkpoint
@@ -81,7 +81,7 @@ def _scheduler_of(config: TrainConfig) -> str:
 def model_contents(model: ModelConfig) -> dict[str, str | None]:
     """The parts of a run's model by their content, and the LoRA that is merged into it."""
     pipeline = pipeline_folder(model.path, model.revision)
-    lora = None if model.base_lora is None else checksum(find_lora_file("model.base_lora", model.base_lora))[:16]
+    lora = None if model.base_lora is None else base_lora_checksum(model.base_lora)[:16]
     parts = {f"model.path ({part}, its content)": fingerprint(pipeline, [part])[:16] for part in pipeline_parts(pipeline)}
     return {**parts, BASE_LORA_CONTENT: lora}
 
