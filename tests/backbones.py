@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from focusdpo.data import LongestSide, PairBatch, PairDataset, collate, load_pairs
 from focusdpo.features import SimilarityTap
 from focusdpo.models import Backbone, Flux1
+from focusdpo.models.base_lora import LORA_FILE
 from focusdpo.training.adapter import add_adapter, reference_model
 from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, LossConfig, ModelConfig, TrainConfig
 from focusdpo.training.metrics import read_metrics
@@ -92,8 +95,12 @@ def check_saved_lora(
     with reference_model(backbone.transformer):
         assert torch.equal(backbone.predict(*arguments), base)
     backbone.save_lora(folder)
+    for source in (folder, load_file(folder / LORA_FILE)):
+        loaded = load()
+        loaded.pipeline.load_lora_weights(source)
+        torch.testing.assert_close(loaded.predict(*arguments), expected, rtol=0, atol=1e-5)
     loaded = load()
-    loaded.pipeline.load_lora_weights(folder)
+    PeftModel.from_pretrained(loaded.transformer, str(folder), subfolder="peft")
     torch.testing.assert_close(loaded.predict(*arguments), expected, rtol=0, atol=1e-5)
 
 

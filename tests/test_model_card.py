@@ -11,12 +11,16 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+import torch
 import yaml
 from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard, constants
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from PIL import Image
 
 from focusdpo.demo.scenes import write_dataset
+from focusdpo.models import BACKBONES
 from focusdpo.training import hub
 from focusdpo.training.config import (
     DataConfig,
@@ -30,7 +34,7 @@ from focusdpo.training.config import (
 )
 from focusdpo.training.hub import UploadError, check_hub
 from focusdpo.training.metrics import read_metrics
-from focusdpo.training.model_card import write_model_card
+from focusdpo.training.model_card import KOHYAS, write_model_card
 from focusdpo.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -93,6 +97,7 @@ def test_card(config, tmp_path):
         count = sum(r.class_name == name for record in records for r in record.references)
         assert f"{name} ({count})" in card.text
     assert "torch 2." in card.text and "set_adapters" not in card.text
+    assert "--to kohya" in card.text and "| sd-scripts |" in card.text and KOHYAS.keys() == BACKBONES.keys()
     sheets = [Image.open(trainer.folder / "samples" / "step-000001" / f"{i}.png") for i in range(2)]
     page = Image.open(lora / "samples.png")
     assert page.size == (sheets[0].width, sum(sheet.height for sheet in sheets))
@@ -101,13 +106,45 @@ def test_card(config, tmp_path):
     assert all((lora / name).is_file() for name in re.findall(r"!\[.*?\]\((.*?)\)", card.text))
 
 
+def test_the_cards_lines_load_the_lora(config, tiny_flux):
+    """As they stand there, in diffusers and in PEFT: the trained updates, at full strength."""
+    config.samples = SamplesConfig()
+    trainer = run(config)
+    lora = trainer.folder / "lora"
+    text = ModelCard.load(lora / "README.md").text
+    text = text.replace("the base model", str(tiny_flux)).replace("this folder or repository", str(lora))
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (peft_line,) = re.findall(r"`(PeftModel.*?)`", text)
+
+    def updates(transformer, adapter):
+        layers = {name: m for name, m in transformer.named_modules() if isinstance(m, LoraLayer)}
+        return {
+            n: m.scaling[adapter] * (m.lora_B[adapter].weight.float() @ m.lora_A[adapter].weight.float())
+            for n, m in layers.items()
+        }
+
+    expected = updates(trainer.module, "default")
+    for line in ("", peft_line):
+        scope = {"PeftModel": PeftModel}
+        code = snippet if not line else snippet.split("pipeline.load")[0] + line
+        exec(code, scope)  # what a reader of the card would run
+        transformer = scope["pipeline"].transformer
+        found = updates(transformer, next(iter(transformer.peft_config)) if not line else "default")
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=0.05, atol=value.abs().max().item() / 50)  # bf16
+
+
 def test_card_of_a_hub_model_over_uno_without_held_out_pairs(config):
     config.samples, config.data.validation = SamplesConfig(), None
     trainer = run(config)
     config.model = ModelConfig(path="owner/model", base_lora="/secret/place/dit_lora.safetensors", base_lora_scale=0.5)
     card = ModelCard.load(write_model_card(config, trainer.folder, trainer.train_set, trainer.validation_set))
     assert card.data.base_model == "owner/model" and 'from_pretrained("owner/model"' in card.text
-    assert 'set_adapters(["base", "focusdpo"], [0.5, 1.0])' in card.text and "convert-uno dit_lora.safetensors" in card.text
+    assert (
+        'set_adapters(["base", "focusdpo"], [0.5, 1.0])' in card.text
+        and "convert-lora dit_lora.safetensors base-lora" in card.text
+    )
     assert "secret" not in card.content and "Held-out" not in card.text and "samples.png" not in card.text
 
 
@@ -170,8 +207,9 @@ def test_upload(config, server):
     config.samples = SamplesConfig()
     lora = run(config).folder / "lora"
     assert [(new["name"], new["visibility"]) for new in server.created] == [("mine", "private")]
-    assert server.files == {file.name: file.read_bytes() for file in lora.iterdir()}
-    assert {"README.md", "pytorch_lora_weights.safetensors", "curves.png"} <= server.files.keys()
+    files = [file for file in lora.rglob("*") if file.is_file()]
+    assert server.files == {file.relative_to(lora).as_posix(): file.read_bytes() for file in files}
+    assert {"README.md", "pytorch_lora_weights.safetensors", "peft/adapter_config.json", "curves.png"} <= server.files.keys()
 
 
 def test_a_failed_upload_loses_nothing(config, server):

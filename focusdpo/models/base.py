@@ -299,14 +299,15 @@ class Backbone(abc.ABC):
             self.guidance = trained_with
         return tokens
 
-    def save_lora(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
-        """Writes the transformer's adapter in diffusers' format, and as PEFT's in `peft` under the folder.
+    def save_lora(self, folder: Path, state: dict[str, Tensor] | None = None, peft: bool = True) -> None:
+        """Writes the transformer's adapter in diffusers' format, and in PEFT's to `peft` under the folder.
 
         What scales the update is multiplied into lora_B, so that every tool applies the trained strength.
 
         Args:
             folder: where to.
             state: the adapter's weights, whole; None takes them from a transformer that is not split.
+            peft: whether to write PEFT's as well.
         """
         transformer = self.pipeline.transformer
         state = get_peft_model_state_dict(transformer) if state is None else state
@@ -318,7 +319,8 @@ class Backbone(abc.ABC):
             layers[name] = Update(a, b, scale_of(settings, name, a.shape[0]))
         lora = Lora(layers, (family_of(self.name),))
         write_lora(folder, lora, "diffusers")
-        write_lora(folder / "peft", lora, "peft")
+        if peft:
+            write_lora(folder / "peft", lora, "peft")
 
     def to(self, device: torch.device, transformer: bool = True) -> None:
         """Moves all parts to a device, the transformer only if asked to; `device` is that one from now on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,11 @@ def _check(settings: Settings, where: str) -> None:
     ranks, alphas = (settings.get(f"{kind}_pattern") or {} for kind in ("rank", "alpha"))
     if not isinstance(ranks, dict) or not isinstance(alphas, dict):
         raise ValueError(f"{where}: rank_pattern and alpha_pattern have to be objects")
+    for pattern in (*ranks, *alphas):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{where}: {pattern!r} in a pattern is no regular expression ({error})") from error
     for key, value in {"r": settings["r"], **{f"rank_pattern, {key}": value for key, value in ranks.items()}}.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{where}: {key} is {value!r}; expected a whole number from 1 up")

@@ -114,7 +114,7 @@ class Checkpoints:
         if is_main:
             save_file(adapter, partial / ADAPTER_FILE)
             torch.save(state, partial / STATE_FILE)
-            self._backbone.save_lora(partial / "lora", adapter)
+            self._backbone.save_lora(partial / "lora", adapter, peft=False)
             (partial / SETTINGS_FILE).write_text(json.dumps(self._settings, indent=1))
         if is_deepspeed(self._accelerator):
             self._backbone.transformer.save_checkpoint(str(partial), DEEPSPEED_FOLDER, exclude_frozen_parameters=True)

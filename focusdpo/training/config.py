@@ -38,7 +38,7 @@ class ModelConfig:
         backbone: Which model family it is.
         revision: Revision on the hub.
         base_lora: A LoRA that is merged into the frozen weights before the adapter is added: a file or its folder, in
-            diffusers' or UNO's format. The reference model is then the base with it.
+            the form of diffusers, PEFT, ComfyUI, kohya's tools or UNO. The reference model is then the base with it.
         base_lora_scale: Factor of its update.
         dtype: Precision of the frozen weights.
         quantization: Keep the frozen weights of the blocks in fewer bits: "nf4" (bitsandbytes) or "fp8" (torchao).

@@ -17,6 +17,7 @@ from PIL import Image
 from focusdpo.data import PairDataset
 from focusdpo.evaluation.curves import draw_curves
 from focusdpo.evaluation.sheets import stack
+from focusdpo.models.base_lora import LORA_FILE
 from focusdpo.training.config import DataConfig, ModelConfig, TrainConfig
 from focusdpo.training.metrics import read_metrics
 from focusdpo.training.run_folder import METRICS_FILE, SAMPLES_FOLDER, VALIDATION_FILE
@@ -27,6 +28,8 @@ METHODS = {
     "prior": "Diffusion-DPO within the regions where winner and loser differ",
     "none": "Diffusion-DPO",
 }
+# Which of kohya's tools know the model.
+KOHYAS = {"flux": "sd-scripts", "kontext": "musubi-tuner", "flux2": "musubi-tuner", "qwen-edit-plus": "musubi-tuner"}
 HELD_OUT = {
     "accuracy": "implicit accuracy",
     "loss": "loss (ln 2 = 0.693 at the start)",
@@ -70,6 +73,8 @@ def write_model_card(config: TrainConfig, folder: Path, train: PairDataset, vali
         "![References, samples before and after training, and winners](samples.png)" if sheets else "",
         "## Use",
         _use(config.model, hub_id),
+        "### In other tools",
+        _other_tools(config.model),
         "## Held-out pairs" if held_out else "",
         _table(held_out, len(validation)) if held_out else "",
         "## Training",
@@ -101,23 +106,37 @@ def _use(model: ModelConfig, hub_id: str | None) -> str:
     lines = ["import torch", "from diffusers import DiffusionPipeline", ""]
     lines.append(f'pipeline = DiffusionPipeline.from_pretrained("{hub_id or "the base model"}", dtype=torch.bfloat16)')
     note = ""
+    # Without a file's name diffusers looks for one on the hub, which it cannot do offline.
+    file = f'weight_name="{LORA_FILE}"'
     if model.base_lora is None:
-        lines.append('pipeline.load_lora_weights("this folder or repository")')
+        lines.append(f'pipeline.load_lora_weights("this folder or repository", {file})')
     else:
         name, scale = Path(model.base_lora).name, model.base_lora_scale
         lines += [
-            'pipeline.load_lora_weights("base-lora", adapter_name="base")',
-            'pipeline.load_lora_weights("this folder or repository", adapter_name="focusdpo")',
+            f'pipeline.load_lora_weights("base-lora", {file}, adapter_name="base")',
+            f'pipeline.load_lora_weights("this folder or repository", {file}, adapter_name="focusdpo")',
             f'pipeline.set_adapters(["base", "focusdpo"], [{scale:g}, 1.0])',
         ]
         note = (
-            f"It was trained on top of `{name}`, which has to be loaded under it; one in UNO's format is brought into "
-            f"diffusers' by `focusdpo convert-uno {name} base-lora`.\n\n"
+            f"It was trained on top of `{name}`, which has to be loaded under it, in other tools as well, at scale {scale:g}; "
+            f"`focusdpo convert-lora {name} base-lora` brings it into diffusers' format.\n\n"
         )
     code = "```python\n" + "\n".join(lines) + "\n```"
     if model.backbone == "flux":
         code += "\n\nReferences lie as in UNO, which FLUX.1's own pipeline does not know; `Backbone.sample` does."
     return note + code
+
+
+def _other_tools(model: ModelConfig) -> str:
+    rows = {
+        "PEFT": '`PeftModel.from_pretrained(pipeline.transformer, "this folder or repository", subfolder="peft")`',
+        "ComfyUI": "`focusdpo convert-lora FOLDER out --to comfyui`, and `out/lora_comfyui.safetensors` in `models/loras`",
+        KOHYAS[
+            model.backbone
+        ]: "`focusdpo convert-lora FOLDER out --to kohya`, and `--network_weights out/lora_kohya.safetensors`",
+    }
+    table = "\n".join(["| tool | how |", "|---|---|", *(f"| {tool} | {how} |" for tool, how in rows.items())])
+    return f"All apply its trained strength at scale 1: alpha is multiplied into the weights.\n\n{table}"
 
 
 def _table(rows: Sequence[dict[str, float]], pairs: int) -> str:
