@@ -274,18 +274,20 @@ def test_there_and_back_to_the_bit(trained, tmp_path, name, which, form):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("targets", [["attn.to_q", "attn.to_v"], ["attn.to_k", "proj_mlp"], ["proj_mlp"], ["add_v_proj"]])
 def test_some_of_a_fused_layers_parts(load, tmp_path, targets, dtype):
-    """What is not trained is zero rows, and no layer of its own on the way back; dtypes stay."""
+    """What is not trained is zero rows, and no layer of its own on the way back; dtypes stay, with the scale in as well."""
     backbone = load("flux")
-    train(backbone, targets, 4, 4.0)
+    train(backbone, targets, 4, 6.0)
     state = {k: v.to(dtype) for k, v in get_peft_model_state_dict(backbone.transformer).items()}
     backbone.save_lora(tmp_path / "lora", state)
+    saved = load_file(tmp_path / "lora" / WEIGHTS)
+    for key, value in state.items():
+        expected = value if "lora_A" in key else (1.5 * value.double()).to(dtype)
+        assert saved[f"transformer.{key}"].dtype == dtype and torch.equal(saved[f"transformer.{key}"], expected)
     there = convert(tmp_path / "lora", tmp_path / "there", "kohya")
     assert all(value.dtype == (torch.float32 if "alpha" in key else dtype) for key, value in there.items())
     back = convert(tmp_path / "there", tmp_path / "back", "diffusers")
-    assert {key.removeprefix("transformer.") for key in back} == state.keys()
-    assert all(
-        back[f"transformer.{key}"].dtype == dtype and torch.equal(back[f"transformer.{key}"], v) for key, v in state.items()
-    )
+    assert back.keys() == saved.keys() and len(back) == len(state)
+    assert all(back[key].dtype == dtype and torch.equal(back[key], value) for key, value in saved.items())
 
 
 @pytest.mark.parametrize("form", ["kohya", "comfyui"])
