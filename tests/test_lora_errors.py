@@ -46,6 +46,11 @@ BROKEN = {
     ),
     "overflow": (pair(b=torch.full((64, 4), 3e38)), None, rf"{LAYER}: values of its update reach inf"),
     "too large by alpha": (kohya(torch.tensor(1e9)), None, rf"{KOHYA}: values of its update reach 1e\+09"),
+    "too large for its dtype": (
+        pair(a=torch.full((4, 64), 1e-4), b=torch.full((64, 4), 6e4, dtype=torch.float16)),
+        settings(lora_alpha=8),
+        rf"{LAYER}: with its scale 2 in lora_B, values are too large for torch.float16",
+    ),
     "alpha NaN": (kohya(torch.tensor(NAN)), None, rf"{KOHYA}.alpha is nan; expected a positive finite number"),
     "alpha infinite": (kohya(torch.tensor(INF)), None, rf"{KOHYA}.alpha is inf"),
     "alpha 0": (kohya(torch.tensor(0)), None, rf"{KOHYA}.alpha is 0"),

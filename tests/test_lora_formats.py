@@ -467,6 +467,19 @@ def test_the_same_bytes_in_every_process_and_the_usual_mode(models, tmp_path):
     assert len(contents) == 1
 
 
+def test_a_run_that_diverged_is_saved_all_the_same(load, tmp_path):
+    """Nothing of a run may be lost at its end; reading it is refused."""
+    backbone = load("flux")
+    train(backbone, None, 4, 8.0)
+    state = get_peft_model_state_dict(backbone.transformer)
+    name = "transformer_blocks.0.attn.to_q.lora_B.weight"
+    state[name] = torch.full_like(state[name], float("nan"))
+    backbone.save_lora(tmp_path / "lora", state)
+    assert load_file(tmp_path / "lora" / WEIGHTS)[f"transformer.{name}"].isnan().all()
+    with pytest.raises(SystemExit, match=f"transformer.{name}: 256 of its values are NaN"):
+        convert(tmp_path / "lora", tmp_path / "out", "kohya")
+
+
 def test_which_model_is_asked_for_only_where_names_cannot_tell(load, trained, tmp_path):
     state = load_file(trained("qwen-edit-plus", "default")[0] / WEIGHTS)
     file = tmp_path / "lora.safetensors"

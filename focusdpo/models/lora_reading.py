@@ -187,3 +187,5 @@ def _check_size(stem: str, update: Update) -> None:
             f"{stem}: values of its update reach {size:.3g}; expected at most {MAX_UPDATE:g}, the largest number of fp16; "
             "the file, its training, or its alpha is broken"
         )
+    if update.scale * update.b.abs().max().item() > torch.finfo(update.b.dtype).max:
+        raise ValueError(f"{stem}: with its scale {update.scale:g} in lora_B, values are too large for {update.b.dtype}")

@@ -150,7 +150,7 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         _require(self.rank >= 1, "lora.rank", self.rank, "at least 1")
-        _require(self.alpha > 0, "lora.alpha", self.alpha, "a positive number")
+        _require(0 < self.alpha < math.inf, "lora.alpha", self.alpha, "a positive number")
         _require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "0 <= dropout < 1")
         targets = self.target_modules
         named = targets is None or (len(targets) > 0 and all(targets))
