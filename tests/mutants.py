@@ -28,7 +28,10 @@ MUTATED = (
     "focusdpo/training/times.py",
     "focusdpo_kernels/reference.py",
 )
-TESTS = "step times loss peers mask features similarity matching entropy residual errors qwen cache".split()
+TESTS = (
+    *("step", "times", "loss", "peers", "mask", "features", "similarity", "matching", "entropy", "residual", "errors"),
+    *("qwen", "cache"),
+)
 WANTED = 0.95
 KILLED = ("killed", "timeout", "segfault")
 SETTINGS = f"""

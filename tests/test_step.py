@@ -16,7 +16,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.nn import functional as F
 
-from focusdpo.data import PairBatch
+from focusdpo.data import Encodings, LongestSide, PairBatch
 from focusdpo.demo.tiny_flux import write_tiny_flux
 from focusdpo.models import Flux1, TokenLayout
 from focusdpo.training.adapter import add_adapter
@@ -566,3 +566,74 @@ def test_a_block_that_is_not_there_is_refused(models):
     for layers in ([0, 4], [-1]):
         with pytest.raises(ValueError, match=rf"focus.layers: the model has blocks 0 to 3, got {layers[-1]}"):
             PreferenceStep(models.ours, FocusConfig(layers=layers), LossConfig())
+
+
+def test_one_prior_for_all_subjects(models, batch):
+    """[B, H, W] is the union that several priors make."""
+    union = dataclasses.replace(batch, prior=batch.prior.any(1))
+    for name in ("prior", "detail", "prior's count"):
+        step = PreferenceStep(models.ours, *settings(name))
+        one, several = (step(pairs, torch.Generator().manual_seed(SEED)).output for pairs in (union, batch))
+        if name == "prior's count":  # of the union, not of each subject's own
+            assert not torch.equal(one.loss, several.loss)
+        else:
+            assert torch.equal(one.loss, several.loss) and torch.equal(one.margin, several.margin)
+
+
+def test_kept_encodings_give_the_same_bits(models, batch):
+    """What data.cache kept of a pair stands for its images and its prompt."""
+    ours, encodings = models.ours, []
+    for i, prompt in enumerate(batch.prompts):
+        images = [batch.winner[i], batch.loser[i], *(one[i] for one in batch.references)]
+        winner, loser, *references = (ours.encode_images(image[None])[0] for image in images)
+        kept = {name: value[0] for name, value in ours.encode_prompts([prompt]).tensors.items()}
+        encodings.append(Encodings(winner, loser, tuple(references), kept))
+    blank = dataclasses.replace(batch, prompts=["?"] * PAIRS, loser=batch.winner, encodings=tuple(encodings))
+    step = PreferenceStep(ours, *settings("detail"))
+    direct, cached = (step(pairs, torch.Generator().manual_seed(SEED)).output for pairs in (batch, blank))
+    assert all(torch.equal(a, b) for a, b in zip(direct, cached, strict=True))
+    in_half = dataclasses.replace(encodings[0], winner=encodings[0].winner.bfloat16(), prompt={
+        name: value.bfloat16() for name, value in encodings[0].prompt.items()
+    })  # fmt: skip
+    half = dataclasses.replace(blank, encodings=(in_half, *encodings[1:]))
+    noised = step.noise(half, torch.Generator().manual_seed(SEED))
+    assert noised.tokens.dtype == torch.float32 and {x.dtype for x in noised.prompts.tensors.values()} == {torch.float32}
+
+
+def test_prompts_are_encoded_once(models, batch, monkeypatch):
+    """By their text and by what the encoder sees of the references; the one that was used first is forgotten first."""
+    step, calls, encode = PreferenceStep(models.ours, *settings("default")), [], models.ours.encode_prompts
+
+    def recorded(prompts, references=()):
+        calls.append((list(prompts), [tuple(image.shape) for image in references]))
+        return encode(prompts)
+
+    monkeypatch.setattr(models.ours, "encode_prompts", recorded)
+    first = step.condition(batch).prompts
+    assert calls == [([prompt], []) for prompt in batch.prompts]
+    assert all(torch.equal(x, step.condition(batch).prompts.tensors[name]) for name, x in first.tensors.items())
+    assert len(calls) == 3
+    monkeypatch.setattr("focusdpo.training.step.KEPT_PROMPTS", 3)
+    again = dataclasses.replace(batch, prompts=[batch.prompts[0], "new", batch.prompts[0]])
+    step.condition(again)
+    assert calls[3:] == [(["new"], [])]
+    step.condition(batch)
+    assert [prompts for prompts, _ in calls[4:]] == [[batch.prompts[1]]], "of four, the one that was used first had gone"
+
+    # A text encoder that sees the references: theirs and no other pair's, each in its own size.
+    monkeypatch.setattr(type(models.ours), "prompt_rule", LongestSide(16))
+    with pytest.raises(ValueError, match=r"batch.prompt_images: got those of 0 pairs; expected 3"):
+        step.condition(batch)
+    shown = tuple((torch.rand(3, 8 + i, 9), torch.rand(3, 10, 11)) for i in range(PAIRS))
+    seeing = dataclasses.replace(batch, prompts=["a", "a", "a"], prompt_images=shown)
+    del calls[:]
+    step.condition(seeing)
+    assert calls == [(["a"], [(1, 3, 8 + i, 9), (1, 3, 10, 11)]) for i in range(PAIRS)]
+    step.condition(seeing)
+    other = dataclasses.replace(seeing, prompt_images=(shown[0], (shown[1][0], shown[1][1] + 0.1), shown[2]))
+    step.condition(other)
+    assert len(calls) == 4, "another picture is another prompt"
+    turned = (shown[0], (shown[1][0].transpose(1, 2).reshape(3, 9, 9), shown[1][1]), shown[2])
+    reshaped = tuple((pair[0].reshape(3, -1, 3), pair[1]) for pair in turned)
+    step.condition(dataclasses.replace(seeing, prompt_images=reshaped))
+    assert len(calls) == 7, "the same values in another shape are another picture"

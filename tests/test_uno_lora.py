@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import FluxPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -322,6 +323,34 @@ def config(tiny_flux, tiny_pairs, uno_file, tmp_path):
         mixed_precision="no",
         cpu=True,
     )
+
+
+@pytest.mark.parametrize("form", ["UNO's", "diffusers'", "another"])
+def test_samples_are_made_as_uno_makes_them(config, uno_file, tmp_path, form):
+    """Guidance 4 and the mu of UNO's own schedule, 0.459 at 512 px, whatever the format of its LoRA; else FLUX.1's."""
+    if form != "UNO's":
+        convert(uno_file, tmp_path / "converted")
+        config.model.base_lora = str(tmp_path / "converted")
+    if form == "another":
+        file = tmp_path / "converted" / "pytorch_lora_weights.safetensors"
+        save_file({name: value for name, value in load_file(file).items() if "proj_out" not in name}, file)
+    model = Trainer(config).backbone
+    width = height = 512
+    tokens = (width // 8) * (height // 8) // (16 * 16)  # as UNO's pipeline counts
+    mu = 0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256)
+    assert mu == pytest.approx(0.459, abs=1e-3)
+    expected = (4.0, mu) if form != "another" else (3.5, 0.5 + (1024 - 256) * 0.65 / 3840)
+    assert model.default_scales() == (expected[0], 1.0)
+    assert model.time_shift(1024, 25) == pytest.approx(expected[1])
+    model.pipeline.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    assert model.training_shift(1024) == pytest.approx(math.exp(0.63), rel=1e-3), "trained as UNO was"
+    seen = []
+    predict = model.predict
+    model.predict = lambda tokens, t, *rest: seen.append((model.guidance, float(t[0]))) or predict(tokens, t, *rest)
+    layout = TokenLayout((32, 32), ())
+    model.sample(torch.randn(1, 1024, 16), model.encode_prompts(["a"]), torch.zeros(1, 0, 16), layout, steps=2, guidance=4.0)
+    shift = math.exp(expected[1])
+    assert seen == [(4.0, 1.0), (4.0, pytest.approx(shift * 0.5 / (1 + (shift - 1) * 0.5), rel=1e-5))]
 
 
 def test_training_on_top(config, tiny_flux, uno_file, tmp_path):

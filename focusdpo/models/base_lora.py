@@ -38,7 +38,7 @@ def check_base_lora(path: str, backbone: str | None = None) -> None:
 
 
 @torch.no_grad()
-def merge_base_lora(pipeline: Any, path: str, scale: float) -> None:
+def merge_base_lora(pipeline: Any, path: str, scale: float) -> list[str]:
     """Adds a LoRA to the transformer's weights: W + scale * alpha / rank * B A.
 
     The sum is formed in fp32 and rounded once, to the weights' dtype: adapters loaded under bf16 weights are rounded to bf16
@@ -48,6 +48,9 @@ def merge_base_lora(pipeline: Any, path: str, scale: float) -> None:
         pipeline: a diffusers pipeline without adapters; its transformer is changed in place.
         path: file or folder, in any form that `read_lora` knows.
         scale: factor of the whole update.
+
+    Returns:
+        Names of the layers that it changed.
 
     Raises:
         ValueError: names what fits no layer of the transformer, or is no plain LoRA.
@@ -59,6 +62,7 @@ def merge_base_lora(pipeline: Any, path: str, scale: float) -> None:
         update = lora.layers[name]
         a, b = (value.to(layer.weight.device, torch.float32) for value in (update.a, update.b))
         layer.weight.copy_(layer.weight.float() + scale * update.scale * (b @ a))
+    return list(layers)
 
 
 def _matching_layers(transformer: nn.Module, lora: Lora, where: str) -> dict[str, nn.Linear]:

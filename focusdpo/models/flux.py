@@ -28,6 +28,7 @@ from torch import Tensor
 from focusdpo.data.images import PATCH_SIZE, Size, centre_cut, to_pixels
 from focusdpo.data.references import ReferenceRule
 from focusdpo.models.base import Backbone, PromptEmbeddings, TokenLayout
+from focusdpo.models.uno_lora import has_unos_layers
 
 
 def position_ids(layout: TokenLayout) -> Tensor:
@@ -162,8 +163,18 @@ class Flux1(Backbone):
         )[0]
         return velocity[:, : layout.num_target]
 
+    @property
+    def _is_uno(self) -> bool:
+        """Whether UNO's LoRA is in the weights."""
+        return has_unos_layers(self.merged_layers)
+
     def default_scales(self) -> tuple[float, float]:
-        return 3.5, 1.0
+        return 4.0 if self._is_uno else 3.5, 1.0
+
+    def time_shift(self, tokens: int, steps: int) -> float:
+        # UNO's pipeline reckons mu of (width / 8) (height / 8) / 256 tokens where there are four times 16 as many: 0.459 at
+        # 512 px, where FLUX.1's is 0.63. Its training has FLUX.1's.
+        return super().time_shift(tokens // 64 if self._is_uno else tokens, steps)
 
     def tap_paths(self) -> list[str]:
         double = [f"transformer_blocks.{i}" for i in range(len(self.transformer.transformer_blocks))]

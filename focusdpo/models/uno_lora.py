@@ -61,6 +61,13 @@ def is_uno(names: Iterable[str]) -> bool:
     return any(_UNO_BLOCK.match(name) for name in names)
 
 
+def has_unos_layers(layers: Iterable[str]) -> bool:
+    """Whether a LoRA's layers, by diffusers' names, are all that UNO trains in a block, and no others, in any format."""
+    names = {f"transformer.{layer}.lora_A.weight" for layer in layers}
+    parts = _parts_of(names, _DIFFUSERS_BLOCK)
+    return bool(names) and names == {_diffusers_keys(block, layer)[0] for block, part in parts for layer in part.layers}
+
+
 def check_uno(shapes: Shapes) -> int:
     """The rank of a LoRA in UNO's format, given the shapes of its matrices by name.
 

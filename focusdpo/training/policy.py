@@ -26,7 +26,7 @@ def add_policy(backbone: Backbone, config: TrainConfig, checkpoint: Path | None,
         device: where quantised weights are made.
     """
     if config.model.base_lora is not None:
-        merge_base_lora(backbone.pipeline, config.model.base_lora, config.model.base_lora_scale)
+        backbone.merged_layers = merge_base_lora(backbone.pipeline, config.model.base_lora, config.model.base_lora_scale)
     if config.model.quantization is not None:
         quantize(backbone, config.model.quantization, device)
     add_adapter(backbone, config.lora, config.seed)
