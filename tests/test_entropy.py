@@ -49,6 +49,25 @@ def test_kde(backend, dtype, channels, patch, bins, sigma):
     torch.testing.assert_close(actual.double().cpu(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=3e-6)
 
 
+@pytest.mark.parametrize(("method", "sigma"), [("kde", 0.05), ("histogram", 0.01)])
+def test_in_float64(method, sigma):
+    images = torch.rand(2, 3, 16, 24, dtype=torch.float64, device=DEVICE)
+    actual = patch_entropy(images, 8, bins=20, sigma=sigma, method=method)
+    if method == "kde":
+        expected = [[kde_entropy(p, 20, sigma) for p in image] for image in gray_patches(images, 8)]
+    else:
+        expected = [[shannon_entropy(np.floor(p * 20), base=math.e) for p in image] for image in gray_patches(images, 8)]
+    assert actual.dtype == torch.float64
+    torch.testing.assert_close(actual.cpu(), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_image_of_one_patch_has_no_complexity(backend):
+    images = torch.rand(3, 1, 16, 16, device=DEVICE)
+    assert patch_entropy(images, 16, backend=backend).min() > 1
+    assert patch_entropy(images, 16, normalize=True, backend=backend).tolist() == [[0.0]] * 3
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bins", [16, 32, 256])
 def test_histogram_is_scikit_images_entropy(backend, bins):

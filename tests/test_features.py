@@ -43,9 +43,9 @@ class Blocks(nn.Module):
         return image
 
 
-def tapped(model, image, mask, rows=slice(None), paths=("blocks.0", "blocks.2"), backend=None):
-    options = {"image_tokens": lambda output: output[1], "num_target": 5, "reference_mask": mask, "backend": backend}
-    return SimilarityTap(model, paths, rows=rows, **options)
+def tapped(model, image, mask, rows=slice(None), paths=("blocks.0", "blocks.2"), **more):
+    options = {"image_tokens": lambda output: output[1], "num_target": 5, "reference_mask": mask}
+    return SimilarityTap(model, paths, rows=rows, **options, **more)
 
 
 @pytest.mark.parametrize(("reentrant", "recomputed"), [(None, ()), (True, (0,)), (False, (0,)), (False, (0, 1, 2))])
@@ -61,6 +61,19 @@ def test_streams_what_the_kernels_compute_at_once(reentrant, recomputed):
     layers = [model.seen[0][:2], model.seen[2][:2]]
     expected = cross_layer_similarity([h[:, :5] for h in layers], [h[:, 5:] for h in layers], mask)
     torch.testing.assert_close(tap.scores(), expected)
+
+
+@pytest.mark.parametrize("pooling", ["reference", "max"])
+def test_blocks_of_unequal_weight(pooling):
+    model, mask, image = Blocks(), torch.rand(2, 3, 4) > 0.3, torch.randn(2, 9, 8)
+    with tapped(model, image, mask, layer_weights=[3.0, 0.5], pooling=pooling) as tap, torch.no_grad():
+        model(image)
+    layers = [model.seen[0], model.seen[2]]
+    options = {"layer_weights": [3.0, 0.5], "pooling": pooling}
+    expected = cross_layer_similarity([h[:, :5] for h in layers], [h[:, 5:] for h in layers], mask, **options)
+    torch.testing.assert_close(tap.scores(), expected)
+    alike = cross_layer_similarity([h[:, :5] for h in layers], [h[:, 5:] for h in layers], mask, pooling=pooling)
+    assert not torch.allclose(expected, alike, atol=1e-3)
 
 
 def test_hooks_are_removed_even_after_an_error():
@@ -88,7 +101,10 @@ def test_serves_one_pass():
     model, mask = Blocks(), torch.ones(2, 1, 4)
     with tapped(model, None, mask) as tap:
         model(torch.randn(2, 9, 8))
-    with pytest.raises(RuntimeError, match="has served a forward pass already; make a new one"), tap:
+    with (
+        pytest.raises(RuntimeError, match="^SimilarityTap: it has served a forward pass already; make a new one for each$"),
+        tap,
+    ):
         pass
 
 
@@ -109,15 +125,23 @@ def test_blocks_compiled_one_by_one(backend):
 
 def test_refusals():
     model, mask = Blocks(), torch.ones(2, 1, 4)
-    with pytest.raises(ValueError, match=r"paths: the model has no block 'blocks.7'; its children are blocks"):
+    model.last = nn.Identity()
+    with pytest.raises(ValueError, match=r"^paths: the model has no block 'blocks.7'; its children are blocks, last$"):
         tapped(model, None, mask, paths=("blocks.7",))
-    with pytest.raises(ValueError, match="paths: no block to tap"):
+    with pytest.raises(ValueError, match="^paths: no block to tap; name at least one$"):
         tapped(model, None, mask, paths=())
-    with pytest.raises(ValueError, match="named twice"):
+    with pytest.raises(ValueError, match="^paths: a block is named twice in .'blocks.0', 'blocks.0'.$"):
         tapped(model, None, mask, paths=("blocks.0", "blocks.0"))
+    with pytest.raises(ValueError, match="^layer_weights: got 1 weights for 2 blocks$"):
+        tapped(model, None, mask, layer_weights=[1.0])
+    with pytest.raises(ValueError, match="none such"), tapped(model, None, mask, backend="none such"):
+        model(torch.randn(2, 9, 8))
     with tapped(model, None, mask) as tap:
         pass
-    with pytest.raises(RuntimeError, match="did not run inside the context: blocks.0, blocks.2"):
+    message = (
+        "these blocks did not run inside the context: blocks.0, blocks.2; run the model once inside it, and if it is compiled"
+    )
+    with pytest.raises(RuntimeError, match=f"^SimilarityTap: {message}, compile block by block$"):
         tap.scores()
 
 
