@@ -1,10 +1,10 @@
 """Backbones, one file each."""
 
-from focusdpo.models.base import Backbone, PromptEmbeddings, TokenLayout, at_times
+from focusdpo.models.base import Backbone, PromptEmbeddings, TokenLayout
 from focusdpo.models.flux import Flux1, Kontext
 from focusdpo.models.flux2 import Flux2
 from focusdpo.models.qwen import QwenEditPlus
 
 BACKBONES: dict[str, type[Backbone]] = {model.name: model for model in (Flux1, Kontext, Flux2, QwenEditPlus)}
 
-__all__ = ["BACKBONES", "Backbone", "Flux1", "Flux2", "Kontext", "PromptEmbeddings", "QwenEditPlus", "TokenLayout", "at_times"]
+__all__ = ["BACKBONES", "Backbone", "Flux1", "Flux2", "Kontext", "PromptEmbeddings", "QwenEditPlus", "TokenLayout"]

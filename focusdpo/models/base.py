@@ -106,12 +106,6 @@ class PromptEmbeddings:
         return PromptEmbeddings({k: pad_sequence([one.tensors[k][0] for one in single], batch_first=True) for k in names})
 
 
-def at_times(clean: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """E2: x_t = (1 - t) x_0 + t eps and its velocity eps - x_0, of tokens [B, P, C] at times t [B]."""
-    t = t[:, None, None]
-    return (1 - t) * clean + t * noise, noise - clean
-
-
 class Backbone(abc.ABC):
     """A pretrained image model that takes reference images as extra tokens.
 

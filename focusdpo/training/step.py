@@ -16,10 +16,10 @@ from focusdpo.data.images import PATCH_SIZE
 from focusdpo.features import SimilarityTap, pool_mask, reference_token_mask
 from focusdpo.loss import FocusDPOOutput, focus_dpo_loss
 from focusdpo.mask import FocusMask, focus_mask
-from focusdpo.models import Backbone, PromptEmbeddings, TokenLayout, at_times
+from focusdpo.models import Backbone, PromptEmbeddings, TokenLayout
 from focusdpo.training.adapter import reference_model
 from focusdpo.training.config import FocusConfig, LossConfig
-from focusdpo.training.times import draw_times
+from focusdpo.training.times import at_times, draw_times
 
 Which = Literal["policy", "reference"]
 

@@ -1,4 +1,4 @@
-"""How times t of training pairs are drawn (E2)."""
+"""Times t of training pairs: how they are drawn, and where they bring a pair (E2)."""
 
 from __future__ import annotations
 
@@ -31,3 +31,9 @@ def draw_times(loss: LossConfig, generator: torch.Generator, turns: Sequence[int
         scheme, count, logit_mean=loss.logit_mean, logit_std=loss.logit_std, generator=generator
     )
     return t if shift == 1 else shift * t / (1 + (shift - 1) * t)
+
+
+def at_times(clean: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """E2: x_t = (1 - t) x_0 + t eps and its velocity eps - x_0, of tokens [B, P, C] at times t [B]."""
+    t = t[:, None, None]
+    return (1 - t) * clean + t * noise, noise - clean

@@ -14,7 +14,8 @@ from focusdpo.experiments.microcosm.learning import learn
 from focusdpo.experiments.microcosm.scenes import prompt_of
 from focusdpo.experiments.microcosm.subjects import Identity
 from focusdpo.experiments.microcosm.world import VIEWS, World
-from focusdpo.models import Backbone, PromptEmbeddings, TokenLayout, at_times
+from focusdpo.models import Backbone, PromptEmbeddings, TokenLayout
+from focusdpo.training.times import at_times
 
 EMA_DECAY = 0.995
 
