@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,11 +56,12 @@ def tiny_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("data") / "pairs", 8, 96, seed=0)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def fresh_accelerate() -> Iterator[None]:
-    """Forgets accelerate's global state after a test that trains."""
-    from accelerate.state import AcceleratorState, GradientState
-
+    """Forgets accelerate's global state after each test that made some."""
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    if "accelerate.state" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()

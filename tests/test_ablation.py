@@ -32,7 +32,7 @@ from tests.backbones import pair_batch
 
 
 @pytest.fixture
-def run(tmp_path, tiny_flux, tiny_pairs, fresh_accelerate):
+def run(tmp_path, tiny_flux, tiny_pairs):
     return TrainConfig(
         model=ModelConfig(path=str(tiny_flux), dtype="fp32", max_sequence_length=16, gradient_checkpointing=False),
         data=DataConfig(
@@ -112,7 +112,6 @@ def test_grids(run, settings):
     assert [change.name for change in changes_of(without, run)] == ["dpo", "mask_from=winner", "mask_from=each"]
 
 
-@pytest.mark.usefixtures("fresh_accelerate")
 def test_every_variant_and_grid_is_trained(run, settings, tmp_path):
     run.max_steps = 2
     grids = ["tau", "gamma", "match_count", "layers", "mask_from", "feature_source"]
@@ -132,7 +131,7 @@ def test_every_variant_and_grid_is_trained(run, settings, tmp_path):
     assert all(change.label in page for change in changes_of(config, run)), "a row each"
 
 
-def test_yardsticks_by_hand(run, fresh_accelerate):
+def test_yardsticks_by_hand(run):
     """Errors by region from the model's own predictions, whatever mask it is trained under."""
     trainer = Trainer(dataclasses.replace(run, focus=FocusConfig(mask="none")))
     for name, parameter in trainer.module.named_parameters():

@@ -268,7 +268,6 @@ def rows_of(config):
     return [{k: v for k, v in row.items() if k not in ("pairs_per_second", "peak_memory_mib")} for row in rows]
 
 
-@pytest.mark.usefixtures("fresh_accelerate")
 def test_a_run_leaves_out_and_reports(config, tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="focusdpo")
     trainer = Trainer(config)
@@ -298,7 +297,6 @@ def test_a_run_leaves_out_and_reports(config, tmp_path, caplog):
         assert rows_of(config) == expected
 
 
-@pytest.mark.usefixtures("fresh_accelerate")
 def test_reported_before_a_model_is_loaded(config, tmp_path):
     config.model.path = "nobody/no-such-model"
     with pytest.raises(ValueError, match="nobody/no-such-model"):

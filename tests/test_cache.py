@@ -23,8 +23,6 @@ from focusdpo.training.metrics import read_metrics
 from focusdpo.training.tensor_files import TensorFiles
 from focusdpo.training.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
 
 @pytest.fixture(scope="module")
 def tiny_pairs(tmp_path_factory):

@@ -242,7 +242,6 @@ def test_preference_step(load, kind, tiny_pairs):
     check_first_step(load(kind), tiny_pairs)
 
 
-@pytest.mark.usefixtures("fresh_accelerate")
 def test_training_run(folders, tiny_pairs, tmp_path):
     model = ModelConfig(path=str(folders["klein"]), backbone="flux2", dtype="fp32", max_sequence_length=TEXT)
     check_training_run(model, tiny_pairs, tmp_path / "run", target_modules=["to_q", "to_qkv_mlp_proj"])

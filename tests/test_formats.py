@@ -128,7 +128,6 @@ def test_every_format_has_the_same_pairs(tiny_pairs, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.usefixtures("fresh_accelerate")
 def test_training_gives_the_same_numbers(config, tiny_pairs, tmp_path, kind):  # noqa: F811
     """Batches, exact resume in the middle of an epoch, loader's workers and cache: to the bit as from pairs.jsonl."""
     config.max_steps, config.checkpoint_every = 5, 3
@@ -146,7 +145,6 @@ def test_training_gives_the_same_numbers(config, tiny_pairs, tmp_path, kind):  #
     assert sorted((tmp_path / "cache").rglob("*.safetensors")) == encoded, "the cache knows images by content"
 
 
-@pytest.mark.usefixtures("fresh_accelerate")
 def test_other_shards_are_not_resumed(config, tiny_pairs, tmp_path):  # noqa: F811
     path = write_format("shards", tiny_pairs, tmp_path / "shards")
     config.data.train, config.max_steps = str(path), 2

@@ -270,7 +270,7 @@ def rows_and_lora(folder):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointing"])
-def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, request, checkpointing, fresh_accelerate):
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, request, checkpointing):
     for package in ("diffusers", "accelerate", "peft", "transformers", "skimage"):
         pytest.importorskip(package)
     from accelerate.state import AcceleratorState

@@ -85,7 +85,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(config):
 
 
 @pytest.fixture
-def accelerator(fresh_accelerate):
+def accelerator():
     return Accelerator(cpu=True)
 
 

@@ -161,7 +161,6 @@ def test_preference_step(backbone, tiny_pairs):
     check_first_step(backbone, tiny_pairs)
 
 
-@pytest.mark.usefixtures("fresh_accelerate")
 def test_training_run(folder, tiny_pairs, tmp_path):
     model = ModelConfig(path=str(folder), backbone="kontext", dtype="fp32", max_sequence_length=TEXT)
     assert type(check_training_run(model, tiny_pairs, tmp_path / "run")) is Kontext

@@ -25,8 +25,6 @@ from focusdpo.training.memory import advice, estimate
 from focusdpo.training.step import PreferenceStep
 from focusdpo.training.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
 
 @pytest.fixture
 def config(tiny_flux, tiny_pairs, tmp_path):

@@ -148,7 +148,7 @@ def results_of(folder):
     return found["results"], found["table"]
 
 
-def test_the_whole_command_also_when_killed(tmp_path, fresh_accelerate):
+def test_the_whole_command_also_when_killed(tmp_path):
     """Killed with SIGKILL whenever a stage has begun, and run to its end: the same numbers as without."""
     folder, environment = tmp_path / "whole", os.environ | {"OMP_NUM_THREADS": "1"}
     arguments = ["--size", "smoke", "--out", str(folder), "--variants", "base", "focus", "--seeds", "0", "--cpu", "true"]

@@ -31,12 +31,6 @@ def fresh():
     GradientState._reset_state()
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    fresh()
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A folder with a model, pairs, and a run of one step."""

@@ -37,8 +37,6 @@ from focusdpo.training.metrics import read_metrics
 from focusdpo.training.model_card import KOHYAS, write_model_card
 from focusdpo.training.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
 
 @pytest.fixture(scope="module")
 def tiny_pairs(tmp_path_factory):

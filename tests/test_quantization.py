@@ -22,7 +22,6 @@ from focusdpo.training.metrics import read_metrics
 from focusdpo.training.optimizers import build_optimizer, check_optimizer
 from focusdpo.training.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 CPU = torch.device("cpu")
 
 

@@ -201,7 +201,6 @@ def test_prompts_are_encoded_once_for_what_their_encoder_sees(backbone, tiny_flu
     assert encoded(Flux1.from_pretrained(str(tiny_flux), dtype=torch.float32)) == (1, True)
 
 
-@pytest.mark.usefixtures("fresh_accelerate")
 def test_training_run(folders, tiny_pairs, tmp_path, monkeypatch):
     # One pair with two prompts, so that they share a batch.
     record = json.loads(tiny_pairs.read_text().splitlines()[0])

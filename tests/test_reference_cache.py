@@ -16,8 +16,6 @@ from focusdpo.training.metrics import read_metrics
 from focusdpo.training.step import PreferenceStep
 from focusdpo.training.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):

@@ -368,7 +368,6 @@ class KilledError(Exception):
     pass
 
 
-@pytest.mark.usefixtures("fresh_accelerate")
 def test_alarms_and_environment_of_a_resumed_run(config, tmp_path, monkeypatch):
     """Killed at an alarm beyond its checkpoint, a run ends with the alarms of one that never stopped, and knows both starts."""
     monkeypatch.setattr(health, "WINDOW", 2)

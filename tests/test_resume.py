@@ -26,8 +26,6 @@ from focusdpo.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
 
 @pytest.fixture
 def config(tiny_flux, tiny_pairs, tmp_path):

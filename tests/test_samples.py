@@ -26,8 +26,6 @@ from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, ModelC
 from focusdpo.training.metrics import read_metrics
 from focusdpo.training.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
 
 @pytest.fixture(scope="module")
 def tiny_pairs(tmp_path_factory):

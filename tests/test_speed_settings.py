@@ -27,8 +27,6 @@ from focusdpo.training.trainer import Trainer
 
 LORA = LoraConfig(rank=4, alpha=8, target_modules=["to_q", "to_k", "to_v"])
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():

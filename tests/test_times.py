@@ -110,7 +110,6 @@ def test_options_and_files_take_lists(tmp_path):
     assert loss.shift == 3.0
 
 
-@pytest.mark.usefixtures("fresh_accelerate")
 def test_turns_of_a_run(tiny_flux, tiny_pairs, tmp_path):
     """Four batches a step go through all four times; the next epoch begins one further; a resume goes on where it was."""
     config = TrainConfig(

@@ -32,7 +32,6 @@ def config(tiny_flux, tmp_path):
     )
 
 
-@pytest.mark.usefixtures("fresh_accelerate")
 def test_an_offline_run(config, monkeypatch):
     wandb = pytest.importorskip("wandb", exc_type=ImportError)
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -21,8 +21,6 @@ from focusdpo.training.draws import generators
 from focusdpo.training.metrics import read_metrics
 from focusdpo.training.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
 
 @pytest.fixture
 def config(tiny_flux, tiny_pairs, tmp_path):

@@ -28,8 +28,6 @@ from tests.original_flux import MLP, D, Diffusers, Original, base_weights, load_
 RANK = 4
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
 
 def uno_lora(blocks=((0, 1), (0, 1)), rank=RANK, dtype=torch.float32, seed=1, std=0.2):
     """A random LoRA under UNO's names."""
