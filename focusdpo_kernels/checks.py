@@ -6,11 +6,17 @@ devices only; none waits for a device (the value range of images is looked at on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+METHODS = ("kde", "histogram")
+# exp(-x^2 / 2) stays a normal fp32 number up to here; a pixel must be this near (in sigmas) to some bin.
+MAX_SIGMAS = 13.0
+MAX_SIGMA = 1.0  # wider, and rounding is all that tells one patch's entropy from another's
+MAX_BINS = 256  # as many as there are gray values in 8 bits
 
 
 def describe(tensor: torch.Tensor) -> str:
@@ -160,13 +166,6 @@ def check_images(images: object, patch_size: int, check_range: bool | None) -> t
     return value
 
 
-METHODS = ("kde", "histogram")
-# exp(-x^2 / 2) stays a normal fp32 number up to here; a pixel must be this near (in sigmas) to some bin.
-MAX_SIGMAS = 13.0
-MAX_SIGMA = 1.0  # wider, and rounding is all that tells one patch's entropy from another's
-MAX_BINS = 256  # as many as there are gray values in 8 bits
-
-
 def check_estimator(method: str, bins: int, sigma: float, prefix: str = "") -> None:
     """The settings of E7's entropy fit each other; ValueError names them with `prefix` in front."""
     check_choice(f"{prefix}method", method, METHODS)
@@ -177,5 +176,6 @@ def check_estimator(method: str, bins: int, sigma: float, prefix: str = "") -> N
     if method == "kde" and not least <= sigma <= MAX_SIGMA:
         why = f"no more than {MAX_SIGMA:g}, the width of all gray values"
         if sigma < least:
-            why = f"at least {least:.2g} with {bins} bins, or a pixel between two of them would reach neither"
+            enough = math.ceil(least * 1e6) / 1e6  # rounded up, so that it is
+            why = f"at least {enough:g} with {bins} bins, or a pixel between two of them would reach neither"
         raise ValueError(f"{prefix}sigma: got {sigma!r}; expected {why}")

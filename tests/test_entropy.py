@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -59,6 +60,17 @@ def test_in_float64(method, sigma):
         expected = [[shannon_entropy(np.floor(p * 20), base=math.e) for p in image] for image in gray_patches(images, 8)]
     assert actual.dtype == torch.float64
     torch.testing.assert_close(actual.cpu(), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("bins", [2, 7, 32, 256])
+def test_the_sigma_that_an_error_recommends_is_taken(bins):
+    images = torch.rand(1, 1, 16, 16, device=DEVICE)
+    with pytest.raises(ValueError, match="expected at least") as error:
+        patch_entropy(images, 16, bins=bins, sigma=1e-6)
+    sigma = float(re.search(r"at least ([\d.e-]+)", str(error.value))[1])
+    assert patch_entropy(images, 16, bins=bins, sigma=sigma).isfinite().all()
+    with pytest.raises(ValueError, match="expected at least"):
+        patch_entropy(images, 16, bins=bins, sigma=0.98 * sigma)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

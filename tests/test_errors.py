@@ -45,7 +45,7 @@ CASES = {
     "image rank": (lambda: kernels.patch_entropy(IMAGES[0]), ValueError, r"images: expected a tensor \[B, 1 or 3, H, W\], got float32 \[3, 32, 48\]"),
     "patch size": (lambda: kernels.patch_entropy(IMAGES, 20), ValueError, "patch_size: 20 does not divide images of 32x48"),
     "bins": (lambda: kernels.patch_entropy(IMAGES, bins=1), ValueError, "bins: got 1; expected at least 2"),
-    "sigma": (lambda: kernels.patch_entropy(IMAGES, sigma=1e-4), ValueError, "sigma: got 0.0001; expected at least 0.0012 with 32 bins, or a pixel between two"),
+    "sigma": (lambda: kernels.patch_entropy(IMAGES, sigma=1e-4), ValueError, "sigma: got 0.0001; expected at least 0.001241 with 32 bins, or a pixel between two"),
     "wide sigma": (lambda: kernels.patch_entropy(IMAGES, sigma=1.5), ValueError, "sigma: got 1.5; expected no more than 1, the width"),
     "sigma that is none": (lambda: kernels.patch_entropy(IMAGES, sigma=float("nan")), ValueError, "sigma: got nan; expected no more"),
     "many bins": (lambda: kernels.patch_entropy(IMAGES, bins=257), ValueError, "bins: got 257; expected at most 256, the gray values"),

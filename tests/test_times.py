@@ -53,6 +53,15 @@ def test_diffusers_scripts_count_from_the_other_end():
     assert draw(LossConfig(logit_mean=0.5, shift=3.0)).mean() - theirs.mean() > 0.1
 
 
+def test_diffusers_scripts_without_a_density():
+    """FLUX.1 dev's scheduler shifts by the image's size in sampling alone: its times are even, whatever its own shift."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    u = compute_density_for_timestep_sampling("none", 200_000, generator=torch.Generator().manual_seed(1))
+    theirs = scheduler.sigmas[(u * scheduler.config.num_train_timesteps).long()]
+    at = torch.linspace(0.05, 0.95, 19)
+    torch.testing.assert_close(draw(LossConfig(times="uniform")).quantile(at), theirs.quantile(at), rtol=0, atol=5e-3)
+
+
 def test_unos_recipe():
     """Uniform over 1000 times from 0 to 1 under FLUX.1's shift at 512 px: a mean of 0.604."""
     mu = 0.5 + (1024 - 256) * (1.15 - 0.5) / (4096 - 256)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from focusdpo import cli
 from focusdpo.data import collate
-from focusdpo.models import Flux1, TokenLayout
+from focusdpo.models import Flux1, Kontext, TokenLayout
 from focusdpo.models.base_lora import check_base_lora, merge_base_lora
 from focusdpo.models.flux import position_ids
 from focusdpo.models.uno_lora import diffusers_to_uno, uno_to_diffusers
@@ -348,6 +348,9 @@ def test_samples_are_made_as_uno_makes_them(config, uno_file, tmp_path, form):
     layout = TokenLayout((32, 32), ())
     model.sample(torch.randn(1, 1024, 16), model.encode_prompts(["a"]), torch.zeros(1, 0, 16), layout, steps=2, guidance=4.0)
     shift = math.exp(expected[1])
+    other = Kontext(model.pipeline)
+    other.merged_layers = model.merged_layers
+    assert other.default_scales() == (3.5, 1.0), "another layout is not UNO's, whatever the LoRA"
     assert seen == [(4.0, 1.0), (4.0, pytest.approx(shift * 0.5 / (1 + (shift - 1) * 0.5), rel=1e-5))]
 
 

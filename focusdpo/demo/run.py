@@ -42,7 +42,6 @@ def train_config(config: DemoConfig, folder: Path) -> TrainConfig:
             validation=str(folder / "data" / "held_out"),
             resolution=config.resolution,
             reference_resolution=config.resolution // 2,
-            reference_resolution_multiple=config.resolution // 2,
             batch_size=config.batch_size,
             num_workers=0,
         ),

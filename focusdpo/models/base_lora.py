@@ -10,10 +10,9 @@ from torch import nn
 from focusdpo.files import checksum, hash_of
 from focusdpo.models.lora_keys import first
 from focusdpo.models.lora_names import FAMILIES
-from focusdpo.models.lora_reading import LORA_FILE, Lora, find_lora_file, read_lora
+from focusdpo.models.lora_reading import Lora, find_lora_file, read_lora
 from focusdpo.models.lora_settings import CONFIG_FILE
 
-__all__ = ["LORA_FILE", "base_lora_checksum", "check_base_lora", "merge_base_lora"]
 NAME = "model.base_lora"
 
 

@@ -165,8 +165,8 @@ class Flux1(Backbone):
 
     @property
     def _is_uno(self) -> bool:
-        """Whether UNO's LoRA is in the weights."""
-        return has_unos_layers(self.merged_layers)
+        """Whether a LoRA of exactly UNO's layers is in the weights: what in UNO's own layout is UNO's, or came of it."""
+        return self.name == Flux1.name and has_unos_layers(self.merged_layers)
 
     def default_scales(self) -> tuple[float, float]:
         return 4.0 if self._is_uno else 3.5, 1.0

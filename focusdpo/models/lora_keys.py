@@ -93,10 +93,10 @@ def families_of(
             f"(it is nearest to {nearest.name}); is it for another model?"
         )
     mapping: Any = (settings or {}).get("auto_mapping")
-    said = {metadata.get(FAMILY_KEY), mapping.get("base_model_class") if isinstance(mapping, dict) else None}
+    said = [metadata.get(FAMILY_KEY), mapping.get("base_model_class") if isinstance(mapping, dict) else None]
     pairs = {inner(stem): [shapes[keys[side]] for side in "ab"] for stem, keys in stems.items()}
     fits: tuple[Callable[[Family], bool], ...] = (
-        lambda family: bool({family.name, family.transformer} & said),
+        lambda family: family.name in said or family.transformer in said,
         lambda family: all(_has_shape(family, name, *shapes) for name, shapes in pairs.items()),
         lambda family: all(_in_range(family, name) for name in pairs),
     )
@@ -125,7 +125,7 @@ def name_backbone(families: Sequence[Family]) -> str:
 
 def _has_shape(family: Family, name: str, a: Sequence[int], b: Sequence[int]) -> bool:
     module = family.find(name)
-    return module is None or module.shape is None or len(a) != 2 or b[0] * module.shape[1] == a[1] * module.shape[0]
+    return module is None or module.shape is None or b[0] * module.shape[1] == a[1] * module.shape[0]
 
 
 def _in_range(family: Family, name: str) -> bool:

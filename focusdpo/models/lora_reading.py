@@ -22,7 +22,7 @@ from focusdpo.models.lora_fusion import Update, split
 from focusdpo.models.lora_keys import PEFT_PREFIX, check_backbone, families_of, first, inner, layer_keys
 from focusdpo.models.lora_names import Family, Module, family_of
 from focusdpo.models.lora_settings import PREFIX, check_alpha, folder_settings, metadata_settings, scale_of
-from focusdpo.models.uno_lora import check_uno, is_uno, uno_to_diffusers
+from focusdpo.models.uno_lora import is_uno, uno_to_diffusers
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name for it
 
@@ -99,16 +99,15 @@ def read_lora(name: str, path: str, backbone: str | None = None) -> Lora:
         with safe_open(file, framework="pt") as content:
             tensors = {key: content.get_tensor(key) for key in list(content.keys())}
             metadata = content.metadata() or {}
-        return (_read_uno if is_uno(shapes) else _read)(tensors, metadata, file.parent, backbone)
+        return _read_uno(tensors, backbone) if is_uno(shapes) else _read(tensors, metadata, file.parent, backbone)
     except ValueError as error:
         raise ValueError(f"{name}: {file}: {error}") from error
 
 
-def _read_uno(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], folder: Path, backbone: str | None) -> Lora:
+def _read_uno(tensors: Mapping[str, Tensor], backbone: str | None) -> Lora:
     families = check_backbone((family_of("flux"),), backbone)
-    check_uno({key: value.shape for key, value in tensors.items()})
-    _check_values(tensors)
     state = uno_to_diffusers(tensors)
+    _check_values(tensors)
     stems = sorted({key.rsplit(".lora_", 1)[0] for key in state})
     updates = {stem: Update(state[f"{stem}.lora_A.weight"], state[f"{stem}.lora_B.weight"]) for stem in stems}
     for stem, update in updates.items():
@@ -120,15 +119,17 @@ def _read(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], folder: Pa
     stems = layer_keys(tensors)
     is_peft = any(stem.startswith(PEFT_PREFIX) for stem in stems)
     settings = folder_settings(folder) if is_peft else metadata_settings(metadata)
-    families = families_of(stems, {key: value.shape for key, value in tensors.items()}, metadata, settings, backbone)
-    _check_values({keys[side]: tensors[keys[side]] for keys in stems.values() for side in "ab"})
-    layers: dict[str, Update] = {}
     for stem, keys in stems.items():
-        a, b = tensors[keys["a"]], tensors[keys["b"]]
+        a, b = (tensors[keys[side]] for side in "ab")
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not a.numel() or not b.numel():
             raise ValueError(
                 f"{stem}: lora_A is {list(a.shape)} and lora_B {list(b.shape)}; expected [rank, inputs] and [outputs, rank]"
             )
+    families = families_of(stems, {key: value.shape for key, value in tensors.items()}, metadata, settings, backbone)
+    _check_values({keys[side]: tensors[keys[side]] for keys in stems.values() for side in "ab"})
+    layers: dict[str, Update] = {}
+    for stem, keys in stems.items():
+        a, b = (tensors[keys[side]] for side in "ab")
         # Where nothing is said, every loader takes 1.
         scale = 1.0 if settings is None else scale_of(settings, inner(stem), a.shape[0])
         if "alpha" in keys:
@@ -184,7 +185,7 @@ def _check_size(stem: str, update: Update) -> None:
     size = update.scale * rows * columns
     if not size <= MAX_UPDATE:
         raise ValueError(
-            f"{stem}: values of its update reach {size:.3g}; expected at most {MAX_UPDATE:g}, the largest number of fp16; "
+            f"{stem}: values of its update may reach {size:.3g}; expected at most {MAX_UPDATE:g}, the largest number of fp16; "
             "the file, its training, or its alpha is broken"
         )
     if update.scale * update.b.abs().max().item() > torch.finfo(update.b.dtype).max:

@@ -117,7 +117,7 @@ def _adapter_config(layers: Mapping[str, Update], families: tuple[Family, ...]) 
 def _original(layers: Mapping[str, Update], family: Family, form: Form) -> dict[str, Tensor]:
     """The state dict under the original code's names."""
     state: dict[str, Tensor] = {}
-    for name, module in sorted({family.original(layer)[0]: family.original(layer)[1] for layer in layers}.items()):
+    for name, module in sorted(dict(map(family.original, layers)).items()):
         try:
             update = fuse([layers.get(layer) for layer in module.layers], module.rows)
         except ValueError as error:

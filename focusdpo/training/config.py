@@ -84,8 +84,8 @@ class DataConfig:
         validation: Held-out pairs, likewise; none are needed.
         resolution: Longest side of winner and loser in pixels; sides are cut to multiples of 16.
         reference_resolution: Longest side of a reference image in pixels. null brings references to size as the backbone's own
-            pipeline does: for kontext and qwen-edit-plus to about a megapixel, for flux2 to at most that. A number takes less
-            memory and time; 512 is a usual one.
+            pipeline does: for flux as UNO, to 512 px, or 320 px where there are several; for kontext and qwen-edit-plus to
+            about a megapixel, for flux2 to at most that, where a number such as 512 takes less memory and time.
         reference_resolution_multiple: Another longest side for pairs that have several references; null is
             reference_resolution's value, whatever it is.
         buckets: Aspect ratios such as ["1:1", "4:3", "3:4"]: winner and loser are cut at the centre to the nearest, so that
@@ -219,7 +219,7 @@ class LossConfig:
             winner and loser, added to keep the policy near.
         loser_scale: "sdpo" scales the loser's gradient so that the winner's error does not grow to first order, in each pair;
             "sdpo_batch" by one factor for all pairs of a batch, as Diffusion-SDPO's code does.
-        sdpo_mu: Share of the winner's descent that "sdpo" keeps, 0 to 1.
+        sdpo_mu: Share of the winner's descent that `loser_scale` keeps, 0 to 1.
         timestep_weight: "none" weights all times alike; "noise" weights by (1 - t)^2, which turns velocity errors into noise
             errors.
         draws: Times and noise of a pair come from this many fixed draws, another one each epoch; none draws anew each time.
@@ -263,6 +263,8 @@ class LossConfig:
             anchor = getattr(self, name)
             _require(math.isfinite(anchor) and anchor >= 0, f"loss.{name}", anchor, "0 or more")
         _require(0 <= self.sdpo_mu <= 1, "loss.sdpo_mu", self.sdpo_mu, "0 to 1")
+        scales = self.sdpo_mu == 0 or self.loser_scale is not None
+        _require(scales, "loss.sdpo_mu", self.sdpo_mu, "0 without loss.loser_scale")
         _require(self.draws is None or self.draws >= 1, "loss.draws", self.draws, "at least 1, or null")
         self._check_times()
 

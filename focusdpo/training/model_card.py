@@ -17,7 +17,7 @@ from PIL import Image
 from focusdpo.data import PairDataset
 from focusdpo.evaluation.curves import draw_curves
 from focusdpo.evaluation.sheets import stack
-from focusdpo.models.base_lora import LORA_FILE
+from focusdpo.models.lora_reading import LORA_FILE
 from focusdpo.training.config import DataConfig, ModelConfig, TrainConfig
 from focusdpo.training.metrics import read_metrics
 from focusdpo.training.run_folder import METRICS_FILE, SAMPLES_FOLDER, VALIDATION_FILE

@@ -58,13 +58,14 @@ def settings_of(config: TrainConfig, processes: int, train_set: PairDataset) -> 
     """
     model = config.model
     layouts = hash_of(*map(str, train_set.sizes))
+    scheduler = fingerprint(pipeline_folder(model.path, model.revision), ["scheduler"])[:16]
     is_constant = config.optim.scheduler.startswith("constant")
     return {
         **compared_settings(config),
         # Kept predictions were computed pair by pair, and are rounded otherwise than those of a batch.
         "data.reference_cache (whether there is one)": config.data.reference_cache is not None,
         "max_steps, which optim.scheduler depends on": None if is_constant else config.max_steps,
-        "loss.shift (the scheduler it comes from)": _scheduler_of(config) if config.loss.shift == "auto" else None,
+        "loss.shift (the scheduler it comes from)": scheduler if config.loss.shift == "auto" else None,
         "lora.target_modules": targets_of(config.lora, BACKBONES[model.backbone]),
         **model_contents(model),
         "data.train (its content)": content_checksum(config.data.train)[:16],
@@ -72,10 +73,6 @@ def settings_of(config: TrainConfig, processes: int, train_set: PairDataset) -> 
         "data.train (sizes of its images)": layouts[:16],
         "number of processes": processes,
     }
-
-
-def _scheduler_of(config: TrainConfig) -> str:
-    return fingerprint(pipeline_folder(config.model.path, config.model.revision), ["scheduler"])[:16]
 
 
 def model_contents(model: ModelConfig) -> dict[str, str | None]:

@@ -186,7 +186,6 @@ class PreferenceStep:
             backend=self.backend,
         )
 
-    @torch.no_grad()
     def reference(self, noised: Noised, batch: PairBatch) -> Reference:
         """Runs the reference model on a noised batch."""
         taps = self._taps_of_mask(noised, batch, "reference")
@@ -247,7 +246,7 @@ class PreferenceStep:
         Args:
             noised: tokens and conditioning of the batch.
             batch: the pairs themselves: the mask looks at their pixels, priors and reference masks.
-            reference: as above.
+            reference: what `reference` gave for it; None computes it.
         """
         if reference is None:
             reference = self.reference(noised, batch)

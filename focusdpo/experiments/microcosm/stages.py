@@ -212,7 +212,6 @@ class Stages:
                 validation=str(self.folder / "pairs" / "held_out"),
                 resolution=size.resolution,
                 reference_resolution=size.reference_resolution,
-                reference_resolution_multiple=size.reference_resolution,
                 batch_size=size.tuning_batch,
                 num_workers=0 if self.device.type == "cpu" else 4,  # which would take the cores that train
                 check="headers",
