@@ -40,7 +40,7 @@ test-oldest: $(OLDEST)/.installed  ## the kernels' tests with the oldest support
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt numpy==$(NUMPY)
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) $(OLDEST_TESTS)
 
-mutants: $(STAMP)  ## how many one-line faults in loss, mask and step the tests notice: an hour
+mutants: $(STAMP)  ## how many one-line faults in loss, mask and step the tests notice: half an hour
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt mutmut
 	$(BIN)/python tests/mutants.py
 

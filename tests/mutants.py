@@ -1,7 +1,8 @@
-"""Mutation run over the code that decides the loss: `make mutants`, an hour on two cores, not part of CI.
+"""Mutation run over the code that decides the loss: `make mutants`, half an hour on two cores, not part of CI.
 
 mutmut changes one thing at a time in a copy of the repository and runs the tests that reach it. A change that no test notices
-survives. It has to be explained in survivors.yaml, by a reason that several may share; 95 % have to be killed.
+survives. It has to be explained in survivors.yaml, by a reason that several may share; 95 % have to be killed. After new tests,
+`python tests/mutants.py --survivors` runs them on what survived the last time.
 """
 
 from __future__ import annotations
@@ -91,19 +92,25 @@ def change(name: str) -> str:
     return f"{function}: {was} -> {now}"
 
 
+def survived() -> dict[str, bool]:
+    """Whether each mutant did, by its name."""
+    rows = (line.strip().partition(": ") for line in mutmut("results", "--all", "true").splitlines())
+    return {name: status not in KILLED for name, _, status in rows if status}
+
+
 def main() -> None:
-    if "--go-on" not in sys.argv:
+    again = []
+    if "--survivors" in sys.argv:
+        shutil.copytree(ROOT / "tests", FOLDER / "tests", ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+        again = [name for name, alive in survived().items() if alive]
+    else:
         prepare()
-    mutmut("run", "--max-children", str(os.cpu_count()))
+    mutmut("run", "--max-children", str(os.cpu_count()), *again)
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     survivors = []
-    for line in mutmut("results", "--all", "true").splitlines():
-        name, _, status = line.strip().partition(": ")
-        if not status:
-            continue
-        killed = status in KILLED
-        counts[name.partition(".x")[0]]["killed" if killed else "survived"] += 1
-        if not killed:
+    for name, alive in survived().items():
+        counts[name.partition(".x")[0]]["survived" if alive else "killed"] += 1
+        if alive:
             survivors.append(change(name))
     reasons = {text: why for why, texts in yaml.safe_load(EXPLAINED.read_text()).items() for text in texts}
     total = sum(counts.values(), Counter())
