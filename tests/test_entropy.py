@@ -74,6 +74,20 @@ def test_the_sigma_that_an_error_recommends_is_taken(bins):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_the_ends_of_a_histogram(backend):
+    """White belongs to the last bin and not to the one before; what rounding left below black to the first."""
+    images = torch.full((1, 1, 16, 16), 30.5 / 32, device=DEVICE)
+    images[..., :8] = 1.0
+    low = torch.full((1, 1, 16, 16), 1.5 / 32, device=DEVICE)
+    low[..., :8] = -5e-4
+    for image in (images, low):
+        actual = patch_entropy(image, 16, method="histogram", check_range=False, backend=backend)
+        assert actual.item() == pytest.approx(math.log(2), abs=1e-6)
+    low[..., 8:] = 0.5 / 32
+    assert patch_entropy(low, 16, method="histogram", check_range=False, backend=backend).item() == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_an_image_of_one_patch_has_no_complexity(backend):
     images = torch.rand(3, 1, 16, 16, device=DEVICE)
     assert patch_entropy(images, 16, backend=backend).min() > 1
