@@ -252,7 +252,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.getLogger("focusdpo").setLevel(logging.INFO)
     try:
         work = COMMANDS[name].prepare(config)
-    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         sys.exit(f"focusdpo {name}: error: {error}")
     with logging_redirect_tqdm():  # a warning does not tear the progress bar
         work()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,10 +74,13 @@ def prepare_conversion(config: ConvertLoraConfig) -> Callable[[], None]:
         raise ValueError(f"source: {source}: {error}") from error
 
     def write() -> None:
-        clear_folder(folder, ())
-        for name, content in files.items():
-            write_bytes(folder / name, content)
-            logger.info("wrote %s", folder / name)
+        try:
+            clear_folder(folder, ())
+            for name, content in files.items():
+                write_bytes(folder / name, content)
+                logger.info("wrote %s", folder / name)
+        except OSError as error:  # a full disk, or a place that cannot be written to; each file is whole or not there
+            sys.exit(f"focusdpo convert-lora: error: out_dir: {error}")
 
     return write
 

@@ -96,7 +96,7 @@ REFUSED = {
         "loss.logit_mean: got 0.5; expected 0 with loss.times='uniform'",
     ),
     "mu of nothing": (["--loss.sdpo_mu", "0.5"], "loss.sdpo_mu: got 0.5; expected 0 without loss.loser_scale"),
-    "shift": (["--loss.shift", "0"], 'loss.shift: got 0.0; expected a positive number, or "auto"'),
+    "shift": (["--loss.shift", "0"], 'loss.shift: got 0.0; expected a positive number up to 1000, or "auto"'),
     "shift of nothing": (["--loss.shift", "flux"], "loss.shift"),
     "shifted list": (["--loss.times", "[0.2]", "--loss.shift", "3"], "loss.shift: got 3.0; expected 1 with a list"),
     "anchor": (["--loss.reference_anchor", ".inf"], "loss.reference_anchor: got inf; expected 0 or more"),

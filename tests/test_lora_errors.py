@@ -152,6 +152,16 @@ def test_what_is_no_lora_is_refused_by_name(tmp_path, case):
     refused(tmp_path / "lora.safetensors", message, tmp_path)
 
 
+def test_places_that_cannot_be_are_refused(tmp_path):
+    save_file(pair(), tmp_path / "lora.safetensors")
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    for source, out in (("lora.safetensors", "x" * 300), ("lora.safetensors", "loop/out"), ("", "out")):
+        with pytest.raises(SystemExit, match="^focusdpo convert-lora: error: "):
+            cli.main(["convert-lora", str(tmp_path / source) if source else "", str(tmp_path / out)])
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["loop", "lora.safetensors"]
+
+
 def test_damaged_files_are_refused(tmp_path):
     save_file(pair(), tmp_path / "whole.safetensors")
     whole = (tmp_path / "whole.safetensors").read_bytes()
@@ -171,6 +181,12 @@ def test_damaged_files_are_refused(tmp_path):
     ("text", "message"),
     [
         ("", "adapter_config.json is no JSON"),
+        ("[" * 200000, "adapter_config.json is no JSON that can be read"),
+        ('{"r": 4, "lora_alpha": 1%s}' % ("0" * 400), "lora_alpha is a number of 1329 bits; expected a positive finite number"),
+        ('{"r": 4, "lora_alpha": 1%s}' % ("0" * 5000), "adapter_config.json is no JSON that can be read"),
+        ('{"r": 4, "lora_alpha": 4, "alpha_pattern": {"(?i)to_q": 2}}', "in a pattern is no regular expression"),
+        ('{"r": 4, "lora_alpha": 4, "rank_pattern": {"a{99999999999}": 2}}', "in a pattern is no regular expression"),
+        ('{"r": 4, "lora_alpha": 4, "alora_invocation_tokens": [1]}', "alora_invocation_tokens is .1., and a plain LoRA alone"),
         ('{"r": 8, "lora_alpha": 4, "auto_mapping": {"base_model_class": ["A"]}}', "its rank is 4, but the settings say 8"),
         ("\xff", "adapter_config.json is no text in UTF-8"),
         ('{"r": 4}', "adapter_config.json has no lora_alpha"),

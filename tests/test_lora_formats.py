@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -24,6 +25,7 @@ from focusdpo.demo.tiny_qwen import write_tiny_qwen
 from focusdpo.models import BACKBONES
 from focusdpo.models.base_lora import base_lora_checksum, check_base_lora, merge_base_lora
 from focusdpo.models.lora_fusion import Update, fuse, split
+from focusdpo.models.lora_reading import read_lora
 from focusdpo.training.adapter import add_adapter
 from focusdpo.training.config import LoraConfig
 from tests.test_uno_lora import uno_lora
@@ -542,3 +544,47 @@ def test_the_base_loras_checksum_has_pefts_settings(trained, tmp_path):
     config = tmp_path / "peft" / "adapter_config.json"
     config.write_text(re.sub('"lora_alpha": 4', '"lora_alpha": 2', config.read_text()))
     assert base_lora_checksum(str(tmp_path / "peft")) != before
+    # Beside a LoRA that is not PEFT's it is somebody else's.
+    convert(folder, tmp_path / "both", "diffusers")
+    before = base_lora_checksum(str(tmp_path / "both"))
+    (tmp_path / "both" / "adapter_config.json").write_text(config.read_text())
+    assert base_lora_checksum(str(tmp_path / "both")) == before
+
+
+def test_a_models_own_file_has_its_strength(trained, tmp_path):
+    """diffusers' `save_lora_adapter` writes its settings without a prefix."""
+    backbone = BACKBONES["flux"].from_pretrained(str(write_tiny_flux(tmp_path / "model")), dtype=torch.float32)
+    for parameter in add_adapter(backbone, LoraConfig(rank=4, alpha=12), seed=0):
+        nn.init.normal_(parameter, std=0.1)
+    backbone.transformer.save_lora_adapter(tmp_path / "own", adapter_name="default")
+    lora = read_lora("source", str(tmp_path / "own"))
+    assert len(lora.layers) > 8 and {update.scale for update in lora.layers.values()} == {3.0}
+
+
+def test_alphas_that_agree_to_rounding(tmp_path):
+    """As a tensor in fp32, and as a number in the metadata."""
+    stem = "transformer.transformer_blocks.0.attn.to_q"
+    state = {
+        f"{stem}.lora_A.weight": torch.ones(4, 8),
+        f"{stem}.lora_B.weight": torch.ones(8, 4),
+        f"{stem}.alpha": torch.tensor(0.1),
+    }
+    metadata = {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 0.1})}
+    save_file(state, tmp_path / "lora.safetensors", metadata)
+    (update,) = read_lora("source", str(tmp_path / "lora.safetensors")).layers.values()
+    assert update.scale == pytest.approx(0.025)
+
+
+@pytest.mark.parametrize("to", ["diffusers", "kohya"])
+def test_half_precision_survives_a_small_scale(tmp_path, to):
+    """Alpha 1 at rank 128 would take most of lora_B to fp16's subnormal numbers."""
+    stem, generator = "lora_unet_double_blocks_0_img_attn_qkv", torch.Generator().manual_seed(0)
+    a, b = torch.randn(128, 64, generator=generator).half(), (1e-4 * torch.randn(192, 128, generator=generator)).half()
+    state = {f"{stem}.lora_down.weight": a, f"{stem}.lora_up.weight": b, f"{stem}.alpha": torch.tensor(1.0)}
+    save_file(state, tmp_path / "lora.safetensors")
+    convert(tmp_path / "lora.safetensors", tmp_path / "out", to, "--backbone", "flux")
+    layers = read_lora("source", str(tmp_path / "out"), "flux").layers
+    names = [f"transformer_blocks.0.attn.to_{side}" for side in "qkv"]
+    found = torch.cat([layers[name].scale * layers[name].b.double() @ layers[name].a.double() for name in names])
+    expected = b.double() @ a.double() / 128
+    assert (found - expected).norm() < 1e-6 * expected.norm()

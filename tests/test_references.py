@@ -13,6 +13,7 @@ from diffusers.utils import load_image
 from PIL import Image, ImageOps
 
 from focusdpo.data import DatasetError, LongestSide, collate, leave_out_misfits, load_pairs
+from focusdpo.data.images import read_photo, read_size
 from focusdpo.data.validation import validate
 from focusdpo.demo.tiny_flux import write_tiny_flux
 from focusdpo.demo.tiny_flux2 import write_tiny_flux2
@@ -342,7 +343,7 @@ def test_files_of_every_mode(tmp_path, backbone, mode):
 
 REFUSED = [
     ("flux", (600, 12), "600x12 px would become 320x6 px; expected sides of at least 16 px, one token"),
-    ("kontext", (400, 15), "400x15 px; expected sides of at least 16 px, one token"),
+    ("kontext", (400, 15), "400x15 px; expected a height of at least 16 px, one token"),
     ("flux2", (63, 90), "Image too small: 63×90"),
     ("flux2", (900, 100), "Aspect ratio too extreme: 900×100"),
     ("qwen-edit-plus", (6500, 20), "aspect ratio must be smaller than 200"),
@@ -367,8 +368,19 @@ def test_what_cannot_be_brought_to_size_is_named(tmp_path, backbone, size, messa
 def test_it_is_refused_before_the_model_is_loaded(tmp_path):
     folder = write_pair(tmp_path / "pair", noise(400, 15))
     model = ModelConfig("nobody/no-such-model", backbone="kontext")
-    with pytest.raises(DatasetError, match="400x15 px; expected sides of at least 16 px"):
+    with pytest.raises(DatasetError, match="400x15 px; expected a height of at least 16 px"):
         Trainer(TrainConfig(model, DataConfig(str(folder)), str(tmp_path / "run"), cpu=True))
+
+
+@pytest.mark.parametrize("form", ["jpg", "png", "webp", "tiff"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_header_has_the_size_that_the_photo_is_read_in(tmp_path, form, orientation):
+    """Turned or not; Pillow turns a TIFF's size itself."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = tmp_path / f"photo.{form}"
+    noise(300, 200).save(file, exif=exif)
+    assert read_size(file) == read_photo(file).size == ((200, 300) if orientation > 4 else (300, 200))
 
 
 def test_floating_point_images_are_refused_by_their_header(tmp_path):

@@ -119,12 +119,18 @@ def test_options_and_files_take_lists(tmp_path):
     assert loss.shift == 3.0
 
 
-def test_turns_of_a_run(tiny_flux, tiny_pairs, tmp_path):
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_turns_of_a_run(tiny_flux, tiny_pairs, tmp_path, batch_size):
     """Four batches a step go through all four times; the next epoch begins one further; a resume goes on where it was."""
     config = TrainConfig(
         model=ModelConfig(path=str(tiny_flux), dtype="fp32", max_sequence_length=16),
         data=DataConfig(
-            train=str(tiny_pairs), validation=str(tiny_pairs), resolution=96, reference_resolution_multiple=48, num_workers=0
+            train=str(tiny_pairs),
+            validation=str(tiny_pairs),
+            resolution=96,
+            reference_resolution_multiple=48,
+            num_workers=0,
+            batch_size=batch_size,
         ),
         output_dir=str(tmp_path / "run"),
         lora=LoraConfig(rank=2),
@@ -138,11 +144,14 @@ def test_turns_of_a_run(tiny_flux, tiny_pairs, tmp_path):
     trainer, seen = Trainer(config), []
     original = trainer.step.compare
     trainer.step.compare = lambda noised, batch, reference=None: (
-        seen.append((batch.indices[0], round(float(noised.t[0]), 3))) or original(noised, batch, reference)
+        seen.append([round(float(t), 3) for t in noised.t[: len(batch.indices)]]) or original(noised, batch, reference)
     )
     trainer.train()
-    held_out, training = seen[:8], seen[8:20]
-    assert [t for _, t in held_out] == [0.2, 0.4, 0.6, 0.8] * 2
-    assert [t for _, t in training] == [0.2, 0.4, 0.6, 0.8] * 2 + [0.4, 0.6, 0.8, 0.2]
+    times = [t for batch in seen for t in batch]
+    assert times[:8] == [0.2, 0.4, 0.6, 0.8] * 2, "of the held-out pairs"
+    assert times[8:20] == [0.2, 0.4, 0.6, 0.8] * 2 + [0.4, 0.6, 0.8, 0.2]
+    if batch_size > 1:  # pairs of several layouts: not every batch is full
+        assert len({len(batch) for batch in seen}) > 1
+        return
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [row["time"] for row in rows] == pytest.approx([0.5] * 3)

@@ -323,10 +323,14 @@ def config(tiny_flux, tiny_pairs, uno_file, tmp_path):
     )
 
 
-@pytest.mark.parametrize("form", ["UNO's", "diffusers'", "another"])
+@pytest.mark.parametrize("form", ["UNO's", "diffusers'", "another", "double blocks", "some blocks"])
 def test_samples_are_made_as_uno_makes_them(config, uno_file, tmp_path, form):
     """Guidance 4 and the mu of UNO's own schedule, 0.459 at 512 px, whatever the format of its LoRA; else FLUX.1's."""
-    if form != "UNO's":
+    if form == "double blocks":  # as other trainers for the original FLUX code have it, under the same names
+        save_file({name: value for name, value in uno_lora().items() if "double" in name}, uno_file)
+    elif form == "some blocks":
+        save_file(uno_lora(blocks=((1,), (0, 1))), uno_file)
+    elif form != "UNO's":
         convert(uno_file, tmp_path / "converted")
         config.model.base_lora = str(tmp_path / "converted")
     if form == "another":
@@ -337,7 +341,7 @@ def test_samples_are_made_as_uno_makes_them(config, uno_file, tmp_path, form):
     tokens = (width // 8) * (height // 8) // (16 * 16)  # as UNO's pipeline counts
     mu = 0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256)
     assert mu == pytest.approx(0.459, abs=1e-3)
-    expected = (4.0, mu) if form != "another" else (3.5, 0.5 + (1024 - 256) * 0.65 / 3840)
+    expected = (4.0, mu) if form in ("UNO's", "diffusers'") else (3.5, 0.5 + (1024 - 256) * 0.65 / 3840)
     assert model.default_scales() == (expected[0], 1.0)
     assert model.time_shift(1024, 25) == pytest.approx(expected[1])
     model.pipeline.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)

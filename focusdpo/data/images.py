@@ -30,10 +30,12 @@ class Header:
 
 
 def read_header(file: ReadableFile) -> Header:
-    """Reads no pixels. ValueError for floating-point images."""
+    """Reads no pixels, but of a turned TIFF. ValueError for floating-point images."""
     with file.open("rb") as stream, Image.open(stream) as image:
         width, height = image.size
         turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # orientation by a quarter turn
+        if turned and image.format == "TIFF":  # whose size has been turned by then, or not: that is Pillow's version's affair
+            (width, height), turned = ImageOps.exif_transpose(image).size, False
         # A phone's MPO has a photo and its preview.
         frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
         _check_depth(image.mode)

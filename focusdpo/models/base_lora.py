@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from focusdpo.files import checksum, hash_of
-from focusdpo.models.lora_keys import first
+from focusdpo.models.lora_keys import PEFT_PREFIX, first
 from focusdpo.models.lora_names import FAMILIES
-from focusdpo.models.lora_reading import Lora, find_lora_file, read_lora
+from focusdpo.models.lora_reading import Lora, find_lora_file, lora_shapes, read_lora
 from focusdpo.models.lora_settings import CONFIG_FILE
 
 NAME = "model.base_lora"
@@ -20,7 +20,8 @@ def base_lora_checksum(path: str) -> str:
     """A hash of what decides the update of the LoRA that a path names."""
     file = find_lora_file(NAME, path)
     config = file.parent / CONFIG_FILE  # has alpha, where the LoRA is PEFT's
-    return hash_of(checksum(file), checksum(config)) if config.is_file() else checksum(file)
+    is_peft = config.is_file() and any(key.startswith(PEFT_PREFIX) for key in lora_shapes(NAME, file))
+    return hash_of(checksum(file), checksum(config)) if is_peft else checksum(file)
 
 
 def check_base_lora(path: str, backbone: str | None = None) -> None:

@@ -99,8 +99,8 @@ class KontextReferences(ReferenceRule):
 
     def fit(self, size: Size, count: int) -> tuple[Size, Size]:
         height, width = self.processor.get_default_height_width(None, size[1], size[0])
-        if not height or not width:
-            raise ValueError(f"{size[0]}x{size[1]} px; expected sides of at least {PATCH_SIZE} px, one token")
+        if not height:  # the pipeline divides by it
+            raise ValueError(f"{size[0]}x{size[1]} px; expected a height of at least {PATCH_SIZE} px, one token")
         best: Size = min(PREFERRED_KONTEXT_RESOLUTIONS, key=lambda known: abs(width / height - known[0] / known[1]))
         return best, best
 
@@ -166,7 +166,8 @@ class Flux1(Backbone):
     @property
     def _is_uno(self) -> bool:
         """Whether a LoRA of exactly UNO's layers is in the weights: what in UNO's own layout is UNO's, or came of it."""
-        return self.name == Flux1.name and has_unos_layers(self.merged_layers)
+        numbers = {layer.rsplit(".attn.", 1)[0].removesuffix(".proj_out") for layer in self.merged_layers}
+        return self.name == Flux1.name and has_unos_layers(self.merged_layers) and numbers == set(self.tap_paths())
 
     def default_scales(self) -> tuple[float, float]:
         return 4.0 if self._is_uno else 3.5, 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from itertools import combinations
 from typing import NamedTuple
 
@@ -18,8 +19,16 @@ class Update(NamedTuple):
     scale: float = 1.0
 
     def folded(self) -> Update:
-        """The same with scale 1: b is multiplied in float64 and rounded once, to its dtype."""
-        return self if self.scale == 1 else Update(self.a, (self.b.double() * self.scale).to(self.b.dtype))
+        """The same with scale 1: b is multiplied in float64 and rounded once, to its dtype.
+
+        In fp16 to fp32, where values would become subnormal: a scale of 1/128 takes many there, and their last bits.
+        """
+        if self.scale == 1:
+            return self
+        exact = self.b.double() * self.scale
+        small = (exact != 0) & (exact.abs() < torch.finfo(torch.float16).tiny)
+        loses = self.b.dtype == torch.float16 and bool((small & (exact.half().double() != exact)).any())
+        return Update(self.a, exact.to(torch.float32 if loses else self.b.dtype))
 
 
 def fuse(parts: Sequence[Update | None], rows: Sequence[int]) -> Update:
@@ -45,8 +54,9 @@ def fuse(parts: Sequence[Update | None], rows: Sequence[int]) -> Update:
     first = present[0].a
     shared = all(part.a.dtype == first.dtype and torch.equal(part.a, first) for part in present)
     width = 0 if not shared else first.shape[0]
+    dtype = reduce(torch.promote_types, (part.b.dtype for part in present))
     blocks = [
-        torch.zeros(size * unit, width, dtype=present[0].b.dtype) if part is None else part.b
+        torch.zeros(size * unit, width, dtype=dtype) if part is None else part.b.to(dtype)
         for part, size in zip(parts, rows, strict=True)
     ]
     if shared:

@@ -8,6 +8,7 @@ loses FLUX.1's embedders, does not swap the halves of FLUX.2's norm_out, and lea
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ def find_lora_file(name: str, path: str) -> Path:
     Raises:
         FileNotFoundError: there is none, or a folder holds several and none has diffusers' name.
     """
+    if not path:
+        raise FileNotFoundError(f"{name}: got an empty path; expected a file, or a folder that holds one")
     found = Path(path)
     if found.is_file():
         return found
@@ -99,6 +102,9 @@ def read_lora(name: str, path: str, backbone: str | None = None) -> Lora:
         with safe_open(file, framework="pt") as content:
             tensors = {key: content.get_tensor(key) for key in list(content.keys())}
             metadata = content.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{name}: {file} cannot be read ({error})") from error
+    try:
         return _read_uno(tensors, backbone) if is_uno(shapes) else _read(tensors, metadata, file.parent, backbone)
     except ValueError as error:
         raise ValueError(f"{name}: {file}: {error}") from error
@@ -134,7 +140,7 @@ def _read(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], folder: Pa
         scale = 1.0 if settings is None else scale_of(settings, inner(stem), a.shape[0])
         if "alpha" in keys:
             own = _alpha(keys["alpha"], tensors[keys["alpha"]]) / a.shape[0]
-            if settings is not None and own != scale:
+            if settings is not None and not math.isclose(own, scale, rel_tol=1e-6):
                 raise ValueError(f"{keys['alpha']} makes its scale {own:g}, but the settings make it {scale:g}; remove one")
             scale = own
         update = Update(a, b, scale)

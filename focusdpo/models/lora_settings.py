@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,9 @@ def metadata_settings(metadata: Mapping[str, str]) -> Settings | None:
     text = metadata.get(LORA_ADAPTER_METADATA_KEY)
     if text is None:
         return None
-    settings = {
-        key.removeprefix(PREFIX): value
-        for key, value in _parsed(text, f"its metadata {LORA_ADAPTER_METADATA_KEY}").items()
-        if key.startswith(PREFIX)
-    }
+    parsed = _parsed(text, f"its metadata {LORA_ADAPTER_METADATA_KEY}")
+    # A model's own `save_lora_adapter` writes no prefix, as the file is of that model alone.
+    settings = {key.removeprefix(PREFIX): value for key, value in parsed.items() if key.startswith(PREFIX)} or parsed
     _check(settings, f"its metadata {LORA_ADAPTER_METADATA_KEY}")
     return settings
 
@@ -82,16 +81,17 @@ def scale_of(settings: Settings, layer: str, rank: int) -> float:
 def check_alpha(name: str, value: object) -> float:
     """The value as a number; ValueError where it is none that an alpha can be."""
     # 0 is no scaling to kohya's tools and no update to others.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{name} is {value}; expected a positive finite number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
+        shown = f"a number of {value.bit_length()} bits" if isinstance(value, int) and value.bit_length() > 1024 else value
+        raise ValueError(f"{name} is {shown}; expected a positive finite number")
     return float(value)
 
 
 def _parsed(text: str, where: str) -> dict[str, Any]:
     try:
         settings = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is no JSON ({error})") from error
+    except (ValueError, RecursionError) as error:  # a number may be too long, and brackets too deep
+        raise ValueError(f"{where} is no JSON that can be read ({error})") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{where} is a {type(settings).__name__}; expected an object with r and lora_alpha")
     return settings
@@ -106,15 +106,15 @@ def _check(settings: Settings, where: str) -> None:
         raise ValueError(f"{where}: rank_pattern and alpha_pattern have to be objects")
     for pattern in (*ranks, *alphas):
         try:
-            re.compile(pattern)
-        except re.error as error:
+            get_pattern_key([pattern], "")  # compiled as PEFT does
+        except (re.error, OverflowError) as error:
             raise ValueError(f"{where}: {pattern!r} in a pattern is no regular expression ({error})") from error
     for key, value in {"r": settings["r"], **{f"rank_pattern, {key}": value for key, value in ranks.items()}}.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{where}: {key} is {value!r}; expected a whole number from 1 up")
     for key, value in {"lora_alpha": settings["lora_alpha"], **alphas}.items():
         check_alpha(f"{where}: {key}", value)
-    for key in ("use_dora", "lora_bias", "fan_in_fan_out"):
+    for key in ("use_dora", "lora_bias", "fan_in_fan_out", "use_bdlora", "use_qalora", "alora_invocation_tokens"):
         if settings.get(key):
             raise ValueError(f"{where}: {key} is {settings[key]!r}, and a plain LoRA alone is taken")
     start = settings.get("init_lora_weights")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any, TypeVar
 
 from accelerate import Accelerator
@@ -139,6 +140,7 @@ class TrainingBatches:
         self._accelerator = accelerator
         self.plan = SizeBatches(dataset, config.data.batch_size, shuffle=config.data.shuffle, seed=config.seed)
         self._shares: dict[int, list[list[list[int]]]] = {}
+        self._pairs_before: tuple[int, list[int]] = (-1, [])  # an epoch, and the pairs before each of its rounds
         self._rounds = len(self._share(0))  # of every epoch
         if accelerator.is_local_main_process:
             self._log_layouts()
@@ -189,8 +191,12 @@ class TrainingBatches:
     def turns(self, position: int, batch: PairBatch) -> list[int]:
         """Turns of a batch of this process, where times take turns from pair to pair and from process to process."""
         epoch, place = divmod(position, self._rounds)
-        number = place * self._accelerator.num_processes + self._accelerator.process_index
-        return turns_at(number * self._config.data.batch_size, epoch, len(batch.prompts))
+        share = self._share(epoch)
+        if self._pairs_before[0] != epoch:  # batches may be smaller than data.batch_size
+            sizes = (sum(map(len, batches)) for batches in share)
+            self._pairs_before = epoch, [0, *accumulate(sizes)]
+        earlier = sum(map(len, share[place][: self._accelerator.process_index]))
+        return turns_at(self._pairs_before[1][place] + earlier, epoch, len(batch.prompts))
 
     def pairs_of_epochs(self, start: int, end: int) -> dict[int, set[int]]:
         """Indices of the pairs, of all processes, by epoch, at the positions from start to end."""

@@ -281,7 +281,7 @@ class LossConfig:
         for name, unused in (("logit_mean", 0.0), ("logit_std", 1.0)):
             value = getattr(self, name)
             _require(times == "logit_normal" or value == unused, f"loss.{name}", value, f"{unused:g} with loss.times={times!r}")
-        _require(shift == "auto" or 0 < shift < math.inf, "loss.shift", shift, 'a positive number, or "auto"')
+        _require(shift == "auto" or 0 < shift <= 1000, "loss.shift", shift, 'a positive number up to 1000, or "auto"')
         _require(not listed or shift == 1, "loss.shift", shift, "1 with a list as loss.times, which is taken as it is")
 
 

@@ -403,7 +403,7 @@ class Trainer:
         for place, batch in zip(range(rank, len(mine) * processes, processes), loader, strict=True):
             generator = torch.Generator().manual_seed(VALIDATION_SEED + place)
             self._running = dataset, batch.indices
-            turns = turns_at(place * self.config.data.batch_size, 0, len(batch.prompts))
+            turns = turns_at(sum(map(len, plan[: place % len(plan)])), 0, len(batch.prompts))
             with accelerator.autocast():
                 result = self.step(batch.to(accelerator.device), generator, turns=turns)
             self._running = None
