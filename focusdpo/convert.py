@@ -60,7 +60,7 @@ def prepare_conversion(config: ConvertLoraConfig) -> Callable[[], None]:
     """
     # Imports diffusers: seconds that --help need not wait for.
     from focusdpo.files import write_bytes
-    from focusdpo.folders import check_folder, clear_folder
+    from focusdpo.folders import check_folder, mark_folder
     from focusdpo.models.lora_reading import find_lora_file, read_lora
     from focusdpo.models.lora_writing import FILES, lora_files
 
@@ -75,7 +75,8 @@ def prepare_conversion(config: ConvertLoraConfig) -> Callable[[], None]:
 
     def write() -> None:
         try:
-            clear_folder(folder, ())
+            if not folder.exists() or not any(folder.iterdir()):
+                mark_folder(folder)  # not one with other files: a later --overwrite of any command would take them for ours
             for name, content in files.items():
                 write_bytes(folder / name, content)
                 logger.info("wrote %s", folder / name)

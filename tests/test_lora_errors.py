@@ -162,6 +162,18 @@ def test_places_that_cannot_be_are_refused(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["loop", "lora.safetensors"]
 
 
+def test_a_folder_with_other_files_stays_somebody_elses(tmp_path):
+    """Converted into it, but not marked as ours: nothing in it may be overwritten or deleted later."""
+    save_file(pair(), tmp_path / "lora.safetensors")
+    mine = tmp_path / "mine"
+    (mine / "lora").mkdir(parents=True)
+    (mine / "lora" / "best.safetensors").write_text("precious")
+    cli.main(["convert-lora", str(tmp_path / "lora.safetensors"), str(mine)])
+    assert (mine / "pytorch_lora_weights.safetensors").is_file() and not (mine / ".focusdpo").exists()
+    with pytest.raises(SystemExit, match="which no focusdpo command wrote"):
+        cli.main(["convert-lora", str(tmp_path / "lora.safetensors"), str(mine), "--overwrite", "true"])
+
+
 def test_damaged_files_are_refused(tmp_path):
     save_file(pair(), tmp_path / "whole.safetensors")
     whole = (tmp_path / "whole.safetensors").read_bytes()

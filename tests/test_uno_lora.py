@@ -197,7 +197,7 @@ def test_command_refuses_by_name(uno_file, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", fails)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(SystemExit, match="out_dir: disk full"):
             convert(uno_file, out, "--overwrite", "true")
     assert (out / WEIGHTS).read_bytes() == before
     assert {path.name for path in out.iterdir()} == {".focusdpo", WEIGHTS}
