@@ -7,7 +7,8 @@ import torch
 
 from focusdpo import focus_mask
 from focusdpo.mask import match_counts
-from focusdpo_kernels import patch_entropy, topk_mask
+from focusdpo_kernels import fuse_focus, patch_entropy, topk_mask
+from focusdpo_kernels.reference import scale_complexity
 from tests.conftest import DEVICE
 
 
@@ -105,3 +106,99 @@ def test_backends_agree():
             for backend in ("triton", "torch")
         ]
         torch.testing.assert_close(*masks, rtol=0, atol=1e-5)
+
+
+def test_counts_of_masks_that_are_no_booleans():
+    """Any value but 0 is a reference token, and no match at all may be asked for."""
+    scores, prior, images, _ = make()
+    reference_mask = torch.tensor([0.0, 0.3, 1.0, 2.0, 0.0, -1.0], device=DEVICE).expand(3, 2, 6)
+    assert match_counts("reference", scores, prior, reference_mask).tolist() == [[4, 4]] * 3
+    focus = focus_mask(scores, prior, images, match_count=0)
+    assert not focus.matched.any() and torch.equal(focus.structure, prior.float()) and (focus.coverage == 1).all()
+
+
+def test_each_pair_has_its_own_floor():
+    """Pairs of unlike priors in one batch: also one token alone, and one subject that matches all of the target."""
+    scores = torch.randn(3, 2, 24, device=DEVICE)
+    prior = torch.zeros(3, 2, 24, dtype=torch.bool, device=DEVICE)
+    prior[0, 0, 3] = True  # one token
+    prior[1, 0, :10] = prior[1, 1, 10:20] = True
+    prior[2, :, :6] = True
+    reference_mask = torch.zeros(3, 2, 30, device=DEVICE)
+    reference_mask[1, 0, :4] = reference_mask[1, 1, 4:5] = 1
+    reference_mask[2, 1, :24] = 1
+    scores[0] = -scores[0].abs()
+    scores[0, :, 3] = -9.0  # the last to be matched
+    images = torch.rand(3, 3, 64, 96, device=DEVICE)
+    for per_subject, floors in ((True, [1.0, 9 / 20, 1.0]), (False, [1.0, 15 / 20, 0.0])):
+        focus = focus_mask(scores, prior, images, reference_mask=reference_mask, per_subject=per_subject)
+        assert focus.coverage_floor.tolist() == pytest.approx(floors)
+        assert focus.all_matched.tolist() == [False, False, True]
+        assert focus.coverage[0] == 1 and (focus.coverage >= focus.coverage_floor - 1e-6).all()
+
+
+def test_settings_reach_the_kernels(monkeypatch):
+    """The backend and the look at the pixels' range, beside the patches' size."""
+    import focusdpo.mask as module
+
+    seen = []
+    for name in ("patch_entropy", "structure_field", "fuse_focus"):
+        original = getattr(module, name)
+        monkeypatch.setattr(
+            module,
+            name,
+            lambda *args, name=name, original=original, **more: seen.append((name, more)) or original(*args, **more),
+        )
+    scores, prior, images, _ = make()
+    focus_mask(scores, prior, images, match_count=3, backend="torch", check_range=True)
+    assert [name for name, _ in seen] == ["patch_entropy", "structure_field", "fuse_focus"]
+    assert {more["backend"] for _, more in seen} == {"torch"} and seen[0][1]["check_range"] is True
+    small = focus_mask(scores, prior, images[..., :32, :48], match_count=3, patch_size=8)
+    torch.testing.assert_close(small.complexity, patch_entropy(images[..., :32, :48], 8, normalize=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reference_mask": None}, "reference_mask: needed for match_count='reference'; pass it, or another match_count$"),
+        ({"reference_mask": torch.ones(3, 12)}, r"reference_mask: expected a tensor \[B, R, Q\], got float32 \[3, 12\]"),
+        ({"reference_mask": torch.ones(3, 1, 12)}, r"reference_mask: expected shape \[3, 2, 12\] \(B and R of the scores\)"),
+        ({"scores": torch.ones(3, 24)}, "scores: expected a tensor"),
+        ({"prior": torch.ones(24)}, r"prior: expected a tensor \[B, P\] or \[B, R, P\], got float32 \[24\]"),
+        (
+            {"images": torch.rand(3, 3, 64, 64)},
+            r"images: \[3, 3, 64, 64\] in patches of 16 give \[3, 16\] tokens, while scores \[3, 2, 24\] have \[3, 24\]; res",
+        ),
+        (
+            {"match_count": 1.5},
+            "match_count: got 1.5; expected 'reference', 'prior', an int from 0 to P = 24, or a fraction of P as a float in "
+            r"\(0, 1\]$",
+        ),
+    ],
+)
+def test_refused_by_name(changes, message):
+    scores, prior, images, reference_mask = make()
+    arguments = {"scores": scores, "prior": prior, "images": images, "reference_mask": reference_mask}
+    arguments |= {name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in changes.items()}
+    with pytest.raises(ValueError, match=f"^{message}"):
+        focus_mask(**arguments)
+
+
+def test_in_float64():
+    """Nothing on the way is rounded to fp32."""
+    scores, prior, images, reference_mask = make()
+    scores, images = scores.double(), images.double()
+    focus = focus_mask(scores, prior, images, reference_mask=reference_mask, tau=1.0, gamma=0.3)
+    for name in ("mask", "structure", "complexity", "coverage"):
+        assert getattr(focus, name).dtype == torch.float64, name
+    expected = 0.3 * focus.structure + 0.7 * torch.where(focus.prior, focus.complexity, 0)
+    torch.testing.assert_close(focus.mask, expected, rtol=1e-14, atol=1e-15)
+    torch.testing.assert_close(focus.coverage, focus.structure.sum(1) / prior.sum(1), rtol=1e-15, atol=0)
+    half = fuse_focus(focus.structure, focus.coverage.float(), focus.complexity.half(), prior, tau=1.0, gamma=0.3)
+    assert half.dtype == torch.float64
+
+
+def test_complexity_between_extremes_that_are_one_apart():
+    entropy = torch.tensor([[2.0, 2.25, 3.0], [5.0, 5.0, 5.0]])
+    extremes = torch.tensor([[2.0, 3.0], [5.0, 5.0]])
+    assert scale_complexity(entropy, extremes).tolist() == [[0.0, 0.25, 1.0], [0.0, 0.0, 0.0]]

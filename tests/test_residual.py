@@ -209,3 +209,21 @@ def test_fields_are_checked():
     fields = FocusFields(weight, weight, weight[:, :2], weight[:, 0], weight[:, 1:], 0.1, 0.3)
     with pytest.raises(ValueError, match=r"weight.prior: expected shape \[2, 9\]"):
         preference_residual(*predictions, fields, backend="triton")
+
+
+def test_a_mask_in_float64_keeps_its_digits():
+    six = [torch.randn(2, 5, 3, dtype=torch.float64, device=DEVICE) for _ in range(6)]
+    weight = torch.rand(2, 5, dtype=torch.float64, device=DEVICE)
+    found = preference_residual(*six, weight, mask_power=2)
+    expected = ((weight**2)[:, :, None] * (six[0] - six[4]) ** 2).mean((1, 2))
+    torch.testing.assert_close(found.policy_win, expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("mask_power", [1, 2])
+def test_a_mask_of_booleans(backend, mask_power):
+    six = [torch.randn(2, 5, 3, device=DEVICE) for _ in range(6)]
+    weight = torch.rand(2, 5, device=DEVICE) > 0.5
+    found = preference_residual(*six, weight, mask_power=mask_power, backend=backend)
+    expected = preference_residual(*six, weight.float(), mask_power=mask_power, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
