@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from focusdpo import FocusDPOOutput, convert_beta, focus_dpo_loss, focus_mask
+from focusdpo.loss import pair_accuracy
 from focusdpo_kernels import cross_layer_similarity
 from tests.conftest import DEVICE
 
@@ -233,3 +234,21 @@ def test_extreme_beta_is_finite():
     for beta in (1e-6, 1e9):
         out, gradients = loss_and_gradients(predictions, None, focus=weight, beta=beta)
         assert out.loss.isfinite() and all(g.isfinite().all() for g in gradients)
+
+
+def test_accuracy_of_a_pair():
+    found = pair_accuracy(torch.tensor([2.0, 0.0, -1e-30, math.nan], dtype=torch.float64))
+    assert found.dtype == torch.float64 and found[:3].tolist() == [1.0, 0.5, 0.0] and found[3].isnan()
+
+
+@pytest.mark.parametrize("name", ["timestep_weight", "sample_weight"])
+def test_weights_of_pairs_are_refused_by_name(name):
+    predictions, _ = make()
+    weight = torch.ones(4, device=DEVICE)
+    for value, message in (
+        (weight[:, None], rf"{name}: expected a tensor \[B\], got float32 \[4, 1\]"),
+        (weight[:3], rf"{name}: expected shape \[4\] \(B of the predictions\)"),
+        (weight.clone().requires_grad_(), f"{name}: requires grad, but weights are constants of the loss; pass {name}.detach"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            focus_dpo_loss(*predictions, **{name: value})

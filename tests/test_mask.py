@@ -8,7 +8,7 @@ import torch
 from focusdpo import focus_mask
 from focusdpo.mask import match_counts
 from focusdpo_kernels import fuse_focus, patch_entropy, topk_mask
-from focusdpo_kernels.reference import scale_complexity
+from focusdpo_kernels.reference import binary_prior, scale_complexity
 from tests.conftest import DEVICE
 
 
@@ -202,3 +202,8 @@ def test_complexity_between_extremes_that_are_one_apart():
     entropy = torch.tensor([[2.0, 2.25, 3.0], [5.0, 5.0, 5.0]])
     extremes = torch.tensor([[2.0, 3.0], [5.0, 5.0]])
     assert scale_complexity(entropy, extremes).tolist() == [[0.0, 0.25, 1.0], [0.0, 0.0, 0.0]]
+
+
+def test_what_counts_as_inside_a_prior():
+    for prior in ([-1, 0, 2], [0.6, 0.5, 1.0], [True, False, True]):
+        assert binary_prior(torch.tensor(prior)).tolist() == [True, False, True]
