@@ -252,3 +252,43 @@ def test_weights_of_pairs_are_refused_by_name(name):
     ):
         with pytest.raises(ValueError, match=f"^{message}"):
             focus_dpo_loss(*predictions, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"winner_anchor": -0.1}, "winner_anchor: got -0.1; expected a number >= 0"),
+        ({"winner_anchor": math.inf}, "winner_anchor: got inf; expected a number >= 0"),
+        ({"reference_anchor": math.nan}, "reference_anchor: got nan; expected a number >= 0"),
+        ({"sdpo_mu": 1.1}, "sdpo_mu: got 1.1; expected a number from 0 to 1"),
+        ({"beta": math.inf}, "beta: got inf; expected a positive number"),
+        ({"beta": 0.0}, "beta: got 0.0; expected a positive number"),
+    ],
+)
+def test_settings_are_refused_by_name(options, message):
+    predictions, _ = make()
+    with pytest.raises(ValueError, match=f"^{message}"):
+        focus_dpo_loss(*predictions, **options)
+
+
+def test_defaults():
+    """beta 2000, and of the winner's descent nothing has to be kept."""
+    predictions, _ = make()
+    assert torch.equal(focus_dpo_loss(*predictions).logits, focus_dpo_loss(*predictions, beta=2000.0).logits)
+    predictions[1], predictions[5] = 1.5 * predictions[0], 1.5 * predictions[4]
+    gradients = [
+        loss_and_gradients(predictions, None, loser_scale="sdpo", beta=1.0, **more)[1][1]
+        for more in ({}, {"sdpo_mu": 0.0}, {"sdpo_mu": 1.0})
+    ]
+    assert torch.equal(gradients[0], gradients[1]) and gradients[0].any() and not gradients[2].any()
+
+
+@pytest.mark.parametrize("loser_scale", ["sdpo", "sdpo_batch"])
+def test_sdpo_never_enlarges_a_losers_gradient(loser_scale):
+    """A loser whose error is along the winner's and smaller could be pushed further than it is."""
+    predictions, _ = make()
+    predictions[1], predictions[5] = 0.5 * predictions[0], 0.5 * predictions[4]
+    (_, (_, plain)), (_, (_, scaled)) = (
+        loss_and_gradients(predictions, None, beta=1.0, **more) for more in ({}, {"loser_scale": loser_scale})
+    )
+    torch.testing.assert_close(scaled, plain, rtol=1e-6, atol=0)
