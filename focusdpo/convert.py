@@ -81,7 +81,7 @@ def prepare_conversion(config: ConvertLoraConfig) -> Callable[[], None]:
                 write_bytes(folder / name, content)
                 logger.info("wrote %s", folder / name)
         except OSError as error:  # a full disk, or a place that cannot be written to; each file is whole or not there
-            sys.exit(f"focusdpo convert-lora: error: out_dir: {error}")
+            sys.exit(f"error: out_dir: {error}")
 
     return write
 

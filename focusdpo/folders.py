@@ -18,9 +18,16 @@ def check_folder(name: str, folder: Path, files: tuple[str, ...], overwrite: boo
         overwrite: whether its earlier files may be deleted.
         hint: what else the user can do.
     """
-    for path in (folder, *folder.parents):
-        if path.exists() and not path.is_dir():
-            raise NotADirectoryError(f"{name}: {path} is a file; name a folder")
+    try:
+        for path in (folder, *folder.parents):
+            if path.is_symlink() and not path.exists():
+                raise NotADirectoryError(f"{name}: {path} is a link that leads nowhere; name a folder")
+            if path.exists() and not path.is_dir():
+                raise NotADirectoryError(f"{name}: {path} is a file; name a folder")
+    except OSError as error:
+        if error.errno is None:  # from above
+            raise
+        raise NotADirectoryError(f"{name}: {folder} cannot be a folder ({error.strerror}); name another") from error
     existing = [file for file in files if (folder / file).exists()]
     if existing and not overwrite:
         raise FileExistsError(f"{name}: {folder} holds an earlier run ({', '.join(existing)}); {hint}")

@@ -156,8 +156,12 @@ def test_places_that_cannot_be_are_refused(tmp_path):
     save_file(pair(), tmp_path / "lora.safetensors")
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
-    for source, out in (("lora.safetensors", "x" * 300), ("lora.safetensors", "loop/out"), ("", "out")):
-        with pytest.raises(SystemExit, match="^focusdpo convert-lora: error: "):
+    for source, out in (
+        *(("lora.safetensors", out) for out in ("x" * 300, "loop/out", "loop", "lora.safetensors", "lora.safetensors/out")),
+        ("", "out"),
+        ("x" * 300, "out"),
+    ):
+        with pytest.raises(SystemExit, match="^focusdpo convert-lora: error: (source|out_dir): "):
             cli.main(["convert-lora", str(tmp_path / source) if source else "", str(tmp_path / out)])
     assert sorted(file.name for file in tmp_path.iterdir()) == ["loop", "lora.safetensors"]
 

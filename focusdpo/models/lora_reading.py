@@ -53,8 +53,11 @@ def find_lora_file(name: str, path: str) -> Path:
     if not path:
         raise FileNotFoundError(f"{name}: got an empty path; expected a file, or a folder that holds one")
     found = Path(path)
-    if found.is_file():
-        return found
+    try:
+        if found.is_file():
+            return found
+    except OSError as error:  # a name that is too long
+        raise FileNotFoundError(f"{name}: {path} cannot be a file ({error.strerror})") from error
     if not found.is_dir():
         raise FileNotFoundError(f"{name}: no such file or folder: {path}; download it first if it is on the hub")
     files = sorted(found.glob("*.safetensors"))

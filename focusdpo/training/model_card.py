@@ -128,12 +128,11 @@ def _use(model: ModelConfig, hub_id: str | None) -> str:
 
 
 def _other_tools(model: ModelConfig) -> str:
+    kohyas = KOHYAS[model.backbone]
     rows = {
         "PEFT": '`PeftModel.from_pretrained(pipeline.transformer, "this folder or repository", subfolder="peft")`',
         "ComfyUI": "`focusdpo convert-lora FOLDER out --to comfyui`, and `out/lora_comfyui.safetensors` in `models/loras`",
-        KOHYAS[
-            model.backbone
-        ]: "`focusdpo convert-lora FOLDER out --to kohya`, and `--network_weights out/lora_kohya.safetensors`",
+        kohyas: "`focusdpo convert-lora FOLDER out --to kohya`, and `--network_weights out/lora_kohya.safetensors`",
     }
     table = "\n".join(["| tool | how |", "|---|---|", *(f"| {tool} | {how} |" for tool, how in rows.items())])
     return f"All apply its trained strength at scale 1: alpha is multiplied into the weights.\n\n{table}"
