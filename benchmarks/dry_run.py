@@ -63,7 +63,8 @@ def check_plans() -> list[str]:
 
 def check_imports() -> list[str]:
     """Collects or imports what the parts run, with their own options, in processes in which packages are blocked."""
-    parts = [part for name in ("first", "steps", "deep") for part in PLANS[name].parts(Path("OUTDIR") / "result.jsonl")]
+    plans = [plan for name, plan in PLANS.items() if name != "rehearsal"]
+    parts = [part for plan in plans for part in plan.parts(Path("OUTDIR") / "result.jsonl")]
     commands: dict[tuple[tuple[str, ...], bool], list[str]] = {}
     for part in parts:
         commands.setdefault((_only_imports(part), "diffusers" in part.needs), []).append(part.name)

@@ -24,6 +24,7 @@ PYTHON = sys.executable
 ENVIRONMENT = "environment"
 KERNEL_TESTS = ("similarity", "matching", "entropy", "residual", "loss", "mask", "accuracy", "ops")
 STEPS_NEED = ("diffusers", "accelerate", "peft", "transformers")
+TRAINING_NEEDS = (*STEPS_NEED, "jsonargparse", "docstring_parser")
 
 
 @dataclass(frozen=True)
@@ -77,24 +78,34 @@ def _first(result: Path) -> list[Part]:
     tests, device = tuple(f"tests/test_{name}.py" for name in KERNEL_TESTS), ("tests/test_gpu.py", "-k")
     return [
         _environment(result, "--gpu"),
-        _tests("device tests", "what only a GPU can show", 48, 4, (*device, "not killed"), result, each=40),
+        _tests("device tests", "what only a GPU can show", 48, 4, (*device, "not killed and not attention"), result, each=40),
         _tests("kernel tests", "every kernel against float64 and the reference", 62, 8, tests, result, each=50),
         _kernels("kernels", "ours, eager and pieces at three shapes", 72, 30, result, "--no-sweep", *shapes, *plain),
         _kernels("compiled kernels", "torch.compile at uno-1024", 72, 60, result, "--no-sweep", *compiled),
-        _tests("training tests", "a run on the GPU, killed and resumed", 41, 2, (*device, "killed"), result, each=40),
         _report(result),
     ]
 
 
 def _steps_plan(result: Path) -> list[Part]:
     flux, klein, target = "flux1", "flux2-klein-4b", _each("--target", "512")
-    overhead, speed = _each("--measure", "overhead", "parts"), _each("--measure", "throughput", "compiled")
-    steps = ("--steps", "10")
+    overhead, steps = _each("--measure", "overhead", "parts"), ("--steps", "10")
     return [
         _environment(result, "--gpu"),
         _steps("FLUX.1 overhead", "plain DPO and FocusDPO in turn, 512 and 1024 px", 150, 60, result, flux, *overhead, *steps),
         _steps("klein-4B overhead", "the same at 512 px", 55, 45, result, klein, *target, *overhead, *steps),
-        _steps("throughput", "settings one by one, compiled ones last", 120, 110, result, flux, *target, *speed, *steps),
+        _report(result),
+    ]
+
+
+def _training(result: Path) -> list[Part]:
+    model, log = _each("--backbone", "flux2-klein-4b"), "training.log"
+    command = (PYTHON, "-m", "benchmarks.training", *model, "--device", "cuda", "--result", str(result))
+    speed = (*_each("--target", "512"), *_each("--measure", "throughput", "compiled"), "--steps", "10")
+    return [
+        _environment(result, "--gpu"),
+        Part("klein-4B training", "focusdpo train, killed and resumed", command, 130, needs=TRAINING_NEEDS, log=log),
+        _tests("training tests", "the same, tiny", 45, 2, ("tests/test_gpu.py", "-k", "killed or attention"), result, each=40),
+        _steps("throughput", "settings one by one, compiled ones last", 120, 110, result, "flux1", *speed),
         _report(result),
     ]
 
@@ -144,8 +155,9 @@ def _rehearsal(result: Path) -> list[Part]:
 
 
 PLANS = {
-    "first": Plan(330, _first),
-    "steps": Plan(360, _steps_plan),
+    "first": Plan(290, _first),
+    "steps": Plan(240, _steps_plan),
+    "training": Plan(330, _training),
     "deep": Plan(540, _deep),
     "rehearsal": Plan(440, _rehearsal),
 }
@@ -159,7 +171,9 @@ def describe(name: str, plan: Plan, parts: list[Part]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bash benchmarks/gpu.sh", description=__doc__.splitlines()[0])
-    parser.add_argument("plan", choices=list(PLANS), help="first: correctness and kernels; steps: training steps; deep: why")
+    parser.add_argument(
+        "plan", choices=list(PLANS), help="first: correctness and kernels; steps: their cost; training: whole runs; deep: why"
+    )
     parser.add_argument("outdir", type=Path, help="folder for result.jsonl, logs, report and figures")
     options = parser.parse_args(argv)
     try:

@@ -11,6 +11,7 @@ that was cut short is passed over. Records by their "kind":
     kernel    a `Row`
     variant   another launch configuration of a kernel, and its time
     workload  a model, what of it is trained, and what is known of its step beside its time
+    training  a whole run of `focusdpo train`: pairs a second, memory and its estimate, and what differs after a kill
     step      one timed training step; steps of the same case and round took turns
     warm-up   one that is not timed
     test      a test and its outcome
@@ -45,6 +46,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "variant": ("case", "kernel", "shape", "constants", "options", "splits", "median", "bytes"),
     "workload": ("backbone", "setting"),
     "step": ("case", "measure", "backbone", "setting", "variant", "round", "seconds", "peak_memory"),
+    "training": ("case", "backbone", "setting", "pairs_per_second", "peak_memory", "estimated_memory"),
     "test": ("case", "outcome"),
     "note": ("text",),
 }

@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks import figures
 from benchmarks.figures import ON_CPU, time_text
@@ -32,6 +33,8 @@ def markdown(result: Result) -> str:
         lines += [*_table(KERNEL_COLUMNS, [row for row in result.rows if row.group == group], result), ""]
     for step in result.steps:
         lines += [f"## Step, {step.measure}: {step.backbone}, {step.setting}", "", *_step(step), ""]
+    for run in result.training:
+        lines += [f"## focusdpo train: {run['backbone']}, {run['setting']}", "", *_training(run), ""]
     if result.variants:
         lines += ["## Launch configurations", "", *_variants(result), ""]
     if result.failed:
@@ -143,6 +146,16 @@ def _step(step: Step) -> Iterator[str]:
     if PLAIN_STEP in launches and FOCUS_STEP in launches:
         plain, focus = launches[PLAIN_STEP], launches[FOCUS_STEP]
         yield f"- Launches a step: {plain['all']} plain, {focus['all']} with the focus, of them {focus['ours']} our kernels."
+
+
+def _training(run: dict[str, Any]) -> Iterator[str]:
+    peak, estimate = run["peak_memory"], run["estimated_memory"]
+    yield f"- {run['steps']} steps, {run['pairs_per_second']:.3f} pairs/s, {run['seconds']:.0f} s in all."
+    share = f"{100 * (estimate / peak - 1):+.1f} %"
+    yield f"- Peak {peak / 2**30:.3f} GiB; `focusdpo models` estimates {estimate / 2**30:.3f} for a GPU, {share}."
+    if "killed_after" in run:
+        bits = "; ".join(run["differences"]) or "the same numbers and the same adapter, bit by bit"
+        yield f"- Killed after step {run['killed_after']} and resumed: {bits}."
 
 
 def overhead_text(overhead: Interval, of: float) -> str:

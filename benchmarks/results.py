@@ -129,6 +129,7 @@ class Result:
     rows: list[Row]
     steps: list[Step]
     variants: list[dict[str, Any]]
+    training: list[dict[str, Any]]
     tests: dict[str, list[dict[str, Any]]]  # by outcome
     failed: list[dict[str, Any]]  # cases that gave no number, each with why
     notes: list[str]
@@ -182,6 +183,7 @@ def read_result(path: str | Path) -> Result:
         list(rows.values()),
         list(_steps(records)),
         list(variants.values()),
+        list({r["case"]: r for r in records if r["kind"] == "training"}.values()),
         tests,
         list(_failed(records)),
         [r["text"] for r in records if r["kind"] == "note"],

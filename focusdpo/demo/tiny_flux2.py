@@ -39,7 +39,15 @@ MISTRAL_TEMPLATE = (
 )
 
 
-def write_tiny_flux2(folder: str | Path, *, seed: int = 0, layers: tuple[int, int] = (1, 2), klein: bool = True) -> Path:
+def write_tiny_flux2(
+    folder: str | Path,
+    *,
+    seed: int = 0,
+    layers: tuple[int, int] = (1, 2),
+    klein: bool = True,
+    text_width: int = WIDTH,
+    latent_channels: int = 4,
+) -> Path:
     """Writes a tiny random FLUX.2 pipeline.
 
     Dev's tokenizer stands alone, without the processor of a real one: that asks for torchvision, and text needs none of it.
@@ -49,23 +57,24 @@ def write_tiny_flux2(folder: str | Path, *, seed: int = 0, layers: tuple[int, in
         seed: of the weights.
         layers: numbers of double and single blocks.
         klein: write a Flux2KleinPipeline; else a Flux2Pipeline, as of dev.
+        text_width, latent_channels: widths of what text encoder and VAE give.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        pipeline = _pipeline(layers, klein)
+        pipeline = _pipeline(layers, klein, text_width, latent_channels)
     pipeline.save_pretrained(folder)
     return Path(folder)
 
 
-def _pipeline(layers: tuple[int, int], klein: bool) -> Flux2Pipeline | Flux2KleinPipeline:
+def _pipeline(layers: tuple[int, int], klein: bool, width: int, latent_channels: int) -> Flux2Pipeline | Flux2KleinPipeline:
     transformer = Flux2Transformer2DModel(
         patch_size=1,
-        in_channels=16,
+        in_channels=4 * latent_channels,
         num_layers=layers[0],
         num_single_layers=layers[1],
         attention_head_dim=16,
         num_attention_heads=2,
-        joint_attention_dim=3 * WIDTH,  # three layers of the text encoder side by side
+        joint_attention_dim=3 * width,  # three layers of the text encoder side by side
         timestep_guidance_channels=16,
         axes_dims_rope=(4, 4, 4, 4),
         guidance_embeds=not klein,
@@ -76,7 +85,7 @@ def _pipeline(layers: tuple[int, int], klein: bool) -> Flux2Pipeline | Flux2Klei
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(8, 8, 8, 8),
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=latent_channels,
         norm_num_groups=1,
         sample_size=64,
     )
@@ -84,8 +93,8 @@ def _pipeline(layers: tuple[int, int], klein: bool) -> Flux2Pipeline | Flux2Klei
     vae.bn.running_var.uniform_(0.5, 2)
     parts = {"scheduler": FlowMatchEulerDiscreteScheduler(), "vae": vae, "transformer": transformer}
     if klein:
-        return Flux2KleinPipeline(text_encoder=_qwen3(), tokenizer=_tokenizer(QWEN_TEMPLATE), **parts)
-    return Flux2Pipeline(text_encoder=_mistral3(), tokenizer=_tokenizer(MISTRAL_TEMPLATE), **parts)
+        return Flux2KleinPipeline(text_encoder=_qwen3(width), tokenizer=_tokenizer(QWEN_TEMPLATE), **parts)
+    return Flux2Pipeline(text_encoder=_mistral3(width), tokenizer=_tokenizer(MISTRAL_TEMPLATE), **parts)
 
 
 def _vocabulary() -> list[str]:
@@ -99,10 +108,10 @@ def _tokenizer(template: str) -> Qwen2Tokenizer:
     )
 
 
-def _decoder(layers: int) -> dict[str, int]:
+def _decoder(layers: int, width: int) -> dict[str, int]:
     return {
         "vocab_size": len(_vocabulary()),
-        "hidden_size": WIDTH,
+        "hidden_size": width,
         "intermediate_size": WIDTH,
         "num_hidden_layers": layers,
         "num_attention_heads": 2,
@@ -112,15 +121,15 @@ def _decoder(layers: int) -> dict[str, int]:
     }
 
 
-def _qwen3() -> Qwen3ForCausalLM:
-    return Qwen3ForCausalLM(Qwen3Config(**_decoder(27)))  # the pipeline reads layers 9, 18 and 27
+def _qwen3(width: int) -> Qwen3ForCausalLM:
+    return Qwen3ForCausalLM(Qwen3Config(**_decoder(27, width)))  # the pipeline reads layers 9, 18 and 27
 
 
-def _mistral3() -> Mistral3ForConditionalGeneration:
+def _mistral3(width: int) -> Mistral3ForConditionalGeneration:
     vision = PixtralVisionConfig(
         hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16
     )
-    text = MistralConfig(**_decoder(30))  # the pipeline reads layers 10, 20 and 30
+    text = MistralConfig(**_decoder(30, width))  # the pipeline reads layers 10, 20 and 30
     image_token = _vocabulary().index("[IMG]")
     return Mistral3ForConditionalGeneration(
         Mistral3Config(text_config=text, vision_config=vision, image_token_index=image_token)
