@@ -103,8 +103,8 @@ def _training(result: Path) -> list[Part]:
     speed = (*_each("--target", "512"), *_each("--measure", "throughput", "compiled"), "--steps", "10")
     return [
         _environment(result, "--gpu"),
-        Part("klein-4B training", "focusdpo train, killed and resumed", command, 130, needs=TRAINING_NEEDS, log=log),
-        _tests("training tests", "the same, tiny", 45, 2, ("tests/test_gpu.py", "-k", "killed or attention"), result, each=40),
+        Part("klein-4B training", "focusdpo train, killed and resumed", command, 190, needs=TRAINING_NEEDS, log=log),
+        _tests("training tests", "the same, tiny", 75, 2, ("tests/test_gpu.py", "-k", "killed or attention"), result, each=70),
         _steps("throughput", "settings one by one, compiled ones last", 120, 110, result, "flux1", *speed),
         _report(result),
     ]
@@ -157,7 +157,7 @@ def _rehearsal(result: Path) -> list[Part]:
 PLANS = {
     "first": Plan(290, _first),
     "steps": Plan(240, _steps_plan),
-    "training": Plan(330, _training),
+    "training": Plan(420, _training),
     "deep": Plan(540, _deep),
     "rehearsal": Plan(440, _rehearsal),
 }

@@ -4,7 +4,7 @@
 #
 #   bash benchmarks/gpu.sh first OUTDIR        correctness, then the kernels against their peers: at most 290 s
 #   bash benchmarks/gpu.sh steps OUTDIR        what the focus costs in steps of full-size models: at most 240 s
-#   bash benchmarks/gpu.sh training OUTDIR     whole runs, killed and resumed, and pairs a second: at most 330 s
+#   bash benchmarks/gpu.sh training OUTDIR     whole runs, killed and resumed, and pairs a second: at most 420 s
 #   bash benchmarks/gpu.sh deep OUTDIR         sweeps, variants, counters: at most 540 s
 #   bash benchmarks/gpu.sh rehearsal OUTDIR    the same machinery on a CPU, at the smallest sizes
 #   bash benchmarks/gpu.sh --dry-run           everything but the device: imports, shapes, launches, plans
