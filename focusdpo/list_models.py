@@ -82,7 +82,7 @@ def prepare_list(config: ModelsConfig) -> Callable[[], None]:
             raise ValueError(f"photo: got {config.photo}; {name} cannot bring it to size: {error}") from error
         layouts[name] = TokenLayout((side, side), ((height // PATCH_SIZE, width // PATCH_SIZE),) * config.references)
 
-    parts = ["weights", "text, VAE", "adapter", "kept", "block", "tokens", "total"]
+    parts = ["weights", "text, VAE", "adapter", "kept", "block", "temporaries", "tokens", "total"]
     models = [["model", "backbone", "parameters", "LoRA", "taps", "channels", "references", *parts]]
     for name in RELEASED:
         architecture = released(name)
@@ -90,7 +90,7 @@ def prepare_list(config: ModelsConfig) -> Callable[[], None]:
         part = estimate(architecture, config.model, config.lora, config.mixed_precision, layout, pairs, config.optimizer)
         backbone = architecture.build(dtype, config.max_sequence_length)
         adapter = part.adapter_weights + part.adapter_gradients + part.optimizer_state
-        sizes = [part.frozen_weights, part.companions, adapter, part.kept_activations, part.recomputed_block, part.tokens]
+        sizes = [part.frozen_weights, part.companions, adapter, part.kept_activations, part.recomputed_block, part.temporaries]
         models.append(
             [
                 name,
@@ -100,7 +100,7 @@ def prepare_list(config: ModelsConfig) -> Callable[[], None]:
                 str(len(backbone.tap_paths())),
                 str(backbone.transformer.config.in_channels),
                 str(layout.num_reference),
-                *(f"{size / GIB:.2f}" for size in (*sizes, part.total)),
+                *(f"{size / GIB:.2f}" for size in (*sizes, part.tokens, part.total)),
             ]
         )
     pipelines = [["backbone", "pipelines"]]

@@ -1,6 +1,7 @@
 """Device memory of a training step, computed before it runs, and what to change when it does not fit.
 
-    total = frozen weights + companions + adapter (4 + 4 + 8 bytes a parameter) + kept activations + recomputed block + tokens
+    total = frozen weights + companions + adapter (4 + 4 + 8 bytes a parameter) + kept activations + recomputed block
+            + temporaries + tokens
 
 - Frozen weights and companions (text encoders, VAE) stay on the device, in `model.dtype`; `model.quantization` makes those of
   the blocks smaller.
@@ -10,18 +11,23 @@
   policy have equal shapes, and the reference saves nothing.
 - With gradient checkpointing only the blocks' inputs are kept, and what is saved outside of them; the backward pass then
   recomputes one block at a time, so that the largest block's activations come on top. Without it all are kept.
+- Temporaries are what lives besides when most does: results of operations that nothing keeps, and gradients on their way. A
+  whole step runs on the meta device for them, forward and backward, and every storage is counted from its making to its end.
 - Tokens are what the loss compares: noisy tokens, targets, and both predictions.
 
-Not in it: temporaries of single operations, fragmentation, libraries' workspaces, DDP's buckets (the adapter's gradients once
-more), and what `model.compile` saves. Attention and RMS norm are taken to be PyTorch's fused kernels, as on a GPU.
+Not in it: fragmentation, libraries' workspaces, DDP's buckets (the adapter's gradients once more), what `model.compile` saves,
+and of `model.quantization` a layer's weights in full precision. Attention and RMS norm are taken to be PyTorch's fused kernels,
+as on a GPU. tests/test_memory.py holds it against the peaks that were measured (benchmarks/results).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +35,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from focusdpo.data import PairDataset, SizeBatches
 from focusdpo.data.images import PATCH_SIZE
@@ -59,6 +67,7 @@ class Estimate:
     optimizer_state: int
     kept_activations: int
     recomputed_block: int
+    temporaries: int
     tokens: int
 
     @property
@@ -110,24 +119,59 @@ def estimate(
     references = torch.empty(images, layout.num_reference, channels, device="meta")
     t = torch.empty(images, device="meta")
     blocks = [backbone.transformer.get_submodule(path) for path in backbone.tap_paths()]
-    with (
-        warnings.catch_warnings(),
-        SavedBytes(backbone.transformer, blocks) as saved,
-        _Device(autocast=mixed_precision == "bf16"),
-    ):
+    device = _Device(autocast=mixed_precision == "bf16")
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice about speed, for a pass that computes nothing
-        prediction = backbone.predict(noisy, t, prompts, references, layout)
-    compared = 2 * noisy.nbytes + references.nbytes + 2 * prediction.untyped_storage().nbytes()
+        with SavedBytes(backbone.transformer, blocks) as saved, device:
+            prediction = backbone.predict(noisy, t, prompts, references, layout)
+        kept = saved.outside if model.gradient_checkpointing else saved.total
+        block = saved.largest_block if model.gradient_checkpointing else 0
+        compared = 2 * noisy.nbytes + references.nbytes + 2 * prediction.untyped_storage().nbytes()
+        del prediction, saved
+        if model.gradient_checkpointing:
+            # The backward pass recomputes outside of this context.
+            again = functools.partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), device))
+            backbone.transformer.enable_gradient_checkpointing(again)
+        inputs = (noisy, references, t, *prompts.tensors.values())
+        with LiveBytes(*backbone.transformer.parameters(), *backbone.transformer.buffers(), *inputs) as live, device:
+            torch.autograd.backward([backbone.predict(noisy, t, prompts, references, layout).sum()])
     return Estimate(
         frozen_weights=frozen,
         companions=architecture.companions * dtype.itemsize,
         adapter_weights=4 * trained,
         adapter_gradients=4 * trained,
         optimizer_state=STATE_BYTES[optimizer] * trained,
-        kept_activations=saved.outside if model.gradient_checkpointing else saved.total,
-        recomputed_block=saved.largest_block if model.gradient_checkpointing else 0,
+        kept_activations=kept,
+        recomputed_block=block,
+        temporaries=max(live.peak - kept - block, 0),
         tokens=compared,
     )
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Context manager: the most bytes that live at once among the storages made inside it, on the meta device.
+
+    Args:
+        fixed: tensors from before, which do not count.
+    """
+
+    def __init__(self, *fixed: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._sizes = {_key(tensor): 0 for tensor in fixed}
+        self._now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and _key(tensor) not in self._sizes:
+                self._sizes[_key(tensor)] = tensor.untyped_storage().nbytes()
+                self._now += self._sizes[_key(tensor)]
+                weakref.finalize(tensor.untyped_storage(), self._end, _key(tensor))
+        self.peak = max(self.peak, self._now)
+        return result
+
+    def _end(self, key: int) -> None:
+        self._now -= self._sizes.pop(key)
 
 
 class SavedBytes:
@@ -216,7 +260,8 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        raise NotImplementedError("shapes only")
+        needed = ctx.needs_input_grad[1:]
+        return None, *(torch.empty_like(x) if n else None for x, n in zip(ctx.saved_tensors, needed, strict=False))
 
 
 class _Device(TorchFunctionMode):
