@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from focusdpo.mask import FocusMask
-from focusdpo_kernels import FocusFields, preference_residual
 from focusdpo_kernels.checks import check_choice, check_device, check_no_grad, check_shape, check_tensor
+from focusdpo_kernels.reference import PreferenceResidual
+from focusdpo_kernels.residual import Predictions, masked_residual
 
 LOSS_TYPES = ("sigmoid", "ipo", "hinge", "sft")
 LOSER_SCALES = (None, "sdpo", "sdpo_batch")
@@ -35,8 +36,14 @@ class FocusDPOOutput(NamedTuple):
 
 def pair_accuracy(logits: Tensor) -> Tensor:
     """Whether each pair is told apart, of its logit: 1, 0, or one half for a tie; NaN of NaN. Same shape and dtype."""
-    correct = (logits > 0).to(logits.dtype) + 0.5 * (logits == 0)
-    return correct.masked_fill_(logits.isnan(), torch.nan)  # in place: it was just made
+    # Of a logit as large as its type has them the sigmoid is 1, 0 or, where it is 0, one half; three operations less than
+    # comparisons take.
+    return torch.sigmoid(torch.finfo(logits.dtype).max * logits)
+
+
+def _mean(values: Tensor) -> Tensor:
+    """The mean over pairs; an empty batch gives 0, not NaN."""
+    return values.mean() if values.shape[0] else values.sum()
 
 
 def convert_beta(beta: float, elements: int, *, source: str, target: str) -> float:
@@ -63,7 +70,7 @@ def convert_beta(beta: float, elements: int, *, source: str, target: str) -> flo
     return beta / elements if target == "sum" else beta * elements
 
 
-def _mask_of(focus: Tensor | FocusFields | FocusMask | None) -> Tensor | FocusFields | None:
+def _mask_of(focus: Tensor | FocusMask | None) -> Tensor | None:
     return focus.mask if isinstance(focus, FocusMask) else focus
 
 
@@ -76,6 +83,16 @@ def _check_per_sample(name: str, value: Tensor | None, policy: Tensor) -> None:
     check_no_grad(name, value, "weights are constants of the loss")
 
 
+def _silenced(residual: PreferenceResidual, silent: Tensor | None) -> PreferenceResidual:
+    """The residual with zeros, which carry no gradient, for the pairs that take no part."""
+    return residual if silent is None else PreferenceResidual(*(x.masked_fill(silent, 0) for x in residual))
+
+
+def _logits(margin: Tensor, beta: float, timestep_weight: Tensor | None) -> Tensor:
+    weighted = margin if timestep_weight is None else timestep_weight.to(margin.dtype) * margin
+    return -0.5 * beta * weighted
+
+
 def focus_dpo_loss(
     policy_win: Tensor,
     policy_lose: Tensor,
@@ -84,8 +101,8 @@ def focus_dpo_loss(
     target_win: Tensor,
     target_lose: Tensor,
     *,
-    focus: Tensor | FocusFields | FocusMask | None = None,
-    focus_lose: Tensor | FocusFields | FocusMask | None = None,
+    focus: Tensor | FocusMask | None = None,
+    focus_lose: Tensor | FocusMask | None = None,
     beta: float = 2000.0,
     timestep_weight: Tensor | None = None,
     sample_weight: Tensor | None = None,
@@ -108,12 +125,13 @@ def focus_dpo_loss(
             bf16 or fp32 (float64 on the torch backend). Gradient reaches these two only.
         reference_win, reference_lose: the frozen reference model's predictions, same shape.
         target_win, target_lose: the true noise or velocity, same shape. Winner and loser share timestep and noise.
-        focus: None (all ones), M [B, P], a FocusMask, or FocusFields, from which the kernels form M on the fly; latents take
-            one value per 2x2 patch, or one per latent: M [B, H, W].
+        focus: None (all ones), M [B, P] >= 0, or a FocusMask; latents take one value per 2x2 patch, or one per latent:
+            M [B, H, W]. A negative entry gives NaN.
         focus_lose: the loser's own mask (`mask_from="each"`); None uses `focus` for both.
         beta: strength of the preference, for the chosen reduction; see `convert_beta`.
         timestep_weight: w_t [B] inside the sigmoid; None is 1, (1 - t)^2 turns velocity errors into noise errors (E2).
-        sample_weight: [B], multiplies each pair's loss before the mean over the batch.
+        sample_weight: [B], multiplies each pair's loss before the mean over the batch. A pair of weight 0 takes no part, also
+            where its errors are not finite: its gradient is exactly 0.
         reduction: "mean" over P*C, "sum", or "masked_mean"; see `focusdpo_kernels.preference_residual`.
         mask_power: 1, or 2 to put the mask inside the norm.
         loss_type: "sigmoid"; "hinge", max(0, 1 - logit); "ipo", (2 logit / beta - 1 / beta)^2; "sft", w_t e_pol(win),
@@ -151,25 +169,25 @@ def focus_dpo_loss(
             raise ValueError(f"{name}: got {anchor!r}; expected a number >= 0")
     if not 0.0 <= sdpo_mu <= 1.0:
         raise ValueError(f"sdpo_mu: got {sdpo_mu!r}; expected a number from 0 to 1")
+    if isinstance(policy_win, Tensor) and policy_win.ndim:  # else it is what is refused, below
+        _check_per_sample("timestep_weight", timestep_weight, policy_win)
+        _check_per_sample("sample_weight", sample_weight, policy_win)
+    silent = None if sample_weight is None else sample_weight == 0
     preferred_lose = policy_lose
     if loss_type == "sft" and isinstance(policy_lose, Tensor):
         # Both backends then leave the loser out of the backward pass; otherwise the kernel would send zeros through the model.
         preferred_lose = policy_lose.detach()
-    residual = preference_residual(
-        policy_win,
-        preferred_lose,
-        reference_win,
-        reference_lose,
-        target_win,
-        target_lose,
+    measured = masked_residual(
+        Predictions(policy_win, preferred_lose, reference_win, reference_lose, target_win, target_lose),
         _mask_of(focus),
-        weight_lose=_mask_of(focus_lose),
+        _mask_of(focus_lose),
+        names=("focus", "focus_lose"),
+        silent=silent,
         reduction=reduction,
         mask_power=mask_power,
         backend=backend,
     )
-    _check_per_sample("timestep_weight", timestep_weight, policy_win)
-    _check_per_sample("sample_weight", sample_weight, policy_win)
+    residual = _silenced(measured, silent)
 
     margin = residual.margin
     if loser_scale is not None:
@@ -181,16 +199,15 @@ def focus_dpo_loss(
         scale = torch.where(aligned, scale.clamp(max=1), 1)
         # Adds exactly zero to the value and takes (1 - scale) of the loser's gradient back.
         margin = margin + (1 - scale) * (residual.policy_lose - residual.policy_lose.detach())
-    scaled = -0.5 * margin if timestep_weight is None else -0.5 * timestep_weight.to(margin.dtype) * margin
-    logits = beta * scaled
+    logits = _logits(margin, beta, timestep_weight)
     if loss_type == "sigmoid":
-        losses = -(1 - label_smoothing) * F.logsigmoid(logits)
+        losses = (label_smoothing - 1) * F.logsigmoid(logits)
         if label_smoothing:
             losses = losses - label_smoothing * F.logsigmoid(-logits)
     elif loss_type == "hinge":
         losses = torch.relu(1 - logits)
     elif loss_type == "ipo":
-        losses = (2 * scaled - 1 / beta) ** 2
+        losses = (2 / beta * logits - 1 / beta) ** 2
     else:
         losses = residual.policy_win
         if timestep_weight is not None:
@@ -199,20 +216,21 @@ def focus_dpo_loss(
         losses = losses + winner_anchor * residual.policy_win
     if reference_anchor:
         # The kernel's errors, with the reference's predictions as what the policy's should be.
-        drift = preference_residual(*[policy_win, policy_lose] + 2 * [reference_win, reference_lose], backend=backend)
+        values = Predictions(policy_win, policy_lose, reference_win, reference_lose, reference_win, reference_lose)
+        drift = _silenced(masked_residual(values, None, None, silent=silent, backend=backend), silent)
         losses = losses + 0.5 * reference_anchor * (drift.policy_win + drift.policy_lose)
     if sample_weight is not None:
         losses = losses * sample_weight.to(losses.dtype)
 
-    pairs = max(losses.shape[0], 1)  # an empty batch gives 0, not NaN
-    logits = logits.detach()
+    # What is told of a pair does not depend on its weight.
+    logits = logits.detach() if silent is None else _logits(measured.margin.detach(), beta, timestep_weight)
     return FocusDPOOutput(
-        losses.sum() / pairs,
+        _mean(losses),
         logits,
-        residual.margin.detach(),
-        residual.policy_win.detach(),
-        residual.policy_lose.detach(),
-        residual.reference_win,
-        residual.reference_lose,
-        pair_accuracy(logits).sum() / pairs,
+        measured.margin.detach(),
+        measured.policy_win.detach(),
+        measured.policy_lose.detach(),
+        measured.reference_win,
+        measured.reference_lose,
+        _mean(pair_accuracy(logits)),
     )

@@ -3,12 +3,11 @@
 from focusdpo_kernels.entropy import patch_entropy
 from focusdpo_kernels.fusion import fuse_focus
 from focusdpo_kernels.matching import structure_field, topk_mask
-from focusdpo_kernels.reference import FocusFields, PreferenceResidual
+from focusdpo_kernels.reference import PreferenceResidual
 from focusdpo_kernels.residual import preference_residual
 from focusdpo_kernels.similarity import SimilarityAccumulator, cross_layer_similarity
 
 __all__ = [
-    "FocusFields",
     "PreferenceResidual",
     "SimilarityAccumulator",
     "cross_layer_similarity",

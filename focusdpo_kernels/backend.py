@@ -48,7 +48,8 @@ def resolve_backend(backend: str | None, *tensors: torch.Tensor) -> Backend:
 
     Args:
         backend: "triton", "torch" or None (environment, then automatic).
-        tensors: the call's tensor arguments; they decide the automatic choice.
+        tensors: the call's arguments that are computed with; they decide the automatic choice. Masks and priors, which are
+            only compared or cast, do not: numpy makes them float64.
 
     Returns:
         "triton" or "torch".

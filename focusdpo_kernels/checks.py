@@ -10,6 +10,10 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+from focusdpo_kernels.autograd import has_tangent
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 METHODS = ("kde", "histogram")
@@ -29,6 +33,8 @@ def check_tensor(
     """A tensor of the given rank (and dtypes); `layout` names the axes in the message."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor {layout}, got {type(value).__name__}")
+    if type(value) not in (torch.Tensor, torch.nn.Parameter):
+        _check_data(name, value)
     ranks = (ndim,) if isinstance(ndim, int) else ndim
     if value.ndim not in ranks:
         raise ValueError(f"{name}: expected a tensor {layout}, got {describe(value)}")
@@ -36,6 +42,18 @@ def check_tensor(
         allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name}: got dtype {str(value.dtype).removeprefix('torch.')}; allowed are {allowed}")
     return value
+
+
+def _check_data(name: str, value: torch.Tensor) -> None:
+    """A subclass holds its data where a plain tensor does, or is what PyTorch traces with."""
+    if hasattr(value, "to_local"):
+        raise TypeError(
+            f"{name}: got a {type(value).__name__}, of which each device holds a part; pass {name}.to_local(), or all of it by "
+            f"{name}.full_tensor()"
+        )
+    own_dispatch = type(value).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    if own_dispatch and not isinstance(value, (FakeTensor, FunctionalTensor)):
+        raise TypeError(f"{name}: got a {type(value).__name__}, whose data the kernels cannot read; pass a plain tensor")
 
 
 def check_shape(name: str, value: torch.Tensor, shape: Sequence[int], why: str) -> None:
@@ -51,6 +69,8 @@ def check_device(name: str, value: torch.Tensor, device: torch.device, other: st
 def check_no_grad(name: str, value: torch.Tensor, why: str) -> None:
     if value.requires_grad:
         raise ValueError(f"{name}: requires grad, but {why}; pass {name}.detach() or compute it under torch.no_grad()")
+    if not torch.compiler.is_compiling() and has_tangent(value):
+        raise ValueError(f"{name}: has a tangent, but {why}; pass {name}.detach()")
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:

@@ -130,7 +130,7 @@ def fuse_focus(
         check_device(name, value, structure.device, "structure")
     check_unit_interval("tau", tau)
     check_unit_interval("gamma", gamma)
-    if resolve_backend(backend, structure, coverage, complexity, prior) == "torch":
+    if resolve_backend(backend, structure, coverage, complexity) == "torch":
         return spec.fuse_focus(structure, coverage, complexity, prior, tau, gamma)
     return fuse_focus_op(structure, coverage, complexity, prior, float(tau), float(gamma))
 

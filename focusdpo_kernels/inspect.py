@@ -66,11 +66,21 @@ def launches() -> Iterator[Launch]:
 
 def _source(launch: Launch) -> ASTSource:
     names = launch.kernel.arg_names
-    constants = {**launch.constants, **dict.fromkeys(launch.ones, 1)}
-    signature = {name: "constexpr" if name in constants else launch.types.get(name, "i32") for name in names}
-    aligned = [name for name in names if signature[name].startswith("*") or name in launch.aligned]
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    absent = [name for name, kind in launch.types.items() if kind is None]
+    constants = {**launch.constants, **dict.fromkeys(launch.ones, 1), **dict.fromkeys(absent, None)}
+    signature: dict[str, Any] = {name: "constexpr" if name in constants else launch.types.get(name, "i32") for name in names}
+    attributes = {}
+    for i, (name, kind) in enumerate(signature.items()):
+        parts = {(i, j): part for j, part in enumerate(kind)} if isinstance(kind, tuple) else {(i,): kind}
+        aligned = [path for path, part in parts.items() if part.startswith("*") or name in launch.aligned]
+        attributes.update({path: [["tt.divisibility", 16]] for path in aligned})
     return ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
+
+
+def _pointers(launch: Launch) -> str:
+    """The types of a launch's pointers, each once."""
+    types = [part for kind in launch.types.values() for part in (kind if isinstance(kind, tuple) else (kind,))]
+    return " ".join(sorted({part for part in types if part is not None and part.startswith("*")}))
 
 
 def compile_launch(launch: Launch, arch: str) -> Compiled:
@@ -82,12 +92,11 @@ def compile_launch(launch: Launch, arch: str) -> Compiled:
         figures = nvidia_figures(compiled.asm["cubin"], arch, launch.threads, shared, launch.num_stages)
     else:
         figures = amd_figures(compiled.asm["amdgcn"])
-    types = sorted({t for t in launch.types.values() if t.startswith("*")})
     return Compiled(
         arch=arch,
         kernel=launch.kernel.__name__,
         configuration=launch.label,
-        types=" ".join(types),
+        types=_pointers(launch),
         dtype=str(launch.constants["DTYPE"]) if "DTYPE" in launch.constants else None,
         contiguous=launch.constants.get("CONTIGUOUS", True),
         budget=getattr(launch.registers, arch),

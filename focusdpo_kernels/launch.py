@@ -51,8 +51,10 @@ class Launch:
         threads: per program; a power of two. So many warps of 32 or 64, by device, that a thread has the same work.
         registers: budget, at most so many per thread on each architecture.
         num_stages: depth of software pipelining.
-        types: Triton types of the arguments that are not 32-bit integers, for ahead-of-time compilation.
-        aligned, ones: integer arguments that are multiples of 16, or 1, at the named shapes (Triton specialises on both).
+        types: Triton types of the arguments that are not 32-bit integers, for ahead-of-time compilation. A NamedTuple of types
+            for a NamedTuple of arguments, None for an argument that is None.
+        aligned, ones: integer arguments that are multiples of 16, or 1, at the named shapes (Triton specialises on both); a
+            NamedTuple is aligned when all its integers are.
         fp_fusion: whether a * b + c may become one rounding. Stated for every kernel, because Triton's default changes.
     """
 
@@ -61,7 +63,7 @@ class Launch:
     threads: int
     registers: Registers
     num_stages: int = 2
-    types: Mapping[str, str] = field(default_factory=dict)
+    types: Mapping[str, str | tuple[Any, ...] | None] = field(default_factory=dict)
     aligned: tuple[str, ...] = ()
     ones: tuple[str, ...] = ()
     fp_fusion: bool = True

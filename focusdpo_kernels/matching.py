@@ -308,7 +308,7 @@ def structure_field(
     check_device("prior", prior, scores.device, "scores")
     if per_subject and prior.ndim == 2:
         raise ValueError("prior: per_subject=True needs one prior per subject [B, R, P], got [B, P]")
-    if resolve_backend(backend, scores, prior) == "torch":
+    if resolve_backend(backend, scores) == "torch":
         return spec.structure_field(scores, k, prior, per_subject)
     if isinstance(k, Tensor):
         return structure_field_op(scores, k, 0, prior, per_subject)

@@ -36,22 +36,6 @@ class PreferenceResidual(NamedTuple):
     inner: Tensor
 
 
-class FocusFields(NamedTuple):
-    """What M is made of (E6 to E8), for `preference_residual` to form it on the fly; no gradient.
-
-    structure: M_s [B, P]. entropy: H [B, P], not normalised. extremes: [B, 2], its minimum and maximum over each image.
-    coverage: A [B]. prior: [B, P], the union over subjects. tau, gamma: see `fuse_focus`.
-    """
-
-    structure: Tensor
-    entropy: Tensor
-    extremes: Tensor
-    coverage: Tensor
-    prior: Tensor
-    tau: float
-    gamma: float
-
-
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -183,17 +167,12 @@ def fuse_focus(structure: Tensor, coverage: Tensor, complexity: Tensor, prior: T
     return torch.where(coverage[:, None] > tau, structure, gamma * structure + (1 - gamma) * detail)
 
 
-def fields_mask(fields: FocusFields) -> Tensor:
-    """M of its fields (E7, E8)."""
-    complexity = scale_complexity(fields.entropy, fields.extremes)
-    return fuse_focus(fields.structure, fields.coverage, complexity, fields.prior, fields.tau, fields.gamma)
-
-
 def element_weight(weight: Tensor, prediction: Tensor, mask_power: int) -> Tensor:
     """M^mask_power of M [B, P] (of latents in 2x2 patches) or, of latents, [B, H, W], shaped to broadcast over a prediction:
-    [B, P, 1] for tokens, [B, 1, H, W] for latents.
+    [B, P, 1] for tokens, [B, 1, H, W] for latents. Where M < 0 it is NaN.
     """
-    weight = weight.to(accumulation_dtype(prediction.dtype)) ** mask_power
+    weight = weight.to(accumulation_dtype(prediction.dtype))
+    weight = torch.where(weight < 0, math.nan, weight) ** mask_power
     if prediction.ndim == 3:
         return weight[:, :, None]
     if weight.ndim == 3:
@@ -215,7 +194,8 @@ def preference_residual(
     reduction: str,
     mask_power: int,
 ) -> PreferenceResidual:
-    """E9's errors and the margin of E1, per sample."""
+    """E9's errors and the margin of E1, per sample; `weight_lose` None takes `weight_win` for both."""
+    weight_lose = weight_win if weight_lose is None else weight_lose
     dtype = accumulation_dtype(policy_win.dtype)
     axes = tuple(range(1, policy_win.ndim))
 
@@ -228,7 +208,7 @@ def preference_residual(
             scale = torch.ones(t.shape[0], dtype=dtype, device=t.device)
         else:
             total = m.sum(axes)
-            scale = torch.where(total > 0, 1 / torch.where(total > 0, total, 1), 0)
+            scale = torch.where(total == 0, 0, 1 / torch.where(total == 0, 1, total))
         gradient = (m * (a - t)).detach()
         policy_error = (m * (a - t) ** 2).sum(axes) * scale
         reference_error = (m * (b - t) ** 2).sum(axes) * scale

@@ -5,31 +5,35 @@ The kernels are in residual_kernels.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from focusdpo_kernels import cpu_residual
 from focusdpo_kernels import reference as spec
+from focusdpo_kernels import residual_kernels as kernels
+from focusdpo_kernels.autograd import is_transformed, save, saved
 from focusdpo_kernels.backend import device_guard, resolve_backend
 from focusdpo_kernels.checks import FLOATS, check_choice, check_device, check_no_grad, check_shape, check_tensor
-from focusdpo_kernels.reference import FocusFields, PreferenceResidual
-from focusdpo_kernels.residual_kernels import (
-    BLOCK,
-    MAX_SPLITS,
-    PREDICTIONS,
-    REDUCTIONS,
-    ROWS,
-    SUMS,
-    ZEROS,
-    backward_launch,
-    finish_launch,
-    forward_launch,
-)
+from focusdpo_kernels.launch import next_power_of_2
+from focusdpo_kernels.reference import PreferenceResidual
+from focusdpo_kernels.residual_kernels import Incoming, Mask, Side, Update
 
+REDUCTIONS = ("mean", "sum", "masked_mean")
 PATCH = 2  # latents along the side of a token
+
+
+class Predictions(NamedTuple):
+    """[B, P, C] tokens or [B, C, H, W] latents, of one shape."""
+
+    policy_win: Tensor
+    policy_lose: Tensor
+    reference_win: Tensor
+    reference_lose: Tensor
+    target_win: Tensor
+    target_lose: Tensor
 
 
 def _by_sample(prediction: Tensor) -> Tensor:
@@ -37,25 +41,19 @@ def _by_sample(prediction: Tensor) -> Tensor:
     return prediction if prediction.numel() == 0 or prediction[0].is_contiguous() else prediction.contiguous()
 
 
-def _sizes(prediction: Tensor, weight: Tensor | None) -> tuple[int, int, int, int, int]:
-    """E, P, INNER, HEIGHT and SIDE of `_masks`."""
+def _layout(prediction: Tensor, win: Tensor | None, lose: Tensor | None, power: int) -> tuple[Mask, tuple[int, int, int, int]]:
+    """How masks lie over a prediction, and E, P, INNER and HEIGHT of the kernels."""
     if prediction.ndim == 3:
         _, patches, channels = prediction.shape
-        return patches * channels, patches, channels, 1, 0
-    _, channels, height, width = prediction.shape
-    side = 1 if weight is not None and weight.ndim == 3 else PATCH
-    return channels * height * width, (height // side) * (width // side), width, height, side
-
-
-def _mask_arguments(
-    weight_win: Tensor | None, weight_lose: Tensor | None, fields: Sequence[Tensor], unused: Tensor
-) -> tuple[str, tuple[Tensor, ...]]:
-    """The kind of mask and its six pointers; `unused` stands where one is not read."""
-    if weight_win is None or weight_lose is None:
-        return "none", (unused,) * 6
-    if not fields:
-        return "weight", (weight_win, weight_lose, *(unused,) * 4)
-    return "fields", (weight_win, weight_lose, *fields)
+        elements, inner, height, side = patches * channels, channels, 1, 0
+    else:
+        _, channels, height, inner = prediction.shape
+        side = 1 if win is not None and win.ndim == 3 else PATCH
+        elements, patches = channels * height * inner, (height // side) * (inner // side)
+    sizes = (elements, patches, inner, height)
+    if win is None:
+        return Mask(False, False, 0, 1, False), sizes
+    return Mask(True, lose is not None, side, power, side == 0 and inner % kernels.LANES == 0), sizes
 
 
 @torch.library.custom_op("focusdpo::preference_residual", mutates_args=())
@@ -68,42 +66,41 @@ def preference_residual_op(
     target_lose: Tensor,
     weight_win: Tensor | None,
     weight_lose: Tensor | None,
-    fields: Sequence[Tensor],
-    tau: float,
-    gamma: float,
     reduction: str,
     mask_power: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """fp32: policy_win, policy_lose and margin [B], and the rest [ROWS, B], which carries no gradient.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of PreferenceResidual, fp32 [B], and the scales [kernels.ROWS, B] that the backward pass needs.
 
-    They are separate because PyTorch would gather the gradients of one tensor's rows by ten small kernels.
-    `fields` is empty, or entropy, prior (uint8), extremes and coverage, with M_s as both weights.
+    `weight_lose` None takes `weight_win` for both.
     """
     predictions = [_by_sample(x) for x in (policy_win, policy_lose, reference_win, reference_lose, target_win, target_lose)]
     batch = policy_win.shape[0]
-    elements, patches, inner, height, side = _sizes(policy_win, weight_win)
-    win, lose, margin = (torch.empty((batch,), dtype=torch.float32, device=policy_win.device) for _ in range(3))
-    rest = torch.empty((ROWS, batch), dtype=torch.float32, device=policy_win.device)
+    results, scales = _results(policy_win)
     if batch == 0:
-        return win, lose, margin, rest
-    splits = max(min(triton.cdiv(elements, BLOCK), MAX_SPLITS), 1)
-    partial = torch.empty((batch, splits, SUMS), dtype=torch.float32, device=policy_win.device)
-    mask, weights = _mask_arguments(weight_win, weight_lose, fields, partial)
-    forward = forward_launch(tuple(x.dtype for x in predictions), mask, side, mask_power)
+        return *results, scales
+    mask, sizes = _layout(policy_win, weight_win, weight_lose, mask_power)
+    elements, patches, inner, height = sizes
+    splits = min(max(elements // (kernels.FORWARD_BLOCK * kernels.MIN_BLOCKS), 1), kernels.MAX_SPLITS)
+    partial = torch.empty((batch, kernels.SUMS, splits), dtype=torch.float32, device=policy_win.device)
+    win, lose = (Side(*side, *(x.stride(0) for x in side)) for side in (predictions[::2], predictions[1::2]))
+    forward = kernels.forward_launch(tuple(x.dtype for x in predictions), mask)
+    finish = kernels.finish_launch(next_power_of_2(splits), reduction if mask.given or reduction == "sum" else "mean")
     with device_guard(policy_win):
-        strides = [x.stride(0) for x in predictions]
-        sizes = (elements, patches, splits, inner, height, *strides)
-        forward((batch, splits), *predictions, *weights, partial, *sizes, tau, gamma)
-        finish_launch(splits, reduction)((batch,), partial, win, lose, margin, rest, elements, batch, splits)
-    return win, lose, margin, rest
+        forward((batch, splits), win, lose, weight_win, weight_lose, partial, elements, patches, splits, inner, height)
+        finish((batch,), partial, results, scales, elements, batch, splits)
+    return *results, scales
+
+
+def _results(prediction: Tensor) -> tuple[PreferenceResidual, Tensor]:
+    shapes = [prediction.shape[:1]] * len(PreferenceResidual._fields) + [(kernels.ROWS, prediction.shape[0])]
+    *results, scales = (prediction.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return PreferenceResidual(*results), scales
 
 
 @preference_residual_op.register_fake
 def _(policy_win, *args):
-    batch = policy_win.shape[0]
-    return *(policy_win.new_empty((batch,), dtype=torch.float32) for _ in range(3)), policy_win.new_empty(
-        (ROWS, batch), dtype=torch.float32
-    )
+    results, scales = _results(policy_win)
+    return *results, scales
 
 
 @torch.library.custom_op("focusdpo::preference_residual_backward", mutates_args=())
@@ -111,52 +108,53 @@ def preference_residual_backward_op(
     policy_win_grad: Tensor | None,
     policy_lose_grad: Tensor | None,
     margin_grad: Tensor | None,
-    rest: Tensor,
+    scales: Tensor,
     policy_win: Tensor,
     policy_lose: Tensor,
     target_win: Tensor,
     target_lose: Tensor,
     weight_win: Tensor | None,
     weight_lose: Tensor | None,
-    fields: Sequence[Tensor],
-    tau: float,
-    gamma: float,
     mask_power: int,
 ) -> tuple[Tensor, Tensor]:
     predictions = [_by_sample(x) for x in (policy_win, policy_lose, target_win, target_lose)]
     batch = policy_win.shape[0]
-    elements, patches, inner, height, side = _sizes(policy_win, weight_win)
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (policy_win, policy_lose)]
+    mask, sizes = _layout(policy_win, weight_win, weight_lose, mask_power)
+    elements, patches, inner, height = sizes
     if batch * elements == 0:
         return grads[0], grads[1]
-    mask, weights = _mask_arguments(weight_win, weight_lose, fields, rest)
-    backward = backward_launch(tuple(x.dtype for x in predictions), mask, side, mask_power)
+    # The first row of the scales is zeros.
+    given = [scales if x is None else x for x in (policy_win_grad, policy_lose_grad, margin_grad)]
+    incoming = Incoming(*given, *(x.stride(-1) for x in given))
+    sides = zip(predictions[:2], predictions[2:], grads, strict=True)
+    win, lose = (Update(policy, target, grad, policy.stride(0), target.stride(0)) for policy, target, grad in sides)
+    backward = kernels.backward_launch(tuple(x.dtype for x in predictions), mask)
     with device_guard(policy_win):
-        incoming = [rest[ZEROS] if x is None else x for x in (policy_win_grad, policy_lose_grad, margin_grad)]
-        tensors = (*incoming, rest, *predictions, *weights, *grads)
-        strides = [x.stride(0) for x in (*incoming, *predictions)]
-        sizes = (elements, patches, batch, inner, height, *strides)
-        backward((batch, triton.cdiv(elements, BLOCK)), *tensors, *sizes, tau, gamma)
+        grid = (batch, triton.cdiv(elements, kernels.BACKWARD_BLOCK))
+        backward(grid, incoming, scales, win, lose, weight_win, weight_lose, elements, patches, batch, inner, height)
     return grads[0], grads[1]
 
 
 @preference_residual_backward_op.register_fake
-def _(policy_win_grad, policy_lose_grad, margin_grad, rest, policy_win, policy_lose, *args):
+def _(policy_win_grad, policy_lose_grad, margin_grad, scales, policy_win, policy_lose, *args):
     return policy_win.new_empty(policy_win.shape), policy_lose.new_empty(policy_lose.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    policy_win, policy_lose, _, _, target_win, target_lose, weight_win, weight_lose, fields, tau, gamma, _, mask_power = inputs
+    policy_win, policy_lose, _, _, target_win, target_lose, weight_win, weight_lose, _, ctx.mask_power = inputs
     ctx.set_materialize_grads(False)  # a result that nobody used costs no kernel that fills its gradient with zeros
-    ctx.save_for_backward(output[3], policy_win, policy_lose, target_win, target_lose, weight_win, weight_lose, *fields)
-    ctx.settings = (tau, gamma, mask_power)
+    *results, scales = output
+    fields = PreferenceResidual(*results)
+    ctx.mark_non_differentiable(fields.reference_win, fields.reference_lose, fields.winner_norm, fields.inner, scales)
+    save(ctx, scales, policy_win, policy_lose, target_win, target_lose, weight_win, weight_lose)
 
 
-def _backward(ctx: Any, win: Tensor | None, lose: Tensor | None, margin: Tensor | None, _: None) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors
-    fields = list(saved[7:])
-    grad_win, grad_lose = preference_residual_backward_op(win, lose, margin, *saved[:7], fields, *ctx.settings)
-    return grad_win, grad_lose, *[None] * 6, [None] * len(fields), *[None] * 4
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    policy_win, policy_lose, _, _, margin, *_ = grads  # as the fields of PreferenceResidual
+    if policy_win is None and policy_lose is None and margin is None:
+        return (None,) * 10
+    return *preference_residual_backward_op(policy_win, policy_lose, margin, *saved(ctx), ctx.mask_power), *[None] * 8
 
 
 preference_residual_op.register_autograd(_backward, setup_context=_setup_context)
@@ -193,24 +191,6 @@ def _check_weight(name: str, weight: object, prediction: Tensor) -> Tensor:
     return value
 
 
-def _formed(weight: Tensor | FocusFields) -> Tensor:
-    return spec.fields_mask(weight) if isinstance(weight, FocusFields) else weight
-
-
-def _check_fields(fields: FocusFields, prediction: Tensor) -> list[Tensor]:
-    """Structure, entropy, prior (uint8), extremes and coverage, as the kernel reads them."""
-    batch, patches = prediction.shape[0], _patches("weight", prediction)
-    shapes = {"structure": (batch, patches), "entropy": (batch, patches), "extremes": (batch, 2), "coverage": (batch,)}
-    for name, shape in {**shapes, "prior": (batch, patches)}.items():
-        value = check_tensor(f"weight.{name}", getattr(fields, name), ndim=len(shape), layout=str(list(shape)))
-        check_shape(f"weight.{name}", value, shape, "B and P of the predictions")
-        check_device(f"weight.{name}", value, prediction.device, "policy_win")
-        check_no_grad(f"weight.{name}", value, "the mask carries no gradient (E9)")
-    prior = spec.binary_prior(fields.prior).contiguous().view(torch.uint8)
-    structure, entropy, extremes, coverage = (getattr(fields, name).to(torch.float32).contiguous() for name in shapes)
-    return [structure, entropy, prior, extremes, coverage]
-
-
 def preference_residual(
     policy_win: Tensor,
     policy_lose: Tensor,
@@ -218,9 +198,9 @@ def preference_residual(
     reference_lose: Tensor,
     target_win: Tensor,
     target_lose: Tensor,
-    weight: Tensor | FocusFields | None = None,
+    weight: Tensor | None = None,
     *,
-    weight_lose: Tensor | FocusFields | None = None,
+    weight_lose: Tensor | None = None,
     reduction: str = "mean",
     mask_power: int = 1,
     backend: str | None = None,
@@ -232,56 +212,68 @@ def preference_residual(
             (float64 on the torch backend). Gradient reaches these two only.
         reference_win, reference_lose: the reference model's predictions, same shape.
         target_win, target_lose: what they should be (velocity or noise), same shape.
-        weight: M [B, P], or None for all ones. Latents take one value per 2x2 patch, row-major: P = (H/2)(W/2); or one per
-            latent, M [B, H, W] or [B, 1, H, W]. FocusFields form M on the fly, so that it is not written.
+        weight: M >= 0, [B, P], of any floating dtype, bool or uint8; or None for all ones. Latents take one value per 2x2
+            patch, row-major: P = (H/2)(W/2); or one per latent, M [B, H, W] or [B, 1, H, W].
         weight_lose: the loser's own M, of the same layout; None uses `weight` for both.
         reduction: "mean" over P*C, so that M = 1 is plain Diffusion-DPO; "sum"; or "masked_mean", divided by the sum of
             M^mask_power over all elements (0 where that is 0).
         mask_power: 1 weights the squared difference by M, 2 by M^2 (the mask inside the norm).
-        backend: "triton", "torch" or None; see `focusdpo_kernels.backend`.
+        backend: "triton", "torch" or None; see `focusdpo_kernels.backend`. Under torch.func's transforms and forward-mode
+            differentiation it is always "torch".
 
     Returns:
         PreferenceResidual of tensors [B], fp32 (float64 for float64 predictions), differentiable once. The margin is
-        exactly 0 where policy and reference agree, and no mask leads to NaN.
+        exactly 0 where policy and reference agree; a mask of zeros gives zeros, a negative entry NaN for its sample. Where the
+        incoming gradient of a sample is 0, so is its gradient, whatever its error.
 
     Raises:
         TypeError, ValueError: arguments of wrong type, shape, dtype or device, or a reference, target or weight that
             requires grad; each named.
     """
-    values = (policy_win, policy_lose, reference_win, reference_lose, target_win, target_lose)
-    for name, value in zip(PREDICTIONS, values, strict=True):
+    values = Predictions(policy_win, policy_lose, reference_win, reference_lose, target_win, target_lose)
+    return masked_residual(values, weight, weight_lose, reduction=reduction, mask_power=mask_power, backend=backend)
+
+
+def masked_residual(
+    values: Predictions,
+    weight: Tensor | None,
+    weight_lose: Tensor | None,
+    *,
+    names: tuple[str, str] = ("weight", "weight_lose"),
+    silent: Tensor | None = None,
+    reduction: str = "mean",
+    mask_power: int = 1,
+    backend: str | None = None,
+) -> PreferenceResidual:
+    """`preference_residual`; `names` are what the caller calls the masks.
+
+    silent: bool [B], samples whose results the caller leaves out, or None; their gradient is 0, whatever their error.
+    """
+    policy = values.policy_win
+    for name, value in values._asdict().items():
         check_tensor(name, value, ndim=(3, 4), dtypes=FLOATS, layout="[B, P, C] or [B, C, H, W]")
-        check_shape(name, value, policy_win.shape, "as policy_win")
-        check_device(name, value, policy_win.device, "policy_win")
+        check_shape(name, value, policy.shape, "as policy_win")
+        check_device(name, value, policy.device, "policy_win")
         if not name.startswith("policy"):
             check_no_grad(name, value, "gradient reaches the two policy predictions only (E9)")
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("mask_power", mask_power, (1, 2))
-    if weight is None and weight_lose is not None:
-        raise ValueError("weight_lose: given without weight; pass weight for the winner as well")
-    chosen = resolve_backend(backend, *values)
-    fields: list[Tensor] = []
-    tau = gamma = 0.0
-    weight_win: Tensor | None = None
-    weight_other: Tensor | None = None
-    if isinstance(weight, FocusFields) and weight_lose is None and chosen == "triton":
-        structure, *fields = _check_fields(weight, policy_win)
-        weight_win = weight_other = structure
-        tau, gamma = float(weight.tau), float(weight.gamma)
-    else:
-        # One mask for each side, or PyTorch: the mask is formed first, by the same definition.
-        if weight is not None:
-            weight_win = weight_other = _check_weight("weight", _formed(weight), policy_win)
-        if weight_win is not None and weight_lose is not None:
-            weight_other = _check_weight("weight_lose", _formed(weight_lose), policy_win)
-            check_shape("weight_lose", weight_other, weight_win.shape, "as weight")
-    if chosen == "torch":
-        return spec.preference_residual(*values, weight_win, weight_other, reduction, mask_power)
-    if weight_win is not None and weight_other is not None:
-        weight_win, weight_other = (w.to(torch.float32).contiguous() for w in (weight_win, weight_other))
-    arguments = (*values, weight_win, weight_other, fields, tau, gamma, reduction, mask_power)
-    policy_win_error, policy_lose_error, margin, rest = preference_residual_op(*arguments)
-    reference_win_error, reference_lose_error, winner_norm, inner = rest.detach()[:4].unbind(0)
-    return PreferenceResidual(
-        policy_win_error, policy_lose_error, reference_win_error, reference_lose_error, margin, winner_norm, inner
-    )
+    if weight is not None:
+        weight = _check_weight(names[0], weight, policy)
+    if weight_lose is not None:
+        if weight is None:
+            raise ValueError(f"{names[1]}: given without {names[0]}; pass {names[0]} for the winner as well")
+        weight_lose = _check_weight(names[1], weight_lose, policy)
+        check_shape(names[1], weight_lose, weight.shape, f"as {names[0]}")
+    transformed = is_transformed(values.policy_win, values.policy_lose)
+    if resolve_backend(backend, *values) == "torch" or transformed:
+        if cpu_residual.serves(*values) and not transformed:
+            return cpu_residual.preference_residual(*values, weight, weight_lose, reduction, mask_power)
+        if silent is not None:
+            # A gradient of 0 times an error that is not finite would be NaN.
+            rows = silent.reshape(-1, *[1] * (policy.ndim - 1))
+            win, lose = (torch.where(rows, x.detach(), x) for x in (values.policy_win, values.policy_lose))
+            values = values._replace(policy_win=win, policy_lose=lose)
+        return spec.preference_residual(*values, weight, weight_lose, reduction, mask_power)
+    weights = (x if x is None else x.to(torch.float32).contiguous() for x in (weight, weight_lose))
+    return PreferenceResidual(*preference_residual_op(*values, *weights, reduction, mask_power)[:-1])

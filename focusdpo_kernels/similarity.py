@@ -96,7 +96,7 @@ def cross_layer_similarity(
     check_choice("pooling", pooling, POOLINGS)
     weights = _check_weights(layer_weights, len(targets))
     with torch.no_grad():
-        if resolve_backend(backend, *targets, *references, mask) == "torch":
+        if resolve_backend(backend, *targets, *references) == "torch":
             return spec.cross_layer_similarity(targets, references, mask, weights, pooling)
         return cross_layer_similarity_op(targets, references, mask, weights, pooling)
 
@@ -137,7 +137,7 @@ class SimilarityAccumulator:
             self._total = torch.zeros(shape, dtype=dtype, device=target.device)
         elif self._total.shape != shape:
             raise ValueError(f"target: got {shape[2]} tokens, while earlier layers had {self._total.shape[2]}")
-        if resolve_backend(self._backend, target, reference, mask) == "torch":
+        if resolve_backend(self._backend, target, reference) == "torch":
             self._total += weight * spec.layer_similarity(target, reference, mask, self._pooling)
         else:
             _launch([target], [reference], mask, [weight], self._pooling, self._total, accumulate=True)

@@ -48,12 +48,12 @@ EXPECTED = {
     "focus_mask": (MASK, 12),
     "residual, forward": (FORWARD, 0),
     "residual, forward and backward": (RESIDUAL, 0),
-    "loss, forward": (FORWARD, 15),
-    "loss, forward and backward": (RESIDUAL, 21),
-    "step at once, 3 layers": ([*SIMILARITY, "_average_kernel", *MASK, *RESIDUAL], 34),
-    "step at once, 5 layers": ([*SIMILARITY, "_average_kernel", *MASK, *RESIDUAL], 34),
-    "step streamed, 3 layers": ([*SIMILARITY * 3, *MASK, *RESIDUAL], 38),
-    "step streamed, 5 layers": ([*SIMILARITY * 5, *MASK, *RESIDUAL], 38),
+    "loss, forward": (FORWARD, 7),
+    "loss, forward and backward": (RESIDUAL, 12),
+    "step at once, 3 layers": ([*SIMILARITY, "_average_kernel", *MASK, *RESIDUAL], 25),
+    "step at once, 5 layers": ([*SIMILARITY, "_average_kernel", *MASK, *RESIDUAL], 25),
+    "step streamed, 3 layers": ([*SIMILARITY * 3, *MASK, *RESIDUAL], 29),
+    "step streamed, 5 layers": ([*SIMILARITY * 5, *MASK, *RESIDUAL], 29),
 }
 
 

@@ -28,8 +28,7 @@ def operators():
     prior = torch.ones(2, 6, device=DEVICE)
     weight = torch.rand(2, 6, device=DEVICE)
     plain = [x.detach() for x in predictions]
-    rows, rest = tensor(3, 2), tensor(ROWS, 2)
-    fields = [weight.clone(), prior.byte(), weight[:, :2].clone(), weight[:, 0].clone()]
+    rows, scales = tensor(3, 2), tensor(ROWS, 2)
     return {
         "similarity": (cross_layer_similarity_op, ([tensor(2, 6, 4)], [tensor(2, 5, 4)], mask, [1.0], "reference")),
         "dense similarity": (
@@ -40,29 +39,16 @@ def operators():
         "structure": (structure_field_op, (tensor(2, 3, 6), None, 2, prior, False)),
         "entropy": (patch_entropy_op, (torch.rand(1, 3, 32, 32, device=DEVICE), 16, 32, 0.01, "kde", True)),
         "fusion": (fuse_focus_op, (prior, weight[:, 0], weight, prior, 0.1, 0.3)),
-        "residual": (preference_residual_op, (*policy, *plain[2:], weight, weight, [], 0.0, 0.0, "mean", 1)),
-        "residual without mask": (preference_residual_op, (*policy, *plain[2:], None, None, [], 0.0, 0.0, "masked_mean", 2)),
+        "residual": (preference_residual_op, (*policy, *plain[2:], weight, None, "mean", 1)),
+        "residual, two masks": (preference_residual_op, (*policy, *plain[2:], weight, weight.clone(), "masked_mean", 2)),
+        "residual without mask": (preference_residual_op, (*policy, *plain[2:], None, None, "masked_mean", 2)),
         "residual backward": (
             preference_residual_backward_op,
-            (*rows[:3], rest, *plain[:2], *plain[4:], weight, weight, [], 0.0, 0.0, 1),
+            (*rows[:3], scales, *plain[:2], *plain[4:], weight, weight.clone(), 1),
         ),
         "residual backward, margin alone": (
             preference_residual_backward_op,
-            (None, None, rows[2], rest, *plain[:2], *plain[4:], None, None, [], 0.0, 0.0, 1),
-        ),
-        "residual of fields": (
-            preference_residual_op,
-            (
-                *policy,
-                *plain[2:],
-                weight,
-                weight,
-                fields,
-                0.1,
-                0.3,
-                "mean",
-                1,
-            ),
+            (None, None, rows[2], scales, *plain[:2], *plain[4:], None, None, 1),
         ),
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from focusdpo_kernels import FocusFields, fuse_focus, preference_residual
+from focusdpo_kernels import preference_residual
 from tests.conftest import DEVICE, HALF_AND_FULL
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -173,42 +173,6 @@ def test_gradcheck(shape, reduction):
         return out.policy_win, out.policy_lose, out.margin
 
     assert torch.autograd.gradcheck(function, [x.requires_grad_() for x in predictions[:2]])
-
-
-@pytest.mark.parametrize("power", [1, 2])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("shape", [(4, 37, 5), (4, 3, 4, 6)], ids=str)
-def test_mask_formed_on_the_fly(shape, reduction, power):
-    """The same as with M written out, in value and gradient, in both branches of E8 and for an image of equal patches."""
-    predictions, weight = make(shape, torch.float32)
-    entropy = torch.rand_like(weight)
-    entropy[2] = 0.7
-    structure, prior = (torch.rand_like(weight) > 0.5).float(), torch.rand_like(weight) > 0.3
-    coverage = torch.tensor([0.05, 0.5, 0.1, 0.0], device=DEVICE)
-    extremes = torch.stack(entropy.aminmax(dim=1), dim=1)
-    fields = FocusFields(structure, entropy, extremes, coverage, prior, tau=0.1, gamma=0.3)
-    low, high = extremes[:, :1], extremes[:, 1:]
-    complexity = torch.where(high > low, (entropy - low) / (high - low).clamp_min(1e-9), 0)
-    mask = fuse_focus(structure, coverage, complexity, prior, tau=0.1, gamma=0.3)
-    options = {"reduction": reduction, "mask_power": power}
-    results = []
-    for given, backend in ((mask, "triton"), (fields, "triton"), (fields, "torch")):
-        policy = [x.clone().requires_grad_() for x in predictions[:2]]
-        out = preference_residual(*policy, *predictions[2:], given, **options, backend=backend)
-        (out.margin + out.policy_win).sum().backward()
-        results.append([*[x.detach() for x in out], *[x.grad for x in policy]])
-    for written, fused, specified in zip(*results, strict=True):
-        torch.testing.assert_close(fused, written, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(fused, specified, rtol=1e-5, atol=1e-6)
-    twice = preference_residual(*predictions, fields, weight_lose=fields, **options, backend="triton")
-    torch.testing.assert_close(twice.margin, results[0][4], rtol=1e-5, atol=1e-6)
-
-
-def test_fields_are_checked():
-    predictions, weight = make((2, 9, 4), torch.float32)
-    fields = FocusFields(weight, weight, weight[:, :2], weight[:, 0], weight[:, 1:], 0.1, 0.3)
-    with pytest.raises(ValueError, match=r"weight.prior: expected shape \[2, 9\]"):
-        preference_residual(*predictions, fields, backend="triton")
 
 
 def test_a_mask_in_float64_keeps_its_digits():

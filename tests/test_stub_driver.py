@@ -47,7 +47,6 @@ def public_launches() -> list[str]:
         scores = torch.randn(B, R, P)
         field = torch.rand(B, P)
         predictions = [torch.randn(B, P, C, requires_grad=i < 2) for i in range(6)]
-        fields = FocusFields(field, field, torch.rand(B, 2), torch.rand(B), prior, 0.1, 0.3)
         streamed = SimilarityAccumulator(mask)
 
         def residual(weight):
@@ -62,13 +61,12 @@ def public_launches() -> list[str]:
             "patch_entropy": lambda: patch_entropy(images, normalize=True),
             "fuse_focus": lambda: fuse_focus(field, torch.rand(B), field, prior),
             "preference_residual": lambda: residual(field),
-            "preference_residual fields": lambda: residual(fields),
         }
         for name, call in calls.items():
             with stub_driver.launches() as names:
                 call()
             print(f"{name}: {' '.join(names)}")
-        assert {call.split()[0] for call in calls} | {"FocusFields", "PreferenceResidual"} == set(focusdpo_kernels.__all__)
+        assert {call.split()[0] for call in calls} | {"PreferenceResidual"} == set(focusdpo_kernels.__all__)
     """)
     return output.splitlines()
 
@@ -84,7 +82,6 @@ def test_every_public_function_launches(public_launches):
         "patch_entropy: _entropy_kernel _normalize_kernel",
         "fuse_focus: _fuse_kernel",
         f"preference_residual: {residual}",
-        f"preference_residual fields: {residual}",
     ]
 
 
