@@ -18,7 +18,7 @@ def save(ctx: Any, *tensors: Tensor | None) -> None:
     ctx.save_for_backward(*(x if other is None else None for x, other in zip(tensors, ctx.untracked, strict=True)))
 
 
-def saved(ctx: Any) -> tuple[Tensor | None, ...]:
+def saved(ctx: Any) -> tuple[Any, ...]:
     """What `save` kept."""
     return tuple(x if other is None else other for x, other in zip(ctx.saved_tensors, ctx.untracked, strict=True))
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from focusdpo_kernels import reference as spec
 from focusdpo_kernels.autograd import save, saved
@@ -41,7 +40,7 @@ def preference_residual(
     reduction: str,
     mask_power: int,
 ) -> PreferenceResidual:
-    """As reference.preference_residual. A gradient of 0 stays 0 where an error is not finite; differentiable once."""
+    """As reference.preference_residual. A gradient of 0 stays 0 where an error is not finite."""
     predictions = (policy_win, policy_lose, reference_win, reference_lose, target_win, target_lose)
     win = lose = None
     if weight_win is not None:
@@ -132,18 +131,18 @@ class _Residual(torch.autograd.Function):
         save(ctx, output[-1], policy_win, policy_lose, target_win, target_lose, weight_win, weight_lose)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors: Any = saved(ctx)
-        margin = grads[4]
-        results = []
-        for side, own in ((0, grads[0]), (1, grads[1])):
-            # The margin falls with the loser's error.
-            parts = [x for x in (own, -margin if side and margin is not None else margin) if x is not None]
-            needed = parts and ctx.needs_input_grad[side]
-            policy, target, weight = tensors[1 + side :: 2]
-            results.append(_policy_gradient(policy, target, weight, sum(parts), tensors[0][side]) if needed else None)
-        return *results, *[None] * 7
+        scales, *tensors = saved(ctx)
+        results: list[Tensor | None] = [None] * 9
+        for side, incoming in enumerate(spec.error_gradients(grads[0], grads[1], grads[4])):
+            if incoming is not None and ctx.needs_input_grad[side]:
+                policy, target, weight = tensors[side::2]
+                scale = scales[side]
+                if torch.is_grad_enabled():  # for a second derivative
+                    results[side] = spec.policy_gradient(policy, target, weight, incoming, scale, 1)
+                else:
+                    results[side] = _policy_gradient(policy, target, weight, incoming, scale)
+        return tuple(results)
 
 
 def _policy_gradient(policy: Tensor, target: Tensor, weight: Tensor | None, incoming: Tensor, scale: Tensor) -> Tensor:

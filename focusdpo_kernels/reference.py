@@ -230,3 +230,23 @@ def preference_residual(
         (win_gradient**2).sum(axes) * win_scale**2,
         (win_gradient * lose_gradient).sum(axes) * win_scale * lose_scale,
     )
+
+
+def error_gradients(
+    policy_win: Tensor | None, policy_lose: Tensor | None, margin: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Incoming gradients [B] of the two policy errors, to which the margin's is added: it falls with the loser's error."""
+    if margin is None:
+        return policy_win, policy_lose
+    return margin if policy_win is None else policy_win + margin, -margin if policy_lose is None else policy_lose - margin
+
+
+def policy_gradient(
+    policy: Tensor, target: Tensor, weight: Tensor | None, incoming: Tensor, scale: Tensor, mask_power: int
+) -> Tensor:
+    """Gradient of E9's error with respect to a policy's prediction, from the error's own [B] and its scale [B]."""
+    dtype = accumulation_dtype(policy.dtype)
+    factor = (2 * incoming * scale).reshape(-1, *[1] * (policy.ndim - 1))
+    if weight is not None:
+        factor = factor * element_weight(weight, policy, mask_power)
+    return (factor * (policy.to(dtype) - target.to(dtype))).to(policy.dtype)

@@ -154,6 +154,15 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     policy_win, policy_lose, _, _, margin, *_ = grads  # as the fields of PreferenceResidual
     if policy_win is None and policy_lose is None and margin is None:
         return (None,) * 10
+    if torch.is_grad_enabled():  # for a second derivative
+        scales, *tensors = saved(ctx)
+        tensors[5] = tensors[4] if tensors[5] is None else tensors[5]
+        results: list[Tensor | None] = [None] * 10
+        for side, incoming in enumerate(spec.error_gradients(policy_win, policy_lose, margin)):
+            if incoming is not None:
+                policy, target, weight = tensors[side::2]
+                results[side] = spec.policy_gradient(policy, target, weight, incoming, scales[1 + side], ctx.mask_power)
+        return tuple(results)
     return *preference_residual_backward_op(policy_win, policy_lose, margin, *saved(ctx), ctx.mask_power), *[None] * 8
 
 
@@ -222,7 +231,7 @@ def preference_residual(
             differentiation it is always "torch".
 
     Returns:
-        PreferenceResidual of tensors [B], fp32 (float64 for float64 predictions), differentiable once. The margin is
+        PreferenceResidual of tensors [B], fp32 (float64 for float64 predictions), differentiable. The margin is
         exactly 0 where policy and reference agree; a mask of zeros gives zeros, a negative entry NaN for its sample. Where the
         incoming gradient of a sample is 0, so is its gradient, whatever its error.
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from focusdpo_kernels import preference_residual
 from tests.conftest import DEVICE, HALF_AND_FULL
@@ -191,3 +194,134 @@ def test_a_mask_of_booleans(backend, mask_power):
     found = preference_residual(*six, weight, mask_power=mask_power, backend=backend)
     expected = preference_residual(*six, weight.float(), mask_power=mask_power, backend=backend)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def margins(predictions, weight, backend):
+    """The margin as a function of the winner's prediction."""
+    return lambda win: preference_residual(win, *predictions[1:], weight, reduction="masked_mean", backend=backend).margin
+
+
+def exact_margins(predictions, weight):
+    """The same in float64, of its own formula."""
+    _, lose, win_reference, lose_reference, win_target, lose_target = (x.double() for x in predictions)
+    m = weight.double()[:, :, None]
+
+    def error(a, t):
+        return (m * (a - t) ** 2).sum((1, 2)) / (m.sum((1, 2)) * a.shape[2])
+
+    def margin(win):
+        loser = error(lose, lose_target) - error(lose_reference, lose_target)
+        return error(win.double(), win_target) - error(win_reference, win_target) - loser
+
+    return margin
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forward_mode_and_transforms(backend):
+    """What PyTorch offers beside a backward pass is right, not 0."""
+    predictions, weight = make((2, 9, 4), torch.float32)
+    win, direction = predictions[0], torch.randn_like(predictions[0])
+    margin, exact = margins(predictions, weight, backend), exact_margins(predictions, weight)
+    _, expected = torch.func.jvp(exact, (win.double(),), (direction.double(),))
+    assert (expected.abs() > 1e-2).all()
+    close = {"rtol": 1e-4, "atol": 1e-5, "check_dtype": False}
+    torch.testing.assert_close(torch.func.jvp(margin, (win,), (direction,))[1], expected, **close)
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(margin(forward_ad.make_dual(win, direction))).tangent
+    torch.testing.assert_close(found, expected, **close)
+    gradient = torch.func.grad(lambda x: exact(x).sum())(win.double())
+    torch.testing.assert_close(torch.func.grad(lambda x: margin(x).sum())(win), gradient, **close)
+
+    def of_one(*sample):
+        *one, mask = (x[None] for x in sample)
+        return margins(one, mask, backend)(one[0])[0]
+
+    torch.testing.assert_close(torch.func.vmap(of_one)(*predictions, weight), exact(win), **close)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(2, 9, 4), (2, 3, 4, 6)], ids=str)
+def test_second_derivative(backend, shape):
+    predictions, weight = make(shape, torch.float32)
+    results = []
+    for kind, chosen in ((torch.float32, backend), (torch.float64, "torch")):
+        policy = [x.detach().to(kind, copy=True).requires_grad_() for x in predictions[:2]]
+        out = preference_residual(*policy, *[x.to(kind) for x in predictions[2:]], weight, mask_power=2, backend=chosen)
+        first = torch.autograd.grad((out.margin**2 + out.policy_lose).sum(), policy, create_graph=True)
+        second = torch.autograd.grad(sum((x**2).sum() for x in first), policy)
+        results.append([*first, *second])
+    for found, expected in zip(*results, strict=True):
+        assert expected.abs().max() > 1e-5
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()), check_dtype=False)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("index", [*range(2, 6), "weight"])
+def test_a_tangent_that_would_be_lost_is_refused(backend, index):
+    predictions, weight = make((2, 9, 4), torch.float32)
+    with forward_ad.dual_level():
+        if index == "weight":
+            weight = forward_ad.make_dual(weight, weight)
+        else:
+            predictions[index] = forward_ad.make_dual(predictions[index], predictions[index])
+        with pytest.raises(ValueError, match=": has a tangent, but (the mask carries|gradient reaches)"):
+            preference_residual(*predictions, weight, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_made_under_inference_mode(backend, dtype):
+    predictions, weight = make((2, 9, 4), dtype)
+    with torch.inference_mode():
+        made = [x.clone() for x in predictions]
+        made_weight = weight.clone()
+    results = []
+    for others, mask in ((predictions[1:], weight), (made[1:], made_weight)):
+        win = predictions[0].clone().requires_grad_()
+        preference_residual(win, *others, mask, backend=backend).margin.sum().backward()
+        results.append(win.grad)
+    assert results[0].any() and torch.equal(*results)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("power", [1, 2])
+def test_a_negative_mask_shows(backend, reduction, power):
+    """Also where it adds up to 0, which would pass for a sample without a mask."""
+    predictions, weight = make((3, 9, 4), torch.float32)
+    weight[0, :2] = torch.tensor([0.5, -0.5])
+    weight[0, 2:] = 0
+    out = preference_residual(*predictions, weight, reduction=reduction, mask_power=power, backend=backend)
+    for value in out:
+        assert value[0].isnan() and value[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_of_zero_is_zero(backend, value):
+    """Also where the error is not finite."""
+    predictions, weight = make((3, 9, 4), torch.float32)
+    predictions[0][1, 2, 3] = predictions[5][1, 0, 0] = value
+    policy = [x.requires_grad_() for x in predictions[:2]]
+    out = preference_residual(*policy, *predictions[2:], weight, backend=backend)
+    if out.margin.is_cpu or backend == "triton":  # the specification alone needs to be told, as the loss does
+        out.margin.backward(torch.tensor([1.0, 0.0, 2.0], device=DEVICE))
+        for x in policy:
+            assert (x.grad[1] == 0).all() and x.grad[::2].isfinite().all() and x.grad[::2].any()
+
+
+def test_masks_of_every_dtype():
+    predictions, weight = make((2, 9, 4), torch.bfloat16)
+    weight = (weight > 0.5).double()
+    expected = preference_residual(*predictions, weight.float(), backend="triton")
+    for dtype in (torch.float64, torch.float16, torch.bfloat16, torch.bool, torch.uint8):
+        found = preference_residual(*predictions, weight.to(dtype), weight_lose=weight.to(dtype), backend="triton")
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_a_sample_of_several_splits_does_not_depend_on_its_batch(batch):
+    predictions, weight = make((5, 80, 64), torch.float16)
+    every = preference_residual(*predictions, weight, reduction="masked_mean", backend="triton")
+    some = preference_residual(*[x[:batch] for x in predictions], weight[:batch], reduction="masked_mean", backend="triton")
+    assert all(torch.equal(a[:batch], b) for a, b in zip(every, some, strict=True))

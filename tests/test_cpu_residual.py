@@ -1,0 +1,85 @@
+"""The residual in blocks, as CPUs compute it, against its specification in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from focusdpo_kernels import cpu_residual
+from focusdpo_kernels import reference as spec
+from tests.conftest import HALF_AND_FULL
+
+SHAPES = [(3, 37, 5), (1, 1, 1), (2, 130, 64), (3, 3, 4, 6), (1, 4, 10, 2)]
+
+
+def make(shape, dtype, masks):
+    predictions = [torch.randn(shape).to(dtype) for _ in range(6)]
+    size = shape[:2] if len(shape) == 3 else (shape[0], shape[2] * shape[3] // 4)
+    if masks == "latents":
+        size = (shape[0], *shape[2:])
+    number = {"none": 0, "both": 1}.get(masks, 2)
+    return predictions, [torch.rand(size) for _ in range(number)] + [None] * (2 - number)
+
+
+@pytest.mark.parametrize("block", [1, 64, 1000, cpu_residual.BLOCK])
+@pytest.mark.parametrize("masks", ["none", "both", "each", "latents"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_as_the_specification(monkeypatch, shape, masks, block):
+    if masks == "latents" and len(shape) == 3:
+        pytest.skip("tokens")
+    monkeypatch.setattr(cpu_residual, "BLOCK", block)
+    for dtype in HALF_AND_FULL:
+        for reduction, power in (("mean", 1), ("sum", 2), ("masked_mean", 1), ("masked_mean", 2)):
+            predictions, weights = make(shape, dtype, masks)
+            results = []
+            for module, kind in ((cpu_residual, dtype), (spec, torch.float64)):
+                policy = [x.detach().to(kind, copy=True).requires_grad_() for x in predictions[:2]]
+                others = [x.to(kind) for x in predictions[2:]]
+                out = module.preference_residual(*policy, *others, *weights, reduction, power)
+                assert [x.requires_grad for x in out] == [True, True, False, False, True, False, False]
+                (3 * out.margin + 0.5 * (out.policy_win + out.policy_lose)).sum().backward()
+                results.append((out, [x.grad for x in policy]))
+            (found, gradients), (expected, exact_gradients) = results
+            scale = float(expected.policy_win.max() + expected.policy_lose.max())
+            for a, e in zip(found, expected, strict=True):
+                torch.testing.assert_close(a.double(), e, rtol=2e-6, atol=2e-6 * scale)
+            rounding = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+            for a, e in zip(gradients, exact_gradients, strict=True):
+                assert a.dtype == dtype
+                torch.testing.assert_close(a.double(), e, rtol=rounding, atol=rounding * 1e-2)
+
+
+def test_slices_expanded_and_transposed():
+    predictions = [
+        torch.randn(2, 30, 8)[:, 4:21],
+        torch.randn(1, 17, 8).expand(2, -1, -1),
+        torch.randn(8, 17, 2).permute(2, 1, 0),
+    ] * 2
+    weight = torch.rand(17, 2).T
+    found = cpu_residual.preference_residual(*predictions, weight, None, "mean", 1)
+    expected = spec.preference_residual(*[x.double() for x in predictions], weight, None, "mean", 1)
+    for a, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("needed", [(True, False), (False, True)])
+def test_one_side_alone(needed):
+    predictions, weights = make((2, 9, 4), torch.float32, "both")
+    policy = [x.requires_grad_(is_needed) for x, is_needed in zip(predictions[:2], needed, strict=True)]
+    cpu_residual.preference_residual(*policy, *predictions[2:], *weights, "mean", 1).margin.sum().backward()
+    assert [x.grad is not None for x in policy] == list(needed)
+
+
+def test_accuracy_of_a_long_sample():
+    """No worse than sums in one go: a block's sums are added as a table of one value per token."""
+    predictions, weights = make((1, 4096, 64), torch.bfloat16, "both")
+    exact = spec.preference_residual(*[x.double() for x in predictions], *weights, "mean", 1)
+    found, plain = (m.preference_residual(*predictions, *weights, "mean", 1) for m in (cpu_residual, spec))
+    for a, b, e in zip(found[:4], plain[:4], exact[:4], strict=True):
+        assert (a.double() - e).abs() <= (b.double() - e).abs() + 2e-7 * e
+
+
+def test_whom_it_serves():
+    cpu = torch.zeros(1)
+    assert cpu_residual.serves(cpu, cpu.half(), cpu.bfloat16())
+    assert not cpu_residual.serves(cpu, cpu.double()) and not cpu_residual.serves(torch.zeros(1, device="meta"))
