@@ -172,7 +172,7 @@ def element_weight(weight: Tensor, prediction: Tensor, mask_power: int) -> Tenso
     [B, P, 1] for tokens, [B, 1, H, W] for latents. Where M < 0 it is NaN.
     """
     weight = weight.to(accumulation_dtype(prediction.dtype))
-    weight = torch.where(weight < 0, math.nan, weight) ** mask_power
+    weight = weight.masked_fill(weight < 0, math.nan) ** mask_power
     if prediction.ndim == 3:
         return weight[:, :, None]
     if weight.ndim == 3:
@@ -242,7 +242,7 @@ def error_gradients(
 
 
 def policy_gradient(
-    policy: Tensor, target: Tensor, weight: Tensor | None, incoming: Tensor, scale: Tensor, mask_power: int
+    policy: Tensor, target: Tensor, weight: Tensor | None, incoming: Tensor, scale: Tensor | float, mask_power: int
 ) -> Tensor:
     """Gradient of E9's error with respect to a policy's prediction, from the error's own [B] and its scale [B]."""
     dtype = accumulation_dtype(policy.dtype)

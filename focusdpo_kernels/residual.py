@@ -182,6 +182,16 @@ def _patches(name: str, prediction: Tensor) -> int:
     return (height // PATCH) * (width // PATCH)
 
 
+def _check_predictions(values: Predictions) -> None:
+    policy = values.policy_win
+    for name, value in zip(Predictions._fields, values, strict=True):
+        check_tensor(name, value, ndim=(3, 4), dtypes=FLOATS, layout="[B, P, C] or [B, C, H, W]")
+        check_shape(name, value, policy.shape, "as policy_win")
+        check_device(name, value, policy.device, "policy_win")
+        if not name.startswith("policy"):
+            check_no_grad(name, value, "gradient reaches the two policy predictions only (E9)")
+
+
 def _check_weight(name: str, weight: object, prediction: Tensor) -> Tensor:
     """M [B, P], or of latents [B, H, W]."""
     latents = prediction.ndim == 4
@@ -259,12 +269,7 @@ def masked_residual(
     silent: bool [B], samples whose results the caller leaves out, or None; their gradient is 0, whatever their error.
     """
     policy = values.policy_win
-    for name, value in values._asdict().items():
-        check_tensor(name, value, ndim=(3, 4), dtypes=FLOATS, layout="[B, P, C] or [B, C, H, W]")
-        check_shape(name, value, policy.shape, "as policy_win")
-        check_device(name, value, policy.device, "policy_win")
-        if not name.startswith("policy"):
-            check_no_grad(name, value, "gradient reaches the two policy predictions only (E9)")
+    _check_predictions(values)
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("mask_power", mask_power, (1, 2))
     if weight is not None:
