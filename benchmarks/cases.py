@@ -54,6 +54,7 @@ class Group:
         batches: pairs in a call.
         tolerance: largest relative error of our own and the specification's result, by the number of patches.
         loose: the same for the pieces, which compute in the inputs' own precision.
+        on_cpu: whether our own provider is, on a CPU, the library's PyTorch backend as a user gets it.
         scales: what the error of each result is relative to, from the exact results; None takes each result's own norm.
     """
 
@@ -67,6 +68,7 @@ class Group:
     batches: tuple[int, ...] = (1,)
     tolerance: Callable[[int], float] = lambda patches: 1e-5
     loose: Callable[[int], float] = lambda patches: 2e-2
+    on_cpu: bool = False
     scales: Callable[[tuple[Tensor, ...]], list[Tensor]] | None = None
 
     def bytes_of(self, shape: Shape) -> int:
@@ -150,7 +152,7 @@ def _compiled_entropy(mode: str | None, method: str) -> Provider:
     return lambda x: (_compiled(spec.patch_entropy, mode)(x.images, 16, 32, 0.01, method, False),)
 
 
-def _residual(backend: str) -> Callable[..., tuple[Tensor, ...]]:
+def _residual(backend: str | None) -> Callable[..., tuple[Tensor, ...]]:
     return lambda *args: tuple(preference_residual(*args, backend=backend)[:5])
 
 
@@ -230,14 +232,15 @@ def _residual_group(name: str, wrap: Callable[[Any], Provider], moved: tuple[str
         moved,
         formula,
         {
-            OURS: wrap(_residual("triton")),
-            EAGER: wrap(_residual("torch")),
+            OURS: wrap(_residual(None)),
+            EAGER: wrap(_plain_residual),
             **_compile_modes(lambda mode: wrap(_compiled_residual(mode))),
             PIECES: wrap(pieces.residual),
         },
         sweeps=("P",),
         batches=(1, 64),
         tolerance=lambda patches: 4e-3 if wrap is _backward else 1e-5,  # gradients are rounded to bf16
+        on_cpu=True,
         scales=None if wrap is _backward else _residual_scales,
     )
 

@@ -21,7 +21,7 @@ from benchmarks.machine import DEVICE
 from benchmarks.records import Recorder
 from benchmarks.results import OURS
 from benchmarks.timing import measured, plan, rotations
-from focusdpo_kernels import pooled_similarity, residual
+from focusdpo_kernels import pooled_similarity, residual_kernels
 from focusdpo_kernels.backend import INTERPRETED
 from focusdpo_kernels.launch import Launch
 
@@ -61,11 +61,12 @@ class Variant:
     def applied(self) -> Iterator[None]:
         with ExitStack() as patches:
             if self.kernel == "residual forward":
-                block = self.constants.get("BLOCK", residual.BLOCK)
-                patches.enter_context(mock.patch.object(residual, "BLOCK", block))
-                patches.enter_context(mock.patch.object(residual, "MAX_SPLITS", self.splits or residual.MAX_SPLITS))
-                changed = _changing(residual.forward_launch, self._change)
-                patches.enter_context(mock.patch.object(residual, "forward_launch", changed))
+                changed = {
+                    "FORWARD_BLOCK": self.constants.get("BLOCK", residual_kernels.FORWARD_BLOCK),
+                    "MAX_SPLITS": self.splits or residual_kernels.MAX_SPLITS,
+                    "forward_launch": _changing(residual_kernels.forward_launch, self._change),
+                }
+                patches.enter_context(mock.patch.multiple(residual_kernels, **changed))
             else:
                 changed = _changing(pooled_similarity._launches, self._change_one)
                 patches.enter_context(mock.patch.object(pooled_similarity, "_launches", changed))
@@ -104,10 +105,10 @@ VARIANTS = [
         for batch in (64, 1)
         for constants, options, splits in (
             ({}, {}, None),
+            ({}, {}, 64),
             ({}, {}, 32),
-            ({}, {}, 8),
-            ({"BLOCK": 1024}, {"threads": 128}, None),
-            ({"BLOCK": 4096}, {"threads": 512}, None),
+            ({"BLOCK": 512}, {"threads": 64}, 256),
+            ({"BLOCK": 2048}, {"threads": 256}, None),
             ({"BLOCK": 1024, "LANES": 4}, {"threads": 256}, None),
         )
     ),

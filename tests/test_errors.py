@@ -66,6 +66,12 @@ CASES = {
     "smoothing of hinge": (lambda: focusdpo.focus_dpo_loss(*SIX, label_smoothing=0.1, loss_type="hinge"), ValueError, "works with loss_type='sigmoid' only"),
     "loser scale": (lambda: focusdpo.focus_dpo_loss(*SIX, loser_scale="x"), ValueError, "loser_scale: got 'x'"),
     "sample weight": (lambda: focusdpo.focus_dpo_loss(*SIX, sample_weight=torch.ones(3)), ValueError, r"sample_weight: expected shape \[2\]"),
+    "focus shape": (lambda: focusdpo.focus_dpo_loss(*SIX, focus=PRIOR[:, 1:]), ValueError, r"^focus: expected shape \[2, 6\]"),
+    "focus of numbers": (lambda: focusdpo.focus_dpo_loss(*SIX, focus=[1.0]), TypeError, r"^focus: expected a tensor \[B, P\], got list"),
+    "loser's focus alone": (lambda: focusdpo.focus_dpo_loss(*SIX, focus_lose=PRIOR), ValueError, "^focus_lose: given without focus; pass focus"),
+    "loser's focus": (lambda: focusdpo.focus_dpo_loss(*SIX, focus=PRIOR, focus_lose=PRIOR[:1]), ValueError, r"^focus_lose: expected shape \[2, 6\]"),
+    "sample weight of numbers": (lambda: focusdpo.focus_dpo_loss(*SIX, sample_weight=[1, 1]), TypeError, r"^sample_weight: expected a tensor \[B\]"),
+    "no policy": (lambda: focusdpo.focus_dpo_loss(None, *SIX[1:], sample_weight=PRIOR[:, 0]), TypeError, "^policy_win: expected a tensor"),
     "match count": (lambda: focusdpo.focus_mask(SCORES, PRIOR, IMAGES, match_count="all"), ValueError, "match_count: got 'all'; expected 'reference'"),
     "match count without masks": (lambda: focusdpo.focus_mask(SCORES, PRIOR, IMAGES), ValueError, "reference_mask: needed for match_count='reference'"),
     "image grid": (lambda: focusdpo.focus_mask(SCORES, PRIOR, IMAGES[..., :16], match_count=2), ValueError, r"images: .* give \[2, 2\] tokens, while scores"),
@@ -118,3 +124,96 @@ def test_inputs_are_never_written():
         policy = [x.clone().requires_grad_() for x in SIX[:2]]
         focusdpo.focus_dpo_loss(*policy, *SIX[2:], focus=focus, backend=backend).loss.backward()
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_masks_in_float64_do_not_choose_the_backend(backend):
+    """numpy's default. They are compared with 0 or cast: Triton takes them, and is not left for their sake."""
+    scores, target, reference, images = (x.to(DEVICE) for x in (SCORES, T, Q, IMAGES))
+    prior, mask, coverage = (x.to(DEVICE) for x in (PRIOR, MASK, PRIOR[:, 0]))
+    prior[:, 2:4], mask[0, 1] = 0, 0
+    six = [x.to(DEVICE) for x in SIX]
+
+    def streamed(reference_mask):
+        accumulator = kernels.SimilarityAccumulator(reference_mask, backend=backend)
+        accumulator.update(target, reference)
+        return (accumulator.result(),)
+
+    calls = {
+        "similarity": lambda kind: (kernels.cross_layer_similarity([target], [reference], mask.to(kind), backend=backend),),
+        "streamed": lambda kind: streamed(mask.to(kind)),
+        "structure": lambda kind: kernels.structure_field(scores, 2, prior.to(kind), backend=backend),
+        "fusion": lambda kind: (kernels.fuse_focus(prior, coverage, prior, prior.to(kind), backend=backend),),
+        "residual": lambda kind: kernels.preference_residual(*six, prior.to(kind), backend=backend),
+        "mask": lambda kind: (
+            focusdpo.focus_mask(scores, prior.to(kind), images, reference_mask=mask.to(kind), backend=backend).mask,
+        ),
+        "loss": lambda kind: focusdpo.focus_dpo_loss(
+            *six, focus=prior.to(kind), sample_weight=coverage.to(kind), timestep_weight=coverage.to(kind), backend=backend
+        ),
+    }
+    for name, call in calls.items():
+        for found, expected in zip(call(torch.float64), call(torch.float32), strict=True):
+            assert found.dtype == expected.dtype and torch.equal(found, expected), name
+
+
+def test_a_mask_in_float64_leaves_the_automatic_choice(monkeypatch):
+    """On a device where Triton is the choice."""
+    monkeypatch.delenv("FOCUSDPO_BACKEND", raising=False)
+    monkeypatch.setattr(backends, "ACCELERATORS", ("cpu", "cuda"))
+    for module, call in (
+        (kernels.matching, lambda: kernels.structure_field(SCORES.to(DEVICE), 2, PRIOR.double().to(DEVICE))),
+        (kernels.fusion, lambda: kernels.fuse_focus(*[x.to(DEVICE) for x in (PRIOR, PRIOR[:, 0], PRIOR, PRIOR.double())])),
+        (kernels.similarity, lambda: kernels.cross_layer_similarity([T.to(DEVICE)], [Q.to(DEVICE)], MASK.double().to(DEVICE))),
+        (kernels.residual, lambda: kernels.preference_residual(*[x.to(DEVICE) for x in SIX], PRIOR.double().to(DEVICE))),
+    ):
+        chosen = []
+
+        def recorded(*arguments, chosen=chosen):
+            chosen.append(backends.resolve_backend(*arguments))
+            return chosen[-1]
+
+        with monkeypatch.context() as patched:
+            patched.setattr(module, "resolve_backend", recorded)
+            call()
+        assert chosen == ["triton"]
+
+
+def test_tensors_whose_data_is_elsewhere(tmp_path):
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
+
+        whole = distribute_tensor(SIX[2], init_device_mesh("cpu", (1,)), [Replicate()])
+        for backend in ("triton", "torch"):
+            with pytest.raises(
+                TypeError, match=r"^reference_win: got a DTensor, .* pass reference_win.to_local\(\), or all of it"
+            ):
+                focusdpo.focus_dpo_loss(*SIX[:2], whole, *SIX[3:], backend=backend)
+        assert torch.equal(
+            kernels.preference_residual(*SIX[:2], whole.to_local(), *SIX[3:]).margin, kernels.preference_residual(*SIX).margin
+        )
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_other_subclasses():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    with pytest.raises(TypeError, match="^scores: got a TwoTensor, whose data the kernels cannot read; pass a plain tensor"):
+        kernels.topk_mask(TwoTensor(SCORES, SCORES), 2)
+    assert (
+        kernels.preference_residual(*[torch.nn.Parameter(x) if n < 2 else x for n, x in enumerate(SIX)]).margin.isfinite().all()
+    )
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_fake_tensors_pass(backend):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+        six = [mode.from_tensor(x).requires_grad_(n < 2) for n, x in enumerate(SIX)]
+        loss = focusdpo.focus_dpo_loss(*six, focus=mode.from_tensor(PRIOR), backend=backend).loss
+        loss.backward()
+    assert loss.shape == () and six[0].grad.shape == SIX[0].shape

@@ -292,3 +292,52 @@ def test_sdpo_never_enlarges_a_losers_gradient(loser_scale):
         loss_and_gradients(predictions, None, beta=1.0, **more) for more in ({}, {"loser_scale": loser_scale})
     )
     torch.testing.assert_close(scaled, plain, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"loser_scale": "sdpo"},
+        {"loser_scale": "sdpo_batch"},
+        {"loss_type": "ipo"},
+        {"loss_type": "hinge"},
+        {"loss_type": "sft"},
+        {"winner_anchor": 0.1, "reference_anchor": 0.2},
+        {"reduction": "masked_mean", "label_smoothing": 0.1},
+    ],
+    ids=str,
+)
+def test_a_pair_of_weight_zero_is_silent(backend, value, options):
+    """Whatever its errors are: the loss and the other pairs' gradients are the same bits, its own are 0."""
+    predictions, weight = make()
+    poisoned = [x.clone() for x in predictions]
+    poisoned[0][1, 2, 1] = poisoned[3][1] = poisoned[5][1, 1] = value
+    pairs = torch.tensor([0.7, 0.0, 1.0, 2.0], device=DEVICE)
+    options = {"focus": weight, "sample_weight": pairs, "beta": 3.0, **options}
+    expected, expected_gradients = loss_and_gradients(predictions, backend, **options)
+    found, gradients = loss_and_gradients(poisoned, backend, **options)
+    assert found.loss.isfinite() and torch.equal(found.loss, expected.loss)
+    for gradient, plain in zip(gradients, expected_gradients, strict=True):
+        if plain is not None:  # supervised fine-tuning leaves the loser out
+            assert plain.any() and (gradient[1] == 0).all() and torch.equal(gradient, plain)
+    assert not found.margin[1].isfinite() and torch.equal(found.logits[2:], expected.logits[2:]), "what is told stays as it is"
+
+
+def test_a_silent_pair_in_float64():
+    """The specification itself, which is not told of gradients of 0."""
+    predictions, weight = make(dtype=torch.float64)
+    predictions[0][1, 2, 1] = math.nan
+    pairs = torch.tensor([0.7, 0.0, 1.0, 2.0], device=DEVICE)
+    out, gradients = loss_and_gradients(predictions, "torch", focus=weight, sample_weight=pairs)
+    assert out.loss.isfinite() and all(g.isfinite().all() and (g[1] == 0).all() and g.any() for g in gradients)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_negative_focus_is_no_loss_of_ln_2(backend):
+    predictions, weight = make()
+    weight[1, 3] = -weight[1].sum()
+    out = focus_dpo_loss(*predictions, focus=weight, reduction="masked_mean", backend=backend)
+    assert out.loss.isnan() and out.margin.isnan().tolist() == [False, True, False, False]
