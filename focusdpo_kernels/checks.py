@@ -7,7 +7,7 @@ devices only; none waits for a device (the value range of images is looked at on
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -17,6 +17,7 @@ from focusdpo_kernels.autograd import has_tangent
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 METHODS = ("kde", "histogram")
+PATCH = 2  # latents along the side of a token
 # exp(-x^2 / 2) stays a normal fp32 number up to here; a pixel must be this near (in sigmas) to some bin.
 MAX_SIGMAS = 13.0
 MAX_SIGMA = 1.0  # wider, and rounding is all that tells one patch's entropy from another's
@@ -199,3 +200,45 @@ def check_estimator(method: str, bins: int, sigma: float, prefix: str = "") -> N
             enough = math.ceil(least * 1e6) / 1e6  # rounded up, so that it is
             why = f"at least {enough:g} with {bins} bins, or a pixel between two of them would reach neither"
         raise ValueError(f"{prefix}sigma: got {sigma!r}; expected {why}")
+
+
+def check_predictions(values: Mapping[str, torch.Tensor]) -> None:
+    """Six predictions of one shape by name; only those of the policy may require grad."""
+    policy = values["policy_win"]
+    for name, value in values.items():
+        check_tensor(name, value, ndim=(3, 4), dtypes=FLOATS, layout="[B, P, C] or [B, C, H, W]")
+        check_shape(name, value, policy.shape, "as policy_win")
+        check_device(name, value, policy.device, "policy_win")
+        if not name.startswith("policy"):
+            check_no_grad(name, value, "gradient reaches the two policy predictions only (E9)")
+
+
+def _patches(name: str, prediction: torch.Tensor) -> int:
+    """P of M [B, P]."""
+    if prediction.ndim == 3:
+        return prediction.shape[1]
+    height, width = prediction.shape[2:]
+    if height % PATCH or width % PATCH:
+        raise ValueError(
+            f"{name}: latents of {height}x{width} have no whole 2x2 patches; height and width must be even, or give one value "
+            "per latent, [B, H, W]"
+        )
+    return (height // PATCH) * (width // PATCH)
+
+
+def check_weight(name: str, weight: object, prediction: torch.Tensor) -> torch.Tensor:
+    """M [B, P], or of latents [B, H, W]."""
+    latents = prediction.ndim == 4
+    layout = "[B, P] or, one value per latent, [B, H, W]" if latents else "[B, P]"
+    kinds = (*FLOATS, torch.bool, torch.uint8)
+    value = check_tensor(name, weight, ndim=(2, 3, 4) if latents else 2, dtypes=kinds, layout=layout)
+    if value.ndim == 4 and value.shape[1] == 1:
+        value = value[:, 0]
+    if value.ndim > 2:
+        check_shape(name, value, (prediction.shape[0], *prediction.shape[2:]), "B, H and W of the predictions")
+    else:
+        why = "B of the predictions, one value per 2x2 latents; or [B, H, W]" if latents else "B and P of the predictions"
+        check_shape(name, value, (prediction.shape[0], _patches(name, prediction)), why)
+    check_device(name, value, prediction.device, "policy_win")
+    check_no_grad(name, value, "the mask carries no gradient (E9)")
+    return value

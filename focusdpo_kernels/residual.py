@@ -16,13 +16,12 @@ from focusdpo_kernels import reference as spec
 from focusdpo_kernels import residual_kernels as kernels
 from focusdpo_kernels.autograd import is_transformed, save, saved
 from focusdpo_kernels.backend import device_guard, resolve_backend
-from focusdpo_kernels.checks import FLOATS, check_choice, check_device, check_no_grad, check_shape, check_tensor
+from focusdpo_kernels.checks import PATCH, check_choice, check_predictions, check_shape, check_weight
 from focusdpo_kernels.launch import next_power_of_2
 from focusdpo_kernels.reference import PreferenceResidual
 from focusdpo_kernels.residual_kernels import Incoming, Mask, Side, Update
 
 REDUCTIONS = ("mean", "sum", "masked_mean")
-PATCH = 2  # latents along the side of a token
 
 
 class Predictions(NamedTuple):
@@ -169,47 +168,6 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 preference_residual_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _patches(name: str, prediction: Tensor) -> int:
-    """P of M [B, P]."""
-    if prediction.ndim == 3:
-        return prediction.shape[1]
-    height, width = prediction.shape[2:]
-    if height % PATCH or width % PATCH:
-        raise ValueError(
-            f"{name}: latents of {height}x{width} have no whole 2x2 patches; height and width must be even, or give one value "
-            "per latent, [B, H, W]"
-        )
-    return (height // PATCH) * (width // PATCH)
-
-
-def _check_predictions(values: Predictions) -> None:
-    policy = values.policy_win
-    for name, value in zip(Predictions._fields, values, strict=True):
-        check_tensor(name, value, ndim=(3, 4), dtypes=FLOATS, layout="[B, P, C] or [B, C, H, W]")
-        check_shape(name, value, policy.shape, "as policy_win")
-        check_device(name, value, policy.device, "policy_win")
-        if not name.startswith("policy"):
-            check_no_grad(name, value, "gradient reaches the two policy predictions only (E9)")
-
-
-def _check_weight(name: str, weight: object, prediction: Tensor) -> Tensor:
-    """M [B, P], or of latents [B, H, W]."""
-    latents = prediction.ndim == 4
-    layout = "[B, P] or, one value per latent, [B, H, W]" if latents else "[B, P]"
-    kinds = (*FLOATS, torch.bool, torch.uint8)
-    value = check_tensor(name, weight, ndim=(2, 3, 4) if latents else 2, dtypes=kinds, layout=layout)
-    if value.ndim == 4 and value.shape[1] == 1:
-        value = value[:, 0]
-    if value.ndim > 2:
-        check_shape(name, value, (prediction.shape[0], *prediction.shape[2:]), "B, H and W of the predictions")
-    else:
-        why = "B of the predictions, one value per 2x2 latents; or [B, H, W]" if latents else "B and P of the predictions"
-        check_shape(name, value, (prediction.shape[0], _patches(name, prediction)), why)
-    check_device(name, value, prediction.device, "policy_win")
-    check_no_grad(name, value, "the mask carries no gradient (E9)")
-    return value
-
-
 def preference_residual(
     policy_win: Tensor,
     policy_lose: Tensor,
@@ -269,15 +227,15 @@ def masked_residual(
     silent: bool [B], samples whose results the caller leaves out, or None; their gradient is 0, whatever their error.
     """
     policy = values.policy_win
-    _check_predictions(values)
+    check_predictions(values._asdict())
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("mask_power", mask_power, (1, 2))
     if weight is not None:
-        weight = _check_weight(names[0], weight, policy)
+        weight = check_weight(names[0], weight, policy)
     if weight_lose is not None:
         if weight is None:
             raise ValueError(f"{names[1]}: given without {names[0]}; pass {names[0]} for the winner as well")
-        weight_lose = _check_weight(names[1], weight_lose, policy)
+        weight_lose = check_weight(names[1], weight_lose, policy)
         check_shape(names[1], weight_lose, weight.shape, f"as {names[0]}")
     transformed = is_transformed(values.policy_win, values.policy_lose)
     if resolve_backend(backend, *values) == "torch" or transformed:
