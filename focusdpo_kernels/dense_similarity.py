@@ -9,6 +9,7 @@ accumulate in fp32. A first launch writes inverse norms, N (P + Q) floats per sa
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -18,35 +19,27 @@ from torch import Tensor
 
 from focusdpo_kernels import reference as spec
 from focusdpo_kernels.backend import INTERPRETED, device_guard
-from focusdpo_kernels.launch import POINTERS, TRITON_DTYPES, Launch, Registers, next_power_of_2
-from focusdpo_kernels.layers import COLUMNS, REFERENCE, TARGET, TYPES, LayerArguments, is_vectorizable, layer_rows, layer_weight
+from focusdpo_kernels.launch import TRITON_DTYPES, Launch, Registers, ceil_div, next_power_of_2
+from focusdpo_kernels.layers import REFERENCE, TARGET, is_vectorizable, pointer_table, table_rows, table_weight
 
 
 @triton.jit(do_not_specialize=["N", "T"])
 def _norm_kernel(
-    table_ptr,
-    direct_ptr,
-    stride_b,
-    stride_t,
-    stride_d,
+    table_ptr,  # [N, COLUMNS] int64
     inverse_ptr,  # [B, N, T] fp32
     N,
     T,
     D,
     SIDE: tl.constexpr,
     DTYPE: tl.constexpr,
-    TABLE: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
-    COLUMNS: tl.constexpr,
     EPS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     n = tl.program_id(1)
     b = tl.program_id(0).to(tl.int64)
-    base, stride, width = layer_rows(
-        table_ptr, direct_ptr, stride_b, stride_t, stride_d, n, b, SIDE, DTYPE, TABLE, CONTIGUOUS, COLUMNS
-    )
+    base, stride, width = table_rows(table_ptr, n, b, SIDE, DTYPE, CONTIGUOUS)
     offs_t = tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < T
     square = tl.zeros([BLOCK_T], tl.float32)
@@ -60,16 +53,7 @@ def _norm_kernel(
 
 @triton.jit(do_not_specialize=["N", "P", "Q"])
 def _dense_kernel(
-    table_ptr,
-    target_ptr,
-    stride_tb,
-    stride_tt,
-    stride_td,
-    reference_ptr,
-    stride_rb,
-    stride_rt,
-    stride_rd,
-    weight,
+    table_ptr,  # [N, COLUMNS] int64
     mask_ptr,  # [B, R, Q] uint8
     target_inverse_ptr,  # [B, N, P] fp32
     reference_inverse_ptr,  # [B, N, Q] fp32
@@ -84,9 +68,7 @@ def _dense_kernel(
     R: tl.constexpr,
     R_PAD: tl.constexpr,
     DTYPE: tl.constexpr,
-    TABLE: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
-    COLUMNS: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -100,12 +82,8 @@ def _dense_kernel(
     total = tl.zeros([R_PAD, BLOCK_P], tl.float32)
     total_weight = 0.0
     for n in range(N):
-        target, stride_p, width_p = layer_rows(
-            table_ptr, target_ptr, stride_tb, stride_tt, stride_td, n, b, 0, DTYPE, TABLE, CONTIGUOUS, COLUMNS
-        )
-        reference, stride_q, width_q = layer_rows(
-            table_ptr, reference_ptr, stride_rb, stride_rt, stride_rd, n, b, 4, DTYPE, TABLE, CONTIGUOUS, COLUMNS
-        )
+        target, stride_p, width_p = table_rows(table_ptr, n, b, TARGET, DTYPE, CONTIGUOUS)
+        reference, stride_q, width_q = table_rows(table_ptr, n, b, REFERENCE, DTYPE, CONTIGUOUS)
         inverse_p = tl.load(target_inverse_ptr + (b * N + n) * P + offs_p, mask=mask_p, other=0.0)
         best = tl.full([R_PAD, BLOCK_P], float("-inf"), tl.float32)
         for q in range(0, Q, BLOCK_Q):
@@ -131,7 +109,7 @@ def _dense_kernel(
                 # A NaN token is never the best match.
                 found = tl.where((m != 0)[None, :] & (cosine == cosine), cosine, float("-inf"))
                 best = tl.where((offs_r == r)[:, None], tl.maximum(best, tl.max(found, axis=1)[None, :]), best)
-        w = layer_weight(table_ptr, weight, n, TABLE, COLUMNS)
+        w = table_weight(table_ptr, n)
         total += w * best
         total_weight += w
     mask_out = (offs_r < R)[:, None] & mask_p[None, :]
@@ -143,21 +121,20 @@ def _dense_kernel(
     tl.store(out, total, mask=mask_out)
 
 
-def _launches(
-    dtype: torch.dtype, subjects: int, contiguous: bool, table: bool, accumulate: bool
-) -> tuple[Launch, Launch, Launch]:
+@functools.cache
+def _launches(dtype: torch.dtype, subjects: int, contiguous: bool, accumulate: bool) -> tuple[Launch, Launch, Launch]:
     """Launches of the target's norms, the reference's norms, and the matches."""
-    shared = {"DTYPE": TRITON_DTYPES[dtype], "TABLE": table, "CONTIGUOUS": contiguous, "COLUMNS": COLUMNS}
-    pointer = POINTERS[dtype]
+    shared = {"DTYPE": TRITON_DTYPES[dtype], "CONTIGUOUS": contiguous}
+    floats = ("inverse_ptr", "target_inverse_ptr", "reference_inverse_ptr", "out_ptr")
+    types = {"table_ptr": "*i64", "mask_ptr": "*u8", **dict.fromkeys(floats, "*fp32")}
     norms = [
         Launch(
             _norm_kernel,
-            {"SIDE": side, **shared, "EPS": spec.EPS, "BLOCK_T": 16, "BLOCK_D": 256},
+            {"SIDE": side.value, **shared, "EPS": spec.EPS, "BLOCK_T": 16, "BLOCK_D": 256},
             threads=128,
             registers=Registers(120, 128, 120, 64),
-            types={**TYPES, "direct_ptr": pointer, "inverse_ptr": "*fp32"},
-            aligned=("D", "stride_b", "stride_t"),
-            ones=("stride_d",) if contiguous else (),
+            types=types,
+            aligned=("D",),
         )
         for side in (TARGET, REFERENCE)
     ]
@@ -169,7 +146,6 @@ def _launches(
         if large
         else {"BLOCK_P": 32, "BLOCK_Q": 32, "BLOCK_D": 32 if half else 16}
     )
-    floats = ("target_inverse_ptr", "reference_inverse_ptr", "out_ptr")
     dense = Launch(
         _dense_kernel,
         {
@@ -184,9 +160,9 @@ def _launches(
         threads=128,
         registers=Registers(216, 216, 208, 216),
         num_stages=3 if large else 2 if half or not contiguous else 1,
-        types={**TYPES, "target_ptr": pointer, "reference_ptr": pointer, "mask_ptr": "*u8", **dict.fromkeys(floats, "*fp32")},
-        aligned=("D", "stride_tb", "stride_tt", "stride_rb", "stride_rt"),
-        ones=("stride_td", "stride_rd", "stride_mq") if contiguous else ("stride_mq",),
+        types=types,
+        aligned=("D",),
+        ones=("stride_mq",),
     )
     return norms[0], norms[1], dense
 
@@ -199,30 +175,26 @@ def launch_dense(
     tokens, width = reference[0].shape[1:]
     layers, device = len(target), out.device
     contiguous = is_vectorizable([*target, *reference])
-    arguments = LayerArguments(target, reference, weights)
-    norm_target, norm_reference, dense = _launches(target[0].dtype, subjects, contiguous, not arguments.single, accumulate)
+    norm_target, norm_reference, dense = _launches(target[0].dtype, subjects, contiguous, accumulate)
+    table = pointer_table(target, reference, weights)
     inverse_target = torch.empty((batch, layers, patches), dtype=torch.float32, device=device)
     inverse_reference = torch.empty((batch, layers, tokens), dtype=torch.float32, device=device)
     with device_guard(out):
-        for norm, side, inverse in (
-            (norm_target, TARGET, inverse_target),
-            (norm_reference, REFERENCE, inverse_reference),
-        ):
+        for norm, inverse in ((norm_target, inverse_target), (norm_reference, inverse_reference)):
             count = inverse.shape[2]
             if count:
-                blocks = triton.cdiv(count, norm.constants["BLOCK_T"])
-                norm((batch, layers, blocks), *arguments.side(side), inverse, layers, count, width)
-        sides = (*arguments.side(TARGET), *arguments.side(REFERENCE)[1:], arguments.weight)
-        blocks = triton.cdiv(patches, dense.constants["BLOCK_P"])
+                blocks = ceil_div(count, norm.constants["BLOCK_T"])
+                norm((batch, layers, blocks), table, inverse, layers, count, width)
+        grid = (batch, ceil_div(patches, dense.constants["BLOCK_P"]))
         sizes = (layers, patches, tokens, width, *mask.stride())
-        dense((batch, blocks), *sides, mask, inverse_target, inverse_reference, out, *sizes)
+        dense(grid, table, mask, inverse_target, inverse_reference, out, *sizes)
 
 
 def launches() -> Iterator[Launch]:
     """Every shipped launch configuration, for ahead-of-time compilation."""
     for dtype in (torch.bfloat16, torch.float32):
         for subjects in (1, 2, 4, 6):
-            yield from _launches(dtype, subjects, contiguous=True, table=True, accumulate=False)
-        yield from _launches(dtype, 2, contiguous=True, table=False, accumulate=True)
-        yield from _launches(dtype, 2, contiguous=False, table=True, accumulate=False)
-    yield from _launches(torch.float16, 2, contiguous=True, table=True, accumulate=False)
+            yield from _launches(dtype, subjects, contiguous=True, accumulate=False)
+        yield from _launches(dtype, 2, contiguous=True, accumulate=True)
+        yield from _launches(dtype, 2, contiguous=False, accumulate=False)
+    yield from _launches(torch.float16, 2, contiguous=True, accumulate=False)

@@ -24,7 +24,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from focusdpo_kernels import dense_similarity, entropy, fusion, matching, pooled_similarity, residual_kernels
+from focusdpo_kernels import (
+    dense_similarity,
+    entropy,
+    fusion,
+    matching,
+    pooled_similarity,
+    residual_kernels,
+    streamed_similarity,
+)
 from focusdpo_kernels.backend import INTERPRETED
 from focusdpo_kernels.disassembly import Figures, amd_figures, nvidia_figures
 from focusdpo_kernels.launch import Launch
@@ -36,11 +44,12 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-PRODUCTS = ("_dense_kernel", "_pool_kernel", "_compare_kernel")
-STREAMING = ("_pool_kernel", "_compare_kernel", "_forward_kernel", "_backward_kernel")
+SIMILARITY = ("_pool_kernel", "_compare_kernel", "_pool_layer_kernel", "_compare_layer_kernel")
+PRODUCTS = ("_dense_kernel", *SIMILARITY)
+STREAMING = (*SIMILARITY, "_forward_kernel", "_backward_kernel")
 # What memory delivers in the time of one access, for each multiprocessor: 4.8 TB/s x 0.8 us / 132 on an H200.
 KIB_AHEAD = {"sm_80": 16, "sm_90": 32, "sm_100": 48, "gfx942": 0}
-FAMILIES = (pooled_similarity, dense_similarity, matching, entropy, fusion, residual_kernels)
+FAMILIES = (pooled_similarity, streamed_similarity, dense_similarity, matching, entropy, fusion, residual_kernels)
 
 
 @dataclass(frozen=True)

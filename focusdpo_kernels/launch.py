@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 
 TRITON_DTYPES = {
@@ -68,8 +67,9 @@ class Launch:
     ones: tuple[str, ...] = ()
     fp_fusion: bool = True
 
-    def __call__(self, grid: tuple[int, ...], *args: Any) -> None:
-        self.kernel[grid](*args, **self.constants, **self.options(WARP_SIZE))
+    def __call__(self, grid: tuple[int, ...], *args: Any) -> Any:
+        """Returns Triton's compiled kernel; None from the interpreter."""
+        return self.kernel[grid](*args, **self.constants, **self.options(WARP_SIZE))
 
     def options(self, warp_size: int) -> dict[str, Any]:
         """What the compiler is told, for warps of 32 (NVIDIA) or 64 (AMD) threads."""
@@ -89,5 +89,40 @@ class Launch:
         return f"{self.kernel.__name__}[{constants}; threads={self.threads}, stages={self.num_stages}]"
 
 
+class Relaunch:
+    """A launch that comes again and again: Triton looks for the compiled kernel only where `key` differs from the last call's.
+
+    That search takes Triton some 10 us of host time, more than all the rest. Which compiled kernel serves a call depends on its
+    device, the types of its arguments, whether a pointer is a multiple of 16, and of integers that are specialised on, whether
+    they are 1 or a multiple of 16.
+
+    Args:
+        launch: its kernel takes the constants last.
+    """
+
+    def __init__(self, launch: Launch) -> None:
+        names = launch.kernel.arg_names
+        assert set(names[-len(launch.constants) :]) == set(launch.constants)
+        self._launch = launch
+        self._constants = [launch.constants[name] for name in names if name in launch.constants]
+        self._key: object = None
+        self._compiled: Any = None
+
+    def __call__(self, key: object, grid: tuple[int, int, int], *args: Any) -> None:
+        """`key` differs wherever anything does on which the choice of the compiled kernel depends."""
+        if self._compiled is not None and key == self._key:
+            self._compiled[grid](*args, *self._constants)
+            return
+        compiled = self._launch(grid, *args)
+        # On AMD the choice depends on the size of a tensor's memory as well.
+        self._compiled = compiled if compiled is not None and compiled.metadata.target.backend == "cuda" else None
+        self._key = key
+
+
+# Triton has both, wrapped for use in kernels: on the host they cost microseconds.
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 def next_power_of_2(n: int) -> int:
-    return int(triton.next_power_of_2(max(n, 1)))
+    return 1 << max(n - 1, 0).bit_length()

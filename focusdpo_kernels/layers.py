@@ -1,58 +1,46 @@
 """How a kernel reaches the hidden states of N layers in one launch: through a table of pointers in device memory.
 
 The layers are separate tensors, often slices of a longer sequence; stacking them would cost more than the kernels. A row of the
-table describes one layer. A single layer is passed as it is, and no table is made.
+table describes one layer. Where there is one layer only, it is passed as it is.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# Of a row: pointer and three strides of the target, the same of the reference, bits of the fp32 weight.
-TARGET, REFERENCE, WEIGHT, COLUMNS = 0, 4, 8, 9
-
-# Host tables that CUDA graphs copy again at each replay: their memory must not be given to anybody else.
-_CAPTURED: list[Tensor] = []
-
-# The arguments and constants that every kernel over layers takes, with their Triton types for ahead-of-time compilation.
-TYPES = {"table_ptr": "*i64", "weight": "fp32"}
+# Columns of a row: pointer and three strides of the target, the same of the reference, bits of the fp32 weight.
+TARGET = tl.constexpr(0)
+REFERENCE = tl.constexpr(4)
+WEIGHT = tl.constexpr(8)
+COLUMNS = tl.constexpr(9)
 
 
 @triton.jit
-def layer_rows(
-    table_ptr,
-    direct_ptr,
-    stride_b,
-    stride_t,
-    stride_d,
-    n,
-    b,
-    SIDE: tl.constexpr,
-    DTYPE: tl.constexpr,
-    TABLE: tl.constexpr,
-    CONTIGUOUS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+def direct_rows(direct_ptr, stride_b, stride_t, stride_d, b, CONTIGUOUS: tl.constexpr):
+    """Of a layer that is passed as it is: what `table_rows` returns."""
+    stride = tl.cast(stride_t, tl.int64)
+    width = tl.cast(stride_d, tl.int64)
+    if CONTIGUOUS:
+        width = 1
+    return direct_ptr + b * stride_b, stride, width
+
+
+@triton.jit
+def table_rows(table_ptr, n, b, SIDE: tl.constexpr, DTYPE: tl.constexpr, CONTIGUOUS: tl.constexpr):
     """Base pointer of layer n's sample b, and its strides along tokens and width (both 64-bit).
 
     CONTIGUOUS promises unit stride along the width and rows that start on 16 bytes.
     """
-    if TABLE:
-        row = table_ptr + n * COLUMNS + SIDE
-        base = tl.load(row).to(tl.pointer_type(DTYPE)) + tl.load(row + 1) * b
-        stride = tl.load(row + 2)
-        width = tl.load(row + 3)
-    else:
-        base = direct_ptr + b * stride_b
-        stride = tl.cast(stride_t, tl.int64)
-        width = tl.cast(stride_d, tl.int64)
+    row = table_ptr + n * COLUMNS + SIDE
+    base = tl.load(row).to(tl.pointer_type(DTYPE)) + tl.load(row + 1) * b
+    stride = tl.load(row + 2)
+    width = tl.load(row + 3)
     if CONTIGUOUS:
         base = tl.multiple_of(base, 16)
         stride = tl.multiple_of(stride, 8)
@@ -61,11 +49,9 @@ def layer_rows(
 
 
 @triton.jit
-def layer_weight(table_ptr, weight, n, TABLE: tl.constexpr, COLUMNS: tl.constexpr):
+def table_weight(table_ptr, n):
     """Layer n's weight in the average."""
-    if TABLE:
-        weight = tl.load(table_ptr + n * COLUMNS + 8).to(tl.int32).to(tl.float32, bitcast=True)
-    return weight
+    return tl.load(table_ptr + n * COLUMNS + WEIGHT).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 def is_vectorizable(layers: Sequence[Tensor]) -> bool:
@@ -76,37 +62,31 @@ def is_vectorizable(layers: Sequence[Tensor]) -> bool:
     )
 
 
-class LayerArguments:
-    """The leading kernel arguments that describe N layers: `target` or `reference`, then the weight.
+def pointer_table(target: Sequence[Tensor], reference: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """[N, COLUMNS] int64 on the layers' device, without waiting for it.
 
     Args:
         target, reference: N tensors each, of one shape, dtype and device.
         weights: N weights.
     """
-
-    def __init__(self, target: Sequence[Tensor], reference: Sequence[Tensor], weights: Sequence[float]) -> None:
-        self.single = len(target) == 1
-        self.weight = float(weights[0])
-        self._sides = (target[0], reference[0])
-        self._table = target[0] if self.single else _pointer_table(target, reference, weights)
-
-    def side(self, side: int) -> tuple[Any, ...]:
-        """table_ptr, direct_ptr and its three strides."""
-        direct = self._sides[0 if side == TARGET else 1]
-        return (self._table, direct, *direct.stride())
-
-
-def _pointer_table(target: Sequence[Tensor], reference: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """[N, COLUMNS] int64 on the layers' device, without waiting for it."""
     rows = []
     for h_tgt, h_ref, weight in zip(target, reference, weights, strict=True):
         bits = struct.unpack("<i", struct.pack("<f", weight))[0]
         rows.append([h_tgt.data_ptr(), *h_tgt.stride(), h_ref.data_ptr(), *h_ref.stride(), bits])
-    table = torch.tensor(rows, dtype=torch.int64)
     device = target[0].device
     if device.type == "cpu":
-        return table
-    pinned = table.pin_memory()  # a pageable copy would make the host wait
+        return torch.tensor(rows, dtype=torch.int64)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _CAPTURED.append(pinned)
+        return written_table(rows, device)
+    pinned = torch.tensor(rows, dtype=torch.int64).pin_memory()  # a pageable copy would make the host wait
     return pinned.to(device, non_blocking=True)
+
+
+def written_table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """The same table without a copy of host memory, which a CUDA graph would read again at every replay.
+
+    The numbers are arguments of a few launches and so part of the graph: nothing has to be kept alive for it.
+    """
+    table = torch.zeros((len(rows), len(rows[0])), dtype=torch.int64, device=device)
+    torch._foreach_add_(list(table.view(-1).unbind()), [number for row in rows for number in row])
+    return table

@@ -17,6 +17,7 @@ longer sequence.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -27,21 +28,56 @@ from torch import Tensor
 
 from focusdpo_kernels import reference as spec
 from focusdpo_kernels.backend import INTERPRETED, device_guard
-from focusdpo_kernels.launch import POINTERS, TRITON_DTYPES, Launch, Registers, next_power_of_2
-from focusdpo_kernels.layers import COLUMNS, REFERENCE, TARGET, TYPES, LayerArguments, is_vectorizable, layer_rows, layer_weight
+from focusdpo_kernels.launch import POINTERS, TRITON_DTYPES, Launch, Registers, ceil_div, next_power_of_2
+from focusdpo_kernels.layers import REFERENCE, TARGET, is_vectorizable, pointer_table, table_rows, table_weight
 
 FILL = 512  # programs that fill a large GPU: about four for each multiprocessor
 MIN_SPAN, MAX_SPAN = 128, 2048  # reference tokens of a program: fewer are not worth a split, more leave a long tail
 SCALE = 256.0  # of unit vectors, so that their smallest parts stay normal in fp16
 
 
+@triton.jit
+def pool_tokens(
+    reference,  # pointer of the sample's first token
+    stride_q,
+    width,
+    mask,  # pointer of the sample's [R, Q] uint8
+    stride_mr,
+    stride_mq,
+    first,
+    last,
+    offs_d,
+    D,
+    R: tl.constexpr,
+    R_PAD: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
+    """Sums over the tokens from first to last: [R_PAD, BLOCK_D] of their elements, [R_PAD] of their number."""
+    offs_r = tl.arange(0, R_PAD)
+    mask_r = offs_r < R
+    mask_d = offs_d < D
+    # 64-bit before the multiplication: a slice of a long batch passes 2^31 elements.
+    mask_rows = mask + offs_r.to(tl.int64)[:, None] * stride_mr
+    total = tl.zeros([R_PAD, offs_d.shape[0]], tl.float32)
+    count = tl.zeros([R_PAD, BLOCK_Q], tl.float32)
+    for q in range(first, last, BLOCK_Q):
+        offs_q = q + tl.arange(0, BLOCK_Q)
+        mask_q = offs_q < last
+        offsets = offs_q.to(tl.int64)[:, None] * stride_q + offs_d[None, :] * width
+        h = tl.load(reference + offsets, mask=mask_q[:, None] & mask_d[None, :], other=0.0)  # [BLOCK_Q, BLOCK_D]
+        inside = tl.load(mask_rows + offs_q.to(tl.int64)[None, :] * stride_mq, mask=mask_r[:, None] & mask_q[None, :], other=0)
+        if UPCAST:
+            h = h.to(tl.float32)
+        m = (inside != 0).to(h.dtype)  # [R_PAD, BLOCK_Q]
+        total = tl.dot(m, h, total, input_precision="ieee")
+        count += m.to(tl.float32)
+    return total, tl.sum(count, axis=1)
+
+
 @triton.jit(do_not_specialize=["N", "Q", "SPLITS", "SPAN"])
 def _pool_kernel(
-    table_ptr,
-    direct_ptr,
-    stride_b,
-    stride_t,
-    stride_d,
+    table_ptr,  # [N, COLUMNS] int64
     mask_ptr,  # [B, R, Q] uint8
     sum_ptr,  # [B, N, SPLITS, R, D] fp32
     count_ptr,  # [B, SPLITS, R] fp32
@@ -56,9 +92,7 @@ def _pool_kernel(
     R: tl.constexpr,
     R_PAD: tl.constexpr,
     DTYPE: tl.constexpr,
-    TABLE: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
-    COLUMNS: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -66,32 +100,20 @@ def _pool_kernel(
     n = tl.program_id(1) // SPLITS
     split = tl.program_id(1) % SPLITS
     b = tl.program_id(0).to(tl.int64)
-    reference, stride_q, width = layer_rows(
-        table_ptr, direct_ptr, stride_b, stride_t, stride_d, n, b, 4, DTYPE, TABLE, CONTIGUOUS, COLUMNS
-    )
+    reference, stride_q, width = table_rows(table_ptr, n, b, REFERENCE, DTYPE, CONTIGUOUS)
     offs_d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask_d = offs_d < D
     offs_r = tl.arange(0, R_PAD)
     mask_r = offs_r < R
-    # 64-bit before the multiplication: a slice of a long batch passes 2^31 elements.
-    mask_rows = mask_ptr + b * stride_mb + offs_r.to(tl.int64)[:, None] * stride_mr
-    total = tl.zeros([R_PAD, BLOCK_D], tl.float32)
-    count = tl.zeros([R_PAD, BLOCK_Q], tl.float32)
-    for q in range(split * SPAN, tl.minimum((split + 1) * SPAN, Q), BLOCK_Q):
-        offs_q = q + tl.arange(0, BLOCK_Q)
-        mask_q = offs_q < Q
-        offsets = offs_q.to(tl.int64)[:, None] * stride_q + offs_d[None, :] * width
-        h = tl.load(reference + offsets, mask=mask_q[:, None] & mask_d[None, :], other=0.0)  # [BLOCK_Q, BLOCK_D]
-        inside = tl.load(mask_rows + offs_q.to(tl.int64)[None, :] * stride_mq, mask=mask_r[:, None] & mask_q[None, :], other=0)
-        if UPCAST:
-            h = h.to(tl.float32)
-        m = (inside != 0).to(h.dtype)  # [R_PAD, BLOCK_Q]
-        total = tl.dot(m, h, total, input_precision="ieee")
-        count += m.to(tl.float32)
+    mask = mask_ptr + b * stride_mb
+    first = split * SPAN
+    last = tl.minimum(first + SPAN, Q)
+    total, count = pool_tokens(
+        reference, stride_q, width, mask, stride_mr, stride_mq, first, last, offs_d, D, R, R_PAD, UPCAST, BLOCK_Q
+    )
     out = sum_ptr + (((b * N + n) * SPLITS + split) * R + offs_r[:, None]) * D + offs_d[None, :]
-    tl.store(out, total, mask=mask_r[:, None] & mask_d[None, :])
+    tl.store(out, total, mask=mask_r[:, None] & (offs_d < D)[None, :])
     if n == 0 and tl.program_id(2) == 0:
-        tl.store(count_ptr + (b * SPLITS + split) * R + offs_r, tl.sum(count, axis=1), mask=mask_r)
+        tl.store(count_ptr + (b * SPLITS + split) * R + offs_r, count, mask=mask_r)
 
 
 @triton.jit
@@ -146,12 +168,7 @@ def _unit_kernel(
 
 @triton.jit(do_not_specialize=["N", "P", "LAYERS"])
 def _compare_kernel(
-    table_ptr,
-    direct_ptr,
-    stride_b,
-    stride_t,
-    stride_d,
-    weight,
+    table_ptr,  # [N, COLUMNS] int64
     unit_ptr,  # [B, N, PARTS, R, D] in the hidden states' type
     out_ptr,  # [B, SPLITS, R, P] fp32
     N,
@@ -163,10 +180,7 @@ def _compare_kernel(
     PARTS: tl.constexpr,
     PARTS_PAD: tl.constexpr,
     DTYPE: tl.constexpr,
-    TABLE: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
     UPCAST: tl.constexpr,
     EPS: tl.constexpr,
     SCALE: tl.constexpr,
@@ -184,9 +198,7 @@ def _compare_kernel(
     columns = (part * R + subject).to(tl.int64) * D
     total = tl.zeros([BLOCK_P, R_PAD], tl.float32)
     for n in range(split * LAYERS, tl.minimum((split + 1) * LAYERS, N)):
-        target, stride_p, width = layer_rows(
-            table_ptr, direct_ptr, stride_b, stride_t, stride_d, n, b, 0, DTYPE, TABLE, CONTIGUOUS, COLUMNS
-        )
+        target, stride_p, width = table_rows(table_ptr, n, b, TARGET, DTYPE, CONTIGUOUS)
         rows = target + offs_p.to(tl.int64)[:, None] * stride_p
         unit = unit_ptr + (b * N + n) * PARTS * R * D + columns[None, :]
         dot = tl.zeros([BLOCK_P, PARTS_PAD * R_PAD], tl.float32)
@@ -202,13 +214,11 @@ def _compare_kernel(
                 u = u.to(tl.float32)
             dot = tl.dot(h, u, dot, input_precision="ieee")
             square += tl.sum(x * x, axis=1)
-        scale = tl.div_rn(layer_weight(table_ptr, weight, n, TABLE, COLUMNS), SCALE * tl.maximum(tl.sqrt_rn(square), EPS))
+        scale = tl.div_rn(table_weight(table_ptr, n), SCALE * tl.maximum(tl.sqrt_rn(square), EPS))
         total += tl.sum(tl.reshape(dot, [BLOCK_P, PARTS_PAD, R_PAD]), axis=1) * scale[:, None]
     offs_r = tl.arange(0, R_PAD)
     mask_out = mask_p[:, None] & (offs_r < R)[None, :]
     out = out_ptr + ((b * tl.num_programs(2) + split) * R + offs_r[None, :]) * P + offs_p[:, None]
-    if ACCUMULATE:
-        total += tl.load(out, mask=mask_out, other=0.0)
     tl.store(out, total, mask=mask_out)
 
 
@@ -241,23 +251,17 @@ class _Launches(NamedTuple):
     average: Launch
 
 
-def _launches(dtype: torch.dtype, subjects: int, contiguous: bool, table: bool, accumulate: bool) -> _Launches:
+@functools.cache
+def _launches(dtype: torch.dtype, subjects: int, contiguous: bool) -> _Launches:
     half = dtype != torch.float32
     parts = 3 if half else 1  # 3 x 8 bits of bf16 are all 24 of fp32
     parts_pad = next_power_of_2(parts)
-    layers = {"DTYPE": TRITON_DTYPES[dtype], "TABLE": table, "CONTIGUOUS": contiguous, "COLUMNS": COLUMNS}
+    layers = {"DTYPE": TRITON_DTYPES[dtype], "CONTIGUOUS": contiguous}
     # The interpreter's dot takes the bits of bf16 for integers; products of bf16 are exact in fp32 as well.
     upcast = {"UPCAST": INTERPRETED and dtype == torch.bfloat16}
     scaled = {"EPS": spec.EPS, "SCALE": SCALE}
     floats = dict.fromkeys(("sum_ptr", "part_count_ptr", "count_ptr", "part_ptr", "out_ptr", "total_weight"), "*fp32")
-    types = {
-        **TYPES,
-        **floats,
-        "total_weight": "fp32",
-        "direct_ptr": POINTERS[dtype],
-        "unit_ptr": POINTERS[dtype],
-        "mask_ptr": "*u8",
-    }
+    types = {**floats, "total_weight": "fp32", "table_ptr": "*i64", "unit_ptr": POINTERS[dtype], "mask_ptr": "*u8"}
     # Rows of 128 bytes and more, four tiles deep: some 100 KiB on their way to a multiprocessor (docs/performance.md).
     # Without unit stride every element has a 64-bit address of its own, and fp32 runs on ordinary cores: fewer rows, or
     # registers spill.
@@ -277,8 +281,8 @@ def _launches(dtype: torch.dtype, subjects: int, contiguous: bool, table: bool, 
         registers=Registers(112, 112, 112, 96),
         num_stages=4 if large else 3,
         types=types,
-        aligned=("D", "stride_b", "stride_t"),
-        ones=("stride_d", "stride_mq") if contiguous else ("stride_mq",),
+        aligned=("D",),
+        ones=("stride_mq",),
     )
     unit = Launch(
         _unit_kernel,
@@ -296,7 +300,6 @@ def _launches(dtype: torch.dtype, subjects: int, contiguous: bool, table: bool, 
             "PARTS": parts,
             "PARTS_PAD": parts_pad,
             **layers,
-            "ACCUMULATE": accumulate,
             **upcast,
             **scaled,
             "BLOCK_P": rows,
@@ -306,8 +309,7 @@ def _launches(dtype: torch.dtype, subjects: int, contiguous: bool, table: bool, 
         registers=Registers(208, 160, 152, 208),
         num_stages=4 if large else 3,
         types=types,
-        aligned=("D", "stride_b", "stride_t"),
-        ones=("stride_d",) if contiguous else (),
+        aligned=("D",),
     )
     average = Launch(
         _average_kernel,
@@ -319,53 +321,49 @@ def _launches(dtype: torch.dtype, subjects: int, contiguous: bool, table: bool, 
     return _Launches(pool, unit, compare, average)
 
 
-def _token_splits(layers: int, blocks: int, tokens: int) -> int:
+def token_splits(layers: int, blocks: int, tokens: int) -> int:
     """Programs that share a layer's reference tokens. It looks at no batch size: a sample's result depends on no other."""
-    wanted = max(FILL // (layers * blocks), triton.cdiv(tokens, MAX_SPAN))
-    return max(min(wanted, triton.cdiv(tokens, MIN_SPAN)), 1)
+    wanted = max(FILL // (layers * blocks), ceil_div(tokens, MAX_SPAN))
+    return max(min(wanted, ceil_div(tokens, MIN_SPAN)), 1)
 
 
 def launch_pooled(
-    target: Sequence[Tensor], reference: Sequence[Tensor], mask: Tensor, weights: Sequence[float], out: Tensor, accumulate: bool
+    target: Sequence[Tensor], reference: Sequence[Tensor], mask: Tensor, weights: Sequence[float], out: Tensor
 ) -> None:
-    """Writes S into `out` [B, R, P], or adds weighted cosines to it where `accumulate`. `mask` is uint8."""
+    """Writes S into `out` [B, R, P]. `mask` is uint8."""
     batch, subjects, patches = out.shape
     tokens, width = reference[0].shape[1:]
     layers, device, dtype = len(target), out.device, target[0].dtype
-    contiguous = is_vectorizable([*target, *reference])
-    arguments = LayerArguments(target, reference, weights)
-    pool, unit, compare, average = _launches(dtype, subjects, contiguous, not arguments.single, accumulate)
+    pool, unit, compare, average = _launches(dtype, subjects, is_vectorizable([*target, *reference]))
+    table = pointer_table(target, reference, weights)
 
     def floats(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
 
     # At least one block along D: with D = 0 the counts are still needed.
-    blocks = max(triton.cdiv(width, pool.constants["BLOCK_D"]), 1)
-    splits = _token_splits(layers, blocks, tokens)
-    span = triton.cdiv(triton.cdiv(tokens, splits), pool.constants["BLOCK_Q"]) * pool.constants["BLOCK_Q"]
+    blocks = max(ceil_div(width, pool.constants["BLOCK_D"]), 1)
+    splits = token_splits(layers, blocks, tokens)
+    span = ceil_div(ceil_div(tokens, splits), pool.constants["BLOCK_Q"]) * pool.constants["BLOCK_Q"]
     sums, part_count = floats(batch, layers, splits, subjects, width), floats(batch, splits, subjects)
     units = torch.empty((batch, layers, unit.constants["PARTS"], subjects, width), dtype=dtype, device=device)
     count = floats(batch, subjects)
-    tiles = triton.cdiv(patches, compare.constants["BLOCK_P"])
-    layers_each = triton.cdiv(layers, max(min(FILL // tiles, layers), 1))
-    layer_splits = triton.cdiv(layers, layers_each)
-    parts = out if accumulate else floats(batch, layer_splits, subjects, patches)
+    tiles = ceil_div(patches, compare.constants["BLOCK_P"])
+    layers_each = ceil_div(layers, max(min(FILL // tiles, layers), 1))
+    layer_splits = ceil_div(layers, layers_each)
+    parts = floats(batch, layer_splits, subjects, patches)
     with device_guard(out):
-        sizes = (layers, tokens, width, splits, span, *mask.stride())
-        pool((batch, layers * splits, blocks), *arguments.side(REFERENCE), mask, sums, part_count, *sizes)
+        sizes = (layers, tokens, width, splits, span)
+        pool((batch, layers * splits, blocks), table, mask, sums, part_count, *sizes, *mask.stride())
         unit((batch, layers, subjects), sums, part_count, units, count, layers, width, splits)
-        sides = (*arguments.side(TARGET), arguments.weight)
-        compare((batch, tiles, layer_splits), *sides, units, parts, layers, patches, width, layers_each)
-        if not accumulate:
-            grid = (batch, subjects, triton.cdiv(patches, average.constants["BLOCK_P"]))
-            average(grid, parts, count, out, patches, layer_splits, float(sum(weights)))
+        compare((batch, tiles, layer_splits), table, units, parts, layers, patches, width, layers_each)
+        grid = (batch, subjects, ceil_div(patches, average.constants["BLOCK_P"]))
+        average(grid, parts, count, out, patches, layer_splits, float(sum(weights)))
 
 
 def launches() -> Iterator[Launch]:
     """Every shipped launch configuration, for ahead-of-time compilation."""
     for dtype in (torch.bfloat16, torch.float32):
         for subjects in (1, 2, 4, 6):
-            yield from _launches(dtype, subjects, contiguous=True, table=True, accumulate=False)
-            yield from _launches(dtype, subjects, contiguous=True, table=False, accumulate=True)
-        yield from _launches(dtype, 2, contiguous=False, table=True, accumulate=False)
-    yield from _launches(torch.float16, 2, contiguous=True, table=True, accumulate=False)
+            yield from _launches(dtype, subjects, contiguous=True)
+        yield from _launches(dtype, 2, contiguous=False)
+    yield from _launches(torch.float16, 2, contiguous=True)

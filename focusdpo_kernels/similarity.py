@@ -1,6 +1,7 @@
 """Cross-layer patch similarity (docs/method.md, E3 and E4): the public functions.
 
-The kernels are in pooled_similarity.py (a subject's mean token) and dense_similarity.py (its best matching token).
+The kernels are in pooled_similarity.py (a subject's mean token, all layers at once), streamed_similarity.py (the same, layer by
+layer) and dense_similarity.py (its best matching token).
 """
 
 from __future__ import annotations
@@ -15,34 +16,31 @@ from focusdpo_kernels.backend import resolve_backend
 from focusdpo_kernels.checks import check_choice, check_no_grad, check_similarity
 from focusdpo_kernels.dense_similarity import launch_dense
 from focusdpo_kernels.pooled_similarity import launch_pooled
+from focusdpo_kernels.streamed_similarity import StreamedSimilarity
 
 POOLINGS = ("reference", "max")
 
 
-def _launch(
-    target: Sequence[Tensor],
-    reference: Sequence[Tensor],
-    mask: Tensor,
-    weights: Sequence[float],
-    pooling: str,
-    out: Tensor,
-    accumulate: bool,
-) -> None:
-    """Writes S into `out` [B, R, P], or adds the layers' weighted cosines to it where `accumulate`."""
-    if out.numel() == 0:
-        return
-    mask = (mask if mask.dtype == torch.bool else mask != 0).view(torch.uint8)
-    launch = launch_pooled if pooling == "reference" else launch_dense
-    launch(target, reference, mask, weights, out, accumulate)
+def _as_bytes(mask: Tensor) -> Tensor:
+    return (mask if mask.dtype == torch.bool else mask != 0).view(torch.uint8)
 
 
 @torch.library.custom_op("focusdpo::cross_layer_similarity", mutates_args=())
 def cross_layer_similarity_op(
     target: Sequence[Tensor], reference: Sequence[Tensor], reference_mask: Tensor, layer_weights: Sequence[float], pooling: str
 ) -> Tensor:
-    batch, patches, _ = target[0].shape
-    out = torch.empty((batch, reference_mask.shape[1], patches), dtype=torch.float32, device=target[0].device)
-    _launch(target, reference, reference_mask, layer_weights, pooling, out, accumulate=False)
+    mask = _as_bytes(reference_mask)
+    shape = (target[0].shape[0], mask.shape[1], target[0].shape[1])
+    if len(target) == 1 and pooling == "reference":
+        layers = StreamedSimilarity(shape, target[0].device)
+        layers.add(target[0], reference[0], mask, 1.0)
+        return layers.average(1.0)
+    out = torch.empty(shape, dtype=torch.float32, device=target[0].device)
+    if out.numel():
+        if pooling == "reference":
+            launch_pooled(target, reference, mask, layer_weights, out)
+        else:
+            launch_dense(target, reference, mask, layer_weights, out, accumulate=False)
     return out
 
 
@@ -63,6 +61,13 @@ def _check_weights(layer_weights: Sequence[float] | None, layers: int) -> list[f
             f"layer_weights: got {weights}; expected positive numbers (leave a layer out instead of weighting it 0)"
         )
     return weights
+
+
+def _description(target: object, reference: object) -> object:
+    """What the checks of a layer depend on; None, which equals no description, where it is not two tensors."""
+    if not (isinstance(target, Tensor) and isinstance(reference, Tensor)):
+        return None
+    return (target.shape, target.dtype, target.device, reference.shape, reference.dtype, reference.device)
 
 
 def cross_layer_similarity(
@@ -101,6 +106,25 @@ def cross_layer_similarity(
         return cross_layer_similarity_op(targets, references, mask, weights, pooling)
 
 
+class _SummedSimilarity:
+    """The same interface as `StreamedSimilarity`, for the PyTorch backend and for pooling "max"."""
+
+    def __init__(self, shape: tuple[int, int, int], target: Tensor, mask: Tensor, pooling: str, backend: str) -> None:
+        self.total = torch.zeros(shape, dtype=spec.accumulation_dtype(target.dtype), device=target.device)
+        self._mask = mask
+        self._pooling = pooling
+        self._backend = backend
+
+    def add(self, target: Tensor, reference: Tensor, mask: Tensor, weight: float) -> None:
+        if self._backend == "torch":
+            self.total += weight * spec.layer_similarity(target, reference, mask, self._pooling)
+        elif self.total.numel():
+            launch_dense([target], [reference], mask, [weight], self.total, accumulate=True)
+
+    def average(self, total_weight: float) -> Tensor:
+        return spec.finish_similarity(self.total, total_weight, self._mask)
+
+
 class SimilarityAccumulator:
     """The same S layer by layer, so that no layer's hidden states are kept (E3, E4).
 
@@ -121,31 +145,50 @@ class SimilarityAccumulator:
         self._mask = reference_mask
         self._pooling = pooling
         self._backend = backend
-        self._total: Tensor | None = None
+        self._sum: StreamedSimilarity | _SummedSimilarity | None = None
+        self._used_backend: str | None = None
+        self._checked: object = None  # what the last layer was like
         self._total_weight = 0.0
         self.layers = 0
 
     @torch.compiler.disable  # hooks of compiled blocks: a graph break here, not a trace into the launcher
     @torch.no_grad()
     def update(self, target: Tensor, reference: Tensor, weight: float = 1.0) -> None:
-        """Adds one layer: target [B, P, D], reference [B, Q, D], its positive weight in the average."""
-        (target,), (reference,), mask = check_similarity([target], [reference], self._mask)
-        (weight,) = _check_weights([weight], 1)
-        shape = (target.shape[0], mask.shape[1], target.shape[1])
-        if self._total is None:
-            dtype = spec.accumulation_dtype(target.dtype)
-            self._total = torch.zeros(shape, dtype=dtype, device=target.device)
-        elif self._total.shape != shape:
-            raise ValueError(f"target: got {shape[2]} tokens, while earlier layers had {self._total.shape[2]}")
-        if resolve_backend(self._backend, target, reference) == "torch":
-            self._total += weight * spec.layer_similarity(target, reference, mask, self._pooling)
-        else:
-            _launch([target], [reference], mask, [weight], self._pooling, self._total, accumulate=True)
+        """Adds one layer: target [B, P, D], reference [B, Q, D], its positive weight in the average.
+
+        Raises:
+            TypeError, ValueError: arguments of wrong type, shape, dtype or device, or unlike those of earlier layers.
+        """
+        if self._checked is None or self._checked != _description(target, reference):
+            self._check(target, reference)
+        (weight,) = _check_weights((weight,), 1)
+        assert self._sum is not None
+        self._sum.add(target, reference, _as_bytes(self._mask), weight)
         self._total_weight += weight
         self.layers += 1
 
+    def _check(self, target: Tensor, reference: Tensor) -> None:
+        """Looks at what most layers have in common: the checks take more host time than the launches."""
+        check_similarity([target], [reference], self._mask)
+        backend = resolve_backend(self._backend, target, reference)
+        shape = (target.shape[0], self._mask.shape[1], target.shape[1])
+        if self._sum is None:
+            self._used_backend = backend
+            if backend == "triton" and self._pooling == "reference":
+                self._sum = StreamedSimilarity(shape, target.device)
+            else:
+                self._sum = _SummedSimilarity(shape, target, self._mask, self._pooling, backend)
+        elif self._sum.total.shape != shape:
+            raise ValueError(f"target: got {shape[2]} tokens, while earlier layers had {self._sum.total.shape[2]}")
+        elif backend != self._used_backend:
+            raise TypeError(
+                f"target: got dtype {target.dtype}, which the {backend} backend computes, while earlier layers ran on "
+                f"{self._used_backend}; use one dtype for all layers"
+            )
+        self._checked = _description(target, reference)
+
     def result(self) -> Tensor:
         """S [B, R, P] of the layers so far; raises RuntimeError before the first."""
-        if self._total is None:
+        if self._sum is None:
             raise RuntimeError("SimilarityAccumulator.result: no layer was added; call update(target, reference) first")
-        return spec.finish_similarity(self._total, self._total_weight, self._mask)
+        return self._sum.average(self._total_weight)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +23,11 @@ from focusdpo.mask import FocusMask
 from focusdpo_kernels import (
     SimilarityAccumulator,
     cross_layer_similarity,
+    dense_similarity,
     fuse_focus,
     layers,
     patch_entropy,
+    pooled_similarity,
     preference_residual,
     structure_field,
     topk_mask,
@@ -63,18 +67,17 @@ class TorchLaunches(TorchDispatchMode):
 def count(call: Callable[[], Any]) -> dict[str, list[str]]:
     """What a call launches: the library's kernels, and PyTorch's operators."""
     torch_launches = TorchLaunches()
-    make_table = layers._pointer_table
 
     def copied_table(*arguments: Any) -> Tensor:
         torch_launches.names.append("copy of the pointer table")  # to the device; here it is there already
-        return make_table(*arguments)
+        return layers.pointer_table(*arguments)
 
-    layers._pointer_table = copied_table
-    try:
-        with stub_driver.launches() as ours, torch_launches:
-            call()
-    finally:
-        layers._pointer_table = make_table
+    with ExitStack() as stack:
+        for module in (pooled_similarity, dense_similarity):
+            stack.enter_context(mock.patch.object(module, "pointer_table", copied_table))
+        ours = stack.enter_context(stub_driver.launches())
+        stack.enter_context(torch_launches)
+        call()
     return {"ours": ours, "torch": torch_launches.names}
 
 

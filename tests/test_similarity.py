@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from focusdpo_kernels import SimilarityAccumulator, cross_layer_similarity
+from focusdpo_kernels import SimilarityAccumulator, cross_layer_similarity, layers
 from tests.conftest import DEVICE, HALF_AND_FULL
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -19,6 +19,12 @@ SHAPES = [  # N, B, P, Q, D, R
     (2, 1, 33, 40, 264, 6),
     (1, 3, 5, 9, 300, 2),
     (1, 2, 5, 330, 20, 3),  # so many reference tokens that they are split among programs
+    (2, 2, 5, 330, 20, 3),
+]
+STREAMED = [  # one layer takes other kernels than several at once: both tokens and widths are split
+    (2, 2, 37, 23, 50, 3),
+    (3, 1, 300, 330, 256, 2),
+    (2, 1, 33, 40, 264, 6),
 ]
 
 
@@ -58,6 +64,124 @@ def test_matches_float64(shape, dtype, backend, pooling):
     torch.testing.assert_close(scores.double(), truth(target, reference, mask, pooling), rtol=0, atol=5e-7)
 
 
+def stream(target, reference, mask, weights=None, **options):
+    accumulator = SimilarityAccumulator(mask, **options)
+    for h_tgt, h_ref, weight in zip(target, reference, weights or [1.0] * len(target), strict=True):
+        accumulator.update(h_tgt, h_ref, weight)
+    return accumulator.result()
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_FULL, ids=str)
+@pytest.mark.parametrize("shape", STREAMED, ids=str)
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_streamed_matches_float64(shape, dtype, backend):
+    target, reference, mask = make(*shape, dtype)
+    scores = stream(target, reference, mask, backend=backend)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores.double(), truth(target, reference, mask), rtol=0, atol=5e-7)
+
+
+def test_result_can_be_asked_for_at_any_layer():
+    """A layer's cosines are added by the next launch, whatever it is."""
+    target, reference, mask = make(4, 1, 19, 11, 70, 2, torch.bfloat16)
+    accumulator = SimilarityAccumulator(mask, backend="triton")
+    for n in range(4):
+        accumulator.update(target[n], reference[n])
+        expected = truth(target[: n + 1], reference[: n + 1], mask)
+        for _ in range(2):
+            torch.testing.assert_close(accumulator.result().double(), expected, rtol=0, atol=5e-7)
+
+
+def test_streamed_layers_may_differ():
+    """In width, dtype and strides; the launches of one kind and their memory must not be taken for another."""
+    bf16, half, full = torch.bfloat16, torch.float16, torch.float32
+    kinds = [(64, bf16), (300, bf16), (64, full), (64, bf16), (256, half)]
+    hidden = [torch.randn(2, 40, width, device=DEVICE).to(dtype) for width, dtype in kinds]
+    hidden.append(torch.randn(2, 64, 40, device=DEVICE).bfloat16().mT)
+    hidden.append(torch.randn(2, 40, 65, device=DEVICE).bfloat16()[..., 1:])  # rows that start between 16 bytes
+    target, reference = [h[:, :22] for h in hidden], [h[:, 22:] for h in hidden]
+    mask = torch.rand(2, 3, 18, device=DEVICE) > 0.4
+    weights = [1.0, 2.0, 0.5, 3.0, 1.0, 0.25, 4.0]
+    exact = [truth([t], [r], mask) * w for t, r, w in zip(target, reference, weights, strict=True)]
+    expected = torch.stack(exact).sum(0) / sum(weights)
+    actual = stream(target, reference, mask, weights, backend="triton")
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=5e-7)
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_FULL, ids=str)
+@pytest.mark.parametrize("scale", [3e-5, 1.0, 2e4])
+def test_streamed_at_any_scale(dtype, scale):
+    """The mean tokens are split into parts before they are normalised: fp16 has few exponents for them."""
+    target, reference, mask = make(2, 1, 21, 17, 160, 2, torch.float32)
+    target, reference = ([(scale * h).clamp(-6e4, 6e4).to(dtype) for h in side] for side in (target, reference))
+    reference[0][..., 3] *= 1e-3
+    scores = stream(target, reference, mask, backend="triton")
+    torch.testing.assert_close(scores.double(), truth(target, reference, mask), rtol=0, atol=5e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_sample_does_not_depend_on_its_batch(dtype):
+    target, reference, mask = make(3, 3, 150, 140, 136, 2, dtype)
+    many = stream(target, reference, mask, backend="triton")
+    for b in range(3):
+        one = stream([t[b : b + 1] for t in target], [r[b : b + 1] for r in reference], mask[b : b + 1], backend="triton")
+        assert torch.equal(many[b : b + 1], one)
+    assert torch.equal(many, stream(target, reference, mask, backend="triton"))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_every_layer_is_checked(backend):
+    """The checks are left out only for a layer that is like the one before it."""
+    (target, *_), (reference, *_), mask = make(1, 2, 6, 5, 12, 2, torch.float32)
+    accumulator = SimilarityAccumulator(mask, backend=backend)
+    for _ in range(2):
+        accumulator.update(target, reference)
+        for error, message, arguments in (
+            (ValueError, "target: got 5 tokens, while earlier layers had 6", (target[:, 1:], reference)),
+            (ValueError, r"reference_mask: expected shape \[2, 2, 4\]", (target, reference[:, 1:])),
+            (ValueError, r"reference\[0\]: expected shape \[2, 5, 11\]", (target[..., 1:], reference)),
+            (TypeError, "reference: got dtype torch.float16", (target, reference.half())),
+            (TypeError, r"target\[0\]: expected a tensor", (None, reference)),
+            (TypeError, r"reference\[0\]: expected a tensor", (target, [reference])),
+            (ValueError, "layer_weights: got ", (target, reference, -1.0)),
+        ):
+            with pytest.raises(error, match=message):
+                accumulator.update(*arguments)
+    assert accumulator.layers == 2
+    torch.testing.assert_close(accumulator.result().double(), truth([target], [reference], mask), rtol=0, atol=5e-7)
+
+
+def test_float64_does_not_mix_with_kernels():
+    (target, *_), (reference, *_), mask = make(1, 1, 6, 5, 12, 2, torch.float32)
+    accumulator = SimilarityAccumulator(mask, backend="triton")
+    accumulator.update(target, reference)
+    with pytest.raises(TypeError, match="Triton kernels take fp16, bf16 and fp32"):
+        accumulator.update(target.double(), reference.double())
+
+
+def test_a_table_for_a_graph():
+    """Written by launches whose arguments are the numbers: no host memory is kept for a replay."""
+    rows = [[2**63 - 1, -(2**62) - 3, 2**53 + 1, 0, -1], [1, 2, 3, 4, 2**31]]
+    table = layers.written_table(rows, torch.device(DEVICE))
+    assert table.dtype == torch.int64 and table.tolist() == rows
+
+
+def test_a_captured_call_keeps_no_host_memory(monkeypatch):
+    class Captured:
+        """A tensor of a GPU, as far as the table looks at it."""
+
+        device = torch.device("cuda", 0)
+        data_ptr = staticmethod(lambda: 2**47 + 16)
+        stride = staticmethod(lambda: (7, 5, 1))
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pytest.fail("host memory that a graph would read again"))
+    monkeypatch.setattr(layers, "written_table", lambda rows, device: (rows, device))
+    rows, device = layers.pointer_table([Captured()] * 2, [Captured()] * 2, [1.0, 0.5])
+    assert device == Captured.device and [row[:8] for row in rows] == [[2**47 + 16, 7, 5, 1] * 2] * 2
+    assert [row[8] for row in rows] == [0x3F800000, 0x3F000000]
+
+
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_accumulator_gives_the_same(backend, pooling):
@@ -87,19 +211,21 @@ def test_absent_subject_and_zero_tokens(backend, pooling):
     target, reference, mask = make(2, 2, 6, 5, 12, 3, torch.float32)
     mask[0, 1] = False
     target[0][1, 2] = 0
-    scores = cross_layer_similarity(target, reference, mask, pooling=pooling, backend=backend)
-    assert (scores[0, 1] == -torch.inf).all()
-    scores[0, 1] = 0
-    assert scores.isfinite().all()
+    for function in (cross_layer_similarity, stream):
+        scores = function(target, reference, mask, pooling=pooling, backend=backend)
+        assert (scores[0, 1] == -torch.inf).all()
+        scores[0, 1] = 0
+        assert scores.isfinite().all()
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("zero", ["batch", "patches", "tokens", "subjects", "width"])
-def test_sizes_of_zero(backend, zero, pooling):
+@pytest.mark.parametrize("number", [1, 2])
+def test_sizes_of_zero(backend, zero, pooling, number):
     sizes = {"batch": 2, "patches": 3, "tokens": 4, "width": 5, "subjects": 2} | {zero: 0}
-    target = [torch.randn(sizes["batch"], sizes["patches"], sizes["width"], device=DEVICE)]
-    reference = [torch.randn(sizes["batch"], sizes["tokens"], sizes["width"], device=DEVICE)]
+    target = [torch.randn(sizes["batch"], sizes["patches"], sizes["width"], device=DEVICE)] * number
+    reference = [torch.randn(sizes["batch"], sizes["tokens"], sizes["width"], device=DEVICE)] * number
     mask = torch.ones(sizes["batch"], sizes["subjects"], sizes["tokens"], device=DEVICE)
     scores = cross_layer_similarity(target, reference, mask, pooling=pooling, backend=backend)
     assert scores.shape == (sizes["batch"], sizes["subjects"], sizes["patches"])
@@ -119,15 +245,17 @@ def test_any_strides(pooling):
     expected = cross_layer_similarity(*contiguous, mask, pooling=pooling, backend="torch")
     actual = cross_layer_similarity(target, reference, mask, pooling=pooling, backend="triton")
     torch.testing.assert_close(actual, expected, rtol=0, atol=5e-7)
+    streamed = stream(target, reference, mask, pooling=pooling, backend="triton")
+    torch.testing.assert_close(streamed, expected, rtol=0, atol=5e-7)
     stacked = cross_layer_similarity(hidden[:, :, :12], hidden[:, :, 12:], mask, pooling=pooling, backend="triton")
     assert torch.equal(stacked, actual)
 
 
-def test_expanded_batch():
-    target, reference, mask = make(1, 1, 9, 6, 32, 2, torch.bfloat16)
-    many = cross_layer_similarity(
-        [target[0].expand(4, -1, -1)], [reference[0].expand(4, -1, -1)], mask.expand(4, -1, -1), backend="triton"
-    )
+@pytest.mark.parametrize("number", [1, 2])
+def test_expanded_batch(number):
+    target, reference, mask = make(number, 1, 9, 6, 32, 2, torch.bfloat16)
+    expanded = [[h.expand(4, -1, -1) for h in side] for side in (target, reference)]
+    many = cross_layer_similarity(*expanded, mask.expand(4, -1, -1), backend="triton")
     one = cross_layer_similarity(target, reference, mask, backend="triton")
     assert torch.equal(many, one.expand(4, -1, -1))
 
@@ -139,8 +267,9 @@ def test_outlier_channels():
         h[..., 5] *= 300
         h[..., 77] *= 100
     target, reference = ([h.bfloat16() for h in side] for side in (target, reference))
-    scores = cross_layer_similarity(target, reference, mask, backend="triton")
-    torch.testing.assert_close(scores.double(), truth(target, reference, mask), rtol=0, atol=1e-6)
+    for function in (cross_layer_similarity, stream):
+        scores = function(target, reference, mask, backend="triton")
+        torch.testing.assert_close(scores.double(), truth(target, reference, mask), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)

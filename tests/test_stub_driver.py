@@ -76,7 +76,7 @@ def test_every_public_function_launches(public_launches):
     assert public_launches == [
         "cross_layer_similarity: _pool_kernel _unit_kernel _compare_kernel _average_kernel",
         "cross_layer_similarity max: _norm_kernel _norm_kernel _dense_kernel",
-        "SimilarityAccumulator: _pool_kernel _unit_kernel _compare_kernel",
+        "SimilarityAccumulator: _pool_layer_kernel _compare_layer_kernel",
         "topk_mask: _topk_kernel",
         "structure_field: _structure_kernel",
         "patch_entropy: _entropy_kernel _normalize_kernel",

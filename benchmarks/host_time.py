@@ -1,0 +1,77 @@
+"""CPU time that one streamed layer takes of the host, without a GPU: launches go to a driver that does nothing.
+
+python -m benchmarks.host_time                       # of this checkout
+python -m benchmarks.host_time --against CHECKOUT    # and of another one, in turn with it on the same machine
+
+Triton's own launch path is in it; what a real driver, the device guard and the choice of a stream take is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+ROUNDS = 5
+
+# Of public names only, so that older checkouts run it as well.
+WORKER = """
+import json, time, torch
+from focusdpo_kernels import SimilarityAccumulator
+from focusdpo_kernels.tools import stub_driver
+
+stub_driver.install()
+layers = [torch.randn(1, 1824, 3072).bfloat16() for _ in range(4)]
+mask = torch.rand(1, 2, 800) > 0.5
+
+def stream(count):
+    similarity = SimilarityAccumulator(mask)
+    for n in range(count):
+        similarity.update(layers[n % 4][:, :1024], layers[n % 4][:, 1024:])
+    return similarity.result()
+
+stream(25)
+with stub_driver.launches() as launches:
+    stream(25)
+times = []
+for _ in range(50):
+    start = time.process_time()
+    stream(25)
+    times.append((time.process_time() - start) / 25)
+print(json.dumps({"seconds": min(times), "launches": len(launches) / 25}))
+"""
+
+
+def measure(checkout: Path) -> dict[str, float]:
+    """Seconds of CPU time and launches of an update, in a process of its own."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(checkout)}
+    run = subprocess.run([sys.executable, "-c", WORKER], cwd=checkout, env=environment, capture_output=True, text=True)
+    if run.returncode:
+        raise SystemExit(f"host_time: {checkout} failed\n{run.stderr[-2000:]}")
+    return json.loads(run.stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.host_time", description=__doc__.splitlines()[0])
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="folder of another version of this project")
+    options = parser.parse_args()
+    checkouts = {"this checkout": ROOT} | ({} if options.against is None else {str(options.against): options.against.resolve()})
+    rounds = [{name: measure(path) for name, path in checkouts.items()} for _ in range(ROUNDS)]
+    print("SimilarityAccumulator.update, uno-512 (P = 1024, Q = 800, D = 3072, R = 2), with its share of the result after 25")
+    for name in checkouts:
+        times = [1e6 * one[name]["seconds"] for one in rounds]
+        launches = rounds[0][name]["launches"]
+        print(
+            f"{name}: {statistics.median(times):.1f} us of CPU time a layer ({min(times):.1f} to {max(times):.1f} in {ROUNDS} "
+            f"processes), {launches:.2f} launches, {statistics.median(times) / launches:.1f} us a launch"
+        )
+
+
+if __name__ == "__main__":
+    main()
