@@ -37,6 +37,7 @@ from focusdpo_kernels.shapes import bytes_moved
 Provider = Callable[[FocusInputs], tuple[Tensor, ...]]
 
 TAU = 1.0  # of the focus step: every field of the mask takes part in it
+OUR_BACKEND = "triton" if INTERPRETED else None  # None: as a user gets it, on a CPU the PyTorch backend
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,6 @@ class Group:
         batches: pairs in a call.
         tolerance: largest relative error of our own and the specification's result, by the number of patches.
         loose: the same for the pieces, which compute in the inputs' own precision.
-        on_cpu: whether our own provider is, on a CPU, the library's PyTorch backend as a user gets it.
         scales: what the error of each result is relative to, from the exact results; None takes each result's own norm.
     """
 
@@ -68,7 +68,6 @@ class Group:
     batches: tuple[int, ...] = (1,)
     tolerance: Callable[[int], float] = lambda patches: 1e-5
     loose: Callable[[int], float] = lambda patches: 2e-2
-    on_cpu: bool = False
     scales: Callable[[tuple[Tensor, ...]], list[Tensor]] | None = None
 
     def bytes_of(self, shape: Shape) -> int:
@@ -111,8 +110,12 @@ def _double(x: FocusInputs) -> FocusInputs:
     return FocusInputs(**{name: up(value) for name, value in vars(x).items()})
 
 
-def _similarity(backend: str) -> Provider:
-    return lambda x: (cross_layer_similarity(x.target, x.reference, x.reference_mask, backend=backend),)
+def _our_similarity(x: FocusInputs) -> tuple[Tensor, ...]:
+    return (cross_layer_similarity(x.target, x.reference, x.reference_mask, backend=OUR_BACKEND),)
+
+
+def _eager_similarity(x: FocusInputs) -> tuple[Tensor, ...]:
+    return (spec.cross_layer_similarity(x.target, x.reference, x.reference_mask, [1.0] * len(x.target)),)
 
 
 def _exact_similarity(x: FocusInputs) -> tuple[Tensor, ...]:
@@ -183,7 +186,7 @@ def _backward(residual: Callable[..., tuple[Tensor, ...]]) -> Provider:
 
 
 def _focus_loss(
-    scores: Tensor, k: int, prior: Tensor, images: Tensor, predictions: list[Tensor], backend: str = "torch"
+    scores: Tensor, k: int, prior: Tensor, images: Tensor, predictions: list[Tensor], backend: str | None = "torch"
 ) -> Tensor:
     focus = focus_mask(scores, prior, images, match_count=k, tau=TAU, check_range=False, backend=backend)
     return focus_dpo_loss(*predictions, focus=focus, backend=backend).loss
@@ -202,8 +205,12 @@ def _step(x: FocusInputs, scores: Tensor, loss: Callable[..., Tensor]) -> tuple[
     return (value.detach(), *torch.autograd.grad(value, policy))
 
 
-def _our_step(backend: str) -> Provider:
-    return lambda x: _step(x, *_similarity(backend)(x), functools.partial(_focus_loss, backend=backend))
+def _our_step(x: FocusInputs) -> tuple[Tensor, ...]:
+    return _step(x, *_our_similarity(x), functools.partial(_focus_loss, backend=OUR_BACKEND))
+
+
+def _eager_step(x: FocusInputs) -> tuple[Tensor, ...]:
+    return _step(x, *_eager_similarity(x), _focus_loss)
 
 
 def _exact_step(x: FocusInputs) -> tuple[Tensor, ...]:
@@ -232,7 +239,7 @@ def _residual_group(name: str, wrap: Callable[[Any], Provider], moved: tuple[str
         moved,
         formula,
         {
-            OURS: wrap(_residual(None)),
+            OURS: wrap(_residual(OUR_BACKEND)),
             EAGER: wrap(_plain_residual),
             **_compile_modes(lambda mode: wrap(_compiled_residual(mode))),
             PIECES: wrap(pieces.residual),
@@ -240,7 +247,6 @@ def _residual_group(name: str, wrap: Callable[[Any], Provider], moved: tuple[str
         sweeps=("P",),
         batches=(1, 64),
         tolerance=lambda patches: 4e-3 if wrap is _backward else 1e-5,  # gradients are rounded to bf16
-        on_cpu=True,
         scales=None if wrap is _backward else _residual_scales,
     )
 
@@ -259,8 +265,8 @@ GROUPS = (
         ("similarity",),
         "2 N (P + Q) D + R Q + 4 R P",
         {
-            OURS: _similarity("triton"),
-            EAGER: _similarity("torch"),
+            OURS: _our_similarity,
+            EAGER: _eager_similarity,
             **_compile_modes(_compiled_similarity),
             PIECES: lambda x: (pieces.similarity(x.target, x.reference, x.reference_mask),),
         },
@@ -330,8 +336,8 @@ GROUPS = (
         ("similarity", "structure field", "entropy", "fusion", "residual forward", "residual backward"),
         "the sum of the groups above",
         {
-            OURS: _our_step("triton"),
-            EAGER: _our_step("torch"),
+            OURS: _our_step,
+            EAGER: _eager_step,
             **_compile_modes(_compiled_step),
             PIECES: _pieces_step,
         },

@@ -22,9 +22,9 @@ _faults: list[BaseException] = []
 _call = Launch.__call__
 
 
-def _watched(self: Launch, *args: Any) -> None:
+def _watched(self: Launch, *args: Any) -> Any:
     try:
-        _call(self, *args)
+        return _call(self, *args)
     except BaseException as error:
         _faults.append(error)
         raise

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from focusdpo_kernels import cpu_similarity
 from focusdpo_kernels import reference as spec
 from focusdpo_kernels.backend import resolve_backend
 from focusdpo_kernels.checks import check_choice, check_no_grad, check_similarity
@@ -102,6 +103,8 @@ def cross_layer_similarity(
     weights = _check_weights(layer_weights, len(targets))
     with torch.no_grad():
         if resolve_backend(backend, *targets, *references) == "torch":
+            if cpu_similarity.takes(targets[0], pooling):
+                return cpu_similarity.cross_layer_similarity(targets, references, mask, weights)
             return spec.cross_layer_similarity(targets, references, mask, weights, pooling)
         return cross_layer_similarity_op(targets, references, mask, weights, pooling)
 
@@ -117,7 +120,10 @@ class _SummedSimilarity:
 
     def add(self, target: Tensor, reference: Tensor, mask: Tensor, weight: float) -> None:
         if self._backend == "torch":
-            self.total += weight * spec.layer_similarity(target, reference, mask, self._pooling)
+            if cpu_similarity.takes(target, self._pooling):
+                self.total += weight * cpu_similarity.layer_similarity(target, reference, mask)
+            else:
+                self.total += weight * spec.layer_similarity(target, reference, mask, self._pooling)
         elif self.total.numel():
             launch_dense([target], [reference], mask, [weight], self.total, accumulate=True)
 

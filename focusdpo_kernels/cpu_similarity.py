@@ -1,0 +1,63 @@
+"""Pooled similarity of fp16 and bf16 hidden states on a CPU: the specification's maths, in blocks of tokens.
+
+The specification makes an fp32 copy of all hidden states before it reads them, twice. A block's copy stays in cache. fp32 needs
+no copy, and runs as specified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from focusdpo_kernels import reference as spec
+
+TOKENS = 256  # of a block: fewer make more calls of PyTorch, more leave the cache
+MIN_ELEMENTS = 2**20  # of a sample's target tokens: smaller copies are in cache anyway
+
+
+def takes(target: Tensor, pooling: str) -> bool:
+    """Whether a layer [B, P, D] is better computed here. Compilers are given the specification, which has no loop."""
+    half = target.dtype in (torch.float16, torch.bfloat16) and target.device.type == "cpu"
+    large = target.shape[1] * target.shape[2] >= MIN_ELEMENTS
+    return half and large and pooling == "reference" and not torch.compiler.is_compiling()
+
+
+def _blocks(hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of tokens of [T, D] in fp32, in memory that the next block takes over."""
+    copy = torch.empty((min(TOKENS, hidden.shape[0]), hidden.shape[1]))
+    for first in range(0, hidden.shape[0], TOKENS):
+        tokens = slice(first, first + TOKENS)
+        block = hidden[tokens]
+        yield tokens, copy[: block.shape[0]].copy_(block)
+
+
+def layer_similarity(target: Tensor, reference: Tensor, reference_mask: Tensor) -> Tensor:
+    """One term of E4, [B, R, P]; as in the specification."""
+    mask = (reference_mask != 0).float()  # [B, R, Q]
+    pooled = mask.new_zeros((*mask.shape[:2], target.shape[2]))  # [B, R, D]
+    dots = mask.new_empty((*mask.shape[:2], target.shape[1]))  # [B, R, P]
+    norms = mask.new_empty((target.shape[0], 1, target.shape[1]))
+    # Hooks run inside the model's autocast, which would round the products to bf16.
+    with torch.autocast(device_type="cpu", enabled=False):
+        for b in range(target.shape[0]):
+            for tokens, block in _blocks(reference[b]):
+                pooled[b].addmm_(mask[b, :, tokens], block)
+        pooled /= mask.sum(-1, keepdim=True).clamp_min(1)
+        for b in range(target.shape[0]):
+            for tokens, block in _blocks(target[b]):
+                dots[b, :, tokens] = pooled[b] @ block.mT
+                norms[b, 0, tokens] = torch.linalg.vector_norm(block, dim=-1)
+    norms_pooled = torch.linalg.vector_norm(pooled, dim=-1, keepdim=True).clamp_min(spec.EPS)
+    return dots / (norms_pooled * norms.clamp_min(spec.EPS))
+
+
+def cross_layer_similarity(
+    target: Sequence[Tensor], reference: Sequence[Tensor], reference_mask: Tensor, layer_weights: Sequence[float]
+) -> Tensor:
+    """E4; as in the specification."""
+    total = torch.zeros(())
+    for target_n, reference_n, weight in zip(target, reference, layer_weights, strict=True):
+        total = total + weight * layer_similarity(target_n, reference_n, reference_mask)
+    return spec.finish_similarity(total, sum(layer_weights), reference_mask)
