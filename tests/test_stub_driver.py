@@ -85,6 +85,91 @@ def test_every_public_function_launches(public_launches):
     ]
 
 
+STREAM = """
+    from unittest import mock
+    from focusdpo_kernels import SimilarityAccumulator, launch, similarity, streamed_similarity
+
+    asked, checked, made = [], [], []
+    call, check, make = launch.Launch.__call__, similarity.check_similarity, launch.Launch.__init__
+
+    def watched(self, grid, *args):
+        asked.append(self.kernel.__name__)
+        return call(self, grid, *args)
+
+    launch.Launch.__call__ = watched
+    similarity.check_similarity = lambda *args: checked.append(1) or check(*args)
+    hidden = [torch.randn(1, 40, 64, dtype=torch.bfloat16) for _ in range(6)]
+    mask = torch.ones(1, 2, 16, dtype=torch.bool)
+
+    def stream(layers):
+        asked.clear(), checked.clear()
+        accumulator = SimilarityAccumulator(mask)
+        with stub_driver.launches() as names:
+            for h in layers:
+                accumulator.update(h[:, :24], h[:, 24:])
+        print(len(names), len(asked), len(checked))
+"""
+
+
+def test_layers_alike_are_checked_and_looked_up_once():
+    """Of six layers one is checked and its kernels are looked up; the launches are the same as always."""
+    output = run_stub(
+        STREAM
+        + """
+    stream(hidden)
+    stream(hidden)
+    with mock.patch.object(launch.Launch, "__init__", lambda *args, **kwargs: made.append(1) or make(*args, **kwargs)):
+        stream(hidden)
+    print(len(made))
+    """
+    )
+    # A new accumulator is a new stream; what its launches are is known to the process.
+    assert output.splitlines() == ["12 2 1", "12 2 1", "12 2 1", "0"]
+
+
+def test_a_layer_unlike_the_last_is_looked_up():
+    """Alignment and strides decide which compiled kernel may run: one for 16-byte rows would fault on others."""
+    output = run_stub(
+        STREAM
+        + """
+    between = torch.randn(1, 40, 65, dtype=torch.bfloat16)[..., 1:]  # rows that start between 16 bytes
+    longer = torch.randn(1, 40, 128, dtype=torch.bfloat16)[..., :64]  # another stride of tokens
+    stream([hidden[0], between, hidden[1]])
+    stream([hidden[0], hidden[1], longer, longer, hidden[2]])
+    stream([hidden[0], hidden[1].float(), hidden[2]])
+    """
+    )
+    # Each kind has launches of its own to go back to; within a kind, other strides are looked up again.
+    assert output.splitlines() == ["6 4 1", "10 6 1", "6 4 3"]
+
+
+def test_a_launch_again_is_of_the_kernel_that_would_be_chosen():
+    """What `Relaunch` runs is what Triton's own lookup finds for the same arguments."""
+    output = run_stub("""
+        from focusdpo_kernels import launch, streamed_similarity
+
+        seen = []
+        again = launch.Relaunch.__call__
+
+        def compared(self, key, grid, *args):
+            again(self, key, grid, *args)
+            seen.append((self._compiled.hash, self._launch(grid, *args).hash))
+
+        launch.Relaunch.__call__ = compared
+        from focusdpo_kernels import SimilarityAccumulator
+
+        half, full = torch.bfloat16, torch.float32
+        for width, offset, dtype in ((64, 0, half), (64, 1, torch.float16), (50, 0, full), (1, 0, half)):
+            accumulator = SimilarityAccumulator(torch.ones(1, 2, 16))
+            for n in range(3):
+                h = torch.randn(1, 40, width + offset + 16 * n).to(dtype)[..., offset : width + offset]
+                accumulator.update(h[:, :24], h[:, 24:], 1.0 + n)
+        assert len(seen) == 24 and all(one == other for one, other in seen)
+        print(len({one for one, _ in seen}))
+    """)
+    assert int(output) >= 6
+
+
 def test_nothing_is_executed():
     output = run_stub("""
         from focusdpo_kernels import fusion
