@@ -134,6 +134,8 @@ class _SummedSimilarity:
 class SimilarityAccumulator:
     """The same S layer by layer, so that no layer's hidden states are kept (E3, E4).
 
+    Layers share scratch memory, so updates and the result belong on one CUDA stream, or on streams that wait for each other.
+
     Args:
         reference_mask: [B, R, Q]; not zero where token q shows subject r.
         pooling, backend: as in `cross_layer_similarity`.
