@@ -216,11 +216,11 @@ def test_masks_of_latents_and_of_tokens_agree(backend):
 @pytest.mark.parametrize(
     ("shape", "options", "message"),
     [
-        (LATENTS, {"focus": (4, 4, 3)}, r"weight: expected shape \[4, 8, 6\] \(B, H and W of the predictions\)"),
-        (LATENTS, {"focus": (4, 3, 8, 6)}, r"weight: expected shape \[4, 8, 6\]"),
-        (LATENTS, {"focus": (4, 48)}, r"weight: expected shape \[4, 12\] \(.*one value per 2x2 latents; or \[B, H, W\]\)"),
-        (LATENTS, {"focus": (4, 8, 6), "focus_lose": (4, 12)}, r"weight_lose: expected shape \[4, 8, 6\] \(as weight\)"),
-        (TOKENS, {"focus": (4, 24, 1)}, r"weight: expected a tensor \[B, P\]"),
+        (LATENTS, {"focus": (4, 4, 3)}, r"^focus: expected shape \[4, 8, 6\] \(B, H and W of the predictions\)"),
+        (LATENTS, {"focus": (4, 3, 8, 6)}, r"^focus: expected shape \[4, 8, 6\]"),
+        (LATENTS, {"focus": (4, 48)}, r"^focus: expected shape \[4, 12\] \(.*one value per 2x2 latents; or \[B, H, W\]\)"),
+        (LATENTS, {"focus": (4, 8, 6), "focus_lose": (4, 12)}, r"^focus_lose: expected shape \[4, 8, 6\] \(as focus\)"),
+        (TOKENS, {"focus": (4, 24, 1)}, r"^focus: expected a tensor \[B, P\]"),
         ((4, 3, 5, 6), {"focus": (4, 6)}, r"latents of 5x6 have no whole 2x2 patches; .* or give one value per latent"),
     ],
 )
