@@ -10,6 +10,8 @@ A program takes one patch, chunk by chunk of BLOCK pixels, so any patch size wor
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterator
 
 import torch
@@ -21,6 +23,8 @@ from focusdpo_kernels import reference as spec
 from focusdpo_kernels.backend import device_guard, resolve_backend
 from focusdpo_kernels.checks import METHODS, check_estimator, check_images
 from focusdpo_kernels.launch import POINTERS, Launch, Registers, next_power_of_2
+
+PROGRAMS = 65535  # CUDA's limit on a grid's second axis
 
 
 @triton.jit(do_not_specialize=["COLUMNS", "P"])
@@ -37,7 +41,7 @@ def _entropy_kernel(
     PATCH: tl.constexpr,
     BINS: tl.constexpr,
     BINS_PAD: tl.constexpr,
-    INVERSE_SIGMA: tl.constexpr,
+    SCALE: tl.constexpr,
     HISTOGRAM: tl.constexpr,
     PIXEL_SCALE: tl.constexpr,
     TOLERANCE: tl.constexpr,
@@ -46,13 +50,15 @@ def _entropy_kernel(
     LUMA_B: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    p = tl.program_id(0) % P
-    b = (tl.program_id(0) // P).to(tl.int64)
+    p = tl.program_id(0)
+    b = tl.program_id(1).to(tl.int64)
     row = (p // COLUMNS).to(tl.int64) * PATCH
     column = (p % COLUMNS).to(tl.int64) * PATCH
     corner = images_ptr + b * stride_b + row * stride_h + column * stride_w
     offs_bin = tl.arange(0, BINS_PAD)
-    weight = tl.zeros([BINS_PAD], tl.float32)
+    # Counts of pixels by bin are whole numbers; one more tells of pixels that are none.
+    weight = tl.zeros([BINS_PAD], tl.int32 if HISTOGRAM else tl.float32)
+    broken = tl.zeros([BLOCK], tl.int32)
     for start in range(0, PATCH * PATCH, BLOCK):
         offs = start + tl.arange(0, BLOCK)
         valid = offs < PATCH * PATCH
@@ -64,20 +70,33 @@ def _entropy_kernel(
             gray = LUMA_R * gray + LUMA_G * green + LUMA_B * blue
         gray = gray * PIXEL_SCALE
         # A pixel that is NaN or far out of range must not end as a plausible number.
-        gray = tl.where((gray >= -TOLERANCE) & (gray <= 1 + TOLERANCE), gray, float("nan"))
+        in_range = (gray >= -TOLERANCE) & (gray <= 1 + TOLERANCE)
         if HISTOGRAM:
-            index = tl.minimum(tl.maximum(tl.floor(tl.where(gray == gray, gray, 0.0) * BINS), 0.0), BINS - 1.0).to(tl.int32)
-            member = (index[:, None] == offs_bin[None, :]).to(tl.float32)
-            member = tl.where((gray == gray)[:, None], member, float("nan"))
+            broken |= (in_range == 0).to(tl.int32)
+            level = tl.minimum(tl.maximum(tl.floor(tl.where(in_range, gray, 0.0) * BINS), 0.0), BINS - 1.0)
+            level = tl.where(valid, level, -1.0)
+            weight += tl.sum((level.to(tl.int32)[:, None] == offs_bin[None, :]).to(tl.int32), axis=0)
         else:
-            mu = offs_bin.to(tl.float32) / (BINS - 1)
-            distance = (gray[:, None] - mu[None, :]) * INVERSE_SIGMA
-            member = tl.exp(-0.5 * distance * distance)
-        weight += tl.sum(tl.where(valid[:, None] & (offs_bin < BINS)[None, :], member, 0.0), axis=0)
-    q = weight / tl.sum(weight, axis=0)
+            # exp(-((gray - mu) / sigma)^2 / 2) as a power of two, its factor folded into both numbers.
+            gray = tl.where(valid, tl.where(in_range, gray, float("nan")), float("inf"))  # exp2(-inf) = 0
+            distance = gray[:, None] * SCALE - (offs_bin.to(tl.float32) * (SCALE / (BINS - 1)))[None, :]
+            # "-distance" would be 0 - distance, one instruction more.
+            weight += tl.sum(tl.exp2((distance * -1.0) * distance), axis=0)
+    weight = tl.where(offs_bin < BINS, weight, 0).to(tl.float32)
+    total = tl.sum(weight, axis=0)
+    q = weight / total
     entropy = -tl.sum(tl.where(q > 0, q * tl.log(tl.where(q > 0, q, 1.0)), 0.0), axis=0)
-    entropy = tl.where(tl.sum(weight, axis=0) > 0, entropy, float("nan"))
-    tl.store(out_ptr + b * P + p, entropy)
+    whole = total > 0
+    if HISTOGRAM:
+        whole = tl.max(broken, axis=0) == 0
+    tl.store(out_ptr + b * P + p, tl.where(whole, entropy, float("nan")))
+
+
+@triton.jit
+def scale_complexity(entropy, minimum, maximum):
+    """Entropies between their extremes as 0 and 1; zeros where all are equal, NaN where the maximum is."""
+    span = maximum - minimum
+    return tl.where(span == 0, 0.0, tl.div_rn(entropy - minimum, tl.where(span == 0, 1.0, span)))
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -95,15 +114,14 @@ def _normalize_kernel(entropy_ptr, out_ptr, P, BLOCK: tl.constexpr):
         high = tl.maximum(high, tl.where(number, entropy, float("-inf")))
         broken += (entropy != entropy).to(tl.int32)
     minimum = tl.min(low, axis=0)
-    span = tl.max(high, axis=0) - minimum
-    span = tl.where(tl.sum(broken, axis=0) > 0, float("nan"), span)
+    maximum = tl.where(tl.sum(broken, axis=0) > 0, float("nan"), tl.max(high, axis=0))
     for start in range(0, P, BLOCK):
         offs = start + tl.arange(0, BLOCK)
         entropy = tl.load(entropy_ptr + b * P + offs, mask=offs < P, other=0.0)
-        complexity = tl.where(span == 0, 0.0, tl.div_rn(entropy - minimum, tl.where(span == 0, 1.0, span)))
-        tl.store(out_ptr + b * P + offs, complexity, mask=offs < P)
+        tl.store(out_ptr + b * P + offs, scale_complexity(entropy, minimum, maximum), mask=offs < P)
 
 
+@functools.cache
 def _entropy_launch(dtype: torch.dtype, channels: int, patch_size: int, bins: int, sigma: float, method: str) -> Launch:
     red, green, blue = spec.LUMA
     return Launch(
@@ -113,24 +131,25 @@ def _entropy_launch(dtype: torch.dtype, channels: int, patch_size: int, bins: in
             "PATCH": patch_size,
             "BINS": bins,
             "BINS_PAD": next_power_of_2(bins),
-            "INVERSE_SIGMA": 1.0 / sigma if method == "kde" else 0.0,
+            "SCALE": math.sqrt(0.5 * math.log2(math.e)) / sigma if method == "kde" else 0.0,
             "HISTOGRAM": method == "histogram",
             "PIXEL_SCALE": 1.0 / 255.0 if dtype == torch.uint8 else 1.0,
             "TOLERANCE": spec.RANGE_TOLERANCE,
             "LUMA_R": red,
             "LUMA_G": green,
             "LUMA_B": blue,
-            # 32 values of the pixel x bin tile per thread.
-            "BLOCK": max(min(next_power_of_2(patch_size * patch_size), 4096 // next_power_of_2(bins)), 16),
+            # 64 values of the pixel x bin tile per thread.
+            "BLOCK": max(min(next_power_of_2(patch_size * patch_size), 2048 // next_power_of_2(bins)), 16),
         },
-        threads=128,
-        registers=Registers(64, 72, 72, 80),
+        threads=32,  # one warp: what begins and ends a patch is done once, and no warp waits for another
+        registers=Registers(128, 128, 128, 128),
         types={"images_ptr": POINTERS[dtype], "out_ptr": "*fp32"},
         aligned=("stride_b", "stride_c", "stride_h"),
         ones=("stride_w",),
     )
 
 
+@functools.cache
 def _normalize_launch() -> Launch:
     return Launch(
         _normalize_kernel,
@@ -151,7 +170,9 @@ def patch_entropy_op(images: Tensor, patch_size: int, bins: int, sigma: float, m
         return entropy
     launch = _entropy_launch(images.dtype, channels, patch_size, bins, sigma, method)
     with device_guard(images):
-        launch((batch * patches,), images, entropy, columns, patches, *images.stride())
+        for start in range(0, batch, PROGRAMS):
+            part = images[start : start + PROGRAMS]
+            launch((patches, len(part)), part, entropy[start:], columns, patches, *part.stride())
         if not normalize:
             return entropy
         complexity = torch.empty_like(entropy)
