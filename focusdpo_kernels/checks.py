@@ -165,6 +165,11 @@ def check_prior(prior: object, batch: int, subjects: int | None, patches: int) -
     return value
 
 
+def check_per_subject(per_subject: bool, prior: torch.Tensor) -> None:
+    if per_subject and prior.ndim == 2:
+        raise ValueError("prior: per_subject=True needs one prior per subject [B, R, P], got [B, P]")
+
+
 def check_images(images: object, patch_size: int, check_range: bool | None) -> torch.Tensor:
     """Images [B, 1 or 3, H, W] that patches divide, floats in [0, 1] or uint8."""
     value = check_tensor("images", images, ndim=4, dtypes=(*FLOATS, torch.uint8), layout="[B, 1 or 3, H, W]")

@@ -75,15 +75,27 @@ def launches() -> Iterator[Launch]:
 
 def _source(launch: Launch) -> ASTSource:
     names = launch.kernel.arg_names
-    absent = [name for name, kind in launch.types.items() if kind is None]
-    constants = {**launch.constants, **dict.fromkeys(launch.ones, 1), **dict.fromkeys(absent, None)}
-    signature: dict[str, Any] = {name: "constexpr" if name in constants else launch.types.get(name, "i32") for name in names}
+    constants = {**launch.constants, **{name: None for name in names if name in launch.types and launch.types[name] is None}}
+    signature: dict[str, Any] = {}
     attributes = {}
-    for i, (name, kind) in enumerate(signature.items()):
-        parts = {(i, j): part for j, part in enumerate(kind)} if isinstance(kind, tuple) else {(i,): kind}
-        aligned = [path for path, part in parts.items() if part.startswith("*") or name in launch.aligned]
-        attributes.update({path: [["tt.divisibility", 16]] for path in aligned})
+    for i, name in enumerate(names):
+        leaves, paths = _leaves(name, "constexpr" if name in constants else launch.types.get(name, "i32"), i)
+        for leaf, path in paths.items():
+            if leaf in launch.ones:
+                constants[path], leaves[leaf] = 1, "constexpr"
+            elif leaves[leaf].startswith("*") or {leaf, name} & set(launch.aligned):
+                attributes[path] = [["tt.divisibility", 16]]
+        kind = launch.types.get(name)
+        signature[name] = type(kind)(*leaves.values()) if isinstance(kind, tuple) else leaves[name]
     return ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
+
+
+def _leaves(name: str, kind: Any, i: int) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+    """Types of an argument's fields by "name.field", and where they stand; of a plain argument by its name."""
+    if isinstance(kind, str):
+        return {name: kind}, {name: (i,)}
+    fields = [f"{name}.{field}" for field in kind._fields]
+    return dict(zip(fields, kind, strict=True)), {field: (i, j) for j, field in enumerate(fields)}
 
 
 def _pointers(launch: Launch) -> str:

@@ -50,10 +50,10 @@ class Launch:
         threads: per program; a power of two. So many warps of 32 or 64, by device, that a thread has the same work.
         registers: budget, at most so many per thread on each architecture.
         num_stages: depth of software pipelining.
-        types: Triton types of the arguments that are not 32-bit integers, for ahead-of-time compilation. A NamedTuple of types
-            for a NamedTuple of arguments, None for an argument that is None.
+        types: Triton types of the arguments that are not 32-bit integers, for ahead-of-time compilation; None where None is
+            passed, and a NamedTuple of types for a NamedTuple.
         aligned, ones: integer arguments that are multiples of 16, or 1, at the named shapes (Triton specialises on both); a
-            NamedTuple is aligned when all its integers are.
+            NamedTuple's as "argument.field", or all of them by the argument's name.
         fp_fusion: whether a * b + c may become one rounding. Stated for every kernel, because Triton's default changes.
     """
 

@@ -36,6 +36,23 @@ class PreferenceResidual(NamedTuple):
     inner: Tensor
 
 
+class FocusField(NamedTuple):
+    """What `focus_field` returns; no gradient.
+
+    mask: M [B, P]. structure: M_s [B, P] of 0 and 1. complexity: M_d [B, P] before the prior. coverage: A [B].
+    prior: bool [B, P], the union over subjects. coverage_floor: [B], the lowest A that so many matches can reach.
+    all_matched: bool [B], one subject alone may match every target token.
+    """
+
+    mask: Tensor
+    structure: Tensor
+    complexity: Tensor
+    coverage: Tensor
+    prior: Tensor
+    coverage_floor: Tensor
+    all_matched: Tensor
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -108,11 +125,14 @@ def binary_prior(prior: Tensor) -> Tensor:
 
 def structure_field(scores: Tensor, k: int | Tensor, prior: Tensor, per_subject: bool) -> tuple[Tensor, Tensor]:
     """E5, E6 and E8's coverage: (M_s [B, P], A [B])."""
-    matched = topk_mask(scores, k)  # [B, R, P]
+    return uncovered(topk_mask(scores, k), prior, per_subject, accumulation_dtype(scores.dtype))
+
+
+def uncovered(matched: Tensor, prior: Tensor, per_subject: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """E6 and the coverage of E8 from M' [B, R, P]: (M_s [B, P], A [B])."""
     inside = binary_prior(prior)
     union = inside if inside.ndim == 2 else inside.any(1)  # [B, P]
     structure = (inside & ~matched).any(1) if per_subject else union & ~matched.any(1)
-    dtype = accumulation_dtype(scores.dtype)
     size = union.sum(-1)
     return structure.to(dtype), structure.sum(-1).to(dtype) / size.clamp_min(1)
 
@@ -165,6 +185,38 @@ def fuse_focus(structure: Tensor, coverage: Tensor, complexity: Tensor, prior: T
     union = inside if inside.ndim == 2 else inside.any(1)
     detail = torch.where(union, complexity, 0)
     return torch.where(coverage[:, None] > tau, structure, gamma * structure + (1 - gamma) * detail)
+
+
+def focus_field(
+    matched: Tensor,
+    scores: Tensor,
+    k: int | Tensor,
+    prior: Tensor,
+    entropy: Tensor,
+    per_subject: bool,
+    tau: float,
+    gamma: float,
+) -> FocusField:
+    """E6 to E8 from M' [B, R, P] = `topk_mask(scores, k)` and H [B, P]."""
+    structure, coverage = uncovered(matched, prior, per_subject, accumulation_dtype(scores.dtype))
+    complexity = normalize_complexity(entropy)
+    inside = binary_prior(prior)
+    union = inside if inside.ndim == 2 else inside.any(1)
+    size = union.sum(-1)
+    patches = scores.shape[-1]
+    wanted = k.clamp(0, patches) if isinstance(k, Tensor) else k
+    wanted = wanted * (scores > -math.inf).any(-1)  # [B, R], an absent subject matches nothing
+    # Per subject another's matches do not help: at least the neediest subject's rest remains.
+    rest = (inside.sum(-1) - wanted).amax(-1) if per_subject and wanted.shape[1] else size - wanted.sum(-1)
+    return FocusField(
+        mask=fuse_focus(structure, coverage, complexity, prior, tau, gamma),
+        structure=structure,
+        complexity=complexity,
+        coverage=coverage,
+        prior=union,
+        coverage_floor=rest.clamp_min(0) / size.clamp_min(1),
+        all_matched=(wanted >= patches).any(-1),
+    )
 
 
 def element_weight(weight: Tensor, prediction: Tensor, mask_power: int) -> Tensor:
