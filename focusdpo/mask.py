@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from focusdpo_kernels import fuse_focus, patch_entropy, structure_field, topk_mask
+from focusdpo_kernels import focus_field, patch_entropy, topk_mask
 from focusdpo_kernels.checks import check_scores, check_shape, check_tensor
 from focusdpo_kernels.reference import binary_prior
 
@@ -23,7 +23,7 @@ class FocusMask:
         structure: M_s [B, P] of 0 and 1, E6.
         complexity: M_d [B, P] in [0, 1] before it is multiplied by the prior, E7.
         coverage: A [B] = |M_s| / |prior|, E8.
-        prior: [B, P] bool, the union over subjects; the caller's own tensor where that is bool [B, P].
+        prior: [B, P] bool, the union over subjects.
         coverage_floor: [B], the lowest A that so many matches can reach: where it is above tau, M_d never switches on.
         all_matched: bool [B], one subject alone may match every target token: no structure can be left.
         tau: the threshold on A that was used.
@@ -133,39 +133,19 @@ def focus_mask(
     scores = check_scores("scores", scores, ndim=3)
     check_tensor("prior", prior, ndim=(2, 3), layout="[B, P] or [B, R, P]")
     counts = match_counts(match_count, scores, prior, reference_mask)
-    complexity = patch_entropy(
+    entropy = patch_entropy(
         images,
         patch_size,
         bins=entropy_bins,
         sigma=entropy_sigma,
         method=entropy_method,
-        normalize=True,
         check_range=check_range,
         backend=backend,
     )
-    if complexity.shape != (scores.shape[0], scores.shape[2]):
+    if entropy.shape != (scores.shape[0], scores.shape[2]):
         raise ValueError(
-            f"images: {list(images.shape)} in patches of {patch_size} give {list(complexity.shape)} tokens, while scores "
+            f"images: {list(images.shape)} in patches of {patch_size} give {list(entropy.shape)} tokens, while scores "
             f"{list(scores.shape)} have {[scores.shape[0], scores.shape[2]]}; resize the images to the target's size"
         )
-    structure, coverage = structure_field(scores, counts, prior, per_subject=per_subject, backend=backend)
-    mask = fuse_focus(structure, coverage, complexity, prior, tau=tau, gamma=gamma, backend=backend)
-    inside = binary_prior(prior)
-    union = inside if inside.ndim == 2 else inside.any(1)
-    size = union.sum(-1)
-    present = (scores > -torch.inf).any(-1)  # [B, R]
-    matches = present * counts  # [B, R]
-    # Per subject another's matches do not help: at least the neediest subject's rest remains.
-    rest = (inside.sum(-1) - matches).amax(-1) if per_subject and matches.shape[1] else size - matches.sum(-1)
-    return FocusMask(
-        mask=mask,
-        structure=structure,
-        complexity=complexity,
-        coverage=coverage,
-        prior=union,
-        coverage_floor=rest.clamp_min(0) / size.clamp_min(1),
-        all_matched=(matches >= scores.shape[-1]).any(-1),
-        tau=tau,
-        scores=scores,
-        counts=counts,
-    )
+    field = focus_field(scores, counts, prior, entropy, per_subject=per_subject, tau=tau, gamma=gamma, backend=backend)
+    return FocusMask(**field._asdict(), tau=tau, scores=scores, counts=counts)

@@ -142,7 +142,7 @@ def test_settings_reach_the_kernels(monkeypatch):
     import focusdpo.mask as module
 
     seen = []
-    for name in ("patch_entropy", "structure_field", "fuse_focus"):
+    for name in ("patch_entropy", "focus_field"):
         original = getattr(module, name)
         monkeypatch.setattr(
             module,
@@ -151,7 +151,7 @@ def test_settings_reach_the_kernels(monkeypatch):
         )
     scores, prior, images, _ = make()
     focus_mask(scores, prior, images, match_count=3, backend="torch", check_range=True)
-    assert [name for name, _ in seen] == ["patch_entropy", "structure_field", "fuse_focus"]
+    assert [name for name, _ in seen] == ["patch_entropy", "focus_field"]
     assert {more["backend"] for _, more in seen} == {"torch"} and seen[0][1]["check_range"] is True
     small = focus_mask(scores, prior, images[..., :32, :48], match_count=3, patch_size=8)
     torch.testing.assert_close(small.complexity, patch_entropy(images[..., :32, :48], 8, normalize=True))

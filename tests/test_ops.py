@@ -9,7 +9,7 @@ import torch._dynamo.testing
 import focusdpo_kernels as kernels
 from focusdpo import focus_dpo_loss
 from focusdpo_kernels.entropy import patch_entropy_op
-from focusdpo_kernels.fusion import fuse_focus_op
+from focusdpo_kernels.fusion import focus_field_op, fuse_focus_op
 from focusdpo_kernels.matching import structure_field_op, topk_mask_op
 from focusdpo_kernels.residual import preference_residual_backward_op, preference_residual_op
 from focusdpo_kernels.residual_kernels import ROWS
@@ -38,6 +38,11 @@ def operators():
         "top-K": (topk_mask_op, (tensor(2, 3, 6), k, 0)),
         "structure": (structure_field_op, (tensor(2, 3, 6), None, 2, prior, False)),
         "entropy": (patch_entropy_op, (torch.rand(1, 3, 32, 32, device=DEVICE), 16, 32, 0.01, "kde", True)),
+        "focus field": (focus_field_op, (tensor(2, 3, 6), k, 0, prior > 0, weight, False, 0.1, 0.3)),
+        "focus field, per subject": (
+            focus_field_op,
+            (tensor(2, 3, 6), None, 2, mask.new_ones(2, 3, 6), weight, True, 0.1, 0.3),
+        ),
         "fusion": (fuse_focus_op, (prior, weight[:, 0], weight, prior, 0.1, 0.3)),
         "residual": (preference_residual_op, (*policy, *plain[2:], weight, None, "mean", 1)),
         "residual, two masks": (preference_residual_op, (*policy, *plain[2:], weight, weight.clone(), "masked_mean", 2)),
