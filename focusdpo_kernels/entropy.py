@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from focusdpo_kernels import cpu_mask
 from focusdpo_kernels import reference as spec
 from focusdpo_kernels.backend import device_guard, resolve_backend
 from focusdpo_kernels.checks import METHODS, check_estimator, check_images
@@ -221,7 +222,8 @@ def patch_entropy(
     images = check_images(images, patch_size, check_range).detach()
     check_estimator(method, bins, sigma)
     if resolve_backend(backend, images) == "torch":
-        return spec.patch_entropy(images, patch_size, bins, sigma, method, normalize)
+        torch_backend = cpu_mask if cpu_mask.takes(images) else spec
+        return torch_backend.patch_entropy(images, patch_size, bins, sigma, method, normalize)
     return patch_entropy_op(images, patch_size, bins, sigma, method, normalize)
 
 

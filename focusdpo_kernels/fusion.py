@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from focusdpo_kernels import cpu_mask
 from focusdpo_kernels import reference as spec
 from focusdpo_kernels.backend import device_guard, resolve_backend
 from focusdpo_kernels.checks import (
@@ -339,7 +340,8 @@ def focus_field(
     check_unit_interval("tau", tau)
     check_unit_interval("gamma", gamma)
     if resolve_backend(backend, scores, prior, entropy) == "torch":
-        return spec.focus_field(spec.topk_mask(scores, k), scores, k, prior, entropy, per_subject, tau, gamma)
+        matched = (cpu_mask if cpu_mask.takes(scores) else spec).topk_mask(scores, k)
+        return spec.focus_field(matched, scores, k, prior, entropy, per_subject, tau, gamma)
     counts, k_value = (k, 0) if isinstance(k, Tensor) else (None, k)
     return spec.FocusField(*focus_field_op(scores, counts, k_value, prior, entropy, per_subject, float(tau), float(gamma)))
 

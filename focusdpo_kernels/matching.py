@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from focusdpo_kernels import cpu_mask
 from focusdpo_kernels import reference as spec
 from focusdpo_kernels.backend import device_guard, resolve_backend
 from focusdpo_kernels.checks import check_device, check_k, check_per_subject, check_prior, check_scores
@@ -453,7 +454,7 @@ def topk_mask(scores: Tensor, k: int | Tensor, *, backend: str | None = None) ->
     scores = check_scores("scores", scores).detach()
     k = check_k(k, scores)
     if resolve_backend(backend, scores) == "torch":
-        return spec.topk_mask(scores, k)
+        return (cpu_mask if cpu_mask.takes(scores) else spec).topk_mask(scores, k)
     return topk_mask_op(scores, k, 0) if isinstance(k, Tensor) else topk_mask_op(scores, None, k)
 
 
@@ -484,7 +485,7 @@ def structure_field(
     check_device("prior", prior, scores.device, "scores")
     check_per_subject(per_subject, prior)
     if resolve_backend(backend, scores) == "torch":
-        return spec.structure_field(scores, k, prior, per_subject)
+        return (cpu_mask if cpu_mask.takes(scores) else spec).structure_field(scores, k, prior, per_subject)
     if isinstance(k, Tensor):
         return structure_field_op(scores, k, 0, prior, per_subject)
     return structure_field_op(scores, None, k, prior, per_subject)

@@ -137,29 +137,46 @@ def uncovered(matched: Tensor, prior: Tensor, per_subject: bool, dtype: torch.dt
     return structure.to(dtype), structure.sum(-1).to(dtype) / size.clamp_min(1)
 
 
-def patch_entropy(images: Tensor, patch_size: int, bins: int, sigma: float, method: str, normalize: bool) -> Tensor:
-    """E7: Shannon entropy (nats) of each patch, [B, H/p * W/p]; `normalize` gives M_d before the prior."""
-    batch, channels, height, width = images.shape
+def gray_patches(images: Tensor, patch_size: int) -> Tensor:
+    """Gray values of each patch, [B, P, pixels]; NaN where they are out of range."""
     dtype = accumulation_dtype(images.dtype)
     pixels = images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
     gray = pixels[:, 0]  # [B, H, W]
-    if channels == 3:
+    if images.shape[1] == 3:
         gray = LUMA[0] * gray + LUMA[1] * pixels[:, 1] + LUMA[2] * pixels[:, 2]
-    in_range = (gray >= -RANGE_TOLERANCE) & (gray <= 1 + RANGE_TOLERANCE)
-    gray = gray.masked_fill(~in_range, math.nan)
+    return in_patches(only_in_range(gray), patch_size)
+
+
+def only_in_range(gray: Tensor) -> Tensor:
+    return gray.masked_fill(~((gray >= -RANGE_TOLERANCE) & (gray <= 1 + RANGE_TOLERANCE)), math.nan)
+
+
+def in_patches(gray: Tensor, patch_size: int) -> Tensor:
+    """[B, H, W] as [B, P, pixels]."""
+    batch, height, width = gray.shape
     rows, columns = height // patch_size, width // patch_size
     patches = gray.reshape(batch, rows, patch_size, columns, patch_size).transpose(2, 3)
-    patches = patches.reshape(batch, rows * columns, patch_size * patch_size)
+    return patches.reshape(batch, rows * columns, patch_size * patch_size)
+
+
+def entropy_of(weight: Tensor) -> Tensor:
+    """Shannon entropy (nats) of distributions [..., bins] that are not normalised."""
+    q = weight / weight.sum(-1, keepdim=True)
+    return -torch.special.xlogy(q, q).sum(-1)
+
+
+def patch_entropy(images: Tensor, patch_size: int, bins: int, sigma: float, method: str, normalize: bool) -> Tensor:
+    """E7: Shannon entropy (nats) of each patch, [B, H/p * W/p]; `normalize` gives M_d before the prior."""
+    patches = gray_patches(images, patch_size)
     if method == "kde":
-        mu = torch.arange(bins, dtype=dtype, device=images.device) / (bins - 1)
+        mu = torch.arange(bins, dtype=patches.dtype, device=images.device) / (bins - 1)
         # One bin at a time: all at once would hold pixels x bins values.
         weight = torch.stack([torch.exp(-0.5 * ((patches - mu[b]) / sigma) ** 2).sum(-1) for b in range(bins)], -1)
     else:
         index = (patches * bins).floor().clamp(0, bins - 1)
-        weight = torch.stack([(index == b).sum(-1) for b in range(bins)], -1).to(dtype)
+        weight = torch.stack([(index == b).sum(-1) for b in range(bins)], -1).to(patches.dtype)
         weight = weight.masked_fill(patches.isnan().any(-1, keepdim=True), math.nan)
-    q = weight / weight.sum(-1, keepdim=True)  # [B, P, bins]
-    entropy = -torch.special.xlogy(q, q).sum(-1)
+    entropy = entropy_of(weight)  # of [B, P, bins]
     return normalize_complexity(entropy) if normalize else entropy
 
 
