@@ -89,8 +89,6 @@ LOOSE = (PIECES, "kornia", "scikit-image")
 
 def unavailable(provider: str, shape: Shape, device: torch.device) -> str | None:
     """Why a provider is not measured there, or None."""
-    if provider == OURS and device.type == "cpu" and not INTERPRETED:
-        return "no GPU; on a CPU the library runs its PyTorch backend, which is measured as eager"
     if provider == COMPILE_MAX and device.type == "cpu":
         return "tuned on a GPU only"
     module = {"kornia": "kornia", "scikit-image": "skimage"}.get(provider)
@@ -139,16 +137,24 @@ def _compiled_similarity(mode: str | None) -> Provider:
     return provider
 
 
-def _structure(backend: str) -> Provider:
-    return lambda x: structure_field(x.scores, x.k, x.prior, backend=backend)
+def _structure(x: FocusInputs) -> tuple[Tensor, ...]:
+    return structure_field(x.scores, x.k, x.prior, backend=OUR_BACKEND)
+
+
+def _plain_structure(x: FocusInputs) -> tuple[Tensor, ...]:
+    return spec.structure_field(x.scores, x.k, x.prior, False)
 
 
 def _compiled_structure(mode: str | None) -> Provider:
     return lambda x: _compiled(spec.structure_field, mode)(x.scores, x.k, x.prior, False)
 
 
-def _entropy(backend: str, method: str) -> Provider:
-    return lambda x: (patch_entropy(x.images, method=method, check_range=False, backend=backend),)
+def _entropy(method: str) -> Provider:
+    return lambda x: (patch_entropy(x.images, method=method, check_range=False, backend=OUR_BACKEND),)
+
+
+def _plain_entropy(method: str) -> Provider:
+    return lambda x: (spec.patch_entropy(x.images, 16, 32, 0.01, method, False),)
 
 
 def _compiled_entropy(mode: str | None, method: str) -> Provider:
@@ -277,12 +283,12 @@ GROUPS = (
     Group(
         "structure field",
         field_inputs,
-        lambda x: structure_field(x.scores.double(), x.k, x.prior, backend="torch"),
+        lambda x: _plain_structure(_double(x)),
         ("structure field",),
         "4 R P + P + 4 P",
         {
-            OURS: _structure("triton"),
-            EAGER: _structure("torch"),
+            OURS: _structure,
+            EAGER: _plain_structure,
             **_compile_modes(_compiled_structure),
             PIECES: lambda x: pieces.structure(x.scores, x.k, x.prior),
         },
@@ -294,12 +300,12 @@ GROUPS = (
         Group(
             name,
             image_inputs,
-            lambda x, method=method: (patch_entropy(x.images.double(), method=method, backend="torch"),),
+            lambda x, method=method: _plain_entropy(method)(_double(x)),
             ("entropy",),
             "4 * 3 * 256 P + 4 P",
             {
-                OURS: _entropy("triton", method),
-                EAGER: _entropy("torch", method),
+                OURS: _entropy(method),
+                EAGER: _plain_entropy(method),
                 **_compile_modes(functools.partial(_compiled_entropy, method=method)),
                 **others,
             },

@@ -141,8 +141,8 @@ class Result:
 
     @property
     def ours(self) -> str:
-        """What the library runs on this device: its kernels, or on a CPU its PyTorch backend."""
-        return EAGER if self.on_cpu else OURS
+        """What the library runs on this device; older runs on a CPU have it as the specification."""
+        return OURS if any(row.provider == OURS for row in self.rows) or not self.on_cpu else EAGER
 
     @property
     def title(self) -> str:

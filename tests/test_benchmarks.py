@@ -58,7 +58,7 @@ def test_every_group_is_measured_and_drawn(result_file, tmp_path):
     assert "node" not in result.machine, "the name of the machine is nobody's business"
     for group in GROUPS:
         rows = result.times(group.name, "tiny")
-        assert {EAGER} <= set(rows) and (OURS in rows) == (torch.cuda.is_available() or group.on_cpu)
+        assert {OURS, EAGER} <= set(rows)
         assert all(row.median > 0 and row.error <= group.tolerance_of(name, Shape("tiny", TINY)) for name, row in rows.items())
     expected = 2 * 3 * (64 + 40) * 64 + 2 * 40 + 4 * 2 * 64  # 2 N (P + Q) D + R Q + 4 R P
     assert result.times("similarity", "tiny")[EAGER].bytes == expected
