@@ -83,7 +83,7 @@ def _source(launch: Launch) -> ASTSource:
         for leaf, path in paths.items():
             if leaf in launch.ones:
                 constants[path], leaves[leaf] = 1, "constexpr"
-            elif leaves[leaf].startswith("*") or {leaf, name} & set(launch.aligned):
+            elif leaves[leaf].startswith("*") or leaf in launch.aligned or name in launch.aligned:
                 attributes[path] = [["tt.divisibility", 16]]
         kind = launch.types.get(name)
         signature[name] = type(kind)(*leaves.values()) if isinstance(kind, tuple) else leaves[name]
