@@ -143,7 +143,7 @@ def _entropy_launch(dtype: torch.dtype, channels: int, patch_size: int, bins: in
             "BLOCK": max(min(next_power_of_2(patch_size * patch_size), 2048 // next_power_of_2(bins)), 16),
         },
         threads=32,  # one warp: what begins and ends a patch is done once, and no warp waits for another
-        registers=Registers(128, 128, 128, 128),
+        registers=Registers(176, 176, 176, 96),
         types={"images_ptr": POINTERS[dtype], "out_ptr": "*fp32"},
         aligned=("stride_b", "stride_c", "stride_h"),
         ones=("stride_w",),

@@ -4,10 +4,10 @@
     M_s   = prior * (1 - OR_r M'[r])                      or OR_r prior[r] * (1 - M'[r]) per subject
     A     = |M_s| / |prior|
 
-The K-th largest score is searched between a lower and an upper bound by counting the scores above a guess, on an
-order-preserving map to uint32: nothing is sorted and nothing is rounded. Guesses are interpolated from the counts at the
-bounds (about ten for a row of 4096), and halve what is left if that should not do; the search ends as soon as exactly K are
-above. Up to BLOCK scores stay in registers; longer rows are read again from cache for each guess. Bytes: 4 B R P in, 4 B P out.
+The K-th largest score is searched between two bounds by counting the scores above a guess: nothing is sorted and nothing is
+rounded. Guesses are interpolated from the counts at the bounds (about eight for a row of 4096), and halve what is left where
+that does not do; the search ends as soon as exactly K are above. Up to BLOCK scores stay in registers; longer rows are read
+again from cache for each guess. Bytes: 4 B R P in, 4 B P out.
 """
 
 from __future__ import annotations
@@ -351,7 +351,7 @@ def _topk_launch(patches: int, k_tensor: bool, dtype: torch.dtype) -> Launch:
         _topk_kernel,
         {"BLOCK_P": block, "FULL": patches == block, "ONE": one},
         threads=min(max(block // 32, 128), 512),
-        registers=Registers(128, 128, 128, 128),
+        registers=Registers(208, 208, 208, 176),
         types={"scores_ptr": POINTERS[dtype], "k_ptr": "*i64" if k_tensor else None, "out_ptr": "*u8"},
         aligned=("stride_r",),
         ones=("stride_p",),
@@ -368,7 +368,7 @@ def _structure_launch(
         constants,
         threads=threads,
         # A program serves a whole sample, so a multiprocessor seldom has two: registers are free up to what spills.
-        registers=Registers(255, 255, 255, 255),
+        registers=Registers(248, 248, 248, 248),
         types={
             **row_types(POINTERS[dtype], "*u8", "*i64" if k_tensor else None),
             "structure_ptr": "*fp32",
