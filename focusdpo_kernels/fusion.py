@@ -145,7 +145,7 @@ def _field_kernel(
 
 
 @functools.cache
-def _fuse_launch(prior: torch.dtype) -> Launch:
+def _fuse_launch(prior: torch.dtype = torch.uint8) -> Launch:
     pointers = ("structure_ptr", "coverage_ptr", "complexity_ptr", "out_ptr")
     return Launch(
         _fuse_kernel,

@@ -60,13 +60,15 @@ def public_launches() -> list[str]:
             "structure_field": lambda: structure_field(scores, mask.sum(-1), prior),
             "patch_entropy": lambda: patch_entropy(images, normalize=True),
             "fuse_focus": lambda: fuse_focus(field, torch.rand(B), field, prior),
+            "focus_field": lambda: focus_field(scores, mask.sum(-1), prior, field),
             "preference_residual": lambda: residual(field),
         }
         for name, call in calls.items():
             with stub_driver.launches() as names:
                 call()
             print(f"{name}: {' '.join(names)}")
-        assert {call.split()[0] for call in calls} | {"PreferenceResidual"} == set(focusdpo_kernels.__all__)
+        types = {"FocusField", "PreferenceResidual"}
+        assert {call.split()[0] for call in calls} | types == set(focusdpo_kernels.__all__)
     """)
     return output.splitlines()
 
@@ -81,6 +83,7 @@ def test_every_public_function_launches(public_launches):
         "structure_field: _structure_kernel",
         "patch_entropy: _entropy_kernel _normalize_kernel",
         "fuse_focus: _fuse_kernel",
+        "focus_field: _field_kernel",
         f"preference_residual: {residual}",
     ]
 
@@ -172,11 +175,11 @@ def test_a_launch_again_is_of_the_kernel_that_would_be_chosen():
 
 def test_nothing_is_executed():
     output = run_stub("""
-        from focusdpo_kernels import fusion
+        from focusdpo_kernels import fusion, matching
 
         out = torch.full((1, 8), 7.0)
         ones = torch.ones(1, 8)
-        arguments = (ones, ones[:, 0], ones, ones.bool()[:, None].view(torch.uint8), out, 8, 1, 0.1, 0.3, 8, 8, 1)
+        arguments = (ones, ones[:, 0], ones, matching.row_arguments(ones.bool()), out, 8, 1, 0.1, 0.3)
         with stub_driver.launches() as names:
             fusion._fuse_launch()((1, 1), *arguments)
         print(names, out.unique().tolist())
@@ -188,7 +191,7 @@ def test_nothing_is_executed():
     ("change", "message"),
     [
         ("arguments[4] = 'out'", "TypeError .*type: str"),
-        ("del arguments[-1]", "TypeError .*missing .*'stride_mp'"),
+        ("del arguments[-1]", "TypeError .*missing .*'gamma'"),
         ("arguments[4] = 1.0", "CompilationError .*Unsupported ptr type .*fp32"),
         ("arguments[5] = 2**70", "OverflowError .*too large"),
     ],
@@ -197,11 +200,11 @@ def test_a_wrong_argument_raises(change, message):
     """What only the host path notices: the interpreter takes some of these as they are."""
     run = run_python(f"""
         import re
-        from focusdpo_kernels import fusion
+        from focusdpo_kernels import fusion, matching
 
         stub_driver.install()
         out, ones = torch.empty(1, 8), torch.ones(1, 8)
-        arguments = [ones, ones[:, 0], ones, ones.bool()[:, None].view(torch.uint8), out, 8, 1, 0.1, 0.3, 8, 8, 1]
+        arguments = [ones, ones[:, 0], ones, matching.row_arguments(ones.bool()), out, 8, 1, 0.1, 0.3]
         {change}
         with stub_driver.launches() as names:
             try:
@@ -218,10 +221,10 @@ def test_a_wrong_argument_raises(change, message):
 
 def test_an_empty_grid_reaches_no_driver():
     output = run_stub("""
-        from focusdpo_kernels import fusion
+        from focusdpo_kernels import fusion, matching
 
         ones = torch.ones(1, 8)
-        arguments = (ones, ones[:, 0], ones, ones.bool()[:, None].view(torch.uint8), ones, 8, 1, 0.1, 0.3, 8, 8, 1)
+        arguments = (ones, ones[:, 0], ones, matching.row_arguments(ones.bool()), ones, 8, 1, 0.1, 0.3)
         with stub_driver.launches() as names:
             fusion._fuse_launch()((0, 1), *arguments)
         print(names)
