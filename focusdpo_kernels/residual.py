@@ -125,13 +125,14 @@ def preference_residual_backward_op(
         return grads[0], grads[1]
     # The first row of the scales is zeros.
     given = [scales if x is None else x for x in (policy_win_grad, policy_lose_grad, margin_grad)]
-    incoming = Incoming(*given, *(x.stride(-1) for x in given))
+    incoming, strides = Incoming(*given), [x.stride(-1) for x in given]
     sides = zip(predictions[:2], predictions[2:], grads, strict=True)
     win, lose = (Update(policy, target, grad, policy.stride(0), target.stride(0)) for policy, target, grad in sides)
     backward = kernels.backward_launch(tuple(x.dtype for x in predictions), mask)
     with device_guard(policy_win):
         grid = (batch, triton.cdiv(elements, kernels.BACKWARD_BLOCK))
-        backward(grid, incoming, scales, win, lose, weight_win, weight_lose, elements, patches, batch, inner, height)
+        numbers = (elements, patches, batch, inner, height, *strides)
+        backward(grid, incoming, scales, win, lose, weight_win, weight_lose, *numbers)
     return grads[0], grads[1]
 
 

@@ -58,14 +58,13 @@ class Update(NamedTuple):
 
 
 class Incoming(NamedTuple):
-    """Pointers to the gradients [B] of results, and their strides."""
+    """Pointers to the gradients [B] of results. Their strides, of which 0 and 1 are common, are arguments of their own: Triton
+    would specialise on those within a tuple, whatever it is told.
+    """
 
     policy_win: Any
     policy_lose: Any
     margin: Any
-    policy_win_stride: Any
-    policy_lose_stride: Any
-    margin_stride: Any
 
 
 @triton.jit
@@ -216,7 +215,7 @@ def _policy_gradient(update, b, E, offs, valid, m, incoming, scale):
     tl.store(update.gradient + b * E + offs, gradient.to(update.gradient.dtype.element_ty), mask=valid)
 
 
-@triton.jit(do_not_specialize=["incoming", "P", "B", "HEIGHT"])
+@triton.jit(do_not_specialize=["P", "B", "HEIGHT", "policy_win_stride", "policy_lose_stride", "margin_stride"])
 def _backward_kernel(
     incoming,  # Incoming, fp32
     scales_ptr,  # [ROWS, B] fp32, the forward's
@@ -229,6 +228,9 @@ def _backward_kernel(
     B,
     INNER,
     HEIGHT,
+    policy_win_stride,
+    policy_lose_stride,
+    margin_stride,
     SIDE: tl.constexpr,
     POWER: tl.constexpr,
     SHARED: tl.constexpr,
@@ -242,9 +244,9 @@ def _backward_kernel(
     offs_m = first if SHARED else offs
     m_win, m_lose = _masks(win_mask_ptr, lose_mask_ptr, b, P, offs_m, offs_m < E, INNER, HEIGHT, SIDE, POWER)
     # d margin / d policy is d e / d policy for the winner, and its negative for the loser.
-    margin = tl.load(incoming.margin + b * incoming.margin_stride)
-    to_win = tl.load(incoming.policy_win + b * incoming.policy_win_stride) + margin
-    to_lose = tl.load(incoming.policy_lose + b * incoming.policy_lose_stride) - margin
+    margin = tl.load(incoming.margin + b * margin_stride)
+    to_win = tl.load(incoming.policy_win + b * policy_win_stride) + margin
+    to_lose = tl.load(incoming.policy_lose + b * policy_lose_stride) - margin
     _policy_gradient(win, b, E, offs, valid, m_win, to_win, tl.load(scales_ptr + B + b))
     _policy_gradient(lose, b, E, offs, valid, m_lose, to_lose, tl.load(scales_ptr + 2 * B + b))
 
@@ -314,7 +316,7 @@ def backward_launch(dtypes: tuple[torch.dtype, ...], mask: Mask) -> Launch:
         threads=BACKWARD_BLOCK // LANES,
         registers=Registers(72, 64, 64, 56),
         types={
-            "incoming": Incoming(*["*fp32"] * 3, *["i32"] * 3),
+            "incoming": Incoming("*fp32", "*fp32", "*fp32"),
             "scales_ptr": "*fp32",
             "win": Update(policy_win, target_win, policy_win, *strides),
             "lose": Update(policy_lose, target_lose, policy_lose, *strides),
