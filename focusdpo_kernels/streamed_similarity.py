@@ -169,13 +169,12 @@ def _compare_layer_kernel(
         scale = ((262 - exponent) << 23).to(tl.float32, bitcast=True)
         unscale = ((exponent - 8) << 23).to(tl.float32, bitcast=True)
         rest = c * scale[None, :]
-        first = rest.to(DTYPE)
-        rest -= first.to(tl.float32)
-        second = rest.to(DTYPE)
-        rest -= second.to(tl.float32)
-        third = rest.to(DTYPE)
+        first = rest.to(DTYPE).to(tl.float32)
+        second = (rest - first).to(DTYPE).to(tl.float32)
+        third = rest - first - second
         columns = tl.join(tl.join(first, second), tl.join(third, tl.zeros_like(third)))
-        columns = tl.reshape(columns, [BLOCK_D, R_PAD * PARTS])
+        # Rounded last: Triton 3.6 and 3.7 cannot compile a product with a reshaped operand in every layout.
+        columns = tl.reshape(columns, [BLOCK_D, R_PAD * PARTS]).to(DTYPE)
     if UPCAST:
         columns = columns.to(tl.float32)
     target, stride_p, width = direct_rows(target_ptr, stride_b, stride_t, stride_d, b, CONTIGUOUS)

@@ -162,12 +162,12 @@ def test_a_launch_again_is_of_the_kernel_that_would_be_chosen():
         from focusdpo_kernels import SimilarityAccumulator
 
         half, full = torch.bfloat16, torch.float32
-        for width, offset, dtype in ((64, 0, half), (64, 1, torch.float16), (50, 0, full), (1, 0, half)):
+        for width, offset, dtype in ((64, 0, half), (64, 1, torch.float16), (50, 0, full), (1, 0, half), (200, 0, half)):
             accumulator = SimilarityAccumulator(torch.ones(1, 2, 16))
             for n in range(3):
                 h = torch.randn(1, 40, width + offset + 16 * n).to(dtype)[..., offset : width + offset]
                 accumulator.update(h[:, :24], h[:, 24:], 1.0 + n)
-        assert len(seen) == 24 and all(one == other for one, other in seen)
+        assert len(seen) == 30 and all(one == other for one, other in seen)
         print(len({one for one, _ in seen}))
     """)
     assert int(output) >= 6
