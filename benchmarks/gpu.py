@@ -22,7 +22,7 @@ from benchmarks.supervise import Part, run_part
 
 PYTHON = sys.executable
 ENVIRONMENT = "environment"
-KERNEL_TESTS = ("similarity", "matching", "entropy", "residual", "loss", "mask", "accuracy", "ops")
+KERNEL_TESTS = ("similarity", "matching", "entropy", "residual", "loss", "mask", "focus_field", "accuracy", "ops")
 STEPS_NEED = ("diffusers", "accelerate", "peft", "transformers")
 TRAINING_NEEDS = (*STEPS_NEED, "jsonargparse", "docstring_parser")
 
