@@ -12,8 +12,8 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 OLDEST := .venv-oldest
 NUMPY ?= 2.4.6
 # Tests that need torch, triton and numpy only: kernels, mask and loss, what they compile to, and their launches.
-OLDEST_TESTS := $(patsubst %,tests/test_%.py,similarity matching entropy residual mask loss peers accuracy ops properties errors \
-	aot stub_driver launches)
+OLDEST_TESTS := $(patsubst %,tests/test_%.py,similarity matching entropy focus_field residual mask loss peers accuracy ops \
+	properties errors cpu_similarity cpu_mask cpu_residual aot stub_driver launches)
 
 .PHONY: demo test test-oldest mutants bench lint format inspect clean
 

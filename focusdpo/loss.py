@@ -36,9 +36,10 @@ class FocusDPOOutput(NamedTuple):
 
 def pair_accuracy(logits: Tensor) -> Tensor:
     """Whether each pair is told apart, of its logit: 1, 0, or one half for a tie; NaN of NaN. Same shape and dtype."""
-    # Of a logit as large as its type has them the sigmoid is 1, 0 or, where it is 0, one half; three operations less than
-    # comparisons take.
-    return torch.sigmoid(torch.finfo(logits.dtype).max * logits)
+    # The type's largest number, twice, makes even its smallest one large, and the sigmoid of that is 1 or 0; of 0 it is one
+    # half. Comparisons would take two operations more.
+    largest = torch.finfo(logits.dtype).max
+    return torch.sigmoid(largest * (largest * logits))
 
 
 def _mean(values: Tensor) -> Tensor:
@@ -169,7 +170,7 @@ def focus_dpo_loss(
             raise ValueError(f"{name}: got {anchor!r}; expected a number >= 0")
     if not 0.0 <= sdpo_mu <= 1.0:
         raise ValueError(f"sdpo_mu: got {sdpo_mu!r}; expected a number from 0 to 1")
-    if isinstance(policy_win, Tensor) and policy_win.ndim:  # else it is what is refused, below
+    if isinstance(policy_win, Tensor) and policy_win.ndim:  # else policy_win itself is refused below
         _check_per_sample("timestep_weight", timestep_weight, policy_win)
         _check_per_sample("sample_weight", sample_weight, policy_win)
     silent = None if sample_weight is None else sample_weight == 0
@@ -219,10 +220,10 @@ def focus_dpo_loss(
         values = Predictions(policy_win, policy_lose, reference_win, reference_lose, reference_win, reference_lose)
         drift = _silenced(masked_residual(values, None, None, silent=silent, backend=backend), silent)
         losses = losses + 0.5 * reference_anchor * (drift.policy_win + drift.policy_lose)
-    if sample_weight is not None:
-        losses = losses * sample_weight.to(losses.dtype)
+    if sample_weight is not None and silent is not None:
+        losses = (losses * sample_weight.to(losses.dtype)).masked_fill(silent, 0)
 
-    # What is told of a pair does not depend on its weight.
+    # A pair's logit and errors are reported whatever its weight.
     logits = logits.detach() if silent is None else _logits(measured.margin.detach(), beta, timestep_weight)
     return FocusDPOOutput(
         _mean(losses),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from focusdpo_kernels import focus_field, patch_entropy, topk_mask
-from focusdpo_kernels.checks import check_scores, check_shape, check_tensor
+from focusdpo_kernels.checks import check_prior, check_scores, check_shape, check_tensor
 from focusdpo_kernels.reference import binary_prior
 
 MATCH_COUNTS = ("reference", "prior")
@@ -131,7 +131,7 @@ def focus_mask(
         TypeError, ValueError: arguments of wrong type, shape, dtype, device or range, each named.
     """
     scores = check_scores("scores", scores, ndim=3)
-    check_tensor("prior", prior, ndim=(2, 3), layout="[B, P] or [B, R, P]")
+    prior = check_prior(prior, *scores.shape)
     counts = match_counts(match_count, scores, prior, reference_mask)
     entropy = patch_entropy(
         images,

@@ -33,7 +33,7 @@ from focusdpo_kernels.checks import (
     check_unit_interval,
 )
 from focusdpo_kernels.entropy import scale_complexity
-from focusdpo_kernels.launch import POINTERS, Launch, Registers
+from focusdpo_kernels.launch import POINTERS, Launch, Registers, ceil_div
 from focusdpo_kernels.matching import (
     LONGEST,
     ROW_ALIGNED,
@@ -193,9 +193,9 @@ def fuse_focus_op(structure: Tensor, coverage: Tensor, complexity: Tensor, prior
         return out
     fields = [x.to(torch.float32).contiguous() for x in (structure, coverage, complexity)]
     inside = row_arguments(prior)
-    launch = _fuse_launch(inside.ptr.dtype)
+    launch = _fuse_launch()
     with device_guard(structure):
-        grid = (batch, triton.cdiv(patches, launch.constants["BLOCK_P"]))
+        grid = (batch, ceil_div(patches, launch.constants["BLOCK_P"]))
         launch(grid, *fields, inside, out, patches, inside.ptr.shape[1], tau, gamma)
     return out
 
@@ -339,7 +339,7 @@ def focus_field(
     check_per_subject(per_subject, prior)
     check_unit_interval("tau", tau)
     check_unit_interval("gamma", gamma)
-    if resolve_backend(backend, scores, prior, entropy) == "torch":
+    if resolve_backend(backend, scores, entropy) == "torch":
         matched = (cpu_mask if cpu_mask.takes(scores) else spec).topk_mask(scores, k)
         return spec.focus_field(matched, scores, k, prior, entropy, per_subject, tau, gamma)
     counts, k_value = (k, 0) if isinstance(k, Tensor) else (None, k)

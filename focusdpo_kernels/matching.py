@@ -211,7 +211,9 @@ def load_inside(ptr, offsets, mask):
     """A prior as 0 and 1: booleans and integers count where not 0, floats where above one half."""
     prior = tl.load(ptr + offsets, mask=mask, other=0)
     if prior.dtype.is_floating():
-        return (prior.to(tl.float32) > 0.5).to(tl.int32)
+        if prior.dtype.primitive_bitwidth < 32:
+            prior = prior.to(tl.float32)
+        return (prior > 0.5).to(tl.int32)
     else:
         return (prior != 0).to(tl.int32)
 

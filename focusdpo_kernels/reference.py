@@ -313,9 +313,14 @@ def error_gradients(
 def policy_gradient(
     policy: Tensor, target: Tensor, weight: Tensor | None, incoming: Tensor, scale: Tensor | float, mask_power: int
 ) -> Tensor:
-    """Gradient of E9's error with respect to a policy's prediction, from the error's own [B] and its scale [B]."""
+    """Gradient of E9's error with respect to a policy's prediction, from the error's own [B] and its scale [B].
+
+    It is 0 for a sample whose incoming gradient is, also where its error is not finite.
+    """
     dtype = accumulation_dtype(policy.dtype)
-    factor = (2 * incoming * scale).reshape(-1, *[1] * (policy.ndim - 1))
+    incoming = incoming.reshape(-1, *[1] * (policy.ndim - 1))
+    factor = 2 * incoming * (scale.reshape(incoming.shape) if isinstance(scale, Tensor) else scale)
     if weight is not None:
         factor = factor * element_weight(weight, policy, mask_power)
-    return (factor * (policy.to(dtype) - target.to(dtype))).to(policy.dtype)
+    difference = (policy.to(dtype) - target.to(dtype)).masked_fill(incoming == 0, 0)
+    return (factor * difference).to(policy.dtype)

@@ -9,7 +9,8 @@ sums, once, and streams target tokens past them. What its slice adds to dots and
 the sums over all slices. The next launch forms it: `_pool_layer_kernel` of the next layer, in programs of its own, or
 `_average_layers_kernel`, which also averages. All sums have a fixed order, and splits depend on sizes of a sample only.
 
-Bytes of a layer: (P + Q) D itemsize + B R Q, and what stays in cache: 4 (R + 1) P floats for each 128 of D, written and read.
+Bytes of a layer: B (P + Q) D itemsize + B R Q, and what stays in cache: B (R + 1) P floats for each slice of D (128, or 32 in fp32
+or where rows are not contiguous), written and read.
 """
 
 from __future__ import annotations

@@ -49,7 +49,19 @@ def test_against_the_specification(patches, per_subject):
         assert_field(actual, exact(*arguments, per_subject, 0.7, 0.3))
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.float32], ids=str)
+PRIORS = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int64]
+PRIORS += [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_prior_just_above_one_half(backend):
+    """In float64 it is not rounded before it is compared."""
+    prior = torch.full((1, 8), 0.5 + 1e-9, dtype=torch.float64, device=DEVICE)
+    _, coverage = structure_field(torch.rand(1, 1, 8, device=DEVICE), 0, prior, backend=backend)
+    assert coverage.tolist() == [1.0]
+
+
+@pytest.mark.parametrize("dtype", PRIORS, ids=str)
 @pytest.mark.parametrize("per_subject", [False, True])
 def test_a_prior_of_any_type(dtype, per_subject):
     arguments = make(prior_dtype=dtype, per_subject=per_subject)

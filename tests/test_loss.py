@@ -237,8 +237,10 @@ def test_extreme_beta_is_finite():
 
 
 def test_accuracy_of_a_pair():
-    found = pair_accuracy(torch.tensor([2.0, 0.0, -1e-30, math.nan], dtype=torch.float64))
-    assert found.dtype == torch.float64 and found[:3].tolist() == [1.0, 0.5, 0.0] and found[3].isnan()
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        tiny = torch.finfo(dtype).smallest_normal
+        found = pair_accuracy(torch.tensor([2.0, 0.0, -tiny, tiny / 4, math.inf, math.nan], dtype=dtype))
+        assert found.dtype == dtype and found[:5].tolist() == [1.0, 0.5, 0.0, 1.0, 1.0] and found[5].isnan()
 
 
 @pytest.mark.parametrize("name", ["timestep_weight", "sample_weight"])
@@ -341,3 +343,17 @@ def test_a_negative_focus_is_no_loss_of_ln_2(backend):
     weight[1, 3] = -weight[1].sum()
     out = focus_dpo_loss(*predictions, focus=weight, reduction="masked_mean", backend=backend)
     assert out.loss.isnan() and out.margin.isnan().tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_silent_pair_has_gradient_zero_in_a_penalty_too(backend):
+    """With `create_graph=True` as well, and where its time's weight is not finite."""
+    predictions, focus = make()
+    batch = predictions[0].shape[0]
+    predictions[0].view(-1)[0] = math.inf
+    predictions[0].requires_grad_()
+    weight, times = torch.ones(batch, device=DEVICE), torch.ones(batch, device=DEVICE)
+    weight[0], times[0] = 0, math.nan
+    out = focus_dpo_loss(*predictions, focus=focus, sample_weight=weight, timestep_weight=times, backend=backend)
+    (gradient,) = torch.autograd.grad(out.loss, predictions[0], create_graph=True)
+    assert out.loss.isfinite() and gradient.isfinite().all() and not gradient[0].any() and gradient[1].any()
