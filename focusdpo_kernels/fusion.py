@@ -126,7 +126,7 @@ def _field_kernel(
     low = tl.min(tl.where(mask_p, keys, 0x7FFFFFFF), axis=0)
     high = tl.max(tl.where(mask_p, keys, -0x7FFFFFFF), axis=0)
     structure, union, matches, rest, all_matched = uncovered(
-        scores, k, k_value, prior, b, P, R, ROWS, PRIOR_ROWS, PER_SUBJECT, BLOCK_P
+        scores, k, k_value, prior, b, P, R=R, ROWS=ROWS, PRIOR_ROWS=PRIOR_ROWS, PER_SUBJECT=PER_SUBJECT, BLOCK_P=BLOCK_P
     )
     coverage, size = share(structure, union)
     if not PER_SUBJECT:

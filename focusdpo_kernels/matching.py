@@ -309,7 +309,9 @@ def _structure_kernel(
     if FULL:
         P = BLOCK_P  # a number that the compiler knows: loads of 16 bytes
     b = tl.program_id(0).to(tl.int64)
-    structure, union, _, _, _ = uncovered(scores, k, k_value, prior, b, P, R, ROWS, PRIOR_ROWS, PER_SUBJECT, BLOCK_P)
+    structure, union, _, _, _ = uncovered(
+        scores, k, k_value, prior, b, P, R=R, ROWS=ROWS, PRIOR_ROWS=PRIOR_ROWS, PER_SUBJECT=PER_SUBJECT, BLOCK_P=BLOCK_P
+    )
     coverage, _ = share(structure, union)
     offs_p = tl.arange(0, BLOCK_P)
     tl.store(structure_ptr + b * P + offs_p, structure.to(tl.float32), mask=offs_p < P)

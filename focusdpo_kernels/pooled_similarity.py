@@ -108,7 +108,20 @@ def _pool_kernel(
     first = split * SPAN
     last = tl.minimum(first + SPAN, Q)
     total, count = pool_tokens(
-        reference, stride_q, width, mask, stride_mr, stride_mq, first, last, offs_d, D, R, R_PAD, UPCAST, BLOCK_Q
+        reference,
+        stride_q,
+        width,
+        mask,
+        stride_mr,
+        stride_mq,
+        first,
+        last,
+        offs_d,
+        D,
+        R=R,
+        R_PAD=R_PAD,
+        UPCAST=UPCAST,
+        BLOCK_Q=BLOCK_Q,
     )
     out = sum_ptr + (((b * N + n) * SPLITS + split) * R + offs_r[:, None]) * D + offs_d[None, :]
     tl.store(out, total, mask=mask_r[:, None] & (offs_d < D)[None, :])

@@ -9,8 +9,8 @@ sums, once, and streams target tokens past them. What its slice adds to dots and
 the sums over all slices. The next launch forms it: `_pool_layer_kernel` of the next layer, in programs of its own, or
 `_average_layers_kernel`, which also averages. All sums have a fixed order, and splits depend on sizes of a sample only.
 
-Bytes of a layer: B (P + Q) D itemsize + B R Q, and what stays in cache: B (R + 1) P floats for each slice of D (128, or 32 in fp32
-or where rows are not contiguous), written and read.
+Bytes of a layer: B (P + Q) D itemsize + B R Q, and what stays in cache: B (R + 1) P floats for each slice of D (128 wide, or 32
+in fp32 and of strided rows), written and read.
 """
 
 from __future__ import annotations
@@ -115,7 +115,20 @@ def _pool_layer_kernel(
         first = split * SPAN
         last = tl.minimum(first + SPAN, Q)
         total, count = pool_tokens(
-            reference, stride_q, width, mask, stride_mr, stride_mq, first, last, offs_d, D, R, R_PAD, UPCAST, BLOCK_Q
+            reference,
+            stride_q,
+            width,
+            mask,
+            stride_mr,
+            stride_mq,
+            first,
+            last,
+            offs_d,
+            D,
+            R=R,
+            R_PAD=R_PAD,
+            UPCAST=UPCAST,
+            BLOCK_Q=BLOCK_Q,
         )
         sums = sum_ptr + ((b * SPLITS + split) * R + offs_r[:, None]) * D + offs_d[None, :]
         tl.store(sums, total, mask=(offs_r < R)[:, None] & (offs_d < D)[None, :])
