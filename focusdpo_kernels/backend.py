@@ -62,20 +62,21 @@ def resolve_backend(backend: str | None, *tensors: torch.Tensor) -> Backend:
     if backend is None:
         backend = os.environ.get("FOCUSDPO_BACKEND") or None
         source = "environment variable FOCUSDPO_BACKEND"
-    on_accelerator = all(t.device.type in ACCELERATORS for t in tensors)
-    has_float64 = any(t.dtype == torch.float64 for t in tensors)
     if backend is None:
-        return "triton" if on_accelerator and not has_float64 else "torch"
+        for t in tensors:
+            if t.device.type not in ACCELERATORS or t.dtype == torch.float64:
+                return "torch"
+        return "triton"
     if backend not in BACKENDS:
         raise ValueError(f"{source}: got {backend!r}; expected one of {', '.join(BACKENDS)}")
     if backend == "triton":
-        if not (on_accelerator or INTERPRETED):
+        if not (INTERPRETED or all(t.device.type in ACCELERATORS for t in tensors)):
             devices = sorted({t.device.type for t in tensors})
             raise ValueError(
                 f"{source}: 'triton' needs tensors on an accelerator, got device {', '.join(devices)}; move them there, "
                 "use backend='torch', or set TRITON_INTERPRET=1 before importing to run the kernels in the interpreter"
             )
-        if has_float64:
+        if any(t.dtype == torch.float64 for t in tensors):
             raise TypeError(f"{source}: the Triton kernels take fp16, bf16 and fp32; use backend='torch' for float64")
     return cast(Backend, backend)
 

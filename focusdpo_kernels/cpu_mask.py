@@ -1,4 +1,4 @@
-"""Top-K and patch entropy on a CPU: the results of `reference.py` from fewer operations.
+"""The mask on a CPU: the results of `reference.py` from fewer operations.
 
 For fp16, bf16, fp32 and uint8; float64 and compiled graphs take the specification itself.
 """
@@ -6,7 +6,9 @@ For fp16, bf16, fp32 and uint8; float64 and compiled graphs take the specificati
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,52 +20,112 @@ NEGLIGIBLE = 27.0  # a weight of exp(-27) beside its pixel's largest is left out
 
 
 def takes(tensor: Tensor) -> bool:
-    """Whether the functions below stand in for the specification."""
-    return tensor.device.type == "cpu" and tensor.dtype != torch.float64 and not torch.compiler.is_compiling()
+    """Whether the functions below, which read memory, stand in for the specification, which can be traced and transformed."""
+    return (
+        not torch.compiler.is_compiling()
+        and tensor.is_cpu
+        and type(tensor) is Tensor
+        and tensor.dtype != torch.float64
+        and not tensor.is_neg()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def topk_mask(scores: Tensor, k: int | Tensor) -> Tensor:
-    """E5 by `torch.topk`; where scores tie with the last, by a running count."""
-    patches = scores.shape[-1]
-    x = scores.to(torch.float32)
-    if isinstance(k, int) and (index := _indices(x, k)) is not None:
-        return torch.zeros(x.shape, dtype=torch.bool).view(-1, patches).scatter_(-1, index, True).view(x.shape)
-    x = x.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
-    if x.numel() == 0:
-        return torch.zeros(x.shape, dtype=torch.bool)
-    limit = torch.as_tensor(k).long().clamp(0, patches).unsqueeze(-1)  # [..., 1]
-    values = x.topk(max(int(limit.max()), 1)).values
-    least = values.gather(-1, (limit - 1).clamp_min(0).expand(*x.shape[:-1], 1))
-    matched = (x >= least) & (x > -math.inf)
-    surplus = matched.sum(-1, keepdim=True) - limit
-    if not (surplus > 0).any():
-        return matched
-    tie = matched & (x == least)
-    return matched & ~(tie & (tie.cumsum(-1) > tie.sum(-1, keepdim=True) - surplus))
+    """E5."""
+    return torch.from_numpy(_matches(scores.float().numpy(), _counts(k, scores.shape[-1])))
 
 
-def _indices(x: Tensor, k: int) -> Tensor | None:
-    """Of the k largest of each row, [rows, k], or None where they are not the matches: ties, NaN, -inf."""
-    if not 0 < k < x.shape[-1] or x.numel() == 0:
-        return None
-    values, indices = x.flatten(0, -2).topk(k + 1)
-    # As numbers: a row has three that matter. NaN counts as the largest there, and compares as false here.
-    largest, edges = values[:, 0].tolist(), values[:, k - 1 :].tolist()
-    if all(first >= last > next_one for first, (last, next_one) in zip(largest, edges, strict=True)):
-        return indices[:, :k]
-    return None
+def _counts(k: int | Tensor, patches: int) -> int | np.ndarray:
+    """k from 0 to P."""
+    return k if isinstance(k, int) else np.minimum(np.maximum(k.numpy().astype(np.int64), 0), patches)
+
+
+def _matches(x: np.ndarray, counts: int | np.ndarray) -> np.ndarray:
+    """E5 with numpy, whose partition and calls take a fraction of the time of PyTorch's: bool [..., P]."""
+    patches = x.shape[-1]
+    if x.size == 0 or (isinstance(counts, int) and counts == 0):
+        return np.zeros(x.shape, np.bool_)
+    rows = x.size // patches
+    if isinstance(counts, np.ndarray):
+        total = counts.sum()
+        last = np.maximum(patches - 1 - counts, 0)
+        limit = np.sort(x).reshape(-1)[last + np.arange(0, x.size, patches).reshape(last.shape)][..., None]
+    elif counts < patches:
+        total = counts * rows
+        limit = np.partition(x, patches - 1 - counts)[..., patches - 1 - counts, None]
+    else:
+        return x > -np.inf
+    # Above the largest that is no match are at most k; fewer where it ties with a match, or NaN or -inf are among the k.
+    matched = x > limit
+    return matched if np.count_nonzero(matched) == total else _exact_matches(x, counts)
+
+
+def _exact_matches(x: np.ndarray, counts: int | np.ndarray) -> np.ndarray:
+    """E5 whatever the scores [..., P] are."""
+    valid = x > -np.inf
+    x = np.where(valid, x, -np.inf)
+    wanted = np.minimum(counts, valid.sum(-1))[..., None]
+    least = np.take_along_axis(np.sort(x), x.shape[-1] - np.maximum(wanted, 1), -1)
+    matched, tie = x > least, x == least
+    places = wanted - matched.sum(-1, keepdims=True)
+    return matched | (tie & (tie.cumsum(-1, dtype=np.int32) <= places))
+
+
+class _Uncovered(NamedTuple):
+    """Arrays of what matches leave: a prior, its union over subjects, their sizes, and E6's structure as booleans."""
+
+    inside: np.ndarray
+    union: np.ndarray  # [B, P]
+    size: np.ndarray  # [B]
+    structure: np.ndarray  # [B, P]
+    coverage: np.ndarray  # [B] fp32
+
+
+def _uncovered(matched: np.ndarray, prior: Tensor, per_subject: bool) -> _Uncovered:
+    inside = spec.binary_prior(prior).numpy()
+    union = inside if inside.ndim == 2 else inside.any(1)
+    structure = (inside > matched).any(1) if per_subject else union > matched.any(1)  # of booleans: and not
+    size = union.sum(-1, dtype=np.int32)
+    return _Uncovered(inside, union, size, structure, _share(structure.sum(-1, dtype=np.int32), size))
+
+
+def _share(part: np.ndarray, size: np.ndarray) -> np.ndarray:
+    return np.divide(part, np.maximum(size, 1), dtype=np.float32)
 
 
 def structure_field(scores: Tensor, k: int | Tensor, prior: Tensor, per_subject: bool) -> tuple[Tensor, Tensor]:
     """E5, E6 and E8's coverage."""
-    index = _indices(scores.to(torch.float32), k) if isinstance(k, int) and not per_subject else None
-    if index is None:
-        return spec.uncovered(topk_mask(scores, k), prior, per_subject, torch.float32)
-    inside = spec.binary_prior(prior)
-    union = (inside if inside.ndim == 2 else inside.any(1)).to(torch.float32)
-    size = union.sum(-1)
-    structure = union.scatter_(1, index.reshape(len(union), -1), 0.0)  # in place: the floats of a bool are nobody else's
-    return structure, structure.sum(-1) / size.clamp_min_(1)
+    matched = _matches(scores.float().numpy(), _counts(k, scores.shape[-1]))
+    left = _uncovered(matched, prior, per_subject)
+    return torch.from_numpy(left.structure.astype(np.float32)), torch.from_numpy(left.coverage)
+
+
+def focus_field(
+    scores: Tensor, k: int | Tensor, prior: Tensor, entropy: Tensor, per_subject: bool, tau: float, gamma: float
+) -> spec.FocusField:
+    """E5 to E8."""
+    x, patches = scores.float().numpy(), scores.shape[-1]
+    counts = _counts(k, patches)
+    left = _uncovered(_matches(x, counts), prior, per_subject)
+    wanted = counts * (x > -np.inf).any(-1)  # [B, R], an absent subject matches nothing
+    if per_subject and wanted.shape[1]:
+        rest = (left.inside.sum(-1) - wanted).max(-1)
+    else:
+        rest = left.size - wanted.sum(-1)
+    structure = torch.from_numpy(left.structure.astype(np.float32))
+    coverage, union = torch.from_numpy(left.coverage), torch.from_numpy(left.union)
+    complexity = spec.normalize_complexity(entropy)
+    return spec.FocusField(
+        mask=spec.fuse_focus(structure, coverage, complexity, union, tau, gamma),
+        structure=structure,
+        complexity=complexity,
+        coverage=coverage,
+        prior=union,
+        coverage_floor=torch.from_numpy(_share(np.maximum(rest, 0), left.size)),
+        all_matched=torch.from_numpy((wanted >= patches).any(-1)),
+    )
 
 
 def patch_entropy(images: Tensor, patch_size: int, bins: int, sigma: float, method: str, normalize: bool) -> Tensor:
