@@ -18,16 +18,16 @@ from focusdpo_kernels import reference as spec
 from focusdpo_kernels.autograd import save, saved
 from focusdpo_kernels.reference import PreferenceResidual
 
-# Elements of a block, for each thread: 256 KiB in fp32. Smaller ones cost more in calls than they save in memory.
-BLOCK = 65536
+# Elements of a block, for each thread: 1 MiB in fp32. Smaller ones cost more in calls than they save in memory.
+BLOCK = 262144
 WHOLE = (slice(None),)  # of a prediction that is one block
 
 
 def serves(*predictions: Tensor) -> bool:
     """Whether these are a CPU's tensors of fp16, bf16 or fp32, with data. A compiler fuses the specification itself."""
-    if torch.compiler.is_compiling() or any(type(x) not in (Tensor, torch.nn.Parameter) for x in predictions):
+    if torch.compiler.is_compiling() or not predictions[0].is_cpu:
         return False
-    return all(x.device.type == "cpu" and x.dtype != torch.float64 for x in predictions)
+    return all(type(x) in (Tensor, torch.nn.Parameter) and x.is_cpu and x.dtype != torch.float64 for x in predictions)
 
 
 def preference_residual(
@@ -44,15 +44,29 @@ def preference_residual(
 ) -> PreferenceResidual:
     """As reference.preference_residual. A gradient of 0 stays 0 where an error is not finite."""
     predictions = (policy_win, policy_lose, reference_win, reference_lose, target_win, target_lose)
-    win, lose = (w if w is None else _by_position(w, policy_win, mask_power) for w in (weight_win, weight_lose))
+    masks = [x for x in (weight_win, weight_lose) if x is not None]
+    weights = _weights(policy_win, masks, reduction, mask_power)
     if torch.is_grad_enabled() and (policy_win.requires_grad or policy_lose.requires_grad):
-        return PreferenceResidual(*_Residual.apply(*predictions, win, lose, reduction))  # type: ignore[no-untyped-call]
-    return _residual(*predictions, win, lose, reduction)[0]
+        return PreferenceResidual(*_Residual.apply(*predictions, weights))  # type: ignore[no-untyped-call]
+    return _residual(predictions, weights)
 
 
-def _by_position(weight: Tensor, prediction: Tensor, mask_power: int) -> Tensor:
-    """M^mask_power of each position: [B, P] of tokens, [B, H, W] of latents."""
-    return spec.element_weight(weight, prediction, mask_power).squeeze(_channel_axis(prediction))
+def _weights(prediction: Tensor, masks: Sequence[Tensor], reduction: str, mask_power: int) -> Tensor:
+    """M^mask_power times the reduction's scale by position, of winner and loser or of both: [1 or 2, B, P] of tokens,
+    [1 or 2, B, H, W] of latents. One value a sample where there is no mask.
+    """
+    axis, size = _channel_axis(prediction), math.prod(prediction.shape[1:])
+    scale = 1.0 if reduction == "sum" else 1 / max(size, 1)
+    if not masks:
+        shape = (1, prediction.shape[0], *[1] * (prediction.ndim - 2))
+        return torch.full(shape, scale, dtype=torch.float32, device=prediction.device)
+    by_position = [spec.element_weight(mask, prediction, mask_power).squeeze(axis) for mask in masks]
+    weights = by_position[0][None] if len(masks) == 1 else torch.stack(by_position)
+    if reduction == "masked_mean":
+        mass = weights.flatten(2).sum(2) * prediction.shape[axis]
+        scales = torch.where(mass == 0, 0, 1 / torch.where(mass == 0, 1, mass))
+        return weights * scales.reshape(*mass.shape, *[1] * (prediction.ndim - 2))
+    return weights if reduction == "sum" else weights * scale
 
 
 def _channel_axis(prediction: Tensor) -> int:
@@ -78,98 +92,81 @@ def _blocks(prediction: Tensor) -> Iterator[tuple[slice, ...]]:
             yield some if axis == 2 else (some[0], slice(None), some[1])
 
 
-def _side_sums(side: Sequence[Tensor], scratch: Sequence[Tensor], axis: int, out: Sequence[Tensor]) -> None:
-    """Of policy, reference and target: norms of both errors over channels, and the sum of E9's factored difference.
+def _side_sums(side: Sequence[Tensor], buffers: Sequence[Tensor], axis: int, out: Sequence[Tensor]) -> None:
+    """Of policy, reference and target: norms of both errors over channels, and the sum of E9's factored difference where there
+    is a fourth buffer for it.
 
-    Leaves the policy's error in the first of four buffers.
+    Leaves the policy's error in the first buffer.
     """
-    a, r, t, difference = scratch
-    for buffer, prediction in zip(scratch, side, strict=False):
+    a, r, t, *factored = buffers
+    for buffer, prediction in zip(buffers, side, strict=False):
         buffer.copy_(prediction)
-    torch.sub(a, r, out=difference)
+    for difference in factored:
+        torch.sub(a, r, out=difference)
     torch.linalg.vector_norm(a.sub_(t), dim=axis, out=out[0])
-    torch.linalg.vector_norm(r.sub_(t), dim=axis, out=out[1])
-    torch.sum(difference.mul_(r.add_(a)), axis, out=out[2])
+    torch.linalg.vector_norm(r.sub_(t), dim=axis, out=out[2])
+    for difference in factored:
+        torch.sum(difference.mul_(r.add_(a)), axis, out=out[4])
 
 
-def _weigh(rows: Tensor, win: Tensor | float, lose: Tensor | float | None) -> None:
-    """Multiplies rows as `_residual` orders them by what belongs to each side, in place."""
-    if lose is None:
-        rows.mul_(win)
-        rows[6:].mul_(win)
-    else:
-        rows[:3].mul_(win)
-        rows[3:6].mul_(lose)
-        rows[6].mul_(win).mul_(lose)
-        rows[7].mul_(win).mul_(win)
-
-
-def _residual(*inputs: Any) -> tuple[PreferenceResidual, list[Any]]:
-    """Of predictions, masks by position and the reduction: the results, and the scales of winner and loser, or one for both."""
-    *predictions, win_mask, lose_mask, reduction = inputs
-    policy: Tensor = predictions[0]
+def _residual(predictions: Sequence[Tensor], weights: Tensor) -> PreferenceResidual:
+    policy = predictions[0]
     axis = _channel_axis(policy)
-    positions = [n for i, n in enumerate(policy.shape) if i != axis]
-    # Sums over channels: three of `_side_sums` for the winner, three for the loser, <g_w, g_l> and |g_w|^2.
-    rows = policy.new_zeros((8, *positions), dtype=torch.float32)
+    # In half precision two values are equal or differ by a good part of themselves. So at each position the difference of the
+    # squared norms has three digits at least, and is exactly 0 for equal ones; fp32 needs E9's factors.
+    factored = any(x.dtype == torch.float32 for x in predictions)
+    # Sums over channels in the order of the results, those of each side for the margin's two, and <g_w, g_l> before |g_w|^2.
+    rows = policy.new_zeros((8, *(n for i, n in enumerate(policy.shape) if i != axis)), dtype=torch.float32)
     buffers: Sequence[Tensor] = ()
     for block in _blocks(policy):
         part = predictions if block == WHOLE else [x[block] for x in predictions]
         shape = part[0].shape
         if not buffers or buffers[0].shape != shape:
-            buffers = rows.new_empty((5, *shape)).unbind()
+            buffers = rows.new_empty((5 if factored else 4, *shape)).unbind()
         win, lose, *shared = buffers
         out = (rows if block == WHOLE else rows[:, block[0], block[-1]]).unbind()
-        _side_sums(part[::2], (win, *shared), axis, out[:3])
-        _side_sums(part[1::2], (lose, *shared), axis, out[3:6])
+        _side_sums(part[::2], (win, *shared), axis, out)
+        _side_sums(part[1::2], (lose, *shared), axis, out[1:])
         torch.sum(win.mul_(lose), axis, out=out[6])
-    rows[:6].view(2, 3, *positions)[:, :2].square_()
-    rows[7] = rows[0]
-    size = math.prod(policy.shape[1:])
-    scales: list[Any] = [1.0 if reduction == "sum" else 1 / max(size, 1)]
-    if win_mask is not None:
-        _weigh(rows, win_mask, lose_mask)
-        if reduction == "masked_mean":
-            masses = [mask.flatten(1).sum(1) * policy.shape[axis] for mask in (win_mask, lose_mask) if mask is not None]
-            scales = [torch.where(mass == 0, 0, 1 / torch.where(mass == 0, 1, mass)) for mass in masses]
-    totals = rows.flatten(2).sum(2)
-    _weigh(totals, scales[0], scales[1] if scales[1:] else None)
-    win, win_reference, win_difference, lose, lose_reference, lose_difference, inner, norm = totals.unbind()
-    results = PreferenceResidual(win, lose, win_reference, lose_reference, win_difference - lose_difference, norm, inner)
-    return results, scales
+    errors, inner, norm = rows[:4].square_(), rows[6], rows[7]
+    if not factored:
+        torch.sub(errors[:2], errors[2:], out=rows[4:6])
+    rows[:6].unflatten(0, (3, 2)).mul_(weights)
+    inner.mul_(weights[0]).mul_(weights[-1])
+    torch.mul(errors[0], weights[0], out=norm)
+    *results, win_difference, lose_difference, inner, norm = rows.flatten(2).sum(2).unbind()
+    return PreferenceResidual(*results, win_difference - lose_difference, norm, inner)
 
 
 class _Residual(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        policy_win, policy_lose, _, _, target_win, target_lose, win_mask, lose_mask, _ = inputs
-        results, ctx.scales = _residual(*inputs)
+        *predictions, weights = inputs
+        results = _residual(predictions, weights)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*results[2:4], *results[5:])
-        save(ctx, policy_win, policy_lose, target_win, target_lose, win_mask, win_mask if lose_mask is None else lose_mask)
+        save(ctx, *predictions[:2], *predictions[4:], weights)
         # Views of one tensor could not be changed in place.
         return results.policy_win.clone(), results.policy_lose.clone(), *results[2:]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors = saved(ctx)
-        results: list[Tensor | None] = [None] * 9
+        *tensors, weights = saved(ctx)
+        results: list[Tensor | None] = [None] * 7
         for side, incoming in enumerate(spec.error_gradients(grads[0], grads[1], grads[4])):
             if incoming is not None and ctx.needs_input_grad[side]:
-                policy, target, weight = tensors[side::2]
-                scale = ctx.scales[side % len(ctx.scales)]
+                policy, target = tensors[side::2]
+                weight = weights[side % len(weights)]
                 if torch.is_grad_enabled():  # for a second derivative
-                    results[side] = spec.policy_gradient(policy, target, weight, incoming, scale, 1)
+                    results[side] = spec.policy_gradient(policy, target, weight, incoming, 1.0, 1)
                 else:
-                    results[side] = _policy_gradient(policy, target, weight, incoming, scale)
+                    results[side] = _policy_gradient(policy, target, weight, incoming)
         return tuple(results)
 
 
-def _policy_gradient(policy: Tensor, target: Tensor, weight: Tensor | None, incoming: Tensor, scale: Tensor | float) -> Tensor:
+def _policy_gradient(policy: Tensor, target: Tensor, weight: Tensor, incoming: Tensor) -> Tensor:
     axis = _channel_axis(policy)
-    factor = (2 * incoming * scale).reshape(-1, *[1] * (policy.ndim - 1))  # [B, 1, 1] or [B, 1, 1, 1]
-    if weight is not None:
-        factor = factor * weight.unsqueeze(axis)
+    factor = ((2 * incoming).reshape(-1, *[1] * (policy.ndim - 2)) * weight).unsqueeze(axis)
     gradient = torch.empty_like(policy)
     for block in _blocks(policy):
         if block == WHOLE:

@@ -241,7 +241,8 @@ def element_weight(weight: Tensor, prediction: Tensor, mask_power: int) -> Tenso
     [B, P, 1] for tokens, [B, 1, H, W] for latents. Where M < 0 it is NaN.
     """
     weight = weight.to(accumulation_dtype(prediction.dtype))
-    weight = weight.masked_fill(weight < 0, math.nan) ** mask_power
+    weight = weight.masked_fill(weight < 0, math.nan)
+    weight = weight if mask_power == 1 else weight**mask_power
     if prediction.ndim == 3:
         return weight[:, :, None]
     if weight.ndim == 3:
