@@ -116,7 +116,8 @@ def _residual(predictions: Sequence[Tensor], weights: Tensor) -> PreferenceResid
     # squared norms has three digits at least, and is exactly 0 for equal ones; fp32 needs E9's factors.
     factored = any(x.dtype == torch.float32 for x in predictions)
     # Sums over channels in the order of the results, those of each side for the margin's two, and <g_w, g_l> before |g_w|^2.
-    rows = policy.new_zeros((8, *(n for i, n in enumerate(policy.shape) if i != axis)), dtype=torch.float32)
+    positions = [n for i, n in enumerate(policy.shape) if i != axis]
+    rows = policy.new_zeros((8, *positions), dtype=torch.float32)
     buffers: Sequence[Tensor] = ()
     for block in _blocks(policy):
         part = predictions if block == WHOLE else [x[block] for x in predictions]
@@ -128,14 +129,17 @@ def _residual(predictions: Sequence[Tensor], weights: Tensor) -> PreferenceResid
         _side_sums(part[::2], (win, *shared), axis, out)
         _side_sums(part[1::2], (lose, *shared), axis, out[1:])
         torch.sum(win.mul_(lose), axis, out=out[6])
-    errors, inner, norm = rows[:4].square_(), rows[6], rows[7]
+    sides = rows.view(4, 2, *positions)
+    errors = sides[:2].square_()
     if not factored:
-        torch.sub(errors[:2], errors[2:], out=rows[4:6])
-    rows[:6].unflatten(0, (3, 2)).mul_(weights)
-    inner.mul_(weights[0]).mul_(weights[-1])
-    torch.mul(errors[0], weights[0], out=norm)
-    *results, win_difference, lose_difference, inner, norm = rows.flatten(2).sum(2).unbind()
-    return PreferenceResidual(*results, win_difference - lose_difference, norm, inner)
+        torch.sub(errors[0], errors[1], out=sides[2])
+    sides[:3].mul_(weights)
+    rows[7] = rows[0]
+    rows[6:].mul_(weights[0])
+    rows[6].mul_(weights[-1])
+    totals = rows.flatten(2).sum(2).unbind()
+    win, lose, win_reference, lose_reference, win_difference, lose_difference, inner, norm = totals
+    return PreferenceResidual(win, lose, win_reference, lose_reference, win_difference - lose_difference, norm, inner)
 
 
 class _Residual(torch.autograd.Function):

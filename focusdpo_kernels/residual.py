@@ -19,9 +19,7 @@ from focusdpo_kernels.backend import device_guard, resolve_backend
 from focusdpo_kernels.checks import PATCH, check_choice, check_predictions, check_shape, check_weight
 from focusdpo_kernels.launch import next_power_of_2
 from focusdpo_kernels.reference import PreferenceResidual
-from focusdpo_kernels.residual_kernels import Incoming, Mask, Side, Update
-
-REDUCTIONS = ("mean", "sum", "masked_mean")
+from focusdpo_kernels.residual_kernels import REDUCTIONS, Incoming, Mask, Side, Update
 
 
 class Predictions(NamedTuple):
@@ -157,12 +155,12 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():  # for a second derivative
         scales, *tensors = saved(ctx)
         tensors[5] = tensors[4] if tensors[5] is None else tensors[5]
-        results: list[Tensor | None] = [None] * 10
+        gradients: list[Tensor | None] = [None, None]
         for side, incoming in enumerate(spec.error_gradients(policy_win, policy_lose, margin)):
             if incoming is not None:
                 policy, target, weight = tensors[side::2]
-                results[side] = spec.policy_gradient(policy, target, weight, incoming, scales[1 + side], ctx.mask_power)
-        return tuple(results)
+                gradients[side] = spec.policy_gradient(policy, target, weight, incoming, scales[1 + side], ctx.mask_power)
+        return *gradients, *[None] * 8
     return *preference_residual_backward_op(policy_win, policy_lose, margin, *saved(ctx), ctx.mask_power), *[None] * 8
 
 
