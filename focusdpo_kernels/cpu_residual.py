@@ -1,4 +1,4 @@
-"""The masked preference residual (E9, E1) on a CPU, forward and backward, in blocks that stay in its cache.
+"""The masked preference residual (E9, E1) on a CPU, forward and backward, in blocks.
 
 Same results as reference.py, which specifies them. Over whole tensors each of its operations would read and write memory; a
 block goes through all of them before the next. The channels of a position share one M, so they are summed first: what M
@@ -113,7 +113,7 @@ def _residual(predictions: Sequence[Tensor], weights: Tensor) -> PreferenceResid
     policy = predictions[0]
     axis = _channel_axis(policy)
     # In half precision two values are equal or differ by a good part of themselves. So at each position the difference of the
-    # squared norms has three digits at least, and is exactly 0 for equal ones; fp32 needs E9's factors.
+    # squared norms has two digits at least, and is exactly 0 for equal ones; fp32 needs E9's factors.
     factored = any(x.dtype == torch.float32 for x in predictions)
     # Sums over channels in the order of the results, those of each side for the margin's two, and <g_w, g_l> before |g_w|^2.
     positions = [n for i, n in enumerate(policy.shape) if i != axis]

@@ -79,6 +79,22 @@ def test_accuracy_of_a_long_sample():
         assert (a.double() - e).abs() <= (b.double() - e).abs() + 2e-7 * e
 
 
+@pytest.mark.parametrize("dtype", HALF_AND_FULL, ids=str)
+def test_margin_of_one_bit(dtype):
+    """One value of a sample differs, by its last bit (fp32: by 1e-4): nothing of the equal rest may show."""
+    predictions, weights = make((1, 64, 64), dtype, "both")
+    predictions[2:4] = [x.clone() for x in predictions[:2]]
+    size = 1e-4 if dtype == torch.float32 else torch.finfo(dtype).eps
+    predictions[0][0, 5, 7], predictions[2][0, 5, 7] = 1 + size, 1
+    found, exchanged = (
+        cpu_residual.preference_residual(*(predictions[i] for i in order), *weights, "mean", 1).margin
+        for order in (range(6), (1, 0, 3, 2, 5, 4))
+    )
+    exact = spec.preference_residual(*[x.double() for x in predictions], *weights, "mean", 1).margin
+    assert torch.equal(found, -exchanged)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-2, atol=0)
+
+
 def test_whom_it_serves():
     cpu = torch.zeros(1)
     assert cpu_residual.serves(cpu, cpu.half(), cpu.bfloat16())
