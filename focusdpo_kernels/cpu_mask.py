@@ -16,6 +16,7 @@ from focusdpo_kernels import reference as spec
 
 PIXELS = 1 << 16  # at a time: what is made of them stays in a cache
 NARROW = 0.2  # widths of a bin: exponents up to 3
+FARTHEST = 9.3  # exp(-FARTHEST^2) is a normal fp32 number
 NEGLIGIBLE = 27.0  # a weight of exp(-27) beside its pixel's largest is left out: 2e-12
 
 
@@ -86,7 +87,8 @@ class _Uncovered(NamedTuple):
 def _uncovered(matched: np.ndarray, prior: Tensor, per_subject: bool) -> _Uncovered:
     inside = spec.binary_prior(prior).numpy()
     union = inside if inside.ndim == 2 else inside.any(1)
-    structure = (inside > matched).any(1) if per_subject else union > matched.any(1)  # of booleans: and not
+    # Of booleans, greater is "and not".
+    structure = np.greater(inside, matched).any(1) if per_subject else np.greater(union, matched.any(1))
     size = union.sum(-1, dtype=np.int32)
     return _Uncovered(inside, union, size, structure, _share(structure.sum(-1, dtype=np.int32), size))
 
@@ -110,10 +112,8 @@ def focus_field(
     counts = _counts(k, patches)
     left = _uncovered(_matches(x, counts), prior, per_subject)
     wanted = counts * (x > -np.inf).any(-1)  # [B, R], an absent subject matches nothing
-    if per_subject and wanted.shape[1]:
-        rest = (left.inside.sum(-1) - wanted).max(-1)
-    else:
-        rest = left.size - wanted.sum(-1)
+    needy = per_subject and wanted.shape[1] > 0
+    rest = (left.inside.sum(-1) - wanted).max(-1) if needy else left.size - wanted.sum(-1)
     structure = torch.from_numpy(left.structure.astype(np.float32))
     coverage, union = torch.from_numpy(left.coverage), torch.from_numpy(left.union)
     complexity = spec.normalize_complexity(entropy)
@@ -166,19 +166,27 @@ def _weights(patches: Tensor, bins: int, sigma: float, method: str) -> Tensor:
     reach = math.ceil(0.5 + math.sqrt(0.25 + 2 * NEGLIGIBLE * (sigma * (bins - 1)) ** 2)) - 1
     # A narrow kernel's exponents are so large between two bins that fp32 rounds them off.
     dtype = torch.float64 if sigma * (bins - 1) < NARROW else torch.float32
+    scale = math.sqrt(0.5) / sigma
+    patches = patches * scale
+    step = scale / (bins - 1)  # from bin to bin
     if 3 * reach > bins:
         weight = torch.empty(len(patches), bins, dtype=dtype)
         for b in range(bins):
-            weight[:, b] = _gaussian_((patches - b / (bins - 1)).to(dtype), sigma).sum(-1)
+            distance = (patches - b * step).to(dtype)
+            if dtype == torch.float32:
+                # A CPU is slow with what is too small for full precision, and beside the nearest bin it is nothing.
+                distance.clamp_(-FARTHEST, FARTHEST)
+            weight[:, b] = _gaussian_(distance).sum(-1)
         return weight
-    nearest = (patches * (bins - 1)).round_().clamp_(0, bins - 1).nan_to_num_(nan=0)
+    nearest = (patches / step).round_().clamp_(0, bins - 1).nan_to_num_(nan=0)
     index = nearest.long()
-    distance = (patches - nearest.div_(bins - 1)).to(dtype)
+    distance = patches.sub_(nearest, alpha=step).to(dtype)
     weight = torch.zeros(len(patches), bins + 2 * reach, dtype=dtype)  # bins beyond either end are cut off below
     for offset in range(-reach, reach + 1):
-        weight.scatter_add_(1, index + (reach + offset), _gaussian_(distance - offset / (bins - 1), sigma))
+        weight.scatter_add_(1, index + (reach + offset), _gaussian_(distance - offset * step))
     return weight[:, reach : reach + bins]
 
 
-def _gaussian_(distance: Tensor, sigma: float) -> Tensor:
-    return distance.div_(sigma).square_().mul_(-0.5).exp_()
+def _gaussian_(distance: Tensor) -> Tensor:
+    """exp(-distance^2), in place."""
+    return distance.square_().neg_().exp_()

@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 from skimage import data as photos
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from focusdpo_kernels import cpu_mask, focus_field, patch_entropy, reference, structure_field, topk_mask
 from tests.conftest import HALF_AND_FULL
@@ -49,6 +51,15 @@ def test_entropies_are_those_of_float64(dtype, patch, bins, sigma):
         actual = patch_entropy(images, patch, bins=bins, sigma=sigma, backend="torch")
         assert actual.dtype == torch.float32
         torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("bins", "sigma", "gray"), [(2, 0.0385, 0.49), (2, 0.2, 0.49), (32, 0.05, 0.0), (3, 0.1, 0.251)])
+def test_flat_patches_far_from_bins(bins, sigma, gray):
+    """Nothing but small weights, whose ratio counts."""
+    images = torch.full((1, 1, 16, 16), gray)
+    expected = reference.patch_entropy(images.double(), 16, bins, sigma, "kde", False)
+    actual = patch_entropy(images, bins=bins, sigma=sigma, backend="torch")
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [*HALF_AND_FULL, torch.uint8], ids=str)
@@ -100,6 +111,46 @@ def test_matches_are_the_specifications(dtype, kind):
             actual = structure_field(scores, k, region, per_subject=per_subject, backend="torch")
             expected = reference.structure_field(scores, counts, region, per_subject)
             assert all(torch.equal(a, e) and a.dtype == e.dtype for a, e in zip(actual, expected, strict=True)), k
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_FULL, ids=str)
+@pytest.mark.parametrize("subjects", [0, 1, 3])
+def test_the_field_is_the_specifications(dtype, subjects):
+    scores = torch.randn(3, subjects, 300).to(dtype)
+    scores[0, :, 7] = math.nan
+    scores[2, 1:2] = -math.inf
+    prior, entropy = torch.rand(3, subjects, 300) > 0.5, torch.rand(3, 300)
+    entropy[1] = 0.25
+    regions = [(False, prior), (True, prior), (False, torch.rand(3, 300)), (False, torch.zeros(3, 300, dtype=torch.bool))]
+    for k in (0, 1, 90, 300, torch.randint(-2, 310, (3, subjects)), torch.tensor(9, dtype=torch.int8)):
+        counts = k.long().expand(3, subjects) if isinstance(k, torch.Tensor) else k
+        for per_subject, region in regions:
+            actual = focus_field(scores, k, region, entropy, per_subject=per_subject, backend="torch")
+            matched = reference.topk_mask(scores, counts)
+            expected = reference.focus_field(matched, scores, counts, region, entropy, per_subject, 0.1, 0.3)
+            for name, a, e in zip(actual._fields, actual, expected, strict=True):
+                assert torch.equal(a, e) and a.dtype == e.dtype, (name, k, per_subject)
+
+
+def test_what_cannot_be_read_takes_the_specification():
+    scores, prior, entropy = torch.randn(2, 1, 3, 40), torch.rand(2, 1, 40) > 0.5, torch.rand(2, 1, 40)
+
+    def fields(scores, prior, entropy):
+        return (*focus_field(scores, 5, prior, entropy, backend="torch"), *structure_field(scores, 5, prior, backend="torch"))
+
+    each = [fields(*arguments) for arguments in zip(scores, prior, entropy, strict=True)]
+    expected = [torch.stack(parts) for parts in zip(*each, strict=True)]
+    assert all(map(torch.equal, torch.vmap(fields)(scores, prior, entropy), expected))
+    mode = FakeTensorMode()
+    inputs = [mode.from_tensor(x[0]) for x in (scores, prior, entropy)]
+    with mode:
+        fake = fields(*inputs)
+    assert [x.shape for x in fake] == [x.shape[1:] for x in expected]
+    # A trace depends on its arguments: the result is no constant in it.
+    traced = make_fx(fields)(scores[0], prior[0], entropy[0])
+    assert all(map(torch.equal, traced(scores[1], prior[1], entropy[1]), fields(scores[1], prior[1], entropy[1])))
+    negative = torch.complex(scores, scores).conj().imag
+    assert negative.is_neg() and torch.equal(topk_mask(negative, 5, backend="torch"), topk_mask(-scores, 5, backend="torch"))
 
 
 def test_priors_are_not_written():
