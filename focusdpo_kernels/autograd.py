@@ -24,12 +24,15 @@ def saved(ctx: Any) -> tuple[Any, ...]:
 
 
 def is_transformed(*tensors: Tensor) -> bool:
-    """Whether torch.func or forward-mode differentiation is at work, which see through PyTorch's own operators only."""
+    """Whether torch.func, forward-mode differentiation or a batch of incoming gradients is at work.
+
+    All of them see through PyTorch's own operators only.
+    """
     if torch.compiler.is_compiling():
         return False
     if torch._C._are_functorch_transforms_active():
         return True
-    return any(has_tangent(x) for x in tensors)
+    return any(torch._C._functorch.is_legacy_batchedtensor(x) or has_tangent(x) for x in tensors)
 
 
 def has_tangent(tensor: Tensor) -> bool:

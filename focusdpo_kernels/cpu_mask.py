@@ -86,9 +86,9 @@ class _Uncovered(NamedTuple):
 
 def _uncovered(matched: np.ndarray, prior: Tensor, per_subject: bool) -> _Uncovered:
     inside = spec.binary_prior(prior).numpy()
-    union = inside if inside.ndim == 2 else inside.any(1)
+    union = inside if inside.ndim == 2 else np.asarray(inside.any(1))
     # Of booleans, greater is "and not".
-    structure = np.greater(inside, matched).any(1) if per_subject else np.greater(union, matched.any(1))
+    structure = np.asarray(np.greater(inside, matched).any(1) if per_subject else np.greater(union, matched.any(1)))
     size = union.sum(-1, dtype=np.int32)
     return _Uncovered(inside, union, size, structure, _share(structure.sum(-1, dtype=np.int32), size))
 

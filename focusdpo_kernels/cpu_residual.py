@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from focusdpo_kernels import reference as spec
-from focusdpo_kernels.autograd import save, saved
+from focusdpo_kernels.autograd import is_transformed, save, saved
 from focusdpo_kernels.reference import PreferenceResidual
 
 # Elements of a block, for each thread: 1 MiB in fp32. Smaller ones cost more in calls than they save in memory.
@@ -93,28 +93,22 @@ def _blocks(prediction: Tensor) -> Iterator[tuple[slice, ...]]:
 
 
 def _side_sums(side: Sequence[Tensor], buffers: Sequence[Tensor], axis: int, out: Sequence[Tensor]) -> None:
-    """Of policy, reference and target: norms of both errors over channels, and the sum of E9's factored difference where there
-    is a fourth buffer for it.
+    """Of policy, reference and target: norms of both errors over channels, and the sum of E9's factored difference.
 
     Leaves the policy's error in the first buffer.
     """
-    a, r, t, *factored = buffers
-    for buffer, prediction in zip(buffers, side, strict=False):
+    a, r, t, difference = buffers
+    for buffer, prediction in zip((a, r, t), side, strict=True):
         buffer.copy_(prediction)
-    for difference in factored:
-        torch.sub(a, r, out=difference)
+    torch.sub(a, r, out=difference)
     torch.linalg.vector_norm(a.sub_(t), dim=axis, out=out[0])
     torch.linalg.vector_norm(r.sub_(t), dim=axis, out=out[2])
-    for difference in factored:
-        torch.sum(difference.mul_(r.add_(a)), axis, out=out[4])
+    torch.sum(difference.mul_(r.add_(a)), axis, out=out[4])
 
 
 def _residual(predictions: Sequence[Tensor], weights: Tensor) -> PreferenceResidual:
     policy = predictions[0]
     axis = _channel_axis(policy)
-    # In half precision two values are equal or differ by a good part of themselves. So at each position the difference of the
-    # squared norms has two digits at least, and is exactly 0 for equal ones; fp32 needs E9's factors.
-    factored = any(x.dtype == torch.float32 for x in predictions)
     # Sums over channels in the order of the results, those of each side for the margin's two, and <g_w, g_l> before |g_w|^2.
     positions = [n for i, n in enumerate(policy.shape) if i != axis]
     rows = policy.new_zeros((8, *positions), dtype=torch.float32)
@@ -123,16 +117,14 @@ def _residual(predictions: Sequence[Tensor], weights: Tensor) -> PreferenceResid
         part = predictions if block == WHOLE else [x[block] for x in predictions]
         shape = part[0].shape
         if not buffers or buffers[0].shape != shape:
-            buffers = rows.new_empty((5 if factored else 4, *shape)).unbind()
+            buffers = rows.new_empty((5, *shape)).unbind()
         win, lose, *shared = buffers
         out = (rows if block == WHOLE else rows[:, block[0], block[-1]]).unbind()
         _side_sums(part[::2], (win, *shared), axis, out)
         _side_sums(part[1::2], (lose, *shared), axis, out[1:])
         torch.sum(win.mul_(lose), axis, out=out[6])
     sides = rows.view(4, 2, *positions)
-    errors = sides[:2].square_()
-    if not factored:
-        torch.sub(errors[0], errors[1], out=sides[2])
+    sides[:2].square_()
     sides[:3].mul_(weights)
     rows[7] = rows[0]
     rows[6:].mul_(weights[0])
@@ -161,7 +153,7 @@ class _Residual(torch.autograd.Function):
             if incoming is not None and ctx.needs_input_grad[side]:
                 policy, target = tensors[side::2]
                 weight = weights[side % len(weights)]
-                if torch.is_grad_enabled():  # for a second derivative
+                if torch.is_grad_enabled() or is_transformed(incoming):  # a second derivative, or many at once
                     results[side] = spec.policy_gradient(policy, target, weight, incoming, 1.0, 1)
                 else:
                     results[side] = _policy_gradient(policy, target, weight, incoming)

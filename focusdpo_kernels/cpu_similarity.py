@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 from focusdpo_kernels import reference as spec
+from focusdpo_kernels.autograd import is_transformed
 
 TOKENS = 256  # of a block: fewer make more calls of PyTorch, more leave the cache
 MIN_ELEMENTS = 2**20  # of a sample's target tokens: smaller copies are in cache anyway
 
 
 def takes(target: Tensor, pooling: str) -> bool:
-    """Whether a layer [B, P, D] is better computed here. Compilers are given the specification, which has no loop."""
+    """Whether a layer [B, P, D] is better computed here. What compiles or transforms is given the specification."""
     half = target.dtype in (torch.float16, torch.bfloat16) and target.device.type == "cpu"
     large = target.shape[1] * target.shape[2] >= MIN_ELEMENTS
-    return half and large and pooling == "reference" and not torch.compiler.is_compiling()
+    return half and large and pooling == "reference" and not torch.compiler.is_compiling() and not is_transformed()
 
 
 def _blocks(hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -51,7 +51,8 @@ def config(tiny_flux, tiny_pairs, tmp_path_factory):
         output_dir=str(tmp_path_factory.mktemp("distributed") / "one"),
         lora=LoraConfig(rank=4, alpha=8),
         focus=FocusConfig(tau=0.6),
-        optim=OptimConfig(lr=1e-3, ema_decay=0.9),
+        # Where a gradient is as small as Adam's usual eps its last bits decide the step.
+        optim=OptimConfig(lr=1e-3, eps=1e-6, ema_decay=0.9),
         samples=SamplesConfig(every=3, count=3, steps=1),
         max_steps=3,
         mixed_precision="no",
