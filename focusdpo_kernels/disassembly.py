@@ -28,8 +28,9 @@ class Figures:
 
     registers: per thread (AMD: vector registers). spills: local-memory instructions (AMD: spilled vector registers).
     wide_loads: 16-byte global loads. tensor_cores, fp64: instructions. barriers: of a block, as they stand in the code, not as
-    often as they run. instructions: all. blocks: of a multiprocessor at the same time.
-    in_flight: bytes that these blocks ask of memory before they use the first, at most; both None on AMD.
+    often as they run. instructions: all. loop: instructions of the longest innermost loop, 0 without one. blocks: of a
+    multiprocessor at the same time. in_flight: bytes that these blocks ask of memory before they use the first, at most. The
+    last three are None on AMD.
     """
 
     registers: int
@@ -41,6 +42,7 @@ class Figures:
     instructions: int
     blocks: int | None = None
     in_flight: int | None = None
+    loop: int | None = None
 
 
 def nvidia_figures(cubin: bytes, arch: str, threads: int, shared: int, num_stages: int) -> Figures:
@@ -55,6 +57,8 @@ def nvidia_figures(cubin: bytes, arch: str, threads: int, shared: int, num_stage
         raise RuntimeError(f"cuobjdump -res-usage reports no register count: {usage.stdout}{usage.stderr}")
     registers = int(found[1])
     blocks = resident_blocks(arch, registers, threads, shared)
+    instructions, labels = _instructions(assembly)
+    loops = _innermost_loops(instructions, labels)
     return Figures(
         registers=registers,
         spills=len(re.findall(r"\b(?:LDL|STL)\b", assembly)),
@@ -62,9 +66,10 @@ def nvidia_figures(cubin: bytes, arch: str, threads: int, shared: int, num_stage
         tensor_cores=len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA|UTCQMMA)\b", assembly)),
         fp64=len(re.findall(r"\b(?:DADD|DMUL|DFMA|DSETP|F2F\.F64\S*|I2F\.F64\S*)", assembly)),
         barriers=len(re.findall(r"\bBAR\.(?:SYNC|RED|ARV)\b", assembly)),
-        instructions=sum(not text.startswith("NOP") for text in _instructions(assembly)[0]),  # NOPs fill the last line
+        instructions=_size(instructions),
         blocks=blocks,
-        in_flight=blocks * threads * _bytes_ahead(assembly, num_stages),
+        in_flight=blocks * threads * max(_loaded_bytes(part, num_stages) for part in loops or [instructions]),
+        loop=max(map(_size, loops), default=0),
     )
 
 
@@ -77,20 +82,19 @@ def resident_blocks(arch: str, registers: int, threads: int, shared: int) -> int
     return min(by_registers, by_shared, MAX_THREADS // threads, MAX_BLOCKS)
 
 
-def _bytes_ahead(assembly: str, num_stages: int) -> int:
-    """Bytes that a thread asks for ahead of their use: one pass of the busiest innermost loop, or all without a loop.
-
-    Asynchronous copies run num_stages - 1 passes ahead.
-    """
-    instructions, labels = _instructions(assembly)
+def _innermost_loops(instructions: list[str], labels: dict[str, int]) -> list[list[str]]:
+    """The instructions of each loop that has none within: from a label to a branch back to it."""
     loops = []
     for end, text in enumerate(instructions):
         branch = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", text)
         if branch and labels.get(branch[1], end) < end:
             loops.append((labels[branch[1]], end))
     inner = [(a, b) for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
-    bodies = [instructions[a : b + 1] for a, b in inner] or [instructions]
-    return max(_loaded_bytes(body, num_stages) for body in bodies)
+    return [instructions[a : b + 1] for a, b in inner]
+
+
+def _size(instructions: list[str]) -> int:
+    return sum(not text.startswith("NOP") for text in instructions)  # NOPs fill lines
 
 
 def _instructions(assembly: str) -> tuple[list[str], dict[str, int]]:
@@ -106,6 +110,7 @@ def _instructions(assembly: str) -> tuple[list[str], dict[str, int]]:
 
 
 def _loaded_bytes(instructions: list[str], num_stages: int) -> int:
+    """Bytes that a thread asks for ahead of their use, where asynchronous copies run num_stages - 1 passes ahead."""
     total = 0
     for instruction in instructions:
         if load := _LOAD.search(instruction):

@@ -180,18 +180,20 @@ mma           tensor-core (matrix) instructions
 fp64          double-precision instructions
 barriers      of a block, as they stand in the code: one in a loop counts once
 instructions  of the kernel, all
+loop          those of its longest innermost loop (NVIDIA)
 blocks        fit a multiprocessor at the same time, by registers, shared memory and threads (NVIDIA)
 ahead         KiB that these blocks ask of memory before they use the first, at most (NVIDIA)
 """
-HEADER = "registers  budget  shared  spills  wide   mma  fp64  barriers  instructions  blocks   ahead"
+HEADER = "registers  budget  shared  spills  wide   mma  fp64  barriers  instructions  loop  blocks   ahead"
 
 
 def _columns(c: Compiled) -> str:
     f = c.figures
     ahead = "-" if f.in_flight is None else f"{f.in_flight / 1024:.0f}"
     code = (f.registers, c.budget, c.shared_bytes, f.spills, f.wide_loads, f.tensor_cores, f.fp64, f.barriers, f.instructions)
-    widths = (9, 8, 8, 8, 6, 6, 6, 10, 14, 8, 8)
-    return "".join(f"{value:>{width}}" for value, width in zip((*code, f.blocks or "-", ahead), widths, strict=True))
+    loop = "-" if f.loop is None else f.loop
+    widths = (9, 8, 8, 8, 6, 6, 6, 10, 14, 6, 8, 8)
+    return "".join(f"{value:>{width}}" for value, width in zip((*code, loop, f.blocks or "-", ahead), widths, strict=True))
 
 
 def _print_bytes() -> None:
