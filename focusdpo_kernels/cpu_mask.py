@@ -86,7 +86,7 @@ class _Uncovered(NamedTuple):
 
 def _uncovered(matched: np.ndarray, prior: Tensor, per_subject: bool) -> _Uncovered:
     inside = spec.binary_prior(prior).numpy()
-    union = inside if inside.ndim == 2 else np.asarray(inside.any(1))
+    union = inside if inside.ndim == 2 else np.logical_or.reduce(inside, axis=1)
     # Of booleans, greater is "and not".
     structure = np.asarray(np.greater(inside, matched).any(1) if per_subject else np.greater(union, matched.any(1)))
     size = union.sum(-1, dtype=np.int32)
