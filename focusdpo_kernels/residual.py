@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from focusdpo_kernels import cpu_residual
@@ -17,7 +16,7 @@ from focusdpo_kernels import residual_kernels as kernels
 from focusdpo_kernels.autograd import is_transformed, save, saved
 from focusdpo_kernels.backend import device_guard, resolve_backend
 from focusdpo_kernels.checks import PATCH, check_choice, check_predictions, check_shape, check_weight
-from focusdpo_kernels.launch import next_power_of_2
+from focusdpo_kernels.launch import ceil_div, next_power_of_2
 from focusdpo_kernels.reference import PreferenceResidual
 from focusdpo_kernels.residual_kernels import REDUCTIONS, Incoming, Mask, Side, Update
 
@@ -83,7 +82,8 @@ def preference_residual_op(
     forward = kernels.forward_launch(tuple(x.dtype for x in predictions), mask)
     finish = kernels.finish_launch(next_power_of_2(splits), reduction if mask.given or reduction == "sum" else "mean")
     with device_guard(policy_win):
-        forward((batch, splits), win, lose, weight_win, weight_lose, partial, elements, patches, splits, inner, height)
+        numbers = (elements, patches, splits, inner, height)
+        forward((batch, splits), win, lose, weight_win, weight_lose, partial, *numbers)
         finish((batch,), partial, results, scales, elements, batch, splits)
     return *results, scales
 
@@ -128,7 +128,7 @@ def preference_residual_backward_op(
     win, lose = (Update(policy, target, grad, policy.stride(0), target.stride(0)) for policy, target, grad in sides)
     backward = kernels.backward_launch(tuple(x.dtype for x in predictions), mask)
     with device_guard(policy_win):
-        grid = (batch, triton.cdiv(elements, kernels.BACKWARD_BLOCK))
+        grid = (batch, ceil_div(elements, kernels.BACKWARD_BLOCK))
         numbers = (elements, patches, batch, inner, height, *strides)
         backward(grid, incoming, scales, win, lose, weight_win, weight_lose, *numbers)
     return grads[0], grads[1]
@@ -199,8 +199,8 @@ def preference_residual(
 
     Returns:
         PreferenceResidual of tensors [B], fp32 (float64 for float64 predictions), differentiable. The margin is
-        exactly 0 where policy and reference agree; a mask of zeros gives zeros, a negative entry NaN for its sample. Where the
-        incoming gradient of a sample is 0, so is its gradient, whatever its error.
+        exactly 0 where policy and reference agree; a mask of zeros gives zeros, a negative entry NaN for its sample. With
+        Triton, and on a CPU in fp16 to fp32, a sample whose incoming gradient is 0 gets gradient 0 whatever its error.
 
     Raises:
         TypeError, ValueError: arguments of wrong type, shape, dtype or device, or a reference, target or weight that
