@@ -172,7 +172,7 @@ def _field_launch(
         _field_kernel,
         constants,
         threads=threads,
-        registers=Registers(255, 255, 255, 255),
+        registers=Registers(255, 255, 255, 264),  # AMD has 512
         types={
             **row_types(POINTERS[dtype], "*u8", "*i64" if k_tensor else None),
             "entropy_ptr": "*fp32",
