@@ -3,15 +3,15 @@
     python -m benchmarks.training --backbone flux2-klein-4b --device cuda
     python -m benchmarks.training --backbone tiny --device cpu                # half a minute, for a rehearsal
 
-A folder gets the pipeline (its transformer full-size; text encoder and VAE with the real shapes of what they give, and little
-inside), pairs of composed photographs and two runs: one in one go, and one that is killed half-way and resumed. Reported are
-pairs a second, the peak of memory beside the estimate of `focusdpo models`, and whether both runs end with the same numbers.
+A folder, which is deleted in the end, gets the pipeline (its transformer full-size; text encoder and VAE with the real shapes
+of what they give, and little inside), pairs of composed photographs and two runs: one in one go, and one killed half-way
+and resumed. Reported are pairs a second, the peak of memory beside the estimate of `focusdpo models`, and whether both runs end
+with the same numbers.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import signal
@@ -143,11 +143,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--backbone", choices=list(SIZES), required=True)
     parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--folder", type=Path, help="a new folder to keep, 8 GB at full size (default: one that is deleted)")
     parser.add_argument("--result", type=Path, help="result file to append to")
     options = parser.parse_args(argv)
-    if options.folder is not None and options.folder.exists():
-        parser.error(f"--folder: {options.folder} exists; name a new one")
     device, case = torch.device(options.device), f"training-{options.backbone}"
     recorder = Recorder(options.result)
     recorder.open_run(machine_info(device), commit_id())
@@ -155,9 +152,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     recorder.append("begin", case=case)
     try:
-        with contextlib.ExitStack() as stack:
-            folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            facts = measure(folder, options.backbone, device, options.steps, recorder, case)
+        with tempfile.TemporaryDirectory() as folder:  # 8 GB at full size
+            facts = measure(Path(folder), options.backbone, device, options.steps, recorder, case)
     except (OSError, RuntimeError) as error:
         recorder.append("failed", case=case, why=f"{type(error).__name__}: {error}"[:2000])
         sys.exit(f"benchmarks.training: error: {error}")

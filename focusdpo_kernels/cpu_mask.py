@@ -6,7 +6,6 @@ For fp16, bf16, fp32 and uint8; float64 and compiled graphs take the specificati
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -74,58 +73,16 @@ def _exact_matches(x: np.ndarray, counts: int | np.ndarray) -> np.ndarray:
     return matched | (tie & (tie.cumsum(-1, dtype=np.int32) <= places))
 
 
-class _Uncovered(NamedTuple):
-    """Arrays of what matches leave: a prior, its union over subjects, their sizes, and E6's structure as booleans."""
-
-    inside: np.ndarray
-    union: np.ndarray  # [B, P]
-    size: np.ndarray  # [B]
-    structure: np.ndarray  # [B, P]
-    coverage: np.ndarray  # [B] fp32
-
-
-def _uncovered(matched: np.ndarray, prior: Tensor, per_subject: bool) -> _Uncovered:
+def structure_field(scores: Tensor, k: int | Tensor, prior: Tensor, per_subject: bool) -> tuple[Tensor, Tensor]:
+    """E5, E6 and E8's coverage."""
+    matched = _matches(scores.float().numpy(), _counts(k, scores.shape[-1]))
     inside = spec.binary_prior(prior).numpy()
     union = inside if inside.ndim == 2 else np.logical_or.reduce(inside, axis=1)
     # Of booleans, greater is "and not".
     structure = np.asarray(np.greater(inside, matched).any(1) if per_subject else np.greater(union, matched.any(1)))
-    size = union.sum(-1, dtype=np.int32)
-    return _Uncovered(inside, union, size, structure, _share(structure.sum(-1, dtype=np.int32), size))
-
-
-def _share(part: np.ndarray, size: np.ndarray) -> np.ndarray:
-    return np.divide(part, np.maximum(size, 1), dtype=np.float32)
-
-
-def structure_field(scores: Tensor, k: int | Tensor, prior: Tensor, per_subject: bool) -> tuple[Tensor, Tensor]:
-    """E5, E6 and E8's coverage."""
-    matched = _matches(scores.float().numpy(), _counts(k, scores.shape[-1]))
-    left = _uncovered(matched, prior, per_subject)
-    return torch.from_numpy(left.structure.astype(np.float32)), torch.from_numpy(left.coverage)
-
-
-def focus_field(
-    scores: Tensor, k: int | Tensor, prior: Tensor, entropy: Tensor, per_subject: bool, tau: float, gamma: float
-) -> spec.FocusField:
-    """E5 to E8."""
-    x, patches = scores.float().numpy(), scores.shape[-1]
-    counts = _counts(k, patches)
-    left = _uncovered(_matches(x, counts), prior, per_subject)
-    wanted = counts * (x > -np.inf).any(-1)  # [B, R], an absent subject matches nothing
-    needy = per_subject and wanted.shape[1] > 0
-    rest = (left.inside.sum(-1) - wanted).max(-1) if needy else left.size - wanted.sum(-1)
-    structure = torch.from_numpy(left.structure.astype(np.float32))
-    coverage, union = torch.from_numpy(left.coverage), torch.from_numpy(left.union)
-    complexity = spec.normalize_complexity(entropy)
-    return spec.FocusField(
-        mask=spec.fuse_focus(structure, coverage, complexity, union, tau, gamma),
-        structure=structure,
-        complexity=complexity,
-        coverage=coverage,
-        prior=union,
-        coverage_floor=torch.from_numpy(_share(np.maximum(rest, 0), left.size)),
-        all_matched=torch.from_numpy((wanted >= patches).any(-1)),
-    )
+    size = np.maximum(union.sum(-1, dtype=np.int32), 1)
+    coverage = np.divide(structure.sum(-1, dtype=np.int32), size, dtype=np.float32)
+    return torch.from_numpy(structure.astype(np.float32)), torch.from_numpy(coverage)
 
 
 def patch_entropy(images: Tensor, patch_size: int, bins: int, sigma: float, method: str, normalize: bool) -> Tensor:

@@ -23,7 +23,7 @@ BLOCK = 262144
 WHOLE = (slice(None),)  # of a prediction that is one block
 
 
-def serves(*predictions: Tensor) -> bool:
+def takes(*predictions: Tensor) -> bool:
     """Whether these are a CPU's tensors of fp16, bf16 or fp32, with data. A compiler fuses the specification itself."""
     if torch.compiler.is_compiling() or not predictions[0].is_cpu:
         return False

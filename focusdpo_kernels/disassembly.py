@@ -57,8 +57,7 @@ def nvidia_figures(cubin: bytes, arch: str, threads: int, shared: int, num_stage
         raise RuntimeError(f"cuobjdump -res-usage reports no register count: {usage.stdout}{usage.stderr}")
     registers = int(found[1])
     blocks = resident_blocks(arch, registers, threads, shared)
-    instructions, labels = _instructions(assembly)
-    loops = _innermost_loops(instructions, labels)
+    instructions, loops = _instructions(assembly)
     return Figures(
         registers=registers,
         spills=len(re.findall(r"\b(?:LDL|STL)\b", assembly)),
@@ -68,7 +67,7 @@ def nvidia_figures(cubin: bytes, arch: str, threads: int, shared: int, num_stage
         barriers=len(re.findall(r"\bBAR\.(?:SYNC|RED|ARV)\b", assembly)),
         instructions=_size(instructions),
         blocks=blocks,
-        in_flight=blocks * threads * max(_loaded_bytes(part, num_stages) for part in loops or [instructions]),
+        in_flight=blocks * threads * _bytes_ahead(instructions, loops, num_stages),
         loop=max(map(_size, loops), default=0),
     )
 
@@ -82,23 +81,8 @@ def resident_blocks(arch: str, registers: int, threads: int, shared: int) -> int
     return min(by_registers, by_shared, MAX_THREADS // threads, MAX_BLOCKS)
 
 
-def _innermost_loops(instructions: list[str], labels: dict[str, int]) -> list[list[str]]:
-    """The instructions of each loop that has none within: from a label to a branch back to it."""
-    loops = []
-    for end, text in enumerate(instructions):
-        branch = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", text)
-        if branch and labels.get(branch[1], end) < end:
-            loops.append((labels[branch[1]], end))
-    inner = [(a, b) for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
-    return [instructions[a : b + 1] for a, b in inner]
-
-
-def _size(instructions: list[str]) -> int:
-    return sum(not text.startswith("NOP") for text in instructions)  # NOPs fill lines
-
-
-def _instructions(assembly: str) -> tuple[list[str], dict[str, int]]:
-    """Instructions in order, and the number of the one that each label stands before."""
+def _instructions(assembly: str) -> tuple[list[str], list[list[str]]]:
+    """Instructions in order, and those of each loop that has none within: from a label to a branch back to it."""
     labels: dict[str, int] = {}
     instructions: list[str] = []
     for line in assembly.splitlines():
@@ -106,11 +90,28 @@ def _instructions(assembly: str) -> tuple[list[str], dict[str, int]]:
             labels[label[1]] = len(instructions)
         elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?);", line):
             instructions.append(instruction[1])
-    return instructions, labels
+    loops = []
+    for end, text in enumerate(instructions):
+        branch = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", text)
+        if branch and labels.get(branch[1], end) < end:
+            loops.append((labels[branch[1]], end))
+    inner = [(a, b) for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
+    return instructions, [instructions[a : b + 1] for a, b in inner]
+
+
+def _size(instructions: list[str]) -> int:
+    return sum(not text.startswith("NOP") for text in instructions)  # NOPs fill lines
+
+
+def _bytes_ahead(instructions: list[str], loops: list[list[str]], num_stages: int) -> int:
+    """Bytes that a thread asks for ahead of their use: one pass of the busiest innermost loop, or all without a loop.
+
+    Asynchronous copies run num_stages - 1 passes ahead.
+    """
+    return max(_loaded_bytes(part, num_stages) for part in loops or [instructions])
 
 
 def _loaded_bytes(instructions: list[str], num_stages: int) -> int:
-    """Bytes that a thread asks for ahead of their use, where asynchronous copies run num_stages - 1 passes ahead."""
     total = 0
     for instruction in instructions:
         if load := _LOAD.search(instruction):

@@ -340,9 +340,8 @@ def focus_field(
     check_unit_interval("tau", tau)
     check_unit_interval("gamma", gamma)
     if resolve_backend(backend, scores, entropy) == "torch":
-        if cpu_mask.takes(scores):
-            return cpu_mask.focus_field(scores, k, prior, entropy, per_subject, tau, gamma)
-        return spec.focus_field(spec.topk_mask(scores, k), scores, k, prior, entropy, per_subject, tau, gamma)
+        matched = (cpu_mask if cpu_mask.takes(scores) else spec).topk_mask(scores, k)
+        return spec.focus_field(matched, scores, k, prior, entropy, per_subject, tau, gamma)
     counts, k_value = (k, 0) if isinstance(k, Tensor) else (None, k)
     return spec.FocusField(*focus_field_op(scores, counts, k_value, prior, entropy, per_subject, float(tau), float(gamma)))
 

@@ -5,9 +5,9 @@
     A     = |M_s| / |prior|
 
 The K-th largest score is searched between two bounds by counting the scores above a guess: nothing is sorted and nothing is
-rounded. Guesses are interpolated from the counts at the bounds (about eight for a row of 4096), and halve what is left where
-that does not do; the search ends as soon as exactly K are above. Up to BLOCK scores stay in registers; longer rows are read
-again from cache for each guess. Bytes: 4 B R P in, 4 B P out.
+rounded. Guesses are interpolated from the counts at the bounds; those that do not help, and all after the first GUESSES, halve
+what is left. The search ends as soon as exactly K are above. Up to BLOCK scores stay in registers; longer rows are read again
+from cache for each guess. Bytes: 4 B R P in and the prior, 4 B P out.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from focusdpo_kernels.launch import POINTERS, Launch, Registers, next_power_of_2
 
 BLOCK = 16384  # scores that a program holds at once, of all its rows
 LONGEST = 8192  # rows of which one program takes all of a sample
+DIGITS = tl.constexpr(BLOCK.bit_length())
 GUESSES = tl.constexpr(12)  # interpolated ones, before halving: at most 32 more
 
 
@@ -157,7 +158,7 @@ def _matched(x, threshold, ties, BLOCK_P: tl.constexpr):
         tie = x == threshold[:, None]
         offs_p = tl.arange(0, BLOCK_P)[None, :]
         cut = tl.zeros_like(ties)
-        for digit in range(15):  # BLOCK is 2^14
+        for digit in range(DIGITS):
             further = cut + (BLOCK_P >> digit)
             before = tl.sum((tie & (offs_p < further[:, None])).to(tl.int32), axis=1)
             cut = tl.where(before <= ties, further, cut)

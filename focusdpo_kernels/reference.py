@@ -184,14 +184,9 @@ def normalize_complexity(entropy: Tensor) -> Tensor:
     """E7's min-max over an image's patches; all zeros where they are equal, NaN where one is NaN."""
     if entropy.shape[-1] == 0:
         return entropy
-    return scale_complexity(entropy, torch.stack([entropy.amin(-1), entropy.amax(-1)], dim=-1))
-
-
-def scale_complexity(entropy: Tensor, extremes: Tensor) -> Tensor:
-    """H [B, P] between its extremes [B, 2] as 0 and 1."""
-    low, high = extremes.unbind(-1)
-    span = (high - low)[..., None]
-    return torch.where(span == 0, 0, (entropy - low[..., None]) / torch.where(span == 0, 1, span))
+    low, high = entropy.aminmax(dim=-1, keepdim=True)
+    span = high - low
+    return torch.where(span == 0, 0, (entropy - low) / torch.where(span == 0, 1, span))
 
 
 def fuse_focus(structure: Tensor, coverage: Tensor, complexity: Tensor, prior: Tensor, tau: float, gamma: float) -> Tensor:

@@ -238,7 +238,7 @@ def masked_residual(
         check_shape(names[1], weight_lose, weight.shape, f"as {names[0]}")
     transformed = is_transformed(values.policy_win, values.policy_lose)
     if resolve_backend(backend, *values) == "torch" or transformed:
-        if cpu_residual.serves(*values) and not transformed:
+        if cpu_residual.takes(*values) and not transformed:
             return cpu_residual.preference_residual(*values, weight, weight_lose, reduction, mask_power)
         if silent is not None:
             # A gradient of 0 times an error that is not finite would be NaN.

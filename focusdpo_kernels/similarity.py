@@ -150,7 +150,7 @@ class SimilarityAccumulator:
     def __init__(self, reference_mask: Tensor, *, pooling: str = "reference", backend: str | None = None) -> None:
         check_choice("pooling", pooling, POOLINGS)
         check_no_grad("reference_mask", reference_mask, "masks carry no gradient")
-        self._mask = reference_mask
+        self._mask = self._mask_bytes = reference_mask
         self._pooling = pooling
         self._backend = backend
         self._sum: StreamedSimilarity | _SummedSimilarity | None = None
@@ -171,13 +171,14 @@ class SimilarityAccumulator:
             self._check(target, reference)
         (weight,) = _check_weights((weight,), 1)
         assert self._sum is not None
-        self._sum.add(target, reference, _as_bytes(self._mask), weight)
+        self._sum.add(target, reference, self._mask_bytes, weight)
         self._total_weight += weight
         self.layers += 1
 
     def _check(self, target: Tensor, reference: Tensor) -> None:
         """Looks at what most layers have in common: the checks take more host time than the launches."""
         check_similarity([target], [reference], self._mask)
+        self._mask_bytes = _as_bytes(self._mask)
         backend = resolve_backend(self._backend, target, reference)
         shape = (target.shape[0], self._mask.shape[1], target.shape[1])
         if self._sum is None:

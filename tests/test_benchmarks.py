@@ -23,7 +23,7 @@ from benchmarks.report import markdown, write_report
 from benchmarks.results import COMPILE, EAGER, FOCUS_STEP, OURS, PLAIN_STEP, Step, Timed, paired_interval, read_result
 from benchmarks.supervise import Part, run_part
 from benchmarks.timing import Clock, plan
-from focusdpo_kernels.disassembly import _bytes_ahead, resident_blocks
+from focusdpo_kernels.disassembly import _bytes_ahead, _instructions, resident_blocks
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -665,8 +665,11 @@ def test_bytes_ahead_of_the_busiest_inner_loop():
         /*0040*/              @P0  BRA `(.L_x_1) ;
         /*0050*/              @P1  BRA `(.L_x_2) ;
     """
-    assert _bytes_ahead(code, num_stages=4) == 3 * 16 + 1
-    assert _bytes_ahead(code.replace("BRA", "NOP"), num_stages=4) == 4 + 8 + 3 * 16 + 1, "straight code counts as a whole"
+    _, (inner,) = _instructions(code)
+    assert [text.split(".")[0] for text in inner] == ["LDGSTS", "LDG", "@P0  BRA `("]
+    assert _bytes_ahead(*_instructions(code), num_stages=4) == 3 * 16 + 1
+    straight = _instructions(code.replace("BRA", "NOP"))
+    assert _bytes_ahead(*straight, num_stages=4) == 4 + 8 + 3 * 16 + 1, "straight code counts as a whole"
 
 
 def test_reading_is_timed():
@@ -676,3 +679,17 @@ def test_reading_is_timed():
     for row in rows:
         rate, times, work, mean, longest = (float(cell) for cell in row[1:] if cell != "ms")
         assert rate > 0 and abs(times - rate / 50) < 0.1 and work > 0 and 0 <= mean <= longest
+
+
+def test_a_whole_run_is_killed_and_goes_on(tmp_path):
+    """`benchmarks.training` on a CPU, at its smallest size: what a GPU run records, and what the report makes of it."""
+    result = tmp_path / "result.jsonl"
+    command = [sys.executable, "-m", "benchmarks.training", "--backbone", "tiny", "--device", "cpu", "--steps", "4"]
+    done = subprocess.run([*command, "--result", str(result)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (run,) = read_result(result).training
+    assert run["steps"] == 4 and run["pairs_per_second"] > 0 and 2 < run["killed_after"] <= 4
+    assert run["differences"] == [] and len(set(run["margins"])) == 4
+    assert run["peak_memory"] > 0 and run["estimated_memory"] > 0
+    text = markdown(read_result(result))
+    assert f"Killed after step {run['killed_after']} and resumed: the same numbers and the same adapter, bit by bit." in text
