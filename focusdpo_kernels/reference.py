@@ -216,7 +216,7 @@ def focus_field(
     union = inside if inside.ndim == 2 else inside.any(1)
     size = union.sum(-1)
     patches = scores.shape[-1]
-    wanted = k.clamp(0, patches) if isinstance(k, Tensor) else k
+    wanted = k.long().clamp(0, patches) if isinstance(k, Tensor) else k  # P does not fit an int8
     wanted = wanted * (scores > -math.inf).any(-1)  # [B, R], an absent subject matches nothing
     # Per subject another's matches do not help: at least the neediest subject's rest remains.
     rest = (inside.sum(-1) - wanted).amax(-1) if per_subject and wanted.shape[1] else size - wanted.sum(-1)

@@ -188,3 +188,12 @@ def test_refused_by_name(changes, message):
     changes = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in changes.items()}
     with pytest.raises((TypeError, ValueError), match=f"^{message}"):
         focus_field(**(arguments | changes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_counts_in_bytes_of_many_patches(dtype):
+    """300 patches do not fit the type of k."""
+    scores, _, prior, entropy = make(subjects=2, patches=300)
+    k = torch.tensor([[9, 100], [-1, 127]], dtype=torch.int8, device=DEVICE)
+    fields = [focus_field(scores.to(dtype), k.to(of), prior, entropy, backend="torch") for of in (torch.int8, torch.int64)]
+    assert all(torch.equal(one, other) for one, other in zip(*fields, strict=True))

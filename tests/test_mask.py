@@ -8,7 +8,7 @@ import torch
 from focusdpo import focus_mask
 from focusdpo.mask import match_counts
 from focusdpo_kernels import fuse_focus, patch_entropy, topk_mask
-from focusdpo_kernels.reference import binary_prior, scale_complexity
+from focusdpo_kernels.reference import binary_prior, normalize_complexity
 from tests.conftest import DEVICE
 
 
@@ -200,8 +200,7 @@ def test_in_float64():
 
 def test_complexity_between_extremes_that_are_one_apart():
     entropy = torch.tensor([[2.0, 2.25, 3.0], [5.0, 5.0, 5.0]])
-    extremes = torch.tensor([[2.0, 3.0], [5.0, 5.0]])
-    assert scale_complexity(entropy, extremes).tolist() == [[0.0, 0.25, 1.0], [0.0, 0.0, 0.0]]
+    assert normalize_complexity(entropy).tolist() == [[0.0, 0.25, 1.0], [0.0, 0.0, 0.0]]
 
 
 def test_what_counts_as_inside_a_prior():
