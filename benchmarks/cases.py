@@ -216,6 +216,7 @@ def _our_step(x: FocusInputs) -> tuple[Tensor, ...]:
 
 
 def _eager_step(x: FocusInputs) -> tuple[Tensor, ...]:
+    # On a CPU mask and loss are what the torch backend takes there; similarity, nearly all of it, is the specification.
     return _step(x, *_eager_similarity(x), _focus_loss)
 
 
