@@ -75,13 +75,15 @@ def _mask_of(focus: Tensor | FocusMask | None) -> Tensor | None:
     return focus.mask if isinstance(focus, FocusMask) else focus
 
 
-def _check_per_sample(name: str, value: Tensor | None, policy: Tensor) -> None:
+def _per_sample(name: str, value: Tensor | None, policy: Tensor) -> Tensor | None:
+    """A weight of pairs [B], checked; one made under inference_mode as a copy that autograd can keep."""
     if value is None:
-        return
+        return None
     check_tensor(name, value, ndim=1, layout="[B]")
     check_shape(name, value, (policy.shape[0],), "B of the predictions")
     check_device(name, value, policy.device, "policy_win")
     check_no_grad(name, value, "weights are constants of the loss")
+    return value.clone() if value.is_inference() else value
 
 
 def _silenced(residual: PreferenceResidual, silent: Tensor | None) -> PreferenceResidual:
@@ -171,8 +173,8 @@ def focus_dpo_loss(
     if not 0.0 <= sdpo_mu <= 1.0:
         raise ValueError(f"sdpo_mu: got {sdpo_mu!r}; expected a number from 0 to 1")
     if isinstance(policy_win, Tensor) and policy_win.ndim:  # else policy_win itself is refused below
-        _check_per_sample("timestep_weight", timestep_weight, policy_win)
-        _check_per_sample("sample_weight", sample_weight, policy_win)
+        timestep_weight = _per_sample("timestep_weight", timestep_weight, policy_win)
+        sample_weight = _per_sample("sample_weight", sample_weight, policy_win)
     silent = None if sample_weight is None else sample_weight == 0
     preferred_lose = policy_lose
     if loss_type == "sft" and isinstance(policy_lose, Tensor):

@@ -357,3 +357,17 @@ def test_a_silent_pair_has_gradient_zero_in_a_penalty_too(backend):
     out = focus_dpo_loss(*predictions, focus=focus, sample_weight=weight, timestep_weight=times, backend=backend)
     (gradient,) = torch.autograd.grad(out.loss, predictions[0], create_graph=True)
     assert out.loss.isfinite() and gradient.isfinite().all() and not gradient[0].any() and gradient[1].any()
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("options", [{}, {"loss_type": "sft"}, {"loser_scale": "sdpo", "reference_anchor": 0.1}], ids=str)
+def test_all_but_the_policy_made_under_inference_mode(backend, options):
+    predictions, focus = make()
+    with torch.inference_mode():
+        constants, mask = [x.clone() for x in predictions[2:]], focus.clone()
+        weights = {"sample_weight": torch.rand(4, device=DEVICE), "timestep_weight": torch.rand(4, device=DEVICE)}
+    usual = {name: weight.clone() for name, weight in weights.items()}
+    out, gradients = loss_and_gradients([*predictions[:2], *constants], backend, focus=mask, **weights, **options)
+    other, expected = loss_and_gradients(predictions, backend, focus=focus, **usual, **options)
+    assert torch.equal(out.loss.detach(), other.loss.detach())
+    assert all(a is e is None or torch.equal(a, e) for a, e in zip(gradients, expected, strict=True))
