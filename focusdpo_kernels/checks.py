@@ -58,7 +58,7 @@ def _check_data(name: str, value: torch.Tensor) -> None:
 
 
 def check_shape(name: str, value: torch.Tensor, shape: Sequence[int], why: str) -> None:
-    if tuple(value.shape) != tuple(shape):
+    if value.shape != shape and tuple(value.shape) != tuple(shape):  # the latter for lists, and slower
         raise ValueError(f"{name}: expected shape {list(shape)} ({why}), got {describe(value)}")
 
 
@@ -209,11 +209,12 @@ def check_estimator(method: str, bins: int, sigma: float, prefix: str = "") -> N
 
 def check_predictions(values: Mapping[str, torch.Tensor]) -> None:
     """Six predictions of one shape by name; only those of the policy may require grad."""
-    policy = values["policy_win"]
     for name, value in values.items():
         check_tensor(name, value, ndim=(3, 4), dtypes=FLOATS, layout="[B, P, C] or [B, C, H, W]")
-        check_shape(name, value, policy.shape, "as policy_win")
-        check_device(name, value, policy.device, "policy_win")
+    shape, device = values["policy_win"].shape, values["policy_win"].device
+    for name, value in values.items():
+        check_shape(name, value, shape, "as policy_win")
+        check_device(name, value, device, "policy_win")
         if not name.startswith("policy"):
             check_no_grad(name, value, "gradient reaches the two policy predictions only (E9)")
 

@@ -2,7 +2,8 @@
 
 Same results as reference.py, which specifies them. Over whole tensors each of its operations would read and write memory; a
 block goes through all of them before the next. The channels of a position share one M, so they are summed first: what M
-weights is a small table of one value per position.
+weights is a small table of one value per position. The reference's error is the policy's and what E9's factors say it has above
+that, which saves a pass over its predictions, unless it is so much smaller that rounding would show.
 """
 
 from __future__ import annotations
@@ -48,25 +49,25 @@ def preference_residual(
     weights = _weights(policy_win, masks, reduction, mask_power)
     if torch.is_grad_enabled() and (policy_win.requires_grad or policy_lose.requires_grad):
         return PreferenceResidual(*_Residual.apply(*predictions, weights))  # type: ignore[no-untyped-call]
-    return _residual(predictions, weights)
+    return _residual(predictions, weights)[0]
 
 
 def _weights(prediction: Tensor, masks: Sequence[Tensor], reduction: str, mask_power: int) -> Tensor:
     """M^mask_power times the reduction's scale by position, of winner and loser or of both: [1 or 2, B, P] of tokens,
     [1 or 2, B, H, W] of latents. One value a sample where there is no mask.
     """
-    axis, size = _channel_axis(prediction), math.prod(prediction.shape[1:])
+    batch, size = prediction.shape[0], math.prod(prediction.shape[1:])
     scale = 1.0 if reduction == "sum" else 1 / max(size, 1)
     if not masks:
-        shape = (1, prediction.shape[0], *[1] * (prediction.ndim - 2))
+        shape = (1, batch, *[1] * (prediction.ndim - 2))
         return torch.full(shape, scale, dtype=torch.float32, device=prediction.device)
-    by_position = [spec.element_weight(mask, prediction, mask_power).squeeze(axis) for mask in masks]
+    by_position = [spec.position_weight(mask, prediction, mask_power) for mask in masks]
     weights = by_position[0][None] if len(masks) == 1 else torch.stack(by_position)
     if reduction == "masked_mean":
-        mass = weights.flatten(2).sum(2) * prediction.shape[axis]
+        mass = weights.flatten(2).sum(2) * prediction.shape[_channel_axis(prediction)]
         scales = torch.where(mass == 0, 0, 1 / torch.where(mass == 0, 1, mass))
         return weights * scales.reshape(*mass.shape, *[1] * (prediction.ndim - 2))
-    return weights if reduction == "sum" else weights * scale
+    return weights if reduction == "sum" else weights.mul_(scale)
 
 
 def _channel_axis(prediction: Tensor) -> int:
@@ -92,53 +93,68 @@ def _blocks(prediction: Tensor) -> Iterator[tuple[slice, ...]]:
             yield some if axis == 2 else (some[0], slice(None), some[1])
 
 
-def _side_sums(side: Sequence[Tensor], buffers: Sequence[Tensor], axis: int, out: Sequence[Tensor]) -> None:
-    """Of policy, reference and target: norms of both errors over channels, and the sum of E9's factored difference.
-
-    Leaves the policy's error in the first buffer.
-    """
-    a, r, t, difference = buffers
-    for buffer, prediction in zip((a, r, t), side, strict=True):
-        buffer.copy_(prediction)
-    torch.sub(a, r, out=difference)
-    torch.linalg.vector_norm(a.sub_(t), dim=axis, out=out[0])
-    torch.linalg.vector_norm(r.sub_(t), dim=axis, out=out[2])
-    torch.sum(difference.mul_(r.add_(a)), axis, out=out[4])
-
-
-def _residual(predictions: Sequence[Tensor], weights: Tensor) -> PreferenceResidual:
+def _residual(predictions: Sequence[Tensor], weights: Tensor) -> tuple[PreferenceResidual, Sequence[Tensor]]:
+    """The results and, for the backward pass, policy - target of winner and loser where one block held everything."""
     policy = predictions[0]
     axis = _channel_axis(policy)
-    # Sums over channels in the order of the results, those of each side for the margin's two, and <g_w, g_l> before |g_w|^2.
-    positions = [n for i, n in enumerate(policy.shape) if i != axis]
-    rows = policy.new_zeros((8, *positions), dtype=torch.float32)
+    # Sums over channels: of winner and loser the norm of policy - target, then (p - r)(p - r - 2 (p - t)), by which the squares
+    # of the reference exceed the policy's; |g_w|^2 and <g_w, g_l>.
+    table = policy.new_zeros((6, *_positions(policy)), dtype=torch.float32)
+    rows = table.unbind()
     buffers: Sequence[Tensor] = ()
+    part: Sequence[Tensor] = ()
     for block in _blocks(policy):
-        part = predictions if block == WHOLE else [x[block] for x in predictions]
-        shape = part[0].shape
-        if not buffers or buffers[0].shape != shape:
-            buffers = rows.new_empty((5, *shape)).unbind()
-        win, lose, *shared = buffers
-        out = (rows if block == WHOLE else rows[:, block[0], block[-1]]).unbind()
-        _side_sums(part[::2], (win, *shared), axis, out)
-        _side_sums(part[1::2], (lose, *shared), axis, out[1:])
-        torch.sum(win.mul_(lose), axis, out=out[6])
-    sides = rows.view(4, 2, *positions)
-    sides[:2].square_()
-    sides[:3].mul_(weights)
-    rows[7] = rows[0]
-    rows[6:].mul_(weights[0])
-    rows[6].mul_(weights[-1])
-    totals = rows.flatten(2).sum(2).unbind()
-    win, lose, win_reference, lose_reference, win_difference, lose_difference, inner, norm = totals
-    return PreferenceResidual(win, lose, win_reference, lose_reference, win_difference - lose_difference, norm, inner)
+        out: Sequence[Tensor] = rows
+        part = predictions
+        if block != WHOLE:
+            part, out = [x[block] for x in predictions], [x[block[0], block[-1]] for x in rows]
+        if not buffers or buffers[0].shape != part[0].shape:
+            buffers = [table.new_empty(part[0].shape) for _ in range(4)]
+        *errors, difference, other = buffers
+        for side, error in enumerate(errors):
+            error.copy_(part[side])
+            difference.copy_(part[2 + side])
+            other.copy_(part[4 + side])
+            torch.sub(error, difference, out=difference)
+            torch.linalg.vector_norm(error.sub_(other), dim=axis, out=out[side])
+            torch.sub(difference, error, alpha=2, out=other)
+            torch.sum(difference.mul_(other), axis, out=out[2 + side])
+        torch.sum(torch.mul(*errors, out=other), axis, out=out[5])
+    table[:2].square_()
+    rows[4].copy_(rows[0])
+    table.view(3, 2, *rows[0].shape).mul_(weights)
+    table[4:].mul_(weights[0])
+    totals = table.flatten(2).sum(2)
+    win, lose, win_excess, lose_excess, norm, inner = totals.unbind()
+    win_reference, lose_reference = win + win_excess, lose + lose_excess
+    policies, excesses, _ = totals.view(3, -1).tolist()
+    if not all(4 * (error + excess) >= error for error, excess in zip(policies, excesses, strict=True)):  # or NaN
+        win_reference, lose_reference = _errors(predictions[2:4], predictions[4:], weights)
+    results = PreferenceResidual(win, lose, win_reference, lose_reference, lose_excess - win_excess, norm, inner)
+    return results, buffers[:2] if part is predictions else ()
+
+
+def _positions(prediction: Tensor) -> list[int]:
+    axis = _channel_axis(prediction)
+    return [*prediction.shape[:axis], *prediction.shape[axis + 1 :]]
+
+
+def _errors(predictions: Sequence[Tensor], targets: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """Of winner and loser, [2, B]."""
+    axis = _channel_axis(predictions[0])
+    sums = [weights.new_zeros(_positions(x)) for x in predictions]
+    for block in _blocks(predictions[0]):
+        for total, prediction, target in zip(sums, predictions, targets, strict=True):
+            error = prediction[block].to(torch.float32, copy=True).sub_(target[block])
+            total[(block[0], block[-1])[: len(block)]] = torch.linalg.vector_norm(error, dim=axis)
+    return (torch.stack(sums).square_() * weights).flatten(2).sum(2)
 
 
 class _Residual(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         *predictions, weights = inputs
-        results = _residual(predictions, weights)
+        results, ctx.errors = _residual(predictions, weights)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*results[2:4], *results[5:])
         save(ctx, *predictions[:2], *predictions[4:], weights)
@@ -156,21 +172,21 @@ class _Residual(torch.autograd.Function):
                 if torch.is_grad_enabled() or is_transformed(incoming):  # a second derivative, or many at once
                     results[side] = spec.policy_gradient(policy, target, weight, incoming, 1.0, 1)
                 else:
-                    results[side] = _policy_gradient(policy, target, weight, incoming)
+                    results[side] = _policy_gradient(policy, target, ctx.errors[side : side + 1], weight, incoming)
         return tuple(results)
 
 
-def _policy_gradient(policy: Tensor, target: Tensor, weight: Tensor, incoming: Tensor) -> Tensor:
+def _policy_gradient(policy: Tensor, target: Tensor, error: Sequence[Tensor], weight: Tensor, incoming: Tensor) -> Tensor:
+    """`error` is policy - target where the forward pass has kept it, or nothing."""
     axis = _channel_axis(policy)
     factor = ((2 * incoming).reshape(-1, *[1] * (policy.ndim - 2)) * weight).unsqueeze(axis)
     gradient = torch.empty_like(policy)
-    for block in _blocks(policy):
-        if block == WHOLE:
-            a, t, f, out = policy, target, factor, gradient
-        else:
-            every = factor.expand([1 if i == axis else n for i, n in enumerate(policy.shape)])
-            a, t, f, out = policy[block], target[block], every[block], gradient[block]
-        out.copy_(a.to(torch.float32, copy=True).sub_(t).mul_(f))
+    if error:
+        torch.mul(error[0], factor, out=gradient)
+    else:
+        factor = factor.expand([1 if i == axis else n for i, n in enumerate(policy.shape)])
+        for block in _blocks(policy):
+            gradient[block] = policy[block].to(torch.float32, copy=True).sub_(target[block]).mul_(factor[block])
     if not incoming.all():
         gradient[incoming == 0] = 0  # also where an error is not finite
     return gradient

@@ -231,20 +231,20 @@ def focus_field(
     )
 
 
-def element_weight(weight: Tensor, prediction: Tensor, mask_power: int) -> Tensor:
-    """M^mask_power of M [B, P] (of latents in 2x2 patches) or, of latents, [B, H, W], shaped to broadcast over a prediction:
-    [B, P, 1] for tokens, [B, 1, H, W] for latents. Where M < 0 it is NaN.
-    """
+def position_weight(weight: Tensor, prediction: Tensor, mask_power: int) -> Tensor:
+    """M^mask_power by position: [B, P] of tokens; of latents [B, H, W], also for M of 2x2 patches [B, P]. NaN where M < 0."""
     weight = weight.to(accumulation_dtype(prediction.dtype))
     weight = weight.masked_fill(weight < 0, math.nan)
     weight = weight if mask_power == 1 else weight**mask_power
-    if prediction.ndim == 3:
-        return weight[:, :, None]
-    if weight.ndim == 3:
-        return weight[:, None]
+    if prediction.ndim == 3 or weight.ndim == 3:
+        return weight
     batch, _, height, width = prediction.shape
-    grid = weight.reshape(batch, 1, height // 2, width // 2)
-    return grid.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    return weight.reshape(batch, height // 2, width // 2).repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+
+
+def element_weight(weight: Tensor, prediction: Tensor, mask_power: int) -> Tensor:
+    """The same, shaped to broadcast over a prediction: [B, P, 1] for tokens, [B, 1, H, W] for latents."""
+    return position_weight(weight, prediction, mask_power).unsqueeze(2 if prediction.ndim == 3 else 1)
 
 
 def preference_residual(

@@ -94,6 +94,42 @@ def test_margin_of_one_bit(dtype):
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("block", [64, cpu_residual.BLOCK])
+@pytest.mark.parametrize("shape", [(3, 37, 5), (2, 3, 4, 6)])
+def test_a_reference_far_better_than_the_policy(monkeypatch, shape, block):
+    """Its error is not the difference of two numbers that are a million times as large."""
+    monkeypatch.setattr(cpu_residual, "BLOCK", block)
+    predictions, weights = make(shape, torch.float32, "each")
+    predictions[2:4] = [target + 1e-3 * torch.randn(shape) for target in predictions[4:]]
+    predictions[3][1] = predictions[5][1]  # and one without any
+    found = cpu_residual.preference_residual(*predictions, *weights, "mean", 1)
+    exact = spec.preference_residual(*[x.double() for x in predictions], *weights, "mean", 1)
+    assert found.reference_lose[1] == 0
+    for a, e in zip(found[:4], exact[:4], strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_policy_that_is_not_finite_leaves_the_reference(value):
+    predictions, weights = make((2, 9, 4), torch.float32, "both")
+    predictions[1][0, 3, 2] = value
+    found, plain = (m.preference_residual(*predictions, *weights, "mean", 1) for m in (cpu_residual, spec))
+    torch.testing.assert_close(found.reference_lose, plain.reference_lose)
+    assert found.reference_lose.isfinite().all() and found.policy_lose.isfinite().tolist() == [False, True]
+
+
+def test_a_policy_changed_before_the_backward_pass_is_refused():
+    """Though its difference from the target was kept."""
+    predictions, weights = make((2, 9, 4), torch.float32, "both")
+    leaf = predictions[0].requires_grad_()
+    policy = leaf * 1
+    margin = cpu_residual.preference_residual(policy, *predictions[1:], *weights, "mean", 1).margin
+    with torch.no_grad():
+        policy.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        margin.sum().backward()
+
+
 def test_what_it_takes():
     cpu = torch.zeros(1)
     assert cpu_residual.takes(cpu, cpu.half(), cpu.bfloat16())
