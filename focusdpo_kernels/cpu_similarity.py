@@ -14,8 +14,8 @@ from torch import Tensor
 from focusdpo_kernels import reference as spec
 from focusdpo_kernels.autograd import is_transformed
 
-TOKENS = 256  # of a block: fewer make more calls of PyTorch, more leave the cache
-MIN_ELEMENTS = 2**20  # of a sample's target tokens: smaller copies are in cache anyway
+BLOCK = 3 * 2**19  # elements: fewer make more calls of PyTorch and short products, more leave the cache
+MIN_ELEMENTS = BLOCK + 1  # of a sample's target tokens: one block's copy is what the specification makes
 
 
 def takes(target: Tensor, pooling: str) -> bool:
@@ -26,12 +26,18 @@ def takes(target: Tensor, pooling: str) -> bool:
 
 
 def _blocks(hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of tokens of [T, D] in fp32, in memory that the next block takes over."""
-    copy = torch.empty((min(TOKENS, hidden.shape[0]), hidden.shape[1]))
-    for first in range(0, hidden.shape[0], TOKENS):
-        tokens = slice(first, first + TOKENS)
+    """Blocks of tokens of [T, D] in fp32, in memory that the next block takes over, as [parts, T / parts, D].
+
+    Several threads take a part each: BLAS divides a product of a few rows by many columns among them badly or not at all.
+    """
+    threads = torch.get_num_threads()
+    size = max(BLOCK // max(hidden.shape[1], 1) // threads, 1) * threads
+    copy = torch.empty((min(size, hidden.shape[0]), hidden.shape[1]))
+    for first in range(0, hidden.shape[0], size):
+        tokens = slice(first, first + size)
         block = hidden[tokens]
-        yield tokens, copy[: block.shape[0]].copy_(block)
+        parts = threads if block.shape[0] % threads == 0 else 1
+        yield tokens, copy[: block.shape[0]].copy_(block).unflatten(0, (parts, -1))
 
 
 def layer_similarity(target: Tensor, reference: Tensor, reference_mask: Tensor) -> Tensor:
@@ -44,12 +50,14 @@ def layer_similarity(target: Tensor, reference: Tensor, reference_mask: Tensor) 
     with torch.autocast(device_type="cpu", enabled=False):
         for b in range(target.shape[0]):
             for tokens, block in _blocks(reference[b]):
-                pooled[b].addmm_(mask[b, :, tokens], block)
+                taken = mask[b, :, tokens].unflatten(1, (block.shape[0], -1)).transpose(0, 1)  # [parts, R, T / parts]
+                pooled[b] += (taken @ block).sum(0)
         pooled /= mask.sum(-1, keepdim=True).clamp_min(1)
         for b in range(target.shape[0]):
             for tokens, block in _blocks(target[b]):
-                dots[b, :, tokens] = pooled[b] @ block.mT
-                norms[b, 0, tokens] = torch.linalg.vector_norm(block, dim=-1)
+                products = pooled[b].expand(block.shape[0], -1, -1) @ block.mT
+                dots[b, :, tokens] = products.transpose(0, 1).flatten(1)
+                norms[b, 0, tokens] = torch.linalg.vector_norm(block, dim=-1).flatten()
     norms_pooled = torch.linalg.vector_norm(pooled, dim=-1, keepdim=True).clamp_min(spec.EPS)
     return dots / (norms_pooled * norms.clamp_min(spec.EPS))
 

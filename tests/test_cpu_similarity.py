@@ -21,6 +21,15 @@ SHAPES = [  # N, B, P, Q, D, R: less than a block, whole blocks, a rest
 def small(monkeypatch):
     """Sizes of a test count as large."""
     monkeypatch.setattr(cpu_similarity, "MIN_ELEMENTS", 0)
+    monkeypatch.setattr(cpu_similarity, "BLOCK", 2048)
+
+
+@pytest.fixture(params=[1, 2, 5])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
 
 
 def make(layers, batch, patches, tokens, width, subjects, dtype):
@@ -36,6 +45,7 @@ def make(layers, batch, patches, tokens, width, subjects, dtype):
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.usefixtures("threads")
 def test_no_less_exact_than_the_specification(shape, dtype):
     target, reference, mask = make(*shape, dtype)
     weights = [1.0, 0.5, 2.0][: shape[0]]
