@@ -167,7 +167,7 @@ def _residual(backend: str | None) -> Callable[..., tuple[Tensor, ...]]:
 
 def _plain_residual(*args: Tensor) -> tuple[Tensor, ...]:
     *predictions, mask = args
-    return tuple(spec.preference_residual(*predictions, mask, mask, "mean", 1)[:5])
+    return tuple(spec.preference_residual(predictions, [mask], "mean", 1)[:5])
 
 
 def _compiled_residual(mode: str | None) -> Callable[..., tuple[Tensor, ...]]:

@@ -17,6 +17,7 @@ from focusdpo_kernels.autograd import has_tangent
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 METHODS = ("kde", "histogram")
+REDUCTIONS = ("mean", "sum", "masked_mean")
 PATCH = 2  # latents along the side of a token
 # exp(-x^2 / 2) stays a normal fp32 number up to here; a pixel must be this near (in sigmas) to some bin.
 MAX_SIGMAS = 13.0
@@ -207,18 +208,6 @@ def check_estimator(method: str, bins: int, sigma: float, prefix: str = "") -> N
         raise ValueError(f"{prefix}sigma: got {sigma!r}; expected {why}")
 
 
-def check_predictions(values: Mapping[str, torch.Tensor]) -> None:
-    """Six predictions of one shape by name; only those of the policy may require grad."""
-    for name, value in values.items():
-        check_tensor(name, value, ndim=(3, 4), dtypes=FLOATS, layout="[B, P, C] or [B, C, H, W]")
-    shape, device = values["policy_win"].shape, values["policy_win"].device
-    for name, value in values.items():
-        check_shape(name, value, shape, "as policy_win")
-        check_device(name, value, device, "policy_win")
-        if not name.startswith("policy"):
-            check_no_grad(name, value, "gradient reaches the two policy predictions only (E9)")
-
-
 def _patches(name: str, prediction: torch.Tensor) -> int:
     """P of M [B, P]."""
     if prediction.ndim == 3:
@@ -232,7 +221,7 @@ def _patches(name: str, prediction: torch.Tensor) -> int:
     return (height // PATCH) * (width // PATCH)
 
 
-def check_weight(name: str, weight: object, prediction: torch.Tensor) -> torch.Tensor:
+def _check_weight(name: str, weight: object, prediction: torch.Tensor) -> torch.Tensor:
     """M [B, P], or of latents [B, H, W]."""
     latents = prediction.ndim == 4
     layout = "[B, P] or, one value per latent, [B, H, W]" if latents else "[B, P]"
@@ -248,3 +237,29 @@ def check_weight(name: str, weight: object, prediction: torch.Tensor) -> torch.T
     check_device(name, value, prediction.device, "policy_win")
     check_no_grad(name, value, "the mask carries no gradient (E9)")
     return value
+
+
+def check_residual(
+    predictions: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor | None], reduction: str, mask_power: int
+) -> list[torch.Tensor]:
+    """Arguments of E9: six predictions of one shape by name, of which the policy's alone may require grad, and M of both sides,
+    or of winner and loser, by the names that the caller gave them. Returns those masks that are not None.
+    """
+    for name, value in predictions.items():
+        check_tensor(name, value, ndim=(3, 4), dtypes=FLOATS, layout="[B, P, C] or [B, C, H, W]")
+    policy = predictions["policy_win"]
+    shape, device = policy.shape, policy.device
+    for name, value in predictions.items():
+        check_shape(name, value, shape, "as policy_win")
+        check_device(name, value, device, "policy_win")
+        if not name.startswith("policy"):
+            check_no_grad(name, value, "gradient reaches the two policy predictions only (E9)")
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("mask_power", mask_power, (1, 2))
+    weights = [_check_weight(name, mask, policy) for name, mask in masks.items() if mask is not None]
+    both, lose = masks
+    if masks[both] is None and weights:
+        raise ValueError(f"{lose}: given without {both}; pass {both} for the winner as well")
+    if len(weights) == 2:
+        check_shape(lose, weights[1], weights[0].shape, f"as {both}")
+    return weights

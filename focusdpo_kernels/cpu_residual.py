@@ -32,24 +32,13 @@ def takes(*predictions: Tensor) -> bool:
 
 
 def preference_residual(
-    policy_win: Tensor,
-    policy_lose: Tensor,
-    reference_win: Tensor,
-    reference_lose: Tensor,
-    target_win: Tensor,
-    target_lose: Tensor,
-    weight_win: Tensor | None,
-    weight_lose: Tensor | None,
-    reduction: str,
-    mask_power: int,
+    predictions: Sequence[Tensor], weights: Sequence[Tensor], reduction: str, mask_power: int
 ) -> PreferenceResidual:
     """As reference.preference_residual. A gradient of 0 stays 0 where an error is not finite."""
-    predictions = (policy_win, policy_lose, reference_win, reference_lose, target_win, target_lose)
-    masks = [x for x in (weight_win, weight_lose) if x is not None]
-    weights = _weights(policy_win, masks, reduction, mask_power)
-    if torch.is_grad_enabled() and (policy_win.requires_grad or policy_lose.requires_grad):
-        return PreferenceResidual(*_Residual.apply(*predictions, weights))  # type: ignore[no-untyped-call]
-    return _residual(predictions, weights)[0]
+    by_position = _weights(predictions[0], weights, reduction, mask_power)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in predictions[:2]):
+        return PreferenceResidual(*_Residual.apply(*predictions, by_position))  # type: ignore[no-untyped-call]
+    return _residual(predictions, by_position)[0]
 
 
 def _weights(prediction: Tensor, masks: Sequence[Tensor], reduction: str, mask_power: int) -> Tensor:
@@ -162,18 +151,19 @@ class _Residual(torch.autograd.Function):
         return results.policy_win.clone(), results.policy_lose.clone(), *results[2:]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tensors, weights = saved(ctx)
-        results: list[Tensor | None] = [None] * 7
-        for side, incoming in enumerate(spec.error_gradients(grads[0], grads[1], grads[4])):
-            if incoming is not None and ctx.needs_input_grad[side]:
-                policy, target = tensors[side::2]
-                weight = weights[side % len(weights)]
-                if torch.is_grad_enabled() or is_transformed(incoming):  # a second derivative, or many at once
-                    results[side] = spec.policy_gradient(policy, target, weight, incoming, 1.0, 1)
-                else:
-                    results[side] = _policy_gradient(policy, target, ctx.errors[side : side + 1], weight, incoming)
-        return tuple(results)
+    def backward(ctx: Any, *results: Tensor | None) -> tuple[Tensor | None, ...]:
+        *predictions, weights = saved(ctx)
+        grads = [*results[:2], results[4]]
+        gradients: list[Tensor | None] = [None, None]
+        # A second derivative, or many gradients at once.
+        if torch.is_grad_enabled() or any(x is not None and is_transformed(x) for x in grads):
+            gradients = spec.policy_gradients(grads, predictions, weights.unbind(), (1.0, 1.0), 1)
+        else:
+            for side, incoming in enumerate(spec.error_gradients(*grads)):
+                if incoming is not None and ctx.needs_input_grad[side]:
+                    error, weight = ctx.errors[side : side + 1], weights[side % len(weights)]
+                    gradients[side] = _policy_gradient(predictions[side], predictions[2 + side], error, weight, incoming)
+        return *gradients, *[None] * 5
 
 
 def _policy_gradient(policy: Tensor, target: Tensor, error: Sequence[Tensor], weight: Tensor, incoming: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def _blocks(hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
         tokens = slice(first, first + size)
         block = hidden[tokens]
         parts = threads if block.shape[0] % threads == 0 else 1
-        yield tokens, copy[: block.shape[0]].copy_(block).unflatten(0, (parts, -1))
+        yield tokens, copy[: block.shape[0]].copy_(block).view(parts, block.shape[0] // parts, hidden.shape[1])
 
 
 def layer_similarity(target: Tensor, reference: Tensor, reference_mask: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def layer_similarity(target: Tensor, reference: Tensor, reference_mask: Tensor) 
     with torch.autocast(device_type="cpu", enabled=False):
         for b in range(target.shape[0]):
             for tokens, block in _blocks(reference[b]):
-                taken = mask[b, :, tokens].unflatten(1, (block.shape[0], -1)).transpose(0, 1)  # [parts, R, T / parts]
+                taken = mask[b, :, tokens].reshape(-1, *block.shape[:2]).transpose(0, 1)  # [parts, R, T / parts]
                 pooled[b] += (taken @ block).sum(0)
         pooled /= mask.sum(-1, keepdim=True).clamp_min(1)
         for b in range(target.shape[0]):

@@ -248,24 +248,19 @@ def element_weight(weight: Tensor, prediction: Tensor, mask_power: int) -> Tenso
 
 
 def preference_residual(
-    policy_win: Tensor,
-    policy_lose: Tensor,
-    reference_win: Tensor,
-    reference_lose: Tensor,
-    target_win: Tensor,
-    target_lose: Tensor,
-    weight_win: Tensor | None,
-    weight_lose: Tensor | None,
-    reduction: str,
-    mask_power: int,
+    predictions: Sequence[Tensor], weights: Sequence[Tensor], reduction: str, mask_power: int
 ) -> PreferenceResidual:
-    """E9's errors and the margin of E1, per sample; `weight_lose` None takes `weight_win` for both."""
-    weight_lose = weight_win if weight_lose is None else weight_lose
-    dtype = accumulation_dtype(policy_win.dtype)
-    axes = tuple(range(1, policy_win.ndim))
+    """E9's errors and the margin of E1, per sample.
 
-    def side(policy: Tensor, reference: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, ...]:
-        a, b, t = policy.to(dtype), reference.to(dtype), target.to(dtype)
+    predictions: of the policy, the reference and what they should be, each of winner and loser.
+    weights: M of both sides, or of winner and loser; or none.
+    """
+    policy = predictions[0]
+    dtype = accumulation_dtype(policy.dtype)
+    axes = tuple(range(1, policy.ndim))
+
+    def side(predictions: Sequence[Tensor], weight: Tensor | None) -> tuple[Tensor, ...]:
+        a, b, t = (x.to(dtype) for x in predictions)
         m = torch.ones_like(t) if weight is None else element_weight(weight, t, mask_power).expand_as(t)
         if reduction == "mean":
             scale = torch.full((t.shape[0],), 1 / max(math.prod(t.shape[1:]), 1), dtype=dtype, device=t.device)
@@ -282,10 +277,9 @@ def preference_residual(
         difference = (m * (a - b) * (a + b - 2 * t)).sum(axes).detach() * scale + (policy_error - policy_error.detach())
         return policy_error, reference_error, difference, gradient, scale
 
-    win_policy, win_reference, win_difference, win_gradient, win_scale = side(policy_win, reference_win, target_win, weight_win)
-    lose_policy, lose_reference, lose_difference, lose_gradient, lose_scale = side(
-        policy_lose, reference_lose, target_lose, weight_lose
-    )
+    win, lose = (weights[0], weights[-1]) if weights else (None, None)
+    win_policy, win_reference, win_difference, win_gradient, win_scale = side(predictions[::2], win)
+    lose_policy, lose_reference, lose_difference, lose_gradient, lose_scale = side(predictions[1::2], lose)
     return PreferenceResidual(
         win_policy,
         lose_policy,
@@ -306,17 +300,31 @@ def error_gradients(
     return margin if policy_win is None else policy_win + margin, -margin if policy_lose is None else policy_lose - margin
 
 
-def policy_gradient(
-    policy: Tensor, target: Tensor, weight: Tensor | None, incoming: Tensor, scale: Tensor | float, mask_power: int
-) -> Tensor:
-    """Gradient of E9's error with respect to a policy's prediction, from the error's own [B] and its scale [B].
+def policy_gradients(
+    grads: Sequence[Tensor | None],
+    predictions: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor | float],
+    mask_power: int,
+) -> list[Tensor | None]:
+    """Gradients with respect to policy_win and policy_lose; None where the error has none.
 
-    It is 0 for a sample whose incoming gradient is, also where its error is not finite.
+    grads: of the results policy_win, policy_lose and margin, [B] or None.
+    predictions: the policy's of winner and loser, then their targets.
+    weights: M of both sides, or of winner and loser; or none.
+    scales: of winner and loser, what the reduction multiplies by: [B] or a number.
+
+    They are 0 for a sample whose incoming gradient is, also where its error is not finite.
     """
-    dtype = accumulation_dtype(policy.dtype)
-    incoming = incoming.reshape(-1, *[1] * (policy.ndim - 1))
-    factor = 2 * incoming * (scale.reshape(incoming.shape) if isinstance(scale, Tensor) else scale)
-    if weight is not None:
-        factor = factor * element_weight(weight, policy, mask_power)
-    difference = (policy.to(dtype) - target.to(dtype)).masked_fill(incoming == 0, 0)
-    return (factor * difference).to(policy.dtype)
+    results: list[Tensor | None] = [None, None]
+    for side, incoming in enumerate(error_gradients(*grads)):
+        if incoming is None:
+            continue
+        policy, target = predictions[side::2]
+        dtype = accumulation_dtype(policy.dtype)
+        silent, factor = (x.reshape(-1, *[1] * (policy.ndim - 1)) for x in (incoming == 0, 2 * incoming * scales[side]))
+        if weights:
+            factor = factor * element_weight(weights[side % len(weights)], policy, mask_power)
+        difference = policy.to(dtype) - target.to(dtype)
+        results[side] = (factor * difference.masked_fill(silent, 0)).to(policy.dtype)
+    return results

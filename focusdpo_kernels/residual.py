@@ -5,6 +5,7 @@ The kernels are in residual_kernels.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,10 +16,10 @@ from focusdpo_kernels import reference as spec
 from focusdpo_kernels import residual_kernels as kernels
 from focusdpo_kernels.autograd import is_transformed, save, saved
 from focusdpo_kernels.backend import device_guard, resolve_backend
-from focusdpo_kernels.checks import PATCH, check_choice, check_predictions, check_shape, check_weight
+from focusdpo_kernels.checks import PATCH, check_residual
 from focusdpo_kernels.launch import ceil_div, next_power_of_2
 from focusdpo_kernels.reference import PreferenceResidual
-from focusdpo_kernels.residual_kernels import REDUCTIONS, Incoming, Mask, Side, Update
+from focusdpo_kernels.residual_kernels import Incoming, Mask, Side, Update
 
 
 class Predictions(NamedTuple):
@@ -37,131 +38,110 @@ def _by_sample(prediction: Tensor) -> Tensor:
     return prediction if prediction.numel() == 0 or prediction[0].is_contiguous() else prediction.contiguous()
 
 
-def _layout(prediction: Tensor, win: Tensor | None, lose: Tensor | None, power: int) -> tuple[Mask, tuple[int, int, int, int]]:
+def _pair(weights: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """M of winner and loser as the kernels take them: without the loser's own, the winner's is for both."""
+    return (*weights, None, None)[:2]
+
+
+def _layout(prediction: Tensor, weights: Sequence[Tensor], power: int) -> tuple[Mask, tuple[int, int, int, int]]:
     """How masks lie over a prediction, and E, P, INNER and HEIGHT of the kernels."""
     if prediction.ndim == 3:
         _, patches, channels = prediction.shape
         elements, inner, height, side = patches * channels, channels, 1, 0
     else:
         _, channels, height, inner = prediction.shape
-        side = 1 if win is not None and win.ndim == 3 else PATCH
+        side = 1 if weights and weights[0].ndim == 3 else PATCH
         elements, patches = channels * height * inner, (height // side) * (inner // side)
     sizes = (elements, patches, inner, height)
-    if win is None:
-        return Mask(False, False, 0, 1, False), sizes
-    return Mask(True, lose is not None, side, power, side == 0 and inner % kernels.LANES == 0), sizes
+    if not weights:
+        return Mask(), sizes
+    return Mask(len(weights), side, power, side == 0 and inner % kernels.LANES == 0), sizes
+
+
+def _empty_results(predictions: Sequence[Tensor], *args: object) -> list[Tensor]:
+    batch = predictions[0].shape[0]
+    shapes = [(batch,)] * len(PreferenceResidual._fields) + [(kernels.ROWS, batch)]
+    return [predictions[0].new_empty(shape, dtype=torch.float32) for shape in shapes]
 
 
 @torch.library.custom_op("focusdpo::preference_residual", mutates_args=())
 def preference_residual_op(
-    policy_win: Tensor,
-    policy_lose: Tensor,
-    reference_win: Tensor,
-    reference_lose: Tensor,
-    target_win: Tensor,
-    target_lose: Tensor,
-    weight_win: Tensor | None,
-    weight_lose: Tensor | None,
-    reduction: str,
-    mask_power: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    predictions: Sequence[Tensor], weights: Sequence[Tensor], reduction: str, mask_power: int
+) -> list[Tensor]:
     """The fields of PreferenceResidual, fp32 [B], and the scales [kernels.ROWS, B] that the backward pass needs.
 
-    `weight_lose` None takes `weight_win` for both.
+    predictions: as `Predictions`.
+    weights: M of both sides, or of winner and loser, fp32; or none.
     """
-    predictions = [_by_sample(x) for x in (policy_win, policy_lose, reference_win, reference_lose, target_win, target_lose)]
-    batch = policy_win.shape[0]
-    results, scales = _results(policy_win)
+    *results, scales = _empty_results(predictions)
+    batch = scales.shape[1]
     if batch == 0:
-        return *results, scales
-    mask, sizes = _layout(policy_win, weight_win, weight_lose, mask_power)
-    elements, patches, inner, height = sizes
+        return [*results, scales]
+    mask, (elements, patches, inner, height) = _layout(predictions[0], weights, mask_power)
     splits = min(max(elements // (kernels.FORWARD_BLOCK * kernels.MIN_BLOCKS), 1), kernels.MAX_SPLITS)
-    partial = torch.empty((batch, kernels.SUMS, splits), dtype=torch.float32, device=policy_win.device)
-    win, lose = (Side(*side, *(x.stride(0) for x in side)) for side in (predictions[::2], predictions[1::2]))
-    forward = kernels.forward_launch(tuple(x.dtype for x in predictions), mask)
-    finish = kernels.finish_launch(next_power_of_2(splits), reduction if mask.given or reduction == "sum" else "mean")
-    with device_guard(policy_win):
+    partial = scales.new_empty((batch, kernels.SUMS, splits))
+    rows = [_by_sample(x) for x in predictions]
+    win, lose = (Side(*side, *(x.stride(0) for x in side)) for side in (rows[::2], rows[1::2]))
+    forward = kernels.forward_launch(tuple(x.dtype for x in rows), mask)
+    finish = kernels.finish_launch(next_power_of_2(splits), reduction if weights or reduction == "sum" else "mean")
+    with device_guard(scales):
         numbers = (elements, patches, splits, inner, height)
-        forward((batch, splits), win, lose, weight_win, weight_lose, partial, *numbers)
-        finish((batch,), partial, results, scales, elements, batch, splits)
-    return *results, scales
+        forward((batch, splits), win, lose, *_pair(weights), partial, *numbers)
+        finish((batch,), partial, PreferenceResidual(*results), scales, elements, batch, splits)
+    return [*results, scales]
 
 
-def _results(prediction: Tensor) -> tuple[PreferenceResidual, Tensor]:
-    shapes = [prediction.shape[:1]] * len(PreferenceResidual._fields) + [(kernels.ROWS, prediction.shape[0])]
-    *results, scales = (prediction.new_empty(shape, dtype=torch.float32) for shape in shapes)
-    return PreferenceResidual(*results), scales
-
-
-@preference_residual_op.register_fake
-def _(policy_win, *args):
-    results, scales = _results(policy_win)
-    return *results, scales
+def _empty_gradients(grads: Sequence[Tensor | None], predictions: Sequence[Tensor], *args: object) -> list[Tensor]:
+    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in predictions[:2]]
 
 
 @torch.library.custom_op("focusdpo::preference_residual_backward", mutates_args=())
 def preference_residual_backward_op(
-    policy_win_grad: Tensor | None,
-    policy_lose_grad: Tensor | None,
-    margin_grad: Tensor | None,
-    scales: Tensor,
-    policy_win: Tensor,
-    policy_lose: Tensor,
-    target_win: Tensor,
-    target_lose: Tensor,
-    weight_win: Tensor | None,
-    weight_lose: Tensor | None,
-    mask_power: int,
-) -> tuple[Tensor, Tensor]:
-    predictions = [_by_sample(x) for x in (policy_win, policy_lose, target_win, target_lose)]
-    batch = policy_win.shape[0]
-    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (policy_win, policy_lose)]
-    mask, sizes = _layout(policy_win, weight_win, weight_lose, mask_power)
-    elements, patches, inner, height = sizes
+    grads: Sequence[Tensor | None], predictions: Sequence[Tensor], weights: Sequence[Tensor], scales: Tensor, mask_power: int
+) -> list[Tensor]:
+    """Gradients of both predictions of the policy.
+
+    grads: of policy_win, policy_lose and margin, fp32 [B].
+    predictions: the policy's, then their targets.
+    """
+    gradients = _empty_gradients(grads, predictions)
+    batch = scales.shape[1]
+    mask, (elements, patches, inner, height) = _layout(predictions[0], weights, mask_power)
     if batch * elements == 0:
-        return grads[0], grads[1]
-    # The first row of the scales is zeros.
-    given = [scales if x is None else x for x in (policy_win_grad, policy_lose_grad, margin_grad)]
-    incoming, strides = Incoming(*given), [x.stride(-1) for x in given]
-    sides = zip(predictions[:2], predictions[2:], grads, strict=True)
+        return gradients
+    rows = [_by_sample(x) for x in predictions]
+    given = [scales if x is None else x for x in grads]  # the first row of the scales is zeros
+    sides = zip(rows[:2], rows[2:], gradients, strict=True)
     win, lose = (Update(policy, target, grad, policy.stride(0), target.stride(0)) for policy, target, grad in sides)
-    backward = kernels.backward_launch(tuple(x.dtype for x in predictions), mask)
-    with device_guard(policy_win):
+    backward = kernels.backward_launch(tuple(x.dtype for x in rows), mask)
+    with device_guard(scales):
         grid = (batch, ceil_div(elements, kernels.BACKWARD_BLOCK))
-        numbers = (elements, patches, batch, inner, height, *strides)
-        backward(grid, incoming, scales, win, lose, weight_win, weight_lose, *numbers)
-    return grads[0], grads[1]
+        numbers = (elements, patches, batch, inner, height, *(x.stride(-1) for x in given))
+        backward(grid, Incoming(*given), scales, win, lose, *_pair(weights), *numbers)
+    return gradients
 
 
-@preference_residual_backward_op.register_fake
-def _(policy_win_grad, policy_lose_grad, margin_grad, scales, policy_win, policy_lose, *args):
-    return policy_win.new_empty(policy_win.shape), policy_lose.new_empty(policy_lose.shape)
+preference_residual_op.register_fake(_empty_results)
+preference_residual_backward_op.register_fake(_empty_gradients)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    policy_win, policy_lose, _, _, target_win, target_lose, weight_win, weight_lose, _, ctx.mask_power = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    predictions, weights, _, ctx.mask_power = inputs
     ctx.set_materialize_grads(False)  # a result that nobody used costs no kernel that fills its gradient with zeros
-    *results, scales = output
-    fields = PreferenceResidual(*results)
-    ctx.mark_non_differentiable(fields.reference_win, fields.reference_lose, fields.winner_norm, fields.inner, scales)
-    save(ctx, scales, policy_win, policy_lose, target_win, target_lose, weight_win, weight_lose)
+    ctx.mark_non_differentiable(*output[2:4], *output[5:])
+    save(ctx, *predictions[:2], *predictions[4:], output[-1], *weights)
 
 
-def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    policy_win, policy_lose, _, _, margin, *_ = grads  # as the fields of PreferenceResidual
-    if policy_win is None and policy_lose is None and margin is None:
-        return (None,) * 10
+def _backward(ctx: Any, results: list[Tensor | None]) -> tuple[Any, ...]:
+    tensors = saved(ctx)
+    predictions, scales, weights = list(tensors[:4]), tensors[4], list(tensors[5:])
+    grads = [*results[:2], results[4]]
+    gradients: Sequence[Tensor | None] = [None, None]
     if torch.is_grad_enabled():  # for a second derivative
-        scales, *tensors = saved(ctx)
-        tensors[5] = tensors[4] if tensors[5] is None else tensors[5]
-        gradients: list[Tensor | None] = [None, None]
-        for side, incoming in enumerate(spec.error_gradients(policy_win, policy_lose, margin)):
-            if incoming is not None:
-                policy, target, weight = tensors[side::2]
-                gradients[side] = spec.policy_gradient(policy, target, weight, incoming, scales[1 + side], ctx.mask_power)
-        return *gradients, *[None] * 8
-    return *preference_residual_backward_op(policy_win, policy_lose, margin, *saved(ctx), ctx.mask_power), *[None] * 8
+        gradients = spec.policy_gradients(grads, predictions, weights, scales[1:], ctx.mask_power)
+    elif any(x is not None for x in grads):
+        gradients = preference_residual_backward_op(grads, predictions, weights, scales, ctx.mask_power)
+    return [*gradients, *[None] * 4], [None] * len(weights), None, None
 
 
 preference_residual_op.register_autograd(_backward, setup_context=_setup_context)
@@ -225,26 +205,16 @@ def masked_residual(
 
     silent: bool [B], samples whose results the caller leaves out, or None; their gradient is 0, whatever their error.
     """
-    policy = values.policy_win
-    check_predictions(values._asdict())
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_choice("mask_power", mask_power, (1, 2))
-    if weight is not None:
-        weight = check_weight(names[0], weight, policy)
-    if weight_lose is not None:
-        if weight is None:
-            raise ValueError(f"{names[1]}: given without {names[0]}; pass {names[0]} for the winner as well")
-        weight_lose = check_weight(names[1], weight_lose, policy)
-        check_shape(names[1], weight_lose, weight.shape, f"as {names[0]}")
+    weights = check_residual(values._asdict(), dict(zip(names, (weight, weight_lose), strict=True)), reduction, mask_power)
     transformed = is_transformed(values.policy_win, values.policy_lose)
     if resolve_backend(backend, *values) == "torch" or transformed:
         if cpu_residual.takes(*values) and not transformed:
-            return cpu_residual.preference_residual(*values, weight, weight_lose, reduction, mask_power)
+            return cpu_residual.preference_residual(values, weights, reduction, mask_power)
         if silent is not None:
             # A gradient of 0 times an error that is not finite would be NaN.
-            rows = silent.reshape(-1, *[1] * (policy.ndim - 1))
+            rows = silent.reshape(-1, *[1] * (values.policy_win.ndim - 1))
             win, lose = (torch.where(rows, x.detach(), x) for x in (values.policy_win, values.policy_lose))
             values = values._replace(policy_win=win, policy_lose=lose)
-        return spec.preference_residual(*values, weight, weight_lose, reduction, mask_power)
-    weights = (x if x is None else x.to(torch.float32).contiguous() for x in (weight, weight_lose))
-    return PreferenceResidual(*preference_residual_op(*values, *weights, reduction, mask_power)[:-1])
+        return spec.preference_residual(values, weights, reduction, mask_power)
+    weights = [x.to(torch.float32).contiguous() for x in weights]
+    return PreferenceResidual(*preference_residual_op(list(values), weights, reduction, mask_power)[:-1])

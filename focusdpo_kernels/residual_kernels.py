@@ -19,10 +19,10 @@ import torch
 import triton
 import triton.language as tl
 
+from focusdpo_kernels.checks import REDUCTIONS
 from focusdpo_kernels.launch import POINTERS, Launch, Registers
 from focusdpo_kernels.reference import PreferenceResidual
 
-REDUCTIONS = ("mean", "sum", "masked_mean")
 LANES = 8  # elements of a thread: 16 bytes of fp16 or bf16
 # A program of the forward pass ends with a sum over its threads, during which it loads nothing. So it has several blocks where
 # that leaves enough programs, and few threads, so that a multiprocessor has others to run meanwhile.
@@ -252,19 +252,18 @@ def _backward_kernel(
 
 
 class Mask(NamedTuple):
-    """How M lies over a prediction: whether there is one, whether the loser has its own, the side of a patch of latents (0 for
-    tokens), the power, and whether LANES elements have one M.
+    """How M lies over a prediction: how many there are, for both sides or each its own; the side of a patch of latents (0 for
+    tokens); the power; and whether LANES elements have one M.
     """
 
-    given: bool
-    each: bool
-    side: int
-    power: int
-    shared: bool
+    number: int = 0
+    side: int = 0
+    power: int = 1
+    shared: bool = False
 
     @property
     def types(self) -> dict[str, str | None]:
-        return {"win_mask_ptr": "*fp32" if self.given else None, "lose_mask_ptr": "*fp32" if self.each else None}
+        return {"win_mask_ptr": "*fp32" if self.number else None, "lose_mask_ptr": "*fp32" if self.number == 2 else None}
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -330,8 +329,8 @@ def launches() -> Iterator[Launch]:
     """Every shipped launch configuration, for ahead-of-time compilation."""
     half, full = torch.bfloat16, torch.float32
     for dtypes in ((torch.float16,) * 6, (half,) * 6, (full,) * 6, (half, half, half, half, full, full)):
-        masks = [Mask(True, False, *rest) for rest in ((0, 1, True), (0, 2, True), (0, 1, False), (1, 1, False), (2, 1, False))]
-        for mask in (Mask(False, False, 0, 1, False), *masks, Mask(True, True, 0, 1, True), Mask(True, True, 2, 1, False)):
+        masks = [Mask(1, *rest) for rest in ((0, 1, True), (0, 2, True), (0,), (1,), (2,))]
+        for mask in (Mask(), *masks, Mask(2, shared=True), Mask(2, side=2)):
             yield forward_launch(dtypes, mask)
             yield backward_launch((*dtypes[:2], *dtypes[4:]), mask)
     for reduction in REDUCTIONS:

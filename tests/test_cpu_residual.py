@@ -20,7 +20,7 @@ def make(shape, dtype, masks):
     if masks == "latents":
         size = (shape[0], *shape[2:])
     number = {"none": 0, "both": 1}.get(masks, 2)
-    return predictions, [torch.rand(size) for _ in range(number)] + [None] * (2 - number)
+    return predictions, [torch.rand(size) for _ in range(number)]
 
 
 @pytest.mark.parametrize("block", [1, 64, 1000, cpu_residual.BLOCK])
@@ -34,7 +34,7 @@ def test_as_the_specification(monkeypatch, shape, masks, block):
             for module, kind in ((cpu_residual, dtype), (spec, torch.float64)):
                 policy = [x.detach().to(kind, copy=True).requires_grad_() for x in predictions[:2]]
                 others = [x.to(kind) for x in predictions[2:]]
-                out = module.preference_residual(*policy, *others, *weights, reduction, power)
+                out = module.preference_residual([*policy, *others], weights, reduction, power)
                 assert [x.requires_grad for x in out] == [True, True, False, False, True, False, False]
                 (3 * out.margin + 0.5 * (out.policy_win + out.policy_lose)).sum().backward()
                 results.append((out, [x.grad for x in policy]))
@@ -55,8 +55,8 @@ def test_slices_expanded_and_transposed():
         torch.randn(8, 17, 2).permute(2, 1, 0),
     ] * 2
     weight = torch.rand(17, 2).T
-    found = cpu_residual.preference_residual(*predictions, weight, None, "mean", 1)
-    expected = spec.preference_residual(*[x.double() for x in predictions], weight, None, "mean", 1)
+    found = cpu_residual.preference_residual(predictions, [weight], "mean", 1)
+    expected = spec.preference_residual([x.double() for x in predictions], [weight], "mean", 1)
     for a, e in zip(found, expected, strict=True):
         torch.testing.assert_close(a.double(), e, rtol=1e-6, atol=1e-6)
 
@@ -65,15 +65,15 @@ def test_slices_expanded_and_transposed():
 def test_one_side_alone(needed):
     predictions, weights = make((2, 9, 4), torch.float32, "both")
     policy = [x.requires_grad_(is_needed) for x, is_needed in zip(predictions[:2], needed, strict=True)]
-    cpu_residual.preference_residual(*policy, *predictions[2:], *weights, "mean", 1).margin.sum().backward()
+    cpu_residual.preference_residual([*policy, *predictions[2:]], weights, "mean", 1).margin.sum().backward()
     assert [x.grad is not None for x in policy] == list(needed)
 
 
 def test_accuracy_of_a_long_sample():
     """No worse than sums in one go: a block's sums are added as a table of one value per token."""
     predictions, weights = make((1, 4096, 64), torch.bfloat16, "both")
-    exact = spec.preference_residual(*[x.double() for x in predictions], *weights, "mean", 1)
-    found, plain = (m.preference_residual(*predictions, *weights, "mean", 1) for m in (cpu_residual, spec))
+    exact = spec.preference_residual([x.double() for x in predictions], weights, "mean", 1)
+    found, plain = (m.preference_residual(predictions, weights, "mean", 1) for m in (cpu_residual, spec))
     for a, b, e in zip(found[:4], plain[:4], exact[:4], strict=True):
         assert (a.double() - e).abs() <= (b.double() - e).abs() + 2e-7 * e
 
@@ -86,10 +86,10 @@ def test_margin_of_one_bit(dtype):
     size = 1e-4 if dtype == torch.float32 else torch.finfo(dtype).eps
     predictions[0][0, 5, 7], predictions[2][0, 5, 7] = 1 + size, 1
     found, exchanged = (
-        cpu_residual.preference_residual(*(predictions[i] for i in order), *weights, "mean", 1).margin
+        cpu_residual.preference_residual([predictions[i] for i in order], weights, "mean", 1).margin
         for order in (range(6), (1, 0, 3, 2, 5, 4))
     )
-    exact = spec.preference_residual(*[x.double() for x in predictions], *weights, "mean", 1).margin
+    exact = spec.preference_residual([x.double() for x in predictions], weights, "mean", 1).margin
     assert torch.equal(found, -exchanged)
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0)
 
@@ -102,8 +102,8 @@ def test_a_reference_far_better_than_the_policy(monkeypatch, shape, block):
     predictions, weights = make(shape, torch.float32, "each")
     predictions[2:4] = [target + 1e-3 * torch.randn(shape) for target in predictions[4:]]
     predictions[3][1] = predictions[5][1]  # and one without any
-    found = cpu_residual.preference_residual(*predictions, *weights, "mean", 1)
-    exact = spec.preference_residual(*[x.double() for x in predictions], *weights, "mean", 1)
+    found = cpu_residual.preference_residual(predictions, weights, "mean", 1)
+    exact = spec.preference_residual([x.double() for x in predictions], weights, "mean", 1)
     assert found.reference_lose[1] == 0
     for a, e in zip(found[:4], exact[:4], strict=True):
         torch.testing.assert_close(a.double(), e, rtol=2e-6, atol=0)
@@ -113,7 +113,7 @@ def test_a_reference_far_better_than_the_policy(monkeypatch, shape, block):
 def test_a_policy_that_is_not_finite_leaves_the_reference(value):
     predictions, weights = make((2, 9, 4), torch.float32, "both")
     predictions[1][0, 3, 2] = value
-    found, plain = (m.preference_residual(*predictions, *weights, "mean", 1) for m in (cpu_residual, spec))
+    found, plain = (m.preference_residual(predictions, weights, "mean", 1) for m in (cpu_residual, spec))
     torch.testing.assert_close(found.reference_lose, plain.reference_lose)
     assert found.reference_lose.isfinite().all() and found.policy_lose.isfinite().tolist() == [False, True]
 
@@ -123,7 +123,7 @@ def test_a_policy_changed_before_the_backward_pass_is_refused():
     predictions, weights = make((2, 9, 4), torch.float32, "both")
     leaf = predictions[0].requires_grad_()
     policy = leaf * 1
-    margin = cpu_residual.preference_residual(policy, *predictions[1:], *weights, "mean", 1).margin
+    margin = cpu_residual.preference_residual([policy, *predictions[1:]], weights, "mean", 1).margin
     with torch.no_grad():
         policy.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -141,7 +141,7 @@ def test_many_incoming_gradients_at_once():
     predictions, weights = make((3, 8, 4), torch.float32, "both")
 
     def margin(policy):
-        return cpu_residual.preference_residual(policy, *predictions[1:], *weights, "mean", 1).margin
+        return cpu_residual.preference_residual([policy, *predictions[1:]], weights, "mean", 1).margin
 
     jacobian = torch.autograd.functional.jacobian(margin, predictions[0], vectorize=True)
     torch.testing.assert_close(jacobian, torch.autograd.functional.jacobian(margin, predictions[0]), rtol=1e-6, atol=0)

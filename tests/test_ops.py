@@ -44,16 +44,16 @@ def operators():
             (tensor(2, 3, 6), None, 2, mask.new_ones(2, 3, 6), weight, True, 0.1, 0.3),
         ),
         "fusion": (fuse_focus_op, (prior, weight[:, 0], weight, prior, 0.1, 0.3)),
-        "residual": (preference_residual_op, (*policy, *plain[2:], weight, None, "mean", 1)),
-        "residual, two masks": (preference_residual_op, (*policy, *plain[2:], weight, weight.clone(), "masked_mean", 2)),
-        "residual without mask": (preference_residual_op, (*policy, *plain[2:], None, None, "masked_mean", 2)),
+        "residual": (preference_residual_op, ([*policy, *plain[2:]], [weight], "mean", 1)),
+        "residual, two masks": (preference_residual_op, ([*policy, *plain[2:]], [weight, weight.clone()], "masked_mean", 2)),
+        "residual without mask": (preference_residual_op, ([*policy, *plain[2:]], [], "masked_mean", 2)),
         "residual backward": (
             preference_residual_backward_op,
-            (*rows[:3], scales, *plain[:2], *plain[4:], weight, weight.clone(), 1),
+            (list(rows), [*plain[:2], *plain[4:]], [weight, weight.clone()], scales, 1),
         ),
         "residual backward, margin alone": (
             preference_residual_backward_op,
-            (None, None, rows[2], scales, *plain[:2], *plain[4:], None, None, 1),
+            ([None, None, rows[2]], [*plain[:2], *plain[4:]], [], scales, 1),
         ),
     }
 
