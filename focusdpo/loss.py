@@ -10,8 +10,8 @@ from torch import Tensor
 
 from focusdpo.mask import FocusMask
 from focusdpo_kernels.checks import check_choice, check_device, check_no_grad, check_shape, check_tensor
-from focusdpo_kernels.reference import PreferenceResidual
-from focusdpo_kernels.residual import Predictions, masked_residual
+from focusdpo_kernels.reference import Predictions, PreferenceResidual
+from focusdpo_kernels.residual import masked_residual
 
 LOSS_TYPES = ("sigmoid", "ipo", "hinge", "sft")
 LOSER_SCALES = (None, "sdpo", "sdpo_batch")
@@ -182,9 +182,7 @@ def focus_dpo_loss(
         preferred_lose = policy_lose.detach()
     measured = masked_residual(
         Predictions(policy_win, preferred_lose, reference_win, reference_lose, target_win, target_lose),
-        _mask_of(focus),
-        _mask_of(focus_lose),
-        names=("focus", "focus_lose"),
+        {"focus": _mask_of(focus), "focus_lose": _mask_of(focus_lose)},
         silent=silent,
         reduction=reduction,
         mask_power=mask_power,
@@ -220,7 +218,7 @@ def focus_dpo_loss(
     if reference_anchor:
         # The kernel's errors, with the reference's predictions as what the policy's should be.
         values = Predictions(policy_win, policy_lose, reference_win, reference_lose, reference_win, reference_lose)
-        drift = _silenced(masked_residual(values, None, None, silent=silent, backend=backend), silent)
+        drift = _silenced(masked_residual(values, {}, silent=silent, backend=backend), silent)
         losses = losses + 0.5 * reference_anchor * (drift.policy_win + drift.policy_lose)
     if sample_weight is not None and silent is not None:
         losses = (losses * sample_weight.to(losses.dtype)).masked_fill(silent, 0)

@@ -243,7 +243,7 @@ def check_residual(
     predictions: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor | None], reduction: str, mask_power: int
 ) -> list[torch.Tensor]:
     """Arguments of E9: six predictions of one shape by name, of which the policy's alone may require grad, and M of both sides,
-    or of winner and loser, by the names that the caller gave them. Returns those masks that are not None.
+    or of winner and loser, by the names that the caller gave them, if any. Returns those masks that are not None.
     """
     for name, value in predictions.items():
         check_tensor(name, value, ndim=(3, 4), dtypes=FLOATS, layout="[B, P, C] or [B, C, H, W]")
@@ -257,9 +257,9 @@ def check_residual(
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("mask_power", mask_power, (1, 2))
     weights = [_check_weight(name, mask, policy) for name, mask in masks.items() if mask is not None]
-    both, lose = masks
-    if masks[both] is None and weights:
-        raise ValueError(f"{lose}: given without {both}; pass {both} for the winner as well")
-    if len(weights) == 2:
-        check_shape(lose, weights[1], weights[0].shape, f"as {both}")
+    if weights:
+        both, lose = masks
+        if masks[both] is None:
+            raise ValueError(f"{lose}: given without {both}; pass {both} for the winner as well")
+        check_shape(lose, weights[-1], weights[0].shape, f"as {both}")
     return weights

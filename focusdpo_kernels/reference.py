@@ -18,6 +18,17 @@ LUMA = (0.2989, 0.587, 0.114)  # E7: R, G, B to gray
 RANGE_TOLERANCE = 1e-3  # gray values further outside [0, 1] give NaN
 
 
+class Predictions(NamedTuple):
+    """What `preference_residual` compares: [B, P, C] tokens or [B, C, H, W] latents, of one shape."""
+
+    policy_win: Tensor
+    policy_lose: Tensor
+    reference_win: Tensor
+    reference_lose: Tensor
+    target_win: Tensor
+    target_lose: Tensor
+
+
 class PreferenceResidual(NamedTuple):
     """What `preference_residual` returns: fp32 tensors [B] (float64 for float64 input).
 
@@ -252,7 +263,7 @@ def preference_residual(
 ) -> PreferenceResidual:
     """E9's errors and the margin of E1, per sample.
 
-    predictions: of the policy, the reference and what they should be, each of winner and loser.
+    predictions: as `Predictions`.
     weights: M of both sides, or of winner and loser; or none.
     """
     policy = predictions[0]

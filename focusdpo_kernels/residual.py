@@ -5,8 +5,8 @@ The kernels are in residual_kernels.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,24 +18,14 @@ from focusdpo_kernels.autograd import is_transformed, save, saved
 from focusdpo_kernels.backend import device_guard, resolve_backend
 from focusdpo_kernels.checks import PATCH, check_residual
 from focusdpo_kernels.launch import ceil_div, next_power_of_2
-from focusdpo_kernels.reference import PreferenceResidual
-from focusdpo_kernels.residual_kernels import Incoming, Mask, Side, Update
+from focusdpo_kernels.reference import Predictions, PreferenceResidual
+from focusdpo_kernels.residual_kernels import Incoming, Mask, Side
 
 
-class Predictions(NamedTuple):
-    """[B, P, C] tokens or [B, C, H, W] latents, of one shape."""
-
-    policy_win: Tensor
-    policy_lose: Tensor
-    reference_win: Tensor
-    reference_lose: Tensor
-    target_win: Tensor
-    target_lose: Tensor
-
-
-def _by_sample(prediction: Tensor) -> Tensor:
-    """The same tensor where each sample is contiguous (a slice of a longer sequence is), else a copy."""
-    return prediction if prediction.numel() == 0 or prediction[0].is_contiguous() else prediction.contiguous()
+def _sides(tensors: Sequence[Tensor]) -> Iterator[Side]:
+    """Of winner and loser, whose tensors [B, ...] take turns; copied unless each sample is contiguous, as in a slice it is."""
+    rows = [x if x.numel() == 0 or x[0].is_contiguous() else x.contiguous() for x in tensors]
+    return (Side(*side, *(x.stride(0) for x in side)) for side in (rows[::2], rows[1::2]))
 
 
 def _pair(weights: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
@@ -80,13 +70,11 @@ def preference_residual_op(
     mask, (elements, patches, inner, height) = _layout(predictions[0], weights, mask_power)
     splits = min(max(elements // (kernels.FORWARD_BLOCK * kernels.MIN_BLOCKS), 1), kernels.MAX_SPLITS)
     partial = scales.new_empty((batch, kernels.SUMS, splits))
-    rows = [_by_sample(x) for x in predictions]
-    win, lose = (Side(*side, *(x.stride(0) for x in side)) for side in (rows[::2], rows[1::2]))
-    forward = kernels.forward_launch(tuple(x.dtype for x in rows), mask)
+    forward = kernels.forward_launch(tuple(x.dtype for x in predictions), mask)
     finish = kernels.finish_launch(next_power_of_2(splits), reduction if weights or reduction == "sum" else "mean")
     with device_guard(scales):
         numbers = (elements, patches, splits, inner, height)
-        forward((batch, splits), win, lose, *_pair(weights), partial, *numbers)
+        forward((batch, splits), *_sides(predictions), *_pair(weights), partial, *numbers)
         finish((batch,), partial, PreferenceResidual(*results), scales, elements, batch, splits)
     return [*results, scales]
 
@@ -109,15 +97,13 @@ def preference_residual_backward_op(
     mask, (elements, patches, inner, height) = _layout(predictions[0], weights, mask_power)
     if batch * elements == 0:
         return gradients
-    rows = [_by_sample(x) for x in predictions]
+    tensors = (*predictions[:2], *gradients, *predictions[2:])
     given = [scales if x is None else x for x in grads]  # the first row of the scales is zeros
-    sides = zip(rows[:2], rows[2:], gradients, strict=True)
-    win, lose = (Update(policy, target, grad, policy.stride(0), target.stride(0)) for policy, target, grad in sides)
-    backward = kernels.backward_launch(tuple(x.dtype for x in rows), mask)
+    backward = kernels.backward_launch(tuple(x.dtype for x in tensors), mask)
     with device_guard(scales):
         grid = (batch, ceil_div(elements, kernels.BACKWARD_BLOCK))
         numbers = (elements, patches, batch, inner, height, *(x.stride(-1) for x in given))
-        backward(grid, Incoming(*given), scales, win, lose, *_pair(weights), *numbers)
+        backward(grid, Incoming(*given), scales, *_sides(tensors), *_pair(weights), *numbers)
     return gradients
 
 
@@ -187,25 +173,24 @@ def preference_residual(
             requires grad; each named.
     """
     values = Predictions(policy_win, policy_lose, reference_win, reference_lose, target_win, target_lose)
-    return masked_residual(values, weight, weight_lose, reduction=reduction, mask_power=mask_power, backend=backend)
+    masks = {"weight": weight, "weight_lose": weight_lose}
+    return masked_residual(values, masks, reduction=reduction, mask_power=mask_power, backend=backend)
 
 
 def masked_residual(
     values: Predictions,
-    weight: Tensor | None,
-    weight_lose: Tensor | None,
+    masks: Mapping[str, Tensor | None],
     *,
-    names: tuple[str, str] = ("weight", "weight_lose"),
     silent: Tensor | None = None,
     reduction: str = "mean",
     mask_power: int = 1,
     backend: str | None = None,
 ) -> PreferenceResidual:
-    """`preference_residual`; `names` are what the caller calls the masks.
+    """`preference_residual`, with masks by the names that the caller gives them.
 
     silent: bool [B], samples whose results the caller leaves out, or None; their gradient is 0, whatever their error.
     """
-    weights = check_residual(values._asdict(), dict(zip(names, (weight, weight_lose), strict=True)), reduction, mask_power)
+    weights = check_residual(values._asdict(), masks, reduction, mask_power)
     transformed = is_transformed(values.policy_win, values.policy_lose)
     if resolve_backend(backend, *values) == "torch" or transformed:
         if cpu_residual.takes(*values) and not transformed:

@@ -37,23 +37,15 @@ ROWS = 3  # of scales: zeros, which the backward pass reads where a result has n
 
 
 class Side(NamedTuple):
-    """Pointers to one side's predictions [B, E], samples contiguous, and the strides between samples."""
+    """Pointers to one side's tensors [B, E], samples contiguous, and the strides between samples. `other` holds the reference's
+    predictions in the forward pass, and takes the policy's gradient in the backward pass.
+    """
 
     policy: Any
-    reference: Any
+    other: Any
     target: Any
     policy_stride: Any
-    reference_stride: Any
-    target_stride: Any
-
-
-class Update(NamedTuple):
-    """The same for the backward pass, with the policy's gradient [B, E], which is contiguous."""
-
-    policy: Any
-    target: Any
-    gradient: Any
-    policy_stride: Any
+    other_stride: Any
     target_stride: Any
 
 
@@ -104,7 +96,7 @@ def _load(ptr, stride, b, offs, valid):
 def _side_sums(side, b, offs, valid, m):
     """M (a - t), and M-weighted sums over a thread's elements: policy error, reference error, their factored difference."""
     policy = _load(side.policy, side.policy_stride, b, offs, valid)
-    reference = _load(side.reference, side.reference_stride, b, offs, valid)
+    reference = _load(side.other, side.other_stride, b, offs, valid)
     target = _load(side.target, side.target_stride, b, offs, valid)
     a = policy - target
     r = reference - target
@@ -207,19 +199,19 @@ def _finish_kernel(
 
 
 @triton.jit
-def _policy_gradient(update, b, E, offs, valid, m, incoming, scale):
-    a = _load(update.policy, update.policy_stride, b, offs, valid)
-    t = _load(update.target, update.target_stride, b, offs, valid)
+def _policy_gradient(side, b, offs, valid, m, incoming, scale):
+    a = _load(side.policy, side.policy_stride, b, offs, valid)
+    t = _load(side.target, side.target_stride, b, offs, valid)
     # A result that nobody counts has no gradient, also where it is not finite.
     gradient = tl.where(incoming == 0, 0.0, 2 * incoming * scale * (m * (a - t)))
-    tl.store(update.gradient + b * E + offs, gradient.to(update.gradient.dtype.element_ty), mask=valid)
+    tl.store(side.other + b * side.other_stride + offs, gradient.to(side.other.dtype.element_ty), mask=valid)
 
 
 @triton.jit(do_not_specialize=["P", "B", "HEIGHT", "policy_win_stride", "policy_lose_stride", "margin_stride"])
 def _backward_kernel(
     incoming,  # Incoming, fp32
     scales_ptr,  # [ROWS, B] fp32, the forward's
-    win,  # Update
+    win,  # Side
     lose,
     win_mask_ptr,  # [B, P] fp32 or None
     lose_mask_ptr,
@@ -247,8 +239,8 @@ def _backward_kernel(
     margin = tl.load(incoming.margin + b * margin_stride)
     to_win = tl.load(incoming.policy_win + b * policy_win_stride) + margin
     to_lose = tl.load(incoming.policy_lose + b * policy_lose_stride) - margin
-    _policy_gradient(win, b, E, offs, valid, m_win, to_win, tl.load(scales_ptr + B + b))
-    _policy_gradient(lose, b, E, offs, valid, m_lose, to_lose, tl.load(scales_ptr + 2 * B + b))
+    _policy_gradient(win, b, offs, valid, m_win, to_win, tl.load(scales_ptr + B + b))
+    _policy_gradient(lose, b, offs, valid, m_lose, to_lose, tl.load(scales_ptr + 2 * B + b))
 
 
 class Mask(NamedTuple):
@@ -270,22 +262,21 @@ class Mask(NamedTuple):
         return {"SIDE": self.side, "POWER": self.power, "SHARED": self.shared, "LANES": LANES}
 
 
+def _types(dtypes: tuple[torch.dtype, ...], mask: Mask) -> dict[str, Any]:
+    """Of sides and masks, from the dtypes of winner's and loser's tensors in turn."""
+    sides = [Side(*(POINTERS[dtype] for dtype in dtypes[side::2]), *["i32"] * 3) for side in range(2)]
+    return {"win": sides[0], "lose": sides[1], **mask.types}
+
+
 @functools.cache
 def forward_launch(dtypes: tuple[torch.dtype, ...], mask: Mask) -> Launch:
-    """`dtypes` of policy_win, policy_lose, reference_win, reference_lose, target_win, target_lose."""
-    pointers = [POINTERS[dtype] for dtype in dtypes]
-    strides = ("i32",) * 3
+    """`dtypes` of the predictions."""
     return Launch(
         _forward_kernel,
         {**mask.constants, "COLUMNS": SUMS, "BLOCK": FORWARD_BLOCK},
         threads=FORWARD_BLOCK // LANES,
         registers=Registers(136, 128, 128, 160),
-        types={
-            "win": Side._make((*pointers[::2], *strides)),
-            "lose": Side._make((*pointers[1::2], *strides)),
-            **mask.types,
-            "partial_ptr": "*fp32",
-        },
+        types={**_types(dtypes, mask), "partial_ptr": "*fp32"},
         aligned=("win", "lose", "E", "INNER"),
     )
 
@@ -306,21 +297,13 @@ def finish_launch(splits_pad: int, reduction: str) -> Launch:
 
 @functools.cache
 def backward_launch(dtypes: tuple[torch.dtype, ...], mask: Mask) -> Launch:
-    """`dtypes` of policy_win, policy_lose, target_win, target_lose; a gradient has its policy's."""
-    policy_win, policy_lose, target_win, target_lose = (POINTERS[dtype] for dtype in dtypes)
-    strides = ("i32",) * 2
+    """`dtypes` of the policy's predictions, their gradients and their targets."""
     return Launch(
         _backward_kernel,
         {**mask.constants, "BLOCK": BACKWARD_BLOCK},
         threads=BACKWARD_BLOCK // LANES,
         registers=Registers(72, 64, 64, 56),
-        types={
-            "incoming": Incoming("*fp32", "*fp32", "*fp32"),
-            "scales_ptr": "*fp32",
-            "win": Update(policy_win, target_win, policy_win, *strides),
-            "lose": Update(policy_lose, target_lose, policy_lose, *strides),
-            **mask.types,
-        },
+        types={**_types(dtypes, mask), "incoming": Incoming(*["*fp32"] * 3), "scales_ptr": "*fp32"},
         aligned=("win", "lose", "E", "INNER"),
     )
 
@@ -332,7 +315,7 @@ def launches() -> Iterator[Launch]:
         masks = [Mask(1, *rest) for rest in ((0, 1, True), (0, 2, True), (0,), (1,), (2,))]
         for mask in (Mask(), *masks, Mask(2, shared=True), Mask(2, side=2)):
             yield forward_launch(dtypes, mask)
-            yield backward_launch((*dtypes[:2], *dtypes[4:]), mask)
+            yield backward_launch((*dtypes[:2], *dtypes[:2], *dtypes[4:]), mask)
     for reduction in REDUCTIONS:
         for splits in (1, 32, MAX_SPLITS):
             yield finish_launch(splits, reduction)
