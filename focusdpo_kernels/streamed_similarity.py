@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -34,10 +34,34 @@ BLOCK_P = 64  # target tokens of a program that forms cosines
 MIN_ROWS = 128  # target tokens of a program: fewer are not worth making the mean tokens
 
 
+class Strided(NamedTuple):
+    """A pointer to a tensor of three axes, and its strides."""
+
+    ptr: Any
+    stride_0: Any
+    stride_1: Any
+    stride_2: Any
+
+
+class Sums(NamedTuple):
+    """Pointers to the sums [B, SPLITS, R, D] of each split's reference tokens, and their number [B, SPLITS, R], fp32."""
+
+    total: Any
+    counts: Any
+
+
+class Parts(NamedTuple):
+    """Pointers to what each slice of D adds, fp32: dots with the mean tokens and below them the target tokens' squares
+    [B, SLICES, R + 1, P], and the mean tokens' squares [B, SLICES, R].
+    """
+
+    dots: Any
+    squares: Any
+
+
 @triton.jit
 def _cosines(
-    part_ptr,  # [B, SLICES, R + 1, P] fp32: dots, and the target tokens' squares
-    square_ptr,  # [B, SLICES, R] fp32: the mean tokens' squares
+    parts,  # Parts
     b,
     offs_p,
     P,
@@ -52,9 +76,9 @@ def _cosines(
     sums = tl.zeros([ROWS, offs_p.shape[0]], tl.float32)
     square = tl.zeros([ROWS], tl.float32)
     for s in range(SLICES):
-        part = part_ptr + ((b * SLICES + s) * (R + 1) + row[:, None]) * P + offs_p[None, :]
+        part = parts.dots + ((b * SLICES + s) * (R + 1) + row[:, None]) * P + offs_p[None, :]
         sums += tl.load(part, mask=(row <= R)[:, None] & mask_p[None, :], other=0.0)
-        square += tl.load(square_ptr + (b * SLICES + s) * R + row, mask=row < R, other=0.0)
+        square += tl.load(parts.squares + (b * SLICES + s) * R + row, mask=row < R, other=0.0)
     square_p = tl.sum(tl.where((row == R)[:, None], sums, 0.0), axis=0)
     cosine = tl.div_rn(sums, tl.maximum(tl.sqrt_rn(square), EPS)[:, None])
     return tl.div_rn(cosine, tl.maximum(tl.sqrt_rn(square_p), EPS)[None, :])
@@ -62,18 +86,10 @@ def _cosines(
 
 @triton.jit(do_not_specialize=["Q", "P", "SPLITS", "SPAN", "SLICES", "TILES", "layers"])
 def _pool_layer_kernel(
-    reference_ptr,
-    stride_b,
-    stride_t,
-    stride_d,
-    mask_ptr,  # [B, R, Q] uint8
-    stride_mb,
-    stride_mr,
-    stride_mq,
-    sum_ptr,  # [B, SPLITS, R, D] fp32
-    count_ptr,  # [B, SPLITS, R] fp32
-    part_ptr,  # the previous layer's, as for _cosines
-    square_ptr,
+    reference,  # Strided [B, Q, D]
+    mask,  # Strided [B, R, Q] uint8
+    sums,  # Sums
+    parts,  # Parts of the previous layer
     total_ptr,  # [B, R, P] fp32: the layers before the previous one
     weight,  # of the previous layer
     layers,  # before this one
@@ -99,7 +115,7 @@ def _pool_layer_kernel(
     program = tl.program_id(1)
     if program < TILES:
         offs_p = program * BLOCK_P + tl.arange(0, BLOCK_P)
-        cosine = _cosines(part_ptr, square_ptr, b, offs_p, P, SLICES, R, ROWS, EPS)
+        cosine = _cosines(parts, b, offs_p, P, SLICES, R, ROWS, EPS)
         row = tl.arange(0, ROWS)
         mask_p = (row < R)[:, None] & (offs_p < P)[None, :]
         so_far = total_ptr + (b * R + row[:, None]) * P + offs_p[None, :]
@@ -108,19 +124,18 @@ def _pool_layer_kernel(
     else:
         split = (program - TILES) % SPLITS
         block = (program - TILES) // SPLITS
-        reference, stride_q, width = direct_rows(reference_ptr, stride_b, stride_t, stride_d, b, CONTIGUOUS)
+        rows, stride_q, width = direct_rows(*reference, b, CONTIGUOUS)
         offs_d = block * BLOCK_D + tl.arange(0, BLOCK_D)
         offs_r = tl.arange(0, R_PAD)
-        mask = mask_ptr + b * stride_mb
         first = split * SPAN
         last = tl.minimum(first + SPAN, Q)
         total, count = pool_tokens(
-            reference,
+            rows,
             stride_q,
             width,
-            mask,
-            stride_mr,
-            stride_mq,
+            mask.ptr + b * mask.stride_0,
+            mask.stride_1,
+            mask.stride_2,
             first,
             last,
             offs_d,
@@ -130,22 +145,17 @@ def _pool_layer_kernel(
             UPCAST=UPCAST,
             BLOCK_Q=BLOCK_Q,
         )
-        sums = sum_ptr + ((b * SPLITS + split) * R + offs_r[:, None]) * D + offs_d[None, :]
-        tl.store(sums, total, mask=(offs_r < R)[:, None] & (offs_d < D)[None, :])
+        out = sums.total + ((b * SPLITS + split) * R + offs_r[:, None]) * D + offs_d[None, :]
+        tl.store(out, total, mask=(offs_r < R)[:, None] & (offs_d < D)[None, :])
         if block == 0:
-            tl.store(count_ptr + (b * SPLITS + split) * R + offs_r, count, mask=offs_r < R)
+            tl.store(sums.counts + (b * SPLITS + split) * R + offs_r, count, mask=offs_r < R)
 
 
 @triton.jit(do_not_specialize=["P", "SPLITS", "SPAN"])
 def _compare_layer_kernel(
-    target_ptr,
-    stride_b,
-    stride_t,
-    stride_d,
-    sum_ptr,  # [B, SPLITS, R, D] fp32
-    count_ptr,  # [B, SPLITS, R] fp32
-    part_ptr,  # [B, SLICES, R + 1, P] fp32
-    square_ptr,  # [B, SLICES, R] fp32
+    target,  # Strided [B, P, D]
+    sums,  # Sums
+    parts,  # Parts
     P,
     D,
     SPLITS,
@@ -168,12 +178,12 @@ def _compare_layer_kernel(
     c = tl.zeros([BLOCK_D, R_PAD], tl.float32)
     count = tl.zeros([R_PAD], tl.float32)
     for split in range(SPLITS):
-        sums = sum_ptr + ((b * SPLITS + split) * R + offs_r[None, :]) * D + offs_d[:, None]
-        c += tl.load(sums, mask=mask_d[:, None] & mask_r[None, :], other=0.0)
-        count += tl.load(count_ptr + (b * SPLITS + split) * R + offs_r, mask=mask_r, other=0.0)
+        total = sums.total + ((b * SPLITS + split) * R + offs_r[None, :]) * D + offs_d[:, None]
+        c += tl.load(total, mask=mask_d[:, None] & mask_r[None, :], other=0.0)
+        count += tl.load(sums.counts + (b * SPLITS + split) * R + offs_r, mask=mask_r, other=0.0)
     c = tl.div_rn(c, tl.maximum(count, 1.0)[None, :])
     if tl.program_id(2) == 0:
-        tl.store(square_ptr + part * R + offs_r, tl.sum(c * c, axis=0), mask=mask_r)
+        tl.store(parts.squares + part * R + offs_r, tl.sum(c * c, axis=0), mask=mask_r)
     if PARTS == 1:
         columns = c
     else:
@@ -191,14 +201,14 @@ def _compare_layer_kernel(
         columns = tl.reshape(columns, [BLOCK_D, R_PAD * PARTS]).to(DTYPE)
     if UPCAST:
         columns = columns.to(tl.float32)
-    target, stride_p, width = direct_rows(target_ptr, stride_b, stride_t, stride_d, b, CONTIGUOUS)
-    out = part_ptr + part * (R + 1) * P
+    rows, stride_p, width = direct_rows(*target, b, CONTIGUOUS)
+    out = parts.dots + part * (R + 1) * P
     begin = tl.program_id(2) * SPAN
     for p in range(begin, tl.minimum(begin + SPAN, P), BLOCK_P):
         offs_p = p + tl.arange(0, BLOCK_P)
         mask_p = offs_p < P
         offsets = offs_p.to(tl.int64)[:, None] * stride_p + offs_d[None, :] * width
-        h = tl.load(target + offsets, mask=mask_p[:, None] & mask_d[None, :], other=0.0)
+        h = tl.load(rows + offsets, mask=mask_p[:, None] & mask_d[None, :], other=0.0)
         x = h.to(tl.float32)
         if UPCAST:
             h = x
@@ -211,9 +221,8 @@ def _compare_layer_kernel(
 
 @triton.jit(do_not_specialize=["P", "SPLITS", "SLICES", "layers"])
 def _average_layers_kernel(
-    part_ptr,
-    square_ptr,
-    count_ptr,
+    parts,  # Parts of the last layer
+    count_ptr,  # as in Sums
     total_ptr,
     out_ptr,  # [B, R, P] fp32
     weight,  # of the last layer
@@ -230,7 +239,7 @@ def _average_layers_kernel(
     b = tl.program_id(0).to(tl.int64)
     row = tl.arange(0, ROWS)
     offs_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    total = weight * _cosines(part_ptr, square_ptr, b, offs_p, P, SLICES, R, ROWS, EPS)
+    total = weight * _cosines(parts, b, offs_p, P, SLICES, R, ROWS, EPS)
     mask_out = (row < R)[:, None] & (offs_p < P)[None, :]
     offsets = (b * R + row[:, None]) * P + offs_p[None, :]
     total += tl.load(total_ptr + offsets, mask=mask_out & (layers > 1), other=0.0)
@@ -258,11 +267,8 @@ def _launches(dtype: torch.dtype, subjects: int, contiguous: bool) -> _Launches:
         "UPCAST": INTERPRETED and dtype == torch.bfloat16,
     }
     rows = {"R": subjects, "ROWS": next_power_of_2(subjects + 1)}
-    floats = {
-        **dict.fromkeys(("sum_ptr", "count_ptr", "part_ptr", "square_ptr", "total_ptr", "out_ptr"), "*fp32"),
-        **dict.fromkeys(("weight", "total_weight"), "fp32"),
-    }
-    types = {**floats, **dict.fromkeys(("target_ptr", "reference_ptr"), POINTERS[dtype]), "mask_ptr": "*u8"}
+    fp32, strides = "*fp32", ("i32",) * 3
+    buffers: dict[str, Any] = {"sums": Sums(fp32, fp32), "parts": Parts(fp32, fp32), "total_ptr": fp32, "weight": "fp32"}
     pool = Launch(
         _pool_layer_kernel,
         {
@@ -277,9 +283,9 @@ def _launches(dtype: torch.dtype, subjects: int, contiguous: bool) -> _Launches:
         threads=128,
         registers=Registers(104, 104, 104, 96),
         num_stages=4 if large else 3,
-        types=types,
-        aligned=("D", "stride_b", "stride_t"),
-        ones=("stride_d", "stride_mq") if contiguous else ("stride_mq",),
+        types={**buffers, "reference": Strided(POINTERS[dtype], *strides), "mask": Strided("*u8", *strides)},
+        aligned=("D", "reference.stride_0", "reference.stride_1"),
+        ones=("reference.stride_2", "mask.stride_2") if contiguous else ("mask.stride_2",),
     )
     compare = Launch(
         _compare_layer_kernel,
@@ -294,16 +300,16 @@ def _launches(dtype: torch.dtype, subjects: int, contiguous: bool) -> _Launches:
         threads=128,
         registers=Registers(96, 96, 112, 320),
         num_stages=3,
-        types=types,
-        aligned=("D", "stride_b", "stride_t"),
-        ones=("stride_d",) if contiguous else (),
+        types={**buffers, "target": Strided(POINTERS[dtype], *strides)},
+        aligned=("D", "target.stride_0", "target.stride_1"),
+        ones=("target.stride_2",) if contiguous else (),
     )
     average = Launch(
         _average_layers_kernel,
         {**rows, "EPS": spec.EPS, "BLOCK_P": BLOCK_P},
         threads=128,
         registers=Registers(64, 64, 72, 32),
-        types=floats,
+        types={**buffers, "count_ptr": fp32, "out_ptr": fp32, "total_weight": "fp32"},
     )
     return _Launches(pool, compare, average)
 
@@ -331,8 +337,8 @@ class _Plan:
         def floats(*shape: int) -> Tensor:
             return torch.empty((batch, *shape), dtype=torch.float32, device=target.device)
 
-        self.sums = (floats(self.splits, subjects, width), floats(self.splits, subjects))
-        self.parts = (floats(self.slices, subjects + 1, patches), floats(self.slices, subjects))
+        self.sums = Sums(floats(self.splits, subjects, width), floats(self.splits, subjects))
+        self.parts = Parts(floats(self.slices, subjects + 1, patches), floats(self.slices, subjects))
 
 
 def _even(count: int, splits: int, block: int) -> int:
@@ -363,15 +369,15 @@ class StreamedSimilarity:
             plan = self._plans[kind] = _Plan(target, reference, self.total.shape[1], contiguous=kind[0])
         last = self._last or plan
         tiles = last.tiles if self._layers else 0
-        previous = (*last.parts, self.total, self._last_weight, self._layers, last.slices, tiles)
+        previous = (self._last_weight, self._layers, last.slices, tiles)
         # All else that a kernel gets here is the same for all layers of a plan, or not specialised on.
-        strides = (target.stride(), reference.stride(), mask.stride())
-        key = (*strides, *(tensor.data_ptr() % 16 == 0 for tensor in (target, reference, mask)))
+        hidden, tokens, taken = (Strided(tensor, *tensor.stride()) for tensor in (target, reference, mask))
+        key = (*hidden[1:], *tokens[1:], *taken[1:], *(tensor.data_ptr() % 16 == 0 for tensor in (target, reference, mask)))
         batch = target.shape[0]
         with device_guard(target):
             grid = (batch, tiles + plan.pool_programs, 1)
-            plan.pool(key, grid, reference, *strides[1], mask, *strides[2], *plan.sums, *previous, *plan.pool_sizes)
-            plan.compare(key, plan.compare_grid, target, *strides[0], *plan.sums, *plan.parts, *plan.compare_sizes)
+            plan.pool(key, grid, tokens, taken, plan.sums, last.parts, self.total, *previous, *plan.pool_sizes)
+            plan.compare(key, plan.compare_grid, hidden, plan.sums, plan.parts, *plan.compare_sizes)
         self._last, self._last_weight = plan, weight
         self._layers += 1
 
@@ -384,7 +390,7 @@ class StreamedSimilarity:
             weights = (self._last_weight, total_weight)
             sizes = (self._layers, patches, plan.splits, plan.slices)
             with device_guard(out):
-                plan.average((batch, plan.tiles), *plan.parts, plan.sums[1], self.total, out, *weights, *sizes)
+                plan.average((batch, plan.tiles), plan.parts, plan.sums.counts, self.total, out, *weights, *sizes)
         return out
 
 
