@@ -83,7 +83,8 @@ def _per_sample(name: str, value: Tensor | None, policy: Tensor) -> Tensor | Non
     check_shape(name, value, (policy.shape[0],), "B of the predictions")
     check_device(name, value, policy.device, "policy_win")
     check_no_grad(name, value, "weights are constants of the loss")
-    return value.clone() if value.is_inference() else value
+    # A compiler cannot ask.
+    return value.clone() if not torch.compiler.is_compiling() and value.is_inference() else value
 
 
 def _silenced(residual: PreferenceResidual, silent: Tensor | None) -> PreferenceResidual:

@@ -35,6 +35,13 @@ def is_transformed(*tensors: Tensor) -> bool:
     return any(torch._C._functorch.is_legacy_batchedtensor(x) or has_tangent(x) for x in tensors)
 
 
+def is_traced() -> bool:
+    """Whether a compiler, a tracer or a mode that changes PyTorch's operators looks on, which sees no other code."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def has_tangent(tensor: Tensor) -> bool:
     """Whether a tensor carries the derivative of forward-mode differentiation."""
     return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]

@@ -256,10 +256,12 @@ def check_residual(
             check_no_grad(name, value, "gradient reaches the two policy predictions only (E9)")
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("mask_power", mask_power, (1, 2))
-    weights = [_check_weight(name, mask, policy) for name, mask in masks.items() if mask is not None]
-    if weights:
-        both, lose = masks
-        if masks[both] is None:
-            raise ValueError(f"{lose}: given without {both}; pass {both} for the winner as well")
-        check_shape(lose, weights[-1], weights[0].shape, f"as {both}")
+    both = next(iter(masks), "")
+    weights: list[torch.Tensor] = []
+    for name, mask in masks.items():
+        if mask is not None:
+            if masks[both] is None:
+                raise ValueError(f"{name}: given without {both}; pass {both} for the winner as well")
+            weights.append(_check_weight(name, mask, policy))
+            check_shape(name, weights[-1], weights[0].shape, f"as {both}")
     return weights

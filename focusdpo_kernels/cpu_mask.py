@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from focusdpo_kernels import reference as spec
+from focusdpo_kernels.autograd import is_traced
 
 PIXELS = 1 << 16  # at a time: what is made of them stays in a cache
 NARROW = 0.2  # widths of a bin: exponents up to 3
@@ -22,12 +23,11 @@ NEGLIGIBLE = 27.0  # a weight of exp(-27) beside its pixel's largest is left out
 def takes(tensor: Tensor) -> bool:
     """Whether the functions below, which read memory, stand in for the specification, which can be traced and transformed."""
     return (
-        not torch.compiler.is_compiling()
+        not is_traced()
         and tensor.is_cpu
         and type(tensor) is Tensor
         and tensor.dtype != torch.float64
         and not tensor.is_neg()
-        and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
     )
 

@@ -3,7 +3,7 @@
 Same results as reference.py, which specifies them. Over whole tensors each of its operations would read and write memory; a
 block goes through all of them before the next. The channels of a position share one M, so they are summed first: what M
 weights is a small table of one value per position. The reference's error is the policy's and what E9's factors say it has above
-that, which saves a pass over its predictions, unless it is so much smaller that rounding would show.
+that, which saves its difference from the target and a sum, unless it is so much smaller that rounding would show.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from focusdpo_kernels import reference as spec
-from focusdpo_kernels.autograd import is_transformed, save, saved
+from focusdpo_kernels.autograd import is_traced, is_transformed, save, saved
 from focusdpo_kernels.reference import PreferenceResidual
 
 # Elements of a block, for each thread: 1 MiB in fp32. Smaller ones cost more in calls than they save in memory.
@@ -25,8 +25,10 @@ WHOLE = (slice(None),)  # of a prediction that is one block
 
 
 def takes(*predictions: Tensor) -> bool:
-    """Whether these are a CPU's tensors of fp16, bf16 or fp32, with data. A compiler fuses the specification itself."""
-    if torch.compiler.is_compiling() or not predictions[0].is_cpu:
+    """Whether these are a CPU's tensors of fp16, bf16 or fp32, with data. A compiler fuses the specification, and a trace
+    keeps one way of what depends on values.
+    """
+    if is_traced() or not predictions[0].is_cpu:
         return False
     return all(type(x) in (Tensor, torch.nn.Parameter) and x.is_cpu and x.dtype != torch.float64 for x in predictions)
 
@@ -118,7 +120,9 @@ def _residual(predictions: Sequence[Tensor], weights: Tensor) -> tuple[Preferenc
     win_reference, lose_reference = win + win_excess, lose + lose_excess
     policies, excesses, _ = totals.view(3, -1).tolist()
     if not all(4 * (error + excess) >= error for error, excess in zip(policies, excesses, strict=True)):  # or NaN
-        win_reference, lose_reference = _errors(predictions[2:4], predictions[4:], weights)
+        references, exact = totals[:2] + totals[2:4], _errors(predictions[2:4], predictions[4:], weights)
+        # Where it is needed: a sample's result does not depend on its batch.
+        win_reference, lose_reference = torch.where(4 * references >= totals[:2], references, exact)
     results = PreferenceResidual(win, lose, win_reference, lose_reference, lose_excess - win_excess, norm, inner)
     return results, buffers[:2] if part is predictions else ()
 
@@ -135,7 +139,7 @@ def _errors(predictions: Sequence[Tensor], targets: Sequence[Tensor], weights: T
     for block in _blocks(predictions[0]):
         for total, prediction, target in zip(sums, predictions, targets, strict=True):
             error = prediction[block].to(torch.float32, copy=True).sub_(target[block])
-            total[(block[0], block[-1])[: len(block)]] = torch.linalg.vector_norm(error, dim=axis)
+            total[block[0], block[-1]] = torch.linalg.vector_norm(error, dim=axis)
     return (torch.stack(sums).square_() * weights).flatten(2).sum(2)
 
 
@@ -143,16 +147,17 @@ class _Residual(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         *predictions, weights = inputs
-        results, ctx.errors = _residual(predictions, weights)
+        results, errors = _residual(predictions, weights)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*results[2:4], *results[5:])
-        save(ctx, *predictions[:2], *predictions[4:], weights)
+        save(ctx, *predictions[:2], *predictions[4:], weights, *errors)
         # Views of one tensor could not be changed in place.
         return results.policy_win.clone(), results.policy_lose.clone(), *results[2:]
 
     @staticmethod
     def backward(ctx: Any, *results: Tensor | None) -> tuple[Tensor | None, ...]:
-        *predictions, weights = saved(ctx)
+        *predictions, weights = saved(ctx)[:5]
+        errors = saved(ctx)[5:]
         grads = [*results[:2], results[4]]
         gradients: list[Tensor | None] = [None, None]
         # A second derivative, or many gradients at once.
@@ -161,7 +166,7 @@ class _Residual(torch.autograd.Function):
         else:
             for side, incoming in enumerate(spec.error_gradients(*grads)):
                 if incoming is not None and ctx.needs_input_grad[side]:
-                    error, weight = ctx.errors[side : side + 1], weights[side % len(weights)]
+                    error, weight = errors[side : side + 1], weights[side % len(weights)]
                     gradients[side] = _policy_gradient(predictions[side], predictions[2 + side], error, weight, incoming)
         return *gradients, *[None] * 5
 

@@ -6,29 +6,31 @@ no copy, and runs as specified.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from focusdpo_kernels import reference as spec
-from focusdpo_kernels.autograd import is_transformed
+from focusdpo_kernels.autograd import is_traced, is_transformed
 
 BLOCK = 3 * 2**19  # elements: fewer make more calls of PyTorch and short products, more leave the cache
 MIN_ELEMENTS = BLOCK + 1  # of a sample's target tokens: one block's copy is what the specification makes
 
 
 def takes(target: Tensor, pooling: str) -> bool:
-    """Whether a layer [B, P, D] is better computed here. What compiles or transforms is given the specification."""
+    """Whether a layer [B, P, D] is better computed here. What traces or transforms is given the specification."""
     half = target.dtype in (torch.float16, torch.bfloat16) and target.device.type == "cpu"
     large = target.shape[1] * target.shape[2] >= MIN_ELEMENTS
-    return half and large and pooling == "reference" and not torch.compiler.is_compiling() and not is_transformed()
+    return half and large and pooling == "reference" and not is_traced() and not is_transformed()
 
 
 def _blocks(hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Blocks of tokens of [T, D] in fp32, in memory that the next block takes over, as [parts, T / parts, D].
 
-    Several threads take a part each: BLAS divides a product of a few rows by many columns among them badly or not at all.
+    Several threads take a part each, where the block divides: left alone, BLAS gives a product of a few rows and many columns
+    to one of them.
     """
     threads = torch.get_num_threads()
     size = max(BLOCK // max(hidden.shape[1], 1) // threads, 1) * threads
@@ -36,7 +38,7 @@ def _blocks(hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
     for first in range(0, hidden.shape[0], size):
         tokens = slice(first, first + size)
         block = hidden[tokens]
-        parts = threads if block.shape[0] % threads == 0 else 1
+        parts = math.gcd(threads, block.shape[0])
         yield tokens, copy[: block.shape[0]].copy_(block).view(parts, block.shape[0] // parts, hidden.shape[1])
 
 

@@ -123,7 +123,8 @@ def _backward(ctx: Any, results: list[Tensor | None]) -> tuple[Any, ...]:
     predictions, scales, weights = list(tensors[:4]), tensors[4], list(tensors[5:])
     grads = [*results[:2], results[4]]
     gradients: Sequence[Tensor | None] = [None, None]
-    if torch.is_grad_enabled():  # for a second derivative
+    # A second derivative, or many gradients at once.
+    if torch.is_grad_enabled() or is_transformed(*(x for x in grads if x is not None)):
         gradients = spec.policy_gradients(grads, predictions, weights, scales[1:], ctx.mask_power)
     elif any(x is not None for x in grads):
         gradients = preference_residual_backward_op(grads, predictions, weights, scales, ctx.mask_power)

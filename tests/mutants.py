@@ -29,7 +29,23 @@ MUTATED = (
     "focusdpo/training/times.py",
     "focusdpo_kernels/reference.py",
 )
-TESTS = ("step", "times", "loss", "peers", "mask", "features", "similarity", "matching", "entropy", "residual", "errors")
+TESTS = (
+    *(
+        "step",
+        "times",
+        "loss",
+        "peers",
+        "mask",
+        "features",
+        "similarity",
+        "matching",
+        "entropy",
+        "focus_field",
+        "residual",
+        "errors",
+    ),
+    *("cpu_mask", "cpu_residual", "cpu_similarity"),  # most of reference.py runs where these compare something with it
+)
 WANTED = 0.95
 KILLED = ("killed", "timeout", "segfault")
 SETTINGS = f"""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from focusdpo_kernels import cpu_residual
+from focusdpo_kernels import cpu_residual, preference_residual
 from focusdpo_kernels import reference as spec
 from tests.conftest import HALF_AND_FULL
 
@@ -109,6 +112,28 @@ def test_a_reference_far_better_than_the_policy(monkeypatch, shape, block):
         torch.testing.assert_close(a.double(), e, rtol=2e-6, atol=0)
 
 
+def test_a_sample_does_not_depend_on_its_batch():
+    """Also beside one whose reference is far better than its policy."""
+    for _ in range(20):
+        predictions, weights = make((3, 64, 16), torch.float32, "both")
+        predictions[2][1] = predictions[4][1] + 1e-3
+        together = cpu_residual.preference_residual(predictions, weights, "mean", 1)
+        for b in range(3):
+            alone = cpu_residual.preference_residual([x[b : b + 1] for x in predictions], [weights[0][b : b + 1]], "mean", 1)
+            assert all(torch.equal(a, t[b : b + 1]) for a, t in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("share", [0.26, 0.5, 0.9])
+def test_a_reference_better_than_the_policy(share):
+    """By less than what makes its error a sum of its own."""
+    predictions, weights = make((4, 64, 64), torch.float32, "both")
+    predictions[2:4] = [t + share**0.5 * (p - t) for p, t in zip(predictions[:2], predictions[4:], strict=True)]
+    found = cpu_residual.preference_residual(predictions, weights, "mean", 1)
+    exact = spec.preference_residual([x.double() for x in predictions], weights, "mean", 1)
+    for a, e in zip(found[:4], exact[:4], strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=2e-6, atol=0)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_policy_that_is_not_finite_leaves_the_reference(value):
     predictions, weights = make((2, 9, 4), torch.float32, "both")
@@ -130,19 +155,31 @@ def test_a_policy_changed_before_the_backward_pass_is_refused():
         margin.sum().backward()
 
 
+def test_nothing_stays_after_the_backward_pass():
+    predictions, weights = make((2, 9, 4), torch.float32, "both")
+    predictions[0].requires_grad_()
+    margin = cpu_residual.preference_residual(predictions, weights, "mean", 1).margin
+    kept = [weakref.ref(x) for x in margin.grad_fn.saved_tensors[5:]]
+    assert [x().shape for x in kept] == [(2, 9, 4)] * 2
+    margin.sum().backward()
+    assert [x() for x in kept] == [None] * 2
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_trace_is_given_the_specification():
+    """It would keep one way of what depends on values."""
+    first = make((1, 64, 16), torch.float32, "both")[0]
+    second = [*first[:2], first[4] + 1e-4 * torch.randn(1, 64, 16), *first[3:]]
+
+    def error(*predictions):
+        return preference_residual(*predictions, backend="torch").reference_win
+
+    exact = spec.preference_residual([x.double() for x in second], [], "mean", 1).reference_win
+    for trace in (make_fx(error)(*first), torch.jit.trace(error, tuple(first))):
+        torch.testing.assert_close(trace(*second).double(), exact, rtol=2e-6, atol=0)
+
+
 def test_what_it_takes():
     cpu = torch.zeros(1)
     assert cpu_residual.takes(cpu, cpu.half(), cpu.bfloat16())
     assert not cpu_residual.takes(cpu, cpu.double()) and not cpu_residual.takes(torch.zeros(1, device="meta"))
-
-
-def test_many_incoming_gradients_at_once():
-    """As `torch.autograd.functional.jacobian(..., vectorize=True)` sends them."""
-    predictions, weights = make((3, 8, 4), torch.float32, "both")
-
-    def margin(policy):
-        return cpu_residual.preference_residual([policy, *predictions[1:]], weights, "mean", 1).margin
-
-    jacobian = torch.autograd.functional.jacobian(margin, predictions[0], vectorize=True)
-    torch.testing.assert_close(jacobian, torch.autograd.functional.jacobian(margin, predictions[0]), rtol=1e-6, atol=0)
-    assert jacobian[1, 1].any() and not jacobian[1, 0].any()

@@ -60,6 +60,7 @@ CASES = {
     "reduction": (lambda: kernels.preference_residual(*SIX, reduction="none"), ValueError, "reduction: got 'none'; expected one of 'mean'"),
     "mask power": (lambda: kernels.preference_residual(*SIX, mask_power=3), ValueError, "mask_power: got 3"),
     "loser's weight alone": (lambda: kernels.preference_residual(*SIX, weight_lose=PRIOR), ValueError, "weight_lose: given without weight"),
+    "loser's weight alone, whatever it is": (lambda: kernels.preference_residual(*SIX, weight_lose=[0]), ValueError, "weight_lose: given without weight"),
     "beta": (lambda: focusdpo.focus_dpo_loss(*SIX, beta=0), ValueError, "beta: got 0; expected a positive number"),
     "loss type": (lambda: focusdpo.focus_dpo_loss(*SIX, loss_type="kto"), ValueError, "loss_type: got 'kto'"),
     "smoothing": (lambda: focusdpo.focus_dpo_loss(*SIX, label_smoothing=0.5), ValueError, "label_smoothing: got 0.5"),

@@ -64,12 +64,16 @@ def test_opcheck(name):
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_compiled_loss_is_the_same(backend):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_compiled_loss_is_the_same(backend, weighted):
     predictions = [torch.randn(2, 6, 4, device=DEVICE) for _ in range(6)]
     weight = torch.rand(2, 6, device=DEVICE)
+    of_pairs = {name: torch.rand(2, device=DEVICE) for name in ("timestep_weight", "sample_weight") if weighted}
 
     def loss(policy_win, policy_lose):
-        return focus_dpo_loss(policy_win, policy_lose, *predictions[2:], focus=weight, beta=1.0, backend=backend).loss
+        return focus_dpo_loss(
+            policy_win, policy_lose, *predictions[2:], focus=weight, beta=1.0, backend=backend, **of_pairs
+        ).loss
 
     results = []
     for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):

@@ -325,3 +325,17 @@ def test_a_sample_of_several_splits_does_not_depend_on_its_batch(batch):
     every = preference_residual(*predictions, weight, reduction="masked_mean", backend="triton")
     some = preference_residual(*[x[:batch] for x in predictions], weight[:batch], reduction="masked_mean", backend="triton")
     assert all(torch.equal(a[:batch], b) for a, b in zip(every, some, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_many_incoming_gradients_at_once(backend, weighted):
+    """As `torch.autograd.functional.jacobian(..., vectorize=True)` sends them."""
+    predictions, weight = make((3, 8, 4), torch.float32, weighted)
+
+    def margin(policy):
+        return preference_residual(policy, *predictions[1:], weight, backend=backend).margin
+
+    jacobian = torch.autograd.functional.jacobian(margin, predictions[0], vectorize=True)
+    torch.testing.assert_close(jacobian, torch.autograd.functional.jacobian(margin, predictions[0]), rtol=1e-6, atol=1e-9)
+    assert jacobian[1, 1].any() and not jacobian[1, 0].any()
