@@ -219,7 +219,7 @@ def focus_dpo_loss(
     if reference_anchor:
         # The kernel's errors, with the reference's predictions as what the policy's should be.
         values = Predictions(policy_win, policy_lose, reference_win, reference_lose, reference_win, reference_lose)
-        drift = _silenced(masked_residual(values, {}, silent=silent, backend=backend), silent)
+        drift = masked_residual(values, {}, silent=silent, backend=backend)
         losses = losses + 0.5 * reference_anchor * (drift.policy_win + drift.policy_lose)
     if sample_weight is not None and silent is not None:
         losses = (losses * sample_weight.to(losses.dtype)).masked_fill(silent, 0)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from focusdpo import FocusDPOOutput, convert_beta, focus_dpo_loss, focus_mask
 from focusdpo.loss import pair_accuracy
-from focusdpo_kernels import cross_layer_similarity
+from focusdpo_kernels import cross_layer_similarity, residual
 from tests.conftest import DEVICE
 
 BACKENDS = ["triton", "torch"]
@@ -328,12 +328,42 @@ def test_a_pair_of_weight_zero_is_silent(backend, value, options):
     assert not found.margin[1].isfinite() and torch.equal(found.logits[2:], expected.logits[2:]), "what is told stays as it is"
 
 
-def test_a_silent_pair_in_float64():
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", [{}, {"loser_scale": "sdpo_batch", "sdpo_mu": 0.3}, {"reference_anchor": 0.2}], ids=str)
+def test_a_silent_pair_is_one_fewer(backend, options):
+    predictions, weight = make()
+    times, pairs = torch.tensor([0.3, 0.7, 1.0, 0.5], device=DEVICE), torch.tensor([0.7, 0.0, 1.0, 2.0], device=DEVICE)
+    found, gradients = loss_and_gradients(
+        predictions, backend, focus=weight, beta=3.0, sample_weight=pairs, timestep_weight=times, **options
+    )
+    rest = pairs != 0
+    fewer, others = loss_and_gradients(
+        *([x[rest] for x in predictions], backend),
+        **{"focus": weight[rest], "beta": 3.0, "sample_weight": pairs[rest], "timestep_weight": times[rest], **options},
+    )
+    torch.testing.assert_close(4 * found.loss, 3 * fewer.loss, rtol=1e-6, atol=0)
+    for gradient, other in zip(gradients, others, strict=True):
+        torch.testing.assert_close(4 * gradient[rest], 3 * other, rtol=1e-5, atol=1e-9)
+    told = focus_dpo_loss(*predictions, focus=weight, beta=3.0, timestep_weight=times, backend=backend).logits
+    assert torch.equal(found.logits, told) and told[1] != 0
+
+
+def test_the_anchor_to_the_reference_takes_the_same_backend(monkeypatch):
+    calls = []
+    operator = residual.preference_residual_op
+    monkeypatch.setattr(residual, "preference_residual_op", lambda *args: calls.append(args) or operator(*args))
+    for backend in BACKENDS:
+        focus_dpo_loss(*make()[0], reference_anchor=0.2, backend=backend)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"reference_anchor": 0.2}], ids=str)
+def test_a_silent_pair_in_float64(options):
     """The specification itself, which is not told of gradients of 0."""
     predictions, weight = make(dtype=torch.float64)
     predictions[0][1, 2, 1] = math.nan
     pairs = torch.tensor([0.7, 0.0, 1.0, 2.0], device=DEVICE)
-    out, gradients = loss_and_gradients(predictions, "torch", focus=weight, sample_weight=pairs)
+    out, gradients = loss_and_gradients(predictions, "torch", focus=weight, sample_weight=pairs, **options)
     assert out.loss.isfinite() and all(g.isfinite().all() and (g[1] == 0).all() and g.any() for g in gradients)
 
 
