@@ -12,6 +12,7 @@ from skimage import data as photos
 from skimage.measure import shannon_entropy
 
 from focusdpo_kernels import fuse_focus, patch_entropy
+from focusdpo_kernels import reference as spec
 from tests.conftest import DEVICE, HALF_AND_FULL
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -190,3 +191,14 @@ def test_fuse_focus(per_subject):
     for backend in BACKENDS:
         mask = fuse_focus(structure, coverage, complexity, prior, tau=0.1, gamma=0.3, backend=backend)
         torch.testing.assert_close(mask, expected, rtol=0, atol=1e-7)
+
+
+def test_the_specification_of_bytes_and_of_complexity():
+    """On a CPU others stand in for it, with its gray values."""
+    images = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
+    same = spec.patch_entropy(images.float() / 255, 16, 32, 0.01, "kde", False)
+    torch.testing.assert_close(spec.patch_entropy(images, 16, 32, 0.01, "kde", False), same, rtol=1e-6, atol=0)
+    plain = spec.patch_entropy(images.double() / 255, 16, 32, 0.01, "kde", False)
+    low, high = plain.amin(1, keepdim=True), plain.amax(1, keepdim=True)
+    complexity = spec.patch_entropy(images.double() / 255, 16, 32, 0.01, "kde", True)
+    torch.testing.assert_close(complexity, (plain - low) / (high - low), rtol=1e-12, atol=1e-12)

@@ -131,3 +131,8 @@ def test_soft_prior_counts_above_one_half():
     prior = torch.tensor([[0.2, 0.5, 0.51, 1.0]], device=DEVICE)
     for backend in BACKENDS:
         assert structure_field(scores, 0, prior, backend=backend)[0].tolist() == [[0, 0, 1, 1]]
+
+
+def test_a_structure_of_float64_scores_is_float64():
+    structure, coverage = structure_field(torch.randn(2, 3, 9).double(), 2, torch.ones(2, 9), backend="torch")
+    assert structure.dtype == coverage.dtype == torch.float64

@@ -339,3 +339,20 @@ def test_many_incoming_gradients_at_once(backend, weighted):
     jacobian = torch.autograd.functional.jacobian(margin, predictions[0], vectorize=True)
     torch.testing.assert_close(jacobian, torch.autograd.functional.jacobian(margin, predictions[0]), rtol=1e-6, atol=1e-9)
     assert jacobian[1, 1].any() and not jacobian[1, 0].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("result", ["policy_win", "policy_lose", "margin"])
+def test_the_gradient_that_can_be_differentiated_is_the_same(backend, result):
+    """In bf16, whose differences have to be formed in fp32, and where one side alone has a gradient. The interpreter rounds to bf16
+    in another way, so the usual gradient is PyTorch's.
+    """
+    predictions, weight = make((2, 40, 24), torch.bfloat16)
+    policy = [x.requires_grad_() for x in predictions[:2]]
+    gradients = []
+    for backend_of, create_graph in (("torch", False), (backend, True)):
+        out = getattr(preference_residual(*predictions, weight, backend=backend_of), result).sum()
+        gradients.append(torch.autograd.grad(out, policy, create_graph=create_graph, materialize_grads=True))
+    for side, usual, found in zip(("policy_win", "policy_lose"), *gradients, strict=True):
+        assert usual.any() == (result in (side, "margin")) and usual.dtype == found.dtype
+        assert (usual == found).float().mean() > 0.98  # the factors may be multiplied in another order
