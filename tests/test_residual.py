@@ -344,8 +344,9 @@ def test_many_incoming_gradients_at_once(backend, weighted):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("result", ["policy_win", "policy_lose", "margin"])
 def test_the_gradient_that_can_be_differentiated_is_the_same(backend, result):
-    """In bf16, whose differences have to be formed in fp32, and where one side alone has a gradient. The interpreter rounds to bf16
-    in another way, so the usual gradient is PyTorch's.
+    """In bf16, whose differences have to be formed in fp32, and where one side alone has a gradient.
+
+    The interpreter rounds to bf16 in another way, so the usual gradient is PyTorch's.
     """
     predictions, weight = make((2, 40, 24), torch.bfloat16)
     policy = [x.requires_grad_() for x in predictions[:2]]
