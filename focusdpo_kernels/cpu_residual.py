@@ -156,8 +156,8 @@ class _Residual(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *results: Tensor | None) -> tuple[Tensor | None, ...]:
-        *predictions, weights = saved(ctx)[:5]
-        errors = saved(ctx)[5:]
+        tensors = saved(ctx)
+        predictions, weights, errors = tensors[:4], tensors[4], tensors[5:]
         grads = [*results[:2], results[4]]
         gradients: list[Tensor | None] = [None, None]
         # A second derivative, or many gradients at once.
