@@ -307,6 +307,21 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, request, checkpointing)
     assert all(torch.equal(value, lora[name]) for name, value in resumed_lora.items())
 
 
+@pytest.mark.parametrize("tokens", [2336, 3584])
+def test_gradients_of_attention_are_the_same_each_time(tokens):
+    """As a killed run of full size needs it; PyTorch's default adds up the queries' gradient in any order."""
+    pytest.importorskip("diffusers")
+    from focusdpo.models.sizes import released
+    from focusdpo.training.determinism import repeatable
+
+    released("FLUX.1 dev").build(torch.bfloat16, 512)  # a backbone chooses among PyTorch's kernels
+    x = [torch.randn(2, 24, tokens, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    weight = torch.randn(2, 24, tokens, 128, device="cuda", dtype=torch.bfloat16)
+    with repeatable():
+        runs = [torch.autograd.grad(torch.nn.functional.scaled_dot_product_attention(*x), x, weight) for _ in range(6)]
+    assert all(torch.equal(one, first) for run in runs[1:] for one, first in zip(run, runs[0], strict=True))
+
+
 @pytest.mark.parametrize(("tokens", "heads", "width"), [(70, 2, 16), (2336, 24, 128), (3584, 24, 128), (5408, 24, 128)])
 def test_attention_of_a_backbone(tokens, heads, width, tmp_path):
     """Gradients at the lengths of the demo's model, FLUX.1 at 512 px, klein at 512 px and FLUX.1 at 1024 px."""

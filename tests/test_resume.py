@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from focusdpo.training.checkpoints import complete_checkpoints
 from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from focusdpo.training.determinism import repeatable
 from focusdpo.training.metrics import read_metrics
 from focusdpo.training.signals import StopSignals
 from focusdpo.training.trainer import Trainer
@@ -193,3 +194,40 @@ def test_beta_and_the_moving_average_resume_as_well(config, tmp_path):
     assert all(torch.equal(value, again[name]) for name, value in average.items())
     with pytest.raises(ValueError, match="loss.auto_beta: got 1.5; expected 0 < auto_beta < 1"):
         LossConfig(auto_beta=1.5)
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_training_takes_algorithms_that_always_give_the_same_bits(config, before):
+    modes = []
+
+    def look(trainer):
+        modes.append((torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory))
+
+    torch.set_deterministic_debug_mode(before)
+    try:
+        for deterministic in (True, False):
+            config = dataclasses.replace(config, deterministic=deterministic, max_steps=1, overwrite=True)
+            Trainer(config, evaluation=look).train()
+            AcceleratorState._reset_state(reset_partial_state=True)
+            assert torch.get_deterministic_debug_mode() == before
+    finally:
+        torch.set_deterministic_debug_mode(0)
+    assert modes == [(2, False)] * 2 + [(before, True)] * 2, "before the first step and after the last"
+
+
+def test_an_operation_without_such_an_algorithm(config):
+    def differs(trainer):
+        torch.zeros(2).put_(torch.tensor([0]), torch.ones(1), accumulate=False)
+
+    with pytest.raises(RuntimeError, match=r"deterministic: put_ does not .*\n?.*deterministic=false trains without"):
+        Trainer(config, evaluation=differs).train()
+    assert torch.get_deterministic_debug_mode() == 0
+    with pytest.raises(RuntimeError, match="^another$"), repeatable():
+        raise RuntimeError("another")
+
+
+def test_the_setting_may_change_when_a_run_is_resumed(config):
+    train(dataclasses.replace(config, checkpoint_every=4))
+    (Path(config.output_dir) / "checkpoints" / "step-000008").rename(Path(config.output_dir) / "later")
+    rows, _ = train(dataclasses.replace(config, checkpoint_every=4, deterministic=False, resume="latest"))
+    assert [row["step"] for row in rows] == list(range(1, 9))

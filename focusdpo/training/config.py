@@ -394,6 +394,8 @@ class TrainConfig:
         gradient_accumulation: Batches per optimiser step.
         mixed_precision: Autocast of the forward pass.
         seed: Seed of the adapter, the order of the pairs, times and noise.
+        deterministic: Take only algorithms that always give the same bits, so that a resumed run comes to the same numbers on
+            a GPU.
         checkpoint_every: Optimiser steps between checkpoints; 0 writes one at the end only.
         checkpoints_total_limit: How many checkpoints are kept, the latest; none keeps all.
         validate_every: Optimiser steps between evaluations of the held-out pairs; 0 evaluates at the end only.
@@ -419,6 +421,7 @@ class TrainConfig:
     gradient_accumulation: int = 1
     mixed_precision: Literal["no", "bf16"] = "bf16"
     seed: int = 0
+    deterministic: bool = True
     checkpoint_every: int = 250
     checkpoints_total_limit: int | None = None
     validate_every: int = 0

@@ -44,9 +44,9 @@ RUN_FILES = (
 
 # What a resumed run may change: where things lie, how and how often it reports, how long it goes on. Settings, and sections.
 FREE = (
-    "output_dir", "resume", "overwrite", "max_steps", "checkpoint_every", "checkpoints_total_limit", "validate_every", "cpu",
-    "backend", "model.path", "model.revision", "model.base_lora", "data.train", "data.validation", "data.check", "data.cache",
-    "data.reference_cache", "data.num_workers",
+    "output_dir", "resume", "overwrite", "max_steps", "checkpoint_every", "checkpoints_total_limit", "validate_every",
+    "deterministic", "cpu", "backend", "model.path", "model.revision", "model.base_lora", "data.train", "data.validation",
+    "data.check", "data.cache", "data.reference_cache", "data.num_workers",
     "samples", "push_to_hub", "trackers", "project", "run_name",
 )  # fmt: skip
 

@@ -33,6 +33,7 @@ from focusdpo.training.cache import EncodingCache
 from focusdpo.training.checkpoints import Checkpoints, Progress, Stateful
 from focusdpo.training.compilation import compile_blocks
 from focusdpo.training.config import TrainConfig
+from focusdpo.training.determinism import repeatable
 from focusdpo.training.draws import fixed_turns, generators, turns_at
 from focusdpo.training.health import Alarm, Health
 from focusdpo.training.hub import check_hub, upload
@@ -155,7 +156,7 @@ class Trainer:
             self.step.beta = self.progress.beta
         self.references = None
         if config.data.reference_cache is not None:
-            with self._explained("the reference's predictions were computed"):
+            with self._explained("the reference's predictions were computed"), repeatable(config.deterministic):
                 self.references = self._fill_references()
         if self.accelerator.is_main_process:
             run.start(config)
@@ -223,9 +224,9 @@ class Trainer:
             SystemExit: after SIGTERM or Ctrl-C, with the usual exit status; the step that was running is saved.
             torch.OutOfMemoryError: says where; in the first step also what takes the memory, and what to change.
         """
-        first = self.progress.step
+        config, first = self.config, self.progress.step
         try:
-            with StopSignals() as signals:
+            with StopSignals() as signals, repeatable(config.deterministic):
                 stopped = self._train(signals)
         except torch.OutOfMemoryError as error:
             raise torch.OutOfMemoryError(self._out_of_memory(first)) from error
