@@ -22,6 +22,7 @@ from benchmarks.inputs import (
     Shape,
     field_inputs,
     image_inputs,
+    mask_inputs,
     prediction_inputs,
     shapes,
     similarity_inputs,
@@ -191,6 +192,18 @@ def _backward(residual: Callable[..., tuple[Tensor, ...]]) -> Provider:
     return provider
 
 
+def _mask(backend: str | None) -> Provider:
+    def provider(x: FocusInputs) -> tuple[Tensor, ...]:
+        return (focus_mask(x.scores, x.prior, x.images, match_count=x.k, tau=TAU, check_range=False, backend=backend).mask,)
+
+    return provider
+
+
+def _pieces_mask(scores: Tensor, k: int, prior: Tensor, images: Tensor) -> Tensor:
+    structure, coverage = pieces.structure(scores, k, prior)
+    return pieces.fuse(structure, coverage, pieces.entropy(images), prior, tau=TAU, gamma=0.3)
+
+
 def _focus_loss(
     scores: Tensor, k: int, prior: Tensor, images: Tensor, predictions: list[Tensor], backend: str | None = "torch"
 ) -> Tensor:
@@ -199,8 +212,7 @@ def _focus_loss(
 
 
 def _pieces_loss(scores: Tensor, k: int, prior: Tensor, images: Tensor, predictions: list[Tensor]) -> Tensor:
-    structure, coverage = pieces.structure(scores, k, prior)
-    mask = pieces.fuse(structure, coverage, pieces.entropy(images), prior, tau=TAU, gamma=0.3)
+    mask = _pieces_mask(scores, k, prior, images)
     return pieces.dpo_loss(*predictions, mask, beta=2000.0)
 
 
@@ -328,6 +340,20 @@ GROUPS = (
                 {"scikit-image": pieces.skimage_entropy},
             ),
         )
+    ),
+    Group(
+        "focus mask",
+        mask_inputs,
+        lambda x: _mask("torch")(_double(x)),
+        ("structure field", "entropy", "fusion"),
+        "(4 R P + P + 4 P) + (4 * 3 * 256 P + 4 P) + 13 P",
+        {
+            OURS: _mask(OUR_BACKEND),
+            EAGER: _mask("torch"),
+            PIECES: lambda x: (_pieces_mask(x.scores, x.k, x.prior, x.images),),
+        },
+        sweeps=("P",),
+        tolerance=lambda patches: 1e-4,  # as the entropies, whose range it divides by
     ),
     _residual_group("residual forward", _forward, ("residual forward",), "6 * 2 P C + 4 P"),
     _residual_group(

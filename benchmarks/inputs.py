@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,8 +104,15 @@ def prediction_inputs(shape: Shape, device: torch.device) -> FocusInputs:
     return FocusInputs(predictions=predictions, mask=torch.rand(b, s["P"], device=device))
 
 
+def mask_inputs(shape: Shape, device: torch.device) -> FocusInputs:
+    return _merged(shape, device, field_inputs, image_inputs)
+
+
 def step_inputs(shape: Shape, device: torch.device) -> FocusInputs:
-    parts = (similarity_inputs, field_inputs, image_inputs, prediction_inputs)
+    return _merged(shape, device, similarity_inputs, field_inputs, image_inputs, prediction_inputs)
+
+
+def _merged(shape: Shape, device: torch.device, *parts: Callable[[Shape, torch.device], FocusInputs]) -> FocusInputs:
     merged: dict[str, Any] = {}
     for part in parts:
         made = vars(part(shape, device))

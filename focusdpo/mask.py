@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from focusdpo_kernels import focus_field, patch_entropy, topk_mask
+from focusdpo_kernels import focus_field_of_images, topk_mask
 from focusdpo_kernels.checks import check_prior, check_scores, check_shape, check_tensor
 from focusdpo_kernels.reference import binary_prior
 
@@ -133,19 +133,19 @@ def focus_mask(
     scores = check_scores("scores", scores, ndim=3)
     prior = check_prior(prior, *scores.shape)
     counts = match_counts(match_count, scores, prior, reference_mask)
-    entropy = patch_entropy(
+    field = focus_field_of_images(
+        scores,
+        counts,
+        prior,
         images,
         patch_size,
+        per_subject=per_subject,
+        tau=tau,
+        gamma=gamma,
         bins=entropy_bins,
         sigma=entropy_sigma,
         method=entropy_method,
         check_range=check_range,
         backend=backend,
     )
-    if entropy.shape != (scores.shape[0], scores.shape[2]):
-        raise ValueError(
-            f"images: {list(images.shape)} in patches of {patch_size} give {list(entropy.shape)} tokens, while scores "
-            f"{list(scores.shape)} have {[scores.shape[0], scores.shape[2]]}; resize the images to the target's size"
-        )
-    field = focus_field(scores, counts, prior, entropy, per_subject=per_subject, tau=tau, gamma=gamma, backend=backend)
     return FocusMask(**field._asdict(), tau=tau, scores=scores, counts=counts)

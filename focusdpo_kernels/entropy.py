@@ -1,10 +1,11 @@
-"""Patch entropy (docs/method.md, E7).
+"""Patch entropy (docs/method.md, E7), alone or with the top-K of rows beside it.
 
     q[b]  proportional to  mean_{x in patch} exp(-((x - mu[b]) / sigma)^2 / 2)     kde
     q[b]  =                share of the patch's pixels in bin b                     histogram
     H[p]  = -sum_b q[b] log q[b]                                                    nats
 
-A program takes one patch, chunk by chunk of BLOCK pixels, so any patch size works. Bytes: B C H W itemsize in, 4 B P out;
+A program takes a few patches, chunk by chunk of BLOCK pixels, so any patch size works. Selection needs none of it: its
+programs come first in the same launch. Bytes: B C H W itemsize in, 4 B P out;
 `normalize` reads and writes the 4 B P once more in a second launch.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,21 +25,55 @@ from focusdpo_kernels import cpu_mask
 from focusdpo_kernels import reference as spec
 from focusdpo_kernels.backend import device_guard, resolve_backend
 from focusdpo_kernels.checks import METHODS, check_estimator, check_images
-from focusdpo_kernels.launch import POINTERS, Launch, Registers, next_power_of_2
+from focusdpo_kernels.launch import POINTERS, Launch, Registers, ceil_div, next_power_of_2
+from focusdpo_kernels.matching import (
+    SCORES_ALIGNED,
+    Selected,
+    count_types,
+    counts_arguments,
+    row_arguments,
+    row_constants,
+    row_types,
+    write_matches,
+)
 
-PROGRAMS = 65535  # CUDA's limit on a grid's second axis
+PATCHES = 4  # of a program, one for each of its warps: what begins and ends a patch is done once
+THREADS = 128
 
 
-@triton.jit(do_not_specialize=["COLUMNS", "P"])
+class Images(NamedTuple):
+    """Images [B, C, H, W] as a kernel takes them: pointer and strides, patches in a row, and in an image."""
+
+    ptr: Any
+    stride_b: Any
+    stride_c: Any
+    stride_h: Any
+    stride_w: Any
+    columns: Any
+    patches: Any
+
+
+class Estimator(NamedTuple):
+    """How H is estimated; see `patch_entropy`."""
+
+    patch_size: int
+    bins: int
+    sigma: float
+    method: str
+
+
+@triton.jit(do_not_specialize=["ROWS", "R", "k_value"])
 def _entropy_kernel(
-    images_ptr,  # [B, C, H, W]
+    images,
     out_ptr,  # [B, P] fp32
-    COLUMNS,  # patches in a row of the image
-    P,
-    stride_b,
-    stride_c,
-    stride_h,
-    stride_w,
+    scores,  # [B, R, P], or None: nothing to select
+    k,  # [B, R], or None where it is a number
+    matches_ptr,  # [B, R, P] uint8
+    wanted_ptr,  # [B, R] int32
+    k_value,
+    R,
+    ROWS,  # B R programs select, before those of the patches
+    TOTAL,  # B P
     CHANNELS: tl.constexpr,
     PATCH: tl.constexpr,
     BINS: tl.constexpr,
@@ -49,48 +85,60 @@ def _entropy_kernel(
     LUMA_R: tl.constexpr,
     LUMA_G: tl.constexpr,
     LUMA_B: tl.constexpr,
+    PATCHES: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    ONE: tl.constexpr,
 ):
-    p = tl.program_id(0)
-    b = tl.program_id(1).to(tl.int64)
-    row = (p // COLUMNS).to(tl.int64) * PATCH
-    column = (p % COLUMNS).to(tl.int64) * PATCH
-    corner = images_ptr + b * stride_b + row * stride_h + column * stride_w
-    offs_bin = tl.arange(0, BINS_PAD)
-    # Counts of pixels by bin are whole numbers; one more tells of pixels that are none.
-    weight = tl.zeros([BINS_PAD], tl.int32 if HISTOGRAM else tl.float32)
-    broken = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, PATCH * PATCH, BLOCK):
-        offs = start + tl.arange(0, BLOCK)
-        valid = offs < PATCH * PATCH
-        offsets = (offs // PATCH).to(tl.int64) * stride_h + (offs % PATCH).to(tl.int64) * stride_w
-        gray = tl.load(corner + offsets, mask=valid, other=0).to(tl.float32)
-        if CHANNELS == 3:
-            green = tl.load(corner + stride_c + offsets, mask=valid, other=0).to(tl.float32)
-            blue = tl.load(corner + 2 * tl.cast(stride_c, tl.int64) + offsets, mask=valid, other=0).to(tl.float32)
-            gray = LUMA_R * gray + LUMA_G * green + LUMA_B * blue
-        gray = gray * PIXEL_SCALE
-        # A pixel that is NaN or far out of range must not end as a plausible number.
-        in_range = (gray >= -TOLERANCE) & (gray <= 1 + TOLERANCE)
+    program = tl.program_id(0) - ROWS
+    if scores is not None:  # noqa: SIM102  which the compiler knows
+        if program < 0:
+            write_matches(
+                scores, k, k_value, matches_ptr, wanted_ptr, R, images.patches, tl.program_id(0), BLOCK_P=BLOCK_P, ONE=ONE
+            )
+    if program >= 0:
+        patches = program * PATCHES + tl.arange(0, PATCHES)
+        p = patches % images.patches
+        b = (patches // images.patches).to(tl.int64)
+        row = (p // images.columns).to(tl.int64) * PATCH
+        column = (p % images.columns).to(tl.int64) * PATCH
+        corner = b * images.stride_b + row * images.stride_h + column * images.stride_w
+        offs_bin = tl.arange(0, BINS_PAD)
+        # Counts of pixels by bin are whole numbers; one more tells of pixels that are none.
+        weight = tl.zeros([PATCHES, BINS_PAD], tl.int32 if HISTOGRAM else tl.float32)
+        broken = tl.zeros([BLOCK, PATCHES], tl.int32)
+        for start in range(0, PATCH * PATCH, BLOCK):
+            offs = start + tl.arange(0, BLOCK)
+            valid = (offs < PATCH * PATCH)[:, None] & (patches < TOTAL)[None, :]
+            offsets = (offs // PATCH).to(tl.int64) * images.stride_h + (offs % PATCH).to(tl.int64) * images.stride_w
+            ptr = images.ptr + (offsets[:, None] + corner[None, :])
+            gray = tl.load(ptr, mask=valid, other=0).to(tl.float32)
+            if CHANNELS == 3:
+                green = tl.load(ptr + images.stride_c, mask=valid, other=0).to(tl.float32)
+                blue = tl.load(ptr + 2 * tl.cast(images.stride_c, tl.int64), mask=valid, other=0).to(tl.float32)
+                gray = LUMA_R * gray + LUMA_G * green + LUMA_B * blue
+            gray = gray * PIXEL_SCALE
+            # A pixel that is NaN or far out of range must not end as a plausible number.
+            in_range = (gray >= -TOLERANCE) & (gray <= 1 + TOLERANCE)
+            if HISTOGRAM:
+                broken |= (in_range == 0).to(tl.int32)
+                level = tl.minimum(tl.maximum(tl.floor(tl.where(in_range, gray, 0.0) * BINS), 0.0), BINS - 1.0)
+                level = tl.where(valid, level, -1.0)
+                weight += tl.sum((level.to(tl.int32)[:, :, None] == offs_bin[None, None, :]).to(tl.int32), axis=0)
+            else:
+                # exp(-((gray - mu) / sigma)^2 / 2) as a power of two, its factor folded into both numbers.
+                gray = tl.where(valid, tl.where(in_range, gray, float("nan")), float("inf"))  # exp2(-inf) = 0
+                distance = gray[:, :, None] * SCALE - (offs_bin.to(tl.float32) * (SCALE / (BINS - 1)))[None, None, :]
+                # "-distance" would be 0 - distance, one instruction more.
+                weight += tl.sum(tl.exp2((distance * -1.0) * distance), axis=0)
+        weight = tl.where((offs_bin < BINS)[None, :], weight, 0).to(tl.float32)
+        total = tl.sum(weight, axis=1)
+        q = weight / total[:, None]
+        entropy = -tl.sum(tl.where(q > 0, q * tl.log(tl.where(q > 0, q, 1.0)), 0.0), axis=1)
+        whole = total > 0
         if HISTOGRAM:
-            broken |= (in_range == 0).to(tl.int32)
-            level = tl.minimum(tl.maximum(tl.floor(tl.where(in_range, gray, 0.0) * BINS), 0.0), BINS - 1.0)
-            level = tl.where(valid, level, -1.0)
-            weight += tl.sum((level.to(tl.int32)[:, None] == offs_bin[None, :]).to(tl.int32), axis=0)
-        else:
-            # exp(-((gray - mu) / sigma)^2 / 2) as a power of two, its factor folded into both numbers.
-            gray = tl.where(valid, tl.where(in_range, gray, float("nan")), float("inf"))  # exp2(-inf) = 0
-            distance = gray[:, None] * SCALE - (offs_bin.to(tl.float32) * (SCALE / (BINS - 1)))[None, :]
-            # "-distance" would be 0 - distance, one instruction more.
-            weight += tl.sum(tl.exp2((distance * -1.0) * distance), axis=0)
-    weight = tl.where(offs_bin < BINS, weight, 0).to(tl.float32)
-    total = tl.sum(weight, axis=0)
-    q = weight / total
-    entropy = -tl.sum(tl.where(q > 0, q * tl.log(tl.where(q > 0, q, 1.0)), 0.0), axis=0)
-    whole = total > 0
-    if HISTOGRAM:
-        whole = tl.max(broken, axis=0) == 0
-    tl.store(out_ptr + b * P + p, tl.where(whole, entropy, float("nan")))
+            whole = tl.max(broken, axis=0) == 0
+        tl.store(out_ptr + patches, tl.where(whole, entropy, float("nan")), mask=patches < TOTAL)
 
 
 @triton.jit
@@ -123,8 +171,19 @@ def _normalize_kernel(entropy_ptr, out_ptr, P, BLOCK: tl.constexpr):
 
 
 @functools.cache
-def _entropy_launch(dtype: torch.dtype, channels: int, patch_size: int, bins: int, sigma: float, method: str) -> Launch:
+def entropy_launch(
+    dtype: torch.dtype,
+    channels: int,
+    estimator: Estimator,
+    scores: torch.dtype | None = None,
+    patches: int = 0,
+    k_tensor: bool = False,
+) -> Launch:
+    """The kernel for images of a dtype; with `scores`, a dtype, it selects in rows of so many patches as well."""
+    patch_size, bins, sigma, method = estimator
     red, green, blue = spec.LUMA
+    # Of the pixel x bin tile in a thread. With more, compilers unroll a histogram's loop until the registers are gone.
+    values = 16 if method == "histogram" else 64
     return Launch(
         _entropy_kernel,
         {
@@ -139,14 +198,29 @@ def _entropy_launch(dtype: torch.dtype, channels: int, patch_size: int, bins: in
             "LUMA_R": red,
             "LUMA_G": green,
             "LUMA_B": blue,
-            # 64 values of the pixel x bin tile per thread.
-            "BLOCK": max(min(next_power_of_2(patch_size * patch_size), 2048 // next_power_of_2(bins)), 16),
+            "BLOCK": max(min(next_power_of_2(patch_size * patch_size), 32 * values // next_power_of_2(bins)), 4),
+            "PATCHES": PATCHES,
+            **row_constants(patches, THREADS, held=8),  # few: the patches' programs have as many registers
         },
-        threads=32,  # one warp: what begins and ends a patch is done once, and no warp waits for another
-        registers=Registers(176, 176, 176, 96),
-        types={"images_ptr": POINTERS[dtype], "out_ptr": "*fp32"},
-        aligned=("stride_b", "stride_c", "stride_h"),
-        ones=("stride_w",),
+        threads=THREADS,
+        registers=Registers(176, 176, 176, 128) if bins > 32 else Registers(96, 96, 96, 96),
+        types={
+            "images": Images(POINTERS[dtype], *["i32"] * 6),
+            "out_ptr": "*fp32",
+            "scores": None if scores is None else row_types(POINTERS[scores]),
+            "k": count_types("*i64" if k_tensor else None),
+            "matches_ptr": None if scores is None else "*u8",
+            "wanted_ptr": None if scores is None else "*i32",
+        },
+        aligned=(
+            *SCORES_ALIGNED,
+            "images.stride_b",
+            "images.stride_c",
+            "images.stride_h",
+            "images.columns",
+            "images.patches",
+        ),
+        ones=("images.stride_w", "scores.stride_p", "k.stride_r"),
     )
 
 
@@ -161,23 +235,44 @@ def _normalize_launch() -> Launch:
     )
 
 
+def run_entropy(
+    images: Tensor, estimator: Estimator, scores: Tensor | None = None, k: Tensor | None = None, k_value: int = 0
+) -> tuple[Tensor, Selected | None]:
+    """H [B, P] and, in the same launch, what `topk_mask` selects among scores [B, R, P]."""
+    batch, channels, height, width = images.shape
+    stride_b, stride_c, stride_h, stride_w = images.stride()
+    columns = width // estimator.patch_size
+    patches = height // estimator.patch_size * columns
+    entropy = torch.empty((batch, patches), dtype=torch.float32, device=images.device)
+    selected = None if scores is None else Selected.empty(scores)
+    if entropy.numel():
+        rows = 0 if scores is None else scores.shape[0] * scores.shape[1]
+        kind = None if scores is None else scores.dtype
+        launch = entropy_launch(images.dtype, channels, estimator, kind, patches, k is not None)
+        with device_guard(images):
+            launch(
+                (rows + ceil_div(batch * patches, PATCHES),),
+                Images(images, stride_b, stride_c, stride_h, stride_w, columns, patches),
+                entropy,
+                None if scores is None else row_arguments(scores),
+                counts_arguments(k),
+                *(selected or (None, None)),
+                k_value,
+                1 if scores is None else scores.shape[1],
+                rows,
+                batch * patches,
+            )
+    return entropy, selected
+
+
 @torch.library.custom_op("focusdpo::patch_entropy", mutates_args=())
 def patch_entropy_op(images: Tensor, patch_size: int, bins: int, sigma: float, method: str, normalize: bool) -> Tensor:
-    batch, channels, height, width = images.shape
-    columns = width // patch_size
-    patches = (height // patch_size) * columns
-    entropy = torch.empty((batch, patches), dtype=torch.float32, device=images.device)
-    if entropy.numel() == 0:
+    entropy, _ = run_entropy(images, Estimator(patch_size, bins, sigma, method))
+    if entropy.numel() == 0 or not normalize:
         return entropy
-    launch = _entropy_launch(images.dtype, channels, patch_size, bins, sigma, method)
+    complexity = torch.empty_like(entropy)
     with device_guard(images):
-        for start in range(0, batch, PROGRAMS):
-            part = images[start : start + PROGRAMS]
-            launch((patches, len(part)), part, entropy[start:], columns, patches, *part.stride())
-        if not normalize:
-            return entropy
-        complexity = torch.empty_like(entropy)
-        _normalize_launch()((batch,), entropy, complexity, patches)
+        _normalize_launch()((entropy.shape[0],), entropy, complexity, entropy.shape[1])
     return complexity
 
 
@@ -229,10 +324,15 @@ def patch_entropy(
 
 def launches() -> Iterator[Launch]:
     """Every shipped launch configuration, for ahead-of-time compilation."""
+    shipped = {method: Estimator(16, 32, 0.01, method) for method in METHODS}
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.uint8):
         for channels in (1, 3):
-            for method in METHODS:
-                yield _entropy_launch(dtype, channels, 16, 32, 0.01, method)
-    yield _entropy_launch(torch.float32, 3, 16, 256, 0.01, "histogram")
-    yield _entropy_launch(torch.float32, 3, 32, 32, 0.01, "kde")
+            for estimator in shipped.values():
+                yield entropy_launch(dtype, channels, estimator)
+    yield entropy_launch(torch.float32, 3, shipped["histogram"]._replace(bins=256))
+    yield entropy_launch(torch.float32, 3, shipped["kde"]._replace(patch_size=32))
+    for patches in (256, 1024, 4096, 16384):
+        yield entropy_launch(torch.float32, 3, shipped["kde"], torch.float32, patches, True)
+    for scores, k_tensor in ((torch.bfloat16, True), (torch.float32, False)):
+        yield entropy_launch(torch.float32, 3, shipped["histogram"], scores, 4096, k_tensor)
     yield _normalize_launch()

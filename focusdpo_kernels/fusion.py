@@ -24,6 +24,8 @@ from focusdpo_kernels.backend import device_guard, resolve_backend
 from focusdpo_kernels.checks import (
     FLOATS,
     check_device,
+    check_estimator,
+    check_images,
     check_k,
     check_per_subject,
     check_prior,
@@ -32,17 +34,15 @@ from focusdpo_kernels.checks import (
     check_tensor,
     check_unit_interval,
 )
-from focusdpo_kernels.entropy import scale_complexity
+from focusdpo_kernels.entropy import Estimator, run_entropy, scale_complexity
 from focusdpo_kernels.launch import POINTERS, Launch, Registers, ceil_div
 from focusdpo_kernels.matching import (
-    LONGEST,
-    ROW_ALIGNED,
-    ROW_ONES,
-    counts_arguments,
+    PRIOR_ALIGNED,
+    Selected,
+    field_constants,
     load_inside,
     ordered,
     row_arguments,
-    row_constants,
     row_types,
     run_topk,
     share,
@@ -96,51 +96,71 @@ def _fuse_kernel(
     tl.store(out_ptr + b * P + offs, mask, mask=valid)
 
 
-@triton.jit(do_not_specialize=["P", "k_value"])
+@triton.jit
 def _field_kernel(
-    scores,  # [B, R, P]
-    k,  # [B, R] or None
+    matches_ptr,  # [B, R, P] of 0 and 1
+    wanted_ptr,  # [B, R] int32: how many those are at most, 0 of an absent subject
     prior,  # [B, PRIOR_ROWS, P] of any type
     entropy_ptr,  # [B, P] fp32
     out,
     P,
-    k_value,
     tau,
     gamma,
     R: tl.constexpr,
-    ROWS: tl.constexpr,
     PRIOR_ROWS: tl.constexpr,
     PER_SUBJECT: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    FULL: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    if FULL:
-        P = BLOCK_P
     b = tl.program_id(0).to(tl.int64)
-    offs_p = tl.arange(0, BLOCK_P)
-    mask_p = offs_p < P
-    offsets = b * P + offs_p
-    entropy = tl.load(entropy_ptr + offsets, mask=mask_p, other=0.0)
     # As integers, which a warp compares in one instruction; NaN is the largest.
-    keys = tl.where(entropy == entropy, ordered(entropy), 0x7FFFFFFF)
-    low = tl.min(tl.where(mask_p, keys, 0x7FFFFFFF), axis=0)
-    high = tl.max(tl.where(mask_p, keys, -0x7FFFFFFF), axis=0)
-    structure, union, matches, rest, all_matched = uncovered(
-        scores, k, k_value, prior, b, P, R=R, ROWS=ROWS, PRIOR_ROWS=PRIOR_ROWS, PER_SUBJECT=PER_SUBJECT, BLOCK_P=BLOCK_P
-    )
-    coverage, size = share(structure, union)
-    if not PER_SUBJECT:
-        rest = tl.maximum(size - matches, 0)
-    # Read again, so that the search has the registers.
-    entropy = tl.load(entropy_ptr + offsets, mask=mask_p, other=0.0)
-    complexity = scale_complexity(entropy, unordered(low), unordered(high))
-    structure = structure.to(tl.float32)
-    tl.store(out.mask + offsets, _blend(structure, complexity, union, coverage, tau, gamma), mask=mask_p)
-    tl.store(out.structure + offsets, structure, mask=mask_p)
-    tl.store(out.complexity + offsets, complexity, mask=mask_p)
-    tl.store(out.prior + offsets, union.to(tl.uint8), mask=mask_p)
+    low = tl.full([BLOCK], 0x7FFFFFFF, tl.int32)
+    high = tl.full([BLOCK], -0x7FFFFFFF, tl.int32)
+    structures = tl.zeros([BLOCK], tl.int32)
+    unions = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, P, BLOCK):
+        structure, union = uncovered(
+            matches_ptr, prior, b, start, P, R=R, PRIOR_ROWS=PRIOR_ROWS, PER_SUBJECT=PER_SUBJECT, BLOCK=BLOCK
+        )
+        structures += structure
+        unions += union
+        offs_p = start + tl.arange(0, BLOCK)
+        entropy = tl.load(entropy_ptr + b * P + offs_p, mask=offs_p < P, other=0.0)
+        keys = tl.where(entropy == entropy, ordered(entropy), 0x7FFFFFFF)
+        low = tl.minimum(low, tl.where(offs_p < P, keys, 0x7FFFFFFF))
+        high = tl.maximum(high, tl.where(offs_p < P, keys, -0x7FFFFFFF))
+    least = unordered(tl.min(low, axis=0))
+    largest = unordered(tl.max(high, axis=0))
+    size = tl.sum(unions, axis=0)
+    coverage = share(tl.sum(structures, axis=0), size)
+    all_matched = 0
+    rest = 0 if PER_SUBJECT and R > 0 else size
+    for r in tl.static_range(R):
+        wanted = tl.load(wanted_ptr + b * R + r)
+        all_matched |= (wanted >= P).to(tl.int32)
+        if PER_SUBJECT:  # another's matches do not help: at least the neediest subject's rest remains
+            inside = tl.zeros([BLOCK], tl.int32)
+            for start in range(0, P, BLOCK):
+                offs_p = start + tl.arange(0, BLOCK)
+                offsets = b * prior.stride_b + tl.cast(r, tl.int64) * prior.stride_r + offs_p.to(tl.int64) * prior.stride_p
+                inside += load_inside(prior.ptr, offsets, offs_p < P)
+            rest = tl.maximum(rest, tl.sum(inside, axis=0) - wanted)
+        else:
+            rest -= wanted
+    for start in range(0, P, BLOCK):
+        structure, union = uncovered(
+            matches_ptr, prior, b, start, P, R=R, PRIOR_ROWS=PRIOR_ROWS, PER_SUBJECT=PER_SUBJECT, BLOCK=BLOCK
+        )
+        offs_p = start + tl.arange(0, BLOCK)
+        offsets = b * P + offs_p
+        mask_p = offs_p < P
+        complexity = scale_complexity(tl.load(entropy_ptr + offsets, mask=mask_p, other=0.0), least, largest)
+        structure = structure.to(tl.float32)
+        tl.store(out.mask + offsets, _blend(structure, complexity, union, coverage, tau, gamma), mask=mask_p)
+        tl.store(out.structure + offsets, structure, mask=mask_p)
+        tl.store(out.complexity + offsets, complexity, mask=mask_p)
+        tl.store(out.prior + offsets, union.to(tl.uint8), mask=mask_p)
     tl.store(out.coverage + b, coverage)
-    tl.store(out.coverage_floor + b, tl.div_rn(rest.to(tl.float32), tl.maximum(size, 1).to(tl.float32)))
+    tl.store(out.coverage_floor + b, share(tl.maximum(rest, 0), size))
     tl.store(out.all_matched + b, tl.cast(all_matched, tl.uint8))
 
 
@@ -154,34 +174,34 @@ def _fuse_launch(prior: torch.dtype = torch.uint8) -> Launch:
         registers=Registers(48, 48, 48, 48),
         types={
             **dict.fromkeys(pointers, "*fp32"),
-            "prior": row_types("*fp32", POINTERS[prior], None)["prior"],
+            "prior": row_types(POINTERS[prior]),
             "tau": "fp32",
             "gamma": "fp32",
         },
-        aligned=ROW_ALIGNED,
-        ones=ROW_ONES,
+        aligned=PRIOR_ALIGNED,
+        ones=("prior.stride_p",),
     )
 
 
 @functools.cache
-def _field_launch(
-    subjects: int, patches: int, prior_rows: int, per_subject: bool, k_tensor: bool, dtype: torch.dtype
-) -> Launch:
-    constants, threads = row_constants(subjects, patches, prior_rows, per_subject)
+def _field_launch(subjects: int, patches: int, prior_rows: int, per_subject: bool) -> Launch:
+    constants, threads = field_constants(subjects, prior_rows, per_subject, patches)
     return Launch(
         _field_kernel,
         constants,
         threads=threads,
-        registers=Registers(255, 255, 255, 264),  # AMD has 512
+        registers=Registers(144, 144, 144, 128),
         types={
-            **row_types(POINTERS[dtype], "*u8", "*i64" if k_tensor else None),
+            "matches_ptr": "*u8",
+            "wanted_ptr": "*i32",
+            "prior": row_types("*u8"),
             "entropy_ptr": "*fp32",
             "out": FieldOut("*fp32", "*fp32", "*fp32", "*fp32", "*u8", "*fp32", "*u8"),
             "tau": "fp32",
             "gamma": "fp32",
         },
-        aligned=ROW_ALIGNED,
-        ones=ROW_ONES,
+        aligned=(*PRIOR_ALIGNED, "P"),
+        ones=("prior.stride_p",),
     )
 
 
@@ -259,20 +279,41 @@ def focus_field_op(
     tau: float,
     gamma: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, subjects, patches = scores.shape
-    if batch == 0 or not 0 < patches <= LONGEST:
-        matched = run_topk(scores, k, k_value)
-        counts = k_value if k is None else k
-        field = spec.focus_field(matched, scores, counts, prior, entropy.float(), per_subject, tau, gamma)
-        return _as_tuple(x.clone() if x is prior or x is entropy else x for x in field)  # an operator returns no argument
-    out = _empty_field(scores)
-    launch = _field_launch(
-        subjects, patches, prior.shape[1] if prior.ndim == 3 else 1, per_subject, k is not None, scores.dtype
-    )
-    pointers = FieldOut(*(x.view(torch.uint8) if x.dtype == torch.bool else x for x in out))
-    arguments = (row_arguments(scores), counts_arguments(k), row_arguments(prior), entropy.float().contiguous())
-    with device_guard(scores):
-        launch((batch,), *arguments, pointers, patches, k_value, tau, gamma)
+    return _fields(run_topk(scores, k, k_value), prior, entropy.float().contiguous(), per_subject, tau, gamma)
+
+
+@torch.library.custom_op("focusdpo::image_field", mutates_args=())
+def image_field_op(
+    scores: Tensor,
+    k: Tensor | None,
+    k_value: int,
+    prior: Tensor,
+    images: Tensor,
+    patch_size: int,
+    bins: int,
+    sigma: float,
+    method: str,
+    per_subject: bool,
+    tau: float,
+    gamma: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    entropy, selected = run_entropy(images, Estimator(patch_size, bins, sigma, method), scores, k, k_value)
+    assert selected is not None
+    return _fields(selected, prior, entropy, per_subject, tau, gamma)
+
+
+def _fields(
+    selected: Selected, prior: Tensor, entropy: Tensor, per_subject: bool, tau: float, gamma: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """E6 to E8 from matches and entropies."""
+    batch, subjects, patches = selected.matches.shape
+    out = _empty_field(selected.matches)
+    if batch:
+        inside = row_arguments(prior)
+        launch = _field_launch(subjects, patches, inside.ptr.shape[1], per_subject)
+        pointers = FieldOut(*(x.view(torch.uint8) if x.dtype == torch.bool else x for x in out))
+        with device_guard(entropy):
+            launch((batch,), *selected, inside, entropy, pointers, patches, tau, gamma)
     return _as_tuple(out)
 
 
@@ -301,6 +342,24 @@ def _(scores, k, k_value, prior, entropy, per_subject, tau, gamma):
     return _as_tuple(_empty_field(scores))
 
 
+@image_field_op.register_fake
+def _(scores, k, k_value, prior, images, patch_size, bins, sigma, method, per_subject, tau, gamma):
+    return _as_tuple(_empty_field(scores))
+
+
+def _check_field(
+    scores: Tensor, k: int | Tensor, prior: Tensor, per_subject: bool, tau: float, gamma: float
+) -> tuple[Tensor, int | Tensor, Tensor]:
+    scores = check_scores("scores", scores, ndim=3).detach()
+    k = check_k(k, scores)
+    prior = check_prior(prior, *scores.shape).detach()
+    check_device("prior", prior, scores.device, "scores")
+    check_per_subject(per_subject, prior)
+    check_unit_interval("tau", tau)
+    check_unit_interval("gamma", gamma)
+    return scores, k, prior
+
+
 def focus_field(
     scores: Tensor,
     k: int | Tensor,
@@ -313,7 +372,7 @@ def focus_field(
     backend: str | None = None,
 ) -> spec.FocusField:
     """The focus mask and its parts from scores and entropies (E5 to E8): `structure_field`, the entropies' scaling and
-    `fuse_focus` in one launch.
+    `fuse_focus` in two launches.
 
     Args:
         scores: S [B, R, P] fp16, bf16 or fp32 (float64 on the torch backend).
@@ -328,17 +387,10 @@ def focus_field(
     Raises:
         TypeError, ValueError: arguments of wrong type, shape, dtype, device or range, each named.
     """
-    scores = check_scores("scores", scores, ndim=3).detach()
-    k = check_k(k, scores)
-    batch, subjects, patches = scores.shape
-    prior = check_prior(prior, batch, subjects, patches).detach()
+    scores, k, prior = _check_field(scores, k, prior, per_subject, tau, gamma)
     entropy = check_tensor("entropy", entropy, ndim=2, dtypes=FLOATS, layout="[B, P]").detach()
-    check_shape("entropy", entropy, (batch, patches), "B and P of scores")
-    for name, value in (("prior", prior), ("entropy", entropy)):
-        check_device(name, value, scores.device, "scores")
-    check_per_subject(per_subject, prior)
-    check_unit_interval("tau", tau)
-    check_unit_interval("gamma", gamma)
+    check_shape("entropy", entropy, (scores.shape[0], scores.shape[2]), "B and P of scores")
+    check_device("entropy", entropy, scores.device, "scores")
     if resolve_backend(backend, scores, entropy) == "torch":
         matched = (cpu_mask if cpu_mask.takes(scores) else spec).topk_mask(scores, k)
         return spec.focus_field(matched, scores, k, prior, entropy, per_subject, tau, gamma)
@@ -346,14 +398,60 @@ def focus_field(
     return spec.FocusField(*focus_field_op(scores, counts, k_value, prior, entropy, per_subject, float(tau), float(gamma)))
 
 
+def focus_field_of_images(
+    scores: Tensor,
+    k: int | Tensor,
+    prior: Tensor,
+    images: Tensor,
+    patch_size: int = 16,
+    *,
+    per_subject: bool = False,
+    tau: float = 0.1,
+    gamma: float = 0.3,
+    bins: int = 32,
+    sigma: float = 0.01,
+    method: str = "kde",
+    check_range: bool | None = None,
+    backend: str | None = None,
+) -> spec.FocusField:
+    """`focus_field` from scores and pixels, also in two launches: top-K runs beside the entropies of the patches.
+
+    Args:
+        scores, k, prior, per_subject, tau, gamma, backend: see `focus_field`.
+        images: [B, C, H, W] with H/p * W/p = P patches.
+        patch_size, bins, sigma, method, check_range: see `patch_entropy`.
+
+    Returns:
+        FocusField, see `focus_field`.
+
+    Raises:
+        TypeError, ValueError: arguments of wrong type, shape, dtype, device or range, each named.
+    """
+    scores, k, prior = _check_field(scores, k, prior, per_subject, tau, gamma)
+    images = check_images(images, patch_size, check_range).detach()
+    check_estimator(method, bins, sigma)
+    wanted = [scores.shape[0], scores.shape[2]]
+    tokens = [images.shape[0], (images.shape[2] // patch_size) * (images.shape[3] // patch_size)]
+    if tokens != wanted:
+        raise ValueError(
+            f"images: {list(images.shape)} in patches of {patch_size} give {tokens} tokens, while scores "
+            f"{list(scores.shape)} have {wanted}; resize the images to the target's size"
+        )
+    check_device("images", images, scores.device, "scores")
+    if resolve_backend(backend, scores, images) == "torch":
+        entropy = (cpu_mask if cpu_mask.takes(images) else spec).patch_entropy(images, patch_size, bins, sigma, method, False)
+        return focus_field(scores, k, prior, entropy, per_subject=per_subject, tau=tau, gamma=gamma, backend="torch")
+    counts, k_value = (k, 0) if isinstance(k, Tensor) else (None, k)
+    estimator = (patch_size, bins, sigma, method)
+    fields = image_field_op(scores, counts, k_value, prior, images, *estimator, per_subject, float(tau), float(gamma))
+    return spec.FocusField(*fields)
+
+
 def launches() -> Iterator[Launch]:
     """Every shipped launch configuration, for ahead-of-time compilation."""
     for dtype in (torch.uint8, torch.float32):
         yield _fuse_launch(dtype)
-    for patches in (256, 1024, 4000, 4096, 8192):
-        for subjects in (1, 2, 4, 6):
-            yield _field_launch(subjects, patches, 1, False, True, torch.float32)
-    for subjects, patches in ((1, 4096), (2, 1024), (4, 4096), (6, 4096), (2, 8192)):
-        yield _field_launch(subjects, patches, subjects, True, True, torch.float32)
-    for k_tensor in (False, True):
-        yield _field_launch(2, 4096, 1, False, k_tensor, torch.bfloat16)
+    for subjects in (1, 2, 4, 6):
+        for patches in (256, 1024, 4096, 16384):
+            yield _field_launch(subjects, patches, 1, False)
+            yield _field_launch(subjects, patches, subjects, True)

@@ -4,10 +4,12 @@
     M_s   = prior * (1 - OR_r M'[r])                      or OR_r prior[r] * (1 - M'[r]) per subject
     A     = |M_s| / |prior|
 
-The K-th largest score is searched between two bounds by counting the scores above a guess: nothing is sorted and nothing is
-rounded. Guesses are interpolated from the counts at the bounds; those that do not help, and all after the first GUESSES, halve
-what is left. The search ends as soon as exactly K are above. Up to BLOCK scores stay in registers; longer rows are read again
-from cache for each guess. Bytes: 4 B R P in and the prior, 4 B P out.
+A program takes a row. The K-th largest score is searched between two bounds by counting the scores above two guesses in each
+pass: nothing is sorted and nothing is rounded. The first guesses are those of a normal distribution, the next are interpolated
+from the counts at the bounds, a little below and a little above what is wanted; where that does not help, and after GUESSES
+passes, the bounds' distance is divided by three. The search ends as soon as exactly K are above. Short rows stay in registers;
+longer ones are read again from cache in each pass. Bytes: 4 B R P in, B R P out; M_s and A read those and the prior, and write
+4 B P.
 """
 
 from __future__ import annotations
@@ -27,10 +29,8 @@ from focusdpo_kernels.backend import device_guard, resolve_backend
 from focusdpo_kernels.checks import check_device, check_k, check_per_subject, check_prior, check_scores
 from focusdpo_kernels.launch import POINTERS, Launch, Registers, next_power_of_2
 
-BLOCK = 16384  # scores that a program holds at once, of all its rows
-LONGEST = 8192  # rows of which one program takes all of a sample
-DIGITS = tl.constexpr(BLOCK.bit_length())
-GUESSES = tl.constexpr(12)  # interpolated ones, before halving: at most 32 more
+DIGITS = tl.constexpr(15)  # of a place among the scores that a program looks at in one go, 16384 at most
+GUESSES = tl.constexpr(8)  # passes by the scores' values, before those by their bits: at most 22 more
 
 
 class Rows(NamedTuple):
@@ -50,6 +50,20 @@ class Counts(NamedTuple):
     stride_r: Any
 
 
+class Selected(NamedTuple):
+    """M' of rows [B, R, P] as bytes of 0 and 1, and [B, R] int32, how many those are at most: 0 of an absent subject."""
+
+    matches: Any
+    wanted: Any
+
+    @classmethod
+    def empty(cls, scores: Tensor) -> Selected:
+        return cls(
+            torch.empty(scores.shape, dtype=torch.uint8, device=scores.device),
+            torch.empty(scores.shape[:2], dtype=torch.int32, device=scores.device),
+        )
+
+
 @triton.jit
 def ordered(x):
     """fp32 numbers as int32 of the same order, both zeros as 0; the same again gives the numbers' bits back."""
@@ -63,148 +77,166 @@ def unordered(keys):
 
 
 @triton.jit
-def _load_scores(ptr, rows, mask_r, stride_r, stride_p, start, P, BLOCK_P: tl.constexpr):
-    """Scores [ROWS, BLOCK_P] in fp32; -inf where absent or NaN."""
+def _load_scores(ptr, stride_p, start, P, BLOCK_P: tl.constexpr):
+    """Scores [BLOCK_P] of a row in fp32; -inf where absent or NaN."""
     offs_p = start + tl.arange(0, BLOCK_P)
-    offsets = rows[:, None] * stride_r + offs_p.to(tl.int64)[None, :] * stride_p
-    x = tl.load(ptr + offsets, mask=mask_r[:, None] & (offs_p < P)[None, :], other=float("-inf")).to(tl.float32)
+    x = tl.load(ptr + offs_p.to(tl.int64) * stride_p, mask=offs_p < P, other=float("-inf")).to(tl.float32)
     return tl.where(x > float("-inf"), x, float("-inf"))
 
 
 @triton.jit
-def _count(x, limit):
-    """Per row: how many scores are above a limit."""
-    return tl.sum((x > limit[:, None]).to(tl.int32), axis=1)
-
-
-@triton.jit
-def _count_rows(x, limit, ptr, rows, mask_r, stride_r, stride_p, P, BLOCK_P: tl.constexpr):
-    """The same of rows that are not held."""
+def _count(x, first, second, ptr, stride_p, P, BLOCK_P: tl.constexpr):
+    """How many scores of a row are above two limits, the first at most the second."""
     if x is not None:
-        return _count(x, limit)
-    count = _count(_load_scores(ptr, rows, mask_r, stride_r, stride_p, 0, P, BLOCK_P), limit)
+        # Both in one number, and so in one sum over all threads.
+        both = tl.sum(tl.where(x > second, 0x10001, tl.where(x > first, 1, 0)), axis=0)
+        return both & 0xFFFF, both >> 16
+    above_first = tl.zeros([BLOCK_P], tl.int32)
+    above_second = tl.zeros([BLOCK_P], tl.int32)
+    for start in range(0, P, BLOCK_P):
+        block = _load_scores(ptr, stride_p, start, P, BLOCK_P)
+        above_first += (block > first).to(tl.int32)
+        above_second += (block > second).to(tl.int32)
+    return tl.sum(above_first, axis=0), tl.sum(above_second, axis=0)
+
+
+@triton.jit
+def _add(count, least, largest, total, squares, more, lower, higher, sums, powers):
+    return count + more, tl.minimum(least, lower), tl.maximum(largest, higher), total + sums, squares + powers
+
+
+@triton.jit
+def _measure(x, ptr, stride_p, P, BLOCK_P: tl.constexpr):
+    """Of a row's valid scores: how many, the least and the largest, their sum and their squares' sum."""
+    if x is not None:
+        return tl.reduce(_parts(x), axis=0, combine_fn=_add)
+    count, least, largest, total, squares = _parts(_load_scores(ptr, stride_p, 0, P, BLOCK_P))
     for start in range(BLOCK_P, P, BLOCK_P):
-        count += _count(_load_scores(ptr, rows, mask_r, stride_r, stride_p, start, P, BLOCK_P), limit)
-    return count
+        more, lower, higher, sums, powers = _parts(_load_scores(ptr, stride_p, start, P, BLOCK_P))
+        count, least, largest, total, squares = _add(count, least, largest, total, squares, more, lower, higher, sums, powers)
+    return tl.reduce((count, least, largest, total, squares), axis=0, combine_fn=_add)
 
 
 @triton.jit
-def _bounds(x):
-    """Per row: how many scores are valid, the least of them, and the largest."""
+def _parts(x):
     valid = x > float("-inf")
-    least = tl.min(tl.where(valid, x, float("inf")), axis=1)
-    return tl.sum(valid.to(tl.int32), axis=1), least, tl.max(x, axis=1)
+    number = tl.where(valid, x, 0.0)
+    return valid.to(tl.int32), tl.where(valid, x, float("inf")), x, number, number * number
 
 
 @triton.jit
-def _select(x, ptr, rows, mask_r, k, stride_r, stride_p, P, BLOCK_P: tl.constexpr):
-    """Per row: all scores above `threshold` are among the k largest, and of those equal to it the first `ties`.
+def _select(x, ptr, k, stride_p, P, BLOCK_P: tl.constexpr):
+    """All scores of a row above `threshold` are among the k largest, and of those equal to it the first `ties`.
 
-    `x` [ROWS, BLOCK_P] are the rows, or None: then they are read block by block. Returns (threshold, ties, valid scores).
+    `x` [BLOCK_P] is the row, or None: then it is read block by block. Returns (threshold, ties, valid scores).
     """
-    if x is None:
-        valid, least, high = _bounds(_load_scores(ptr, rows, mask_r, stride_r, stride_p, 0, P, BLOCK_P))
-        for start in range(BLOCK_P, P, BLOCK_P):
-            more, lower, higher = _bounds(_load_scores(ptr, rows, mask_r, stride_r, stride_p, start, P, BLOCK_P))
-            valid, least, high = valid + more, tl.minimum(least, lower), tl.maximum(high, higher)
-    else:
-        valid, least, high = _bounds(x)
-    # The k-th largest is above low and at most high: k or more scores are above low, fewer are above high.
+    valid, least, high, total, squares = _measure(x, ptr, stride_p, P, BLOCK_P)
+    # The k-th largest is above low and at most high: k + above scores are above low, k - below are above high.
     k = tl.minimum(tl.maximum(k, 0), valid)
     low = tl.where(k == 0, high, unordered(ordered(least) - 1))
-    above = tl.where(k == 0, 0, valid - k).to(tl.float32)
-    below = k.to(tl.float32)
-    was_enough = k < 0
-    several = (above > 0).to(tl.int32)  # 1 where more scores than are wanted may be above low
-    left = tl.max(several, axis=0)
-    for step in range(GUESSES + 32):
-        if left > 0:
-            guess = low + (high - low) * (above / (above + below))
-            between = (guess > low) & (guess < high) & (step < GUESSES)
-            guess = tl.where(between, guess, low)
-            halve = tl.where(between, 0, several)
-            if tl.max(halve, axis=0) > 0:
+    above = tl.where(k == 0, 0, valid - k)
+    below = k
+    going = above > 0  # more scores than are wanted may be above low
+    # A normal distribution's quantile, nearly: Tukey's lambda.
+    mean = total / tl.maximum(valid, 1)
+    deviation = tl.sqrt(tl.maximum(squares / tl.maximum(valid, 1) - mean * mean, 0.0))
+    chance = (k + 0.5) / (valid + 1)
+    middle = mean + deviation * (tl.exp2(0.135 * tl.log2(1 - chance)) - tl.exp2(0.135 * tl.log2(chance))) / 0.1975
+    first = middle - 0.1 * deviation
+    second = middle + 0.1 * deviation
+    for step in range(1, GUESSES + 23):
+        if going:
+            first = tl.where(first > low, tl.where(first < high, first, high), low)  # which may have been no number
+            second = tl.where(second > first, tl.where(second < high, second, high), first)
+            before = above + below
+            over_first, over_second = _count(x, first, second, ptr, stride_p, P, BLOCK_P)
+            over_first -= k
+            over_second -= k
+            above = tl.where(over_second >= 0, over_second, tl.where(over_first >= 0, over_first, above))
+            below = tl.where(over_first < 0, -over_first, tl.where(over_second < 0, -over_second, below))
+            low = tl.where(over_second >= 0, second, tl.where(over_first >= 0, first, low))
+            high = tl.where(over_first < 0, first, tl.where(over_second < 0, second, high))
+            going = above > 0
+            if step < GUESSES:
+                # Around the interpolated one, as far as the counts of so many random scores stray.
+                left = (above + below).to(tl.float32)
+                margin = 0.5 * tl.sqrt(left)
+                under = tl.maximum(above - margin, 0.5 * above) / left
+                over = tl.maximum(below - margin, 0.5 * below) / left
+                helped = 2 * (above + below) <= before
+                first = low + (high - low) * tl.where(helped, under, 1 / 3)
+                second = high - (high - low) * tl.where(helped, over, 1 / 3)
+            else:
                 key_low = ordered(low)
                 key_high = ordered(high)
-                middle = (key_low >> 1) + (key_high >> 1) + (key_low & key_high & 1)
-                guess = tl.where(halve > 0, unordered(middle), guess)
-                several = tl.where((halve > 0) & (middle == key_low), 0, several)  # nothing is between
-            count = _count_rows(x, guess, ptr, rows, mask_r, stride_r, stride_p, P, BLOCK_P) - k
-            enough = count >= 0
-            # The Illinois variant of regula falsi: a bound that stays where it is counts half as much each time.
-            faded = tl.where(enough == was_enough, 0.5, 1.0)
-            above = tl.where(enough, count.to(tl.float32), above * faded)
-            below = tl.where(enough, below * faded, -count.to(tl.float32))
-            low = tl.where(enough, guess, low)
-            high = tl.where(enough, high, guess)
-            was_enough = enough
-            several = tl.where(count == 0, 0, several)
-            left = tl.max(several, axis=0)
-    exact = above == 0
-    threshold = tl.where(exact, low, high)
-    ties = tl.zeros_like(k)
-    if tl.max((above > 0).to(tl.int32), axis=0) > 0:
-        count = _count_rows(x, threshold, ptr, rows, mask_r, stride_r, stride_p, P, BLOCK_P)
-        ties = tl.where(exact, 0, k - count)
+                distance = (key_high - key_low).to(tl.uint32, bitcast=True)
+                going = going & (distance > 1)  # else nothing is between
+                third = ((distance + 2) // 3).to(tl.int32, bitcast=True)
+                first = unordered(key_low + third)
+                second = unordered(key_high - third)
+    threshold = tl.where(above == 0, low, high)
+    ties = 0
+    if above > 0:
+        larger, _ = _count(x, threshold, threshold, ptr, stride_p, P, BLOCK_P)
+        ties = k - larger
     return threshold, ties, valid
 
 
 @triton.jit
 def _matched(x, threshold, ties, BLOCK_P: tl.constexpr):
-    """The rows' matches among these scores, and the ties that remain for the scores after them."""
-    match = x > threshold[:, None]
-    if tl.max(ties, axis=0) > 0:
+    """The row's matches among these scores, and the ties that remain for the scores after them."""
+    match = x > threshold
+    if ties > 0:
         # Where to cut, digit by digit: a running count would need more registers than all of the search.
-        tie = x == threshold[:, None]
-        offs_p = tl.arange(0, BLOCK_P)[None, :]
-        cut = tl.zeros_like(ties)
+        tie = x == threshold
+        offs_p = tl.arange(0, BLOCK_P)
+        cut = 0
         for digit in range(DIGITS):
             further = cut + (BLOCK_P >> digit)
-            before = tl.sum((tie & (offs_p < further[:, None])).to(tl.int32), axis=1)
+            before = tl.sum((tie & (offs_p < further)).to(tl.int32), axis=0)
             cut = tl.where(before <= ties, further, cut)
-        match = match | (tie & (offs_p < cut[:, None]) & (ties > 0)[:, None])
-        ties -= tl.sum(tie.to(tl.int32), axis=1)
+        match = match | (tie & (offs_p < cut))
+        ties -= tl.sum(tie.to(tl.int32), axis=0)
     return match, ties
 
 
 @triton.jit
-def _narrow(k, P):
+def narrow(k, P):
     """Counts of any integer type as int32 from 0 to P, clamped first because int64 may not fit."""
     return tl.minimum(tl.maximum(k.to(tl.int64), 0), P).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["P", "k_value"])
+@triton.jit
+def write_matches(scores, k, k_value, out_ptr, wanted_ptr, R, P, row, BLOCK_P: tl.constexpr, ONE: tl.constexpr):
+    """M'[row] of all B R rows, as 0 and 1 of one byte; and how many are wanted, 0 where the subject is absent."""
+    b = (row // R).to(tl.int64)
+    r = (row % R).to(tl.int64)
+    ptr = scores.ptr + b * scores.stride_b + r * scores.stride_r
+    out_ptr += row.to(tl.int64) * P
+    wanted = k_value if k is None else narrow(tl.load(k.ptr + b * k.stride_b + r * k.stride_r), P)
+    x = _load_scores(ptr, scores.stride_p, 0, P, BLOCK_P) if ONE else None
+    threshold, ties, valid = _select(x, ptr, wanted, scores.stride_p, P, BLOCK_P)
+    tl.store(wanted_ptr + row, tl.where(valid > 0, wanted, 0))
+    for start in range(0, P, BLOCK_P):
+        block = x if ONE else _load_scores(ptr, scores.stride_p, start, P, BLOCK_P)
+        match, ties = _matched(block, threshold, ties, BLOCK_P)
+        offs_p = start + tl.arange(0, BLOCK_P)
+        tl.store(out_ptr + offs_p, match.to(tl.uint8), mask=offs_p < P)
+
+
+@triton.jit(do_not_specialize=["k_value"])
 def _topk_kernel(
-    scores_ptr,  # [M, P]
-    k_ptr,  # [M] integers of any type, or None
-    out_ptr,  # [M, P] uint8
+    scores,  # [B, R, P]
+    k,  # [B, R], or None where it is a number
+    out_ptr,  # [B, R, P] uint8
+    wanted_ptr,  # [B, R] int32
+    R,
     P,
     k_value,
-    stride_r,
-    stride_p,
     BLOCK_P: tl.constexpr,
-    FULL: tl.constexpr,
     ONE: tl.constexpr,
 ):
-    if FULL:
-        P = BLOCK_P
-    row = tl.program_id(0).to(tl.int64)
-    rows = row + tl.zeros([1], tl.int64)
-    mask_r = rows >= 0
-    k = tl.zeros([1], tl.int32) + (k_value if k_ptr is None else _narrow(tl.load(k_ptr + row), P))
-    if ONE:
-        x = _load_scores(scores_ptr, rows, mask_r, stride_r, stride_p, 0, P, BLOCK_P)
-        threshold, ties, _ = _select(x, scores_ptr, rows, mask_r, k, stride_r, stride_p, P, BLOCK_P)
-        match, ties = _matched(x, threshold, ties, BLOCK_P)
-        offs_p = tl.arange(0, BLOCK_P)
-        tl.store(out_ptr + rows[:, None] * P + offs_p[None, :], match.to(tl.uint8), mask=(offs_p < P)[None, :])
-    else:
-        threshold, ties, _ = _select(None, scores_ptr, rows, mask_r, k, stride_r, stride_p, P, BLOCK_P)
-        for start in range(0, P, BLOCK_P):
-            x = _load_scores(scores_ptr, rows, mask_r, stride_r, stride_p, start, P, BLOCK_P)
-            match, ties = _matched(x, threshold, ties, BLOCK_P)
-            offs_p = start + tl.arange(0, BLOCK_P)
-            tl.store(out_ptr + rows[:, None] * P + offs_p[None, :], match.to(tl.uint8), mask=(offs_p < P)[None, :])
+    write_matches(scores, k, k_value, out_ptr, wanted_ptr, R, P, tl.program_id(0), BLOCK_P=BLOCK_P, ONE=ONE)
 
 
 @triton.jit
@@ -221,183 +253,139 @@ def load_inside(ptr, offsets, mask):
 
 @triton.jit
 def uncovered(
-    scores,
-    k,
-    k_value,
-    prior,
-    b,
-    P,
-    R: tl.constexpr,
-    ROWS: tl.constexpr,
-    PRIOR_ROWS: tl.constexpr,
-    PER_SUBJECT: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    matches_ptr, prior, b, start, P, R: tl.constexpr, PRIOR_ROWS: tl.constexpr, PER_SUBJECT: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """A sample's structure and union of priors [BLOCK_P], 0 and 1; what its matches leave of the prior at least; and whether
-    some subject may match every token.
-
-    ROWS subjects at a time.
-    """
-    offs_p = tl.arange(0, BLOCK_P)
+    """A sample's structure and union of priors [BLOCK] from token `start` on, 0 and 1."""
+    offs_p = start + tl.arange(0, BLOCK)
     mask_p = offs_p < P
-    prior_ptr = prior.ptr + b * prior.stride_b
-    prior_offsets = offs_p.to(tl.int64) * prior.stride_p
-    union = tl.zeros([BLOCK_P], tl.int32)
-    covered = tl.zeros([BLOCK_P], tl.int32)
-    structure = tl.zeros([BLOCK_P], tl.int32)
-    matches = 0
-    rest = 0
-    all_matched = 0
-    for start in range(0, R, ROWS):
-        rows = start + tl.arange(0, ROWS)
-        mask_r = rows < R
-        scores_ptr = scores.ptr + b * scores.stride_b
-        x = _load_scores(scores_ptr, rows.to(tl.int64), mask_r, scores.stride_r, scores.stride_p, 0, P, BLOCK_P)
-        wanted = tl.zeros([ROWS], tl.int32)
-        if k is None:
-            wanted += k_value
-        else:
-            offsets = b * k.stride_b + rows.to(tl.int64) * k.stride_r
-            wanted += _narrow(tl.load(k.ptr + offsets, mask=mask_r, other=0), P)
-        threshold, ties, valid = _select(x, scores.ptr, rows, mask_r, wanted, scores.stride_r, scores.stride_p, P, BLOCK_P)
-        match, ties = _matched(x, threshold, ties, BLOCK_P)
-        # The prior only now, because the search needs the registers.
+    matches_ptr += b * R * P + offs_p
+    prior_ptr = prior.ptr + b * prior.stride_b + offs_p.to(tl.int64) * prior.stride_p
+    union = tl.zeros([BLOCK], tl.int32)
+    covered = tl.zeros([BLOCK], tl.int32)
+    structure = tl.zeros([BLOCK], tl.int32)
+    for r in tl.static_range(R):
+        match = tl.load(matches_ptr + tl.cast(r, tl.int64) * P, mask=mask_p, other=0).to(tl.int32)
+        covered |= match
         if PRIOR_ROWS > 1 or PER_SUBJECT:
-            offsets = rows.to(tl.int64)[:, None] * prior.stride_r + prior_offsets[None, :]
-            inside = load_inside(prior_ptr, offsets, mask_r[:, None] & mask_p[None, :])
-            union |= tl.max(inside, axis=0)
-        if PER_SUBJECT:
-            structure |= tl.max(tl.where(match, 0, inside), axis=0)
-        else:
-            covered |= tl.max(match.to(tl.int32), axis=0)
-        wanted = tl.where(mask_r & (valid > 0), wanted, 0)  # an absent subject matches nothing
-        if PER_SUBJECT:
-            rest = tl.maximum(rest, tl.max(tl.sum(inside, axis=1) - wanted, axis=0))
-        matches += tl.sum(wanted, axis=0)
-        all_matched |= tl.max((mask_r & (wanted >= P)).to(tl.int32), axis=0)
+            inside = load_inside(prior_ptr, tl.cast(r, tl.int64) * prior.stride_r, mask_p)
+            union |= inside
+            structure |= inside & (1 - match)
     if PRIOR_ROWS == 1:
-        union = load_inside(prior_ptr, prior_offsets, mask_p)
+        union = load_inside(prior_ptr, 0, mask_p)
     if not PER_SUBJECT:
-        structure = union * (1 - covered)
-    return structure, union, matches, rest, all_matched
+        structure = union & (1 - covered)
+    return structure, union
 
 
 @triton.jit
 def share(structure, union):
-    """A of E8, the structure's share of the prior, and the prior's size."""
-    # Both counts in one sum: 16 bits each are enough for BLOCK.
-    sizes = tl.sum(union + structure * 65536, axis=0)
-    size = sizes & 0xFFFF
-    return tl.div_rn((sizes >> 16).to(tl.float32), tl.maximum(size, 1).to(tl.float32)), size
+    """A of E8, the structure's share of the prior's size."""
+    return tl.div_rn(structure.to(tl.float32), tl.maximum(union, 1).to(tl.float32))
 
 
-@triton.jit(do_not_specialize=["P", "k_value"])
+@triton.jit
 def _structure_kernel(
-    scores,  # [B, R, P]
-    k,  # [B, R] or None
+    matches_ptr,  # [B, R, P] of 0 and 1
     prior,  # [B, PRIOR_ROWS, P] of any type
     structure_ptr,  # [B, P] fp32
     coverage_ptr,  # [B] fp32
     P,
-    k_value,
     R: tl.constexpr,
-    ROWS: tl.constexpr,
     PRIOR_ROWS: tl.constexpr,
     PER_SUBJECT: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    FULL: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    if FULL:
-        P = BLOCK_P  # a number that the compiler knows: loads of 16 bytes
     b = tl.program_id(0).to(tl.int64)
-    structure, union, _, _, _ = uncovered(
-        scores, k, k_value, prior, b, P, R=R, ROWS=ROWS, PRIOR_ROWS=PRIOR_ROWS, PER_SUBJECT=PER_SUBJECT, BLOCK_P=BLOCK_P
-    )
-    coverage, _ = share(structure, union)
-    offs_p = tl.arange(0, BLOCK_P)
-    tl.store(structure_ptr + b * P + offs_p, structure.to(tl.float32), mask=offs_p < P)
-    tl.store(coverage_ptr + b, coverage)
+    structures = tl.zeros([BLOCK], tl.int32)
+    unions = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, P, BLOCK):
+        structure, union = uncovered(
+            matches_ptr, prior, b, start, P, R=R, PRIOR_ROWS=PRIOR_ROWS, PER_SUBJECT=PER_SUBJECT, BLOCK=BLOCK
+        )
+        structures += structure
+        unions += union
+        offs_p = start + tl.arange(0, BLOCK)
+        tl.store(structure_ptr + b * P + offs_p, structure.to(tl.float32), mask=offs_p < P)
+    tl.store(coverage_ptr + b, share(tl.sum(structures, axis=0), tl.sum(unions, axis=0)))
 
 
-def _blocking(rows: int, patches: int) -> tuple[dict[str, int], int]:
-    """Subjects and scores that a program takes at a time, and its threads: each holds at most 64 scores."""
+def row_types(kind: str) -> Rows:
+    """Triton types of rows [B, R, P]."""
+    return Rows(kind, "i32", "i32", "i32")
+
+
+def count_types(kind: str | None) -> Counts | None:
+    """The same of k [B, R], or None where it is a number."""
+    return None if kind is None else Counts(kind, "i32", "i32")
+
+
+SCORES_ALIGNED = ("scores.stride_b", "scores.stride_r")
+PRIOR_ALIGNED = ("prior.stride_b", "prior.stride_r")
+
+
+def row_constants(patches: int, threads: int, held: int) -> dict[str, int | bool]:
+    """Constants of a kernel that calls `write_matches`. A row of more than `held` scores a thread is read in parts."""
     block = max(next_power_of_2(patches), 256)  # rows up to 256 share one variant
-    rows = min(next_power_of_2(rows), max(BLOCK // block, 1), 8)
-    # The more threads, the more often the few numbers of the search are computed.
-    return {"ROWS": rows, "BLOCK_P": block}, min(max(rows * block // 32, 128), 256)
+    one = block <= held * threads
+    return {"BLOCK_P": block if one else 8 * threads, "ONE": one}
 
 
-def row_types(scores: str, prior: str, k: str | None) -> dict[str, Any]:
-    """Triton types of the arguments of a kernel that calls `uncovered`."""
-    return {
-        "scores": Rows(scores, "i32", "i32", "i32"),
-        "prior": Rows(prior, "i32", "i32", "i32"),
-        "k": k if k is None else Counts(k, "i32", "i32"),
-    }
-
-
-ROW_ALIGNED = ("scores.stride_b", "scores.stride_r", "prior.stride_b", "prior.stride_r")
-ROW_ONES = ("scores.stride_p", "prior.stride_p", "k.stride_r")
-
-
-def row_constants(subjects: int, patches: int, prior_rows: int, per_subject: bool) -> tuple[dict[str, Any], int]:
-    """Constants of a kernel that calls `uncovered`, and its threads."""
-    blocks, threads = _blocking(subjects, patches)
-    full = patches == blocks["BLOCK_P"]
-    return {"R": subjects, "PRIOR_ROWS": prior_rows, "PER_SUBJECT": per_subject, **blocks, "FULL": full}, threads
+def field_constants(subjects: int, prior_rows: int, per_subject: bool, patches: int) -> tuple[dict[str, int | bool], int]:
+    """Constants of a kernel that calls `uncovered`, and its threads: 8 tokens each, where there are as many."""
+    block = min(max(next_power_of_2(patches), 256), 4096)
+    return {"R": subjects, "PRIOR_ROWS": prior_rows, "PER_SUBJECT": per_subject, "BLOCK": block}, max(block // 8, 128)
 
 
 @functools.cache
 def _topk_launch(patches: int, k_tensor: bool, dtype: torch.dtype) -> Launch:
-    one = patches <= BLOCK
-    # A row that does not fit is read again for each guess anyway.
-    block = max(next_power_of_2(patches), 256) if one else 8192
+    threads = min(max(next_power_of_2(patches) // 16, 128), 512)
     return Launch(
         _topk_kernel,
-        {"BLOCK_P": block, "FULL": patches == block, "ONE": one},
-        threads=min(max(block // 32, 128), 512),
-        registers=Registers(208, 208, 208, 176),
-        types={"scores_ptr": POINTERS[dtype], "k_ptr": "*i64" if k_tensor else None, "out_ptr": "*u8"},
-        aligned=("stride_r",),
-        ones=("stride_p",),
+        row_constants(patches, threads, held=32),
+        threads=threads,
+        registers=Registers(128, 128, 128, 128),
+        types={
+            "scores": row_types(POINTERS[dtype]),
+            "k": count_types("*i64" if k_tensor else None),
+            "out_ptr": "*u8",
+            "wanted_ptr": "*i32",
+        },
+        aligned=(*SCORES_ALIGNED, "P"),
+        ones=("scores.stride_p", "k.stride_r"),
     )
 
 
 @functools.cache
-def _structure_launch(
-    subjects: int, patches: int, prior_rows: int, per_subject: bool, k_tensor: bool, dtype: torch.dtype
-) -> Launch:
-    constants, threads = row_constants(subjects, patches, prior_rows, per_subject)
+def _structure_launch(subjects: int, patches: int, prior_rows: int, per_subject: bool) -> Launch:
+    constants, threads = field_constants(subjects, prior_rows, per_subject, patches)
     return Launch(
         _structure_kernel,
         constants,
         threads=threads,
-        # A program serves a whole sample, so a multiprocessor seldom has two: registers are free up to what spills.
-        registers=Registers(248, 248, 248, 248),
-        types={
-            **row_types(POINTERS[dtype], "*u8", "*i64" if k_tensor else None),
-            "structure_ptr": "*fp32",
-            "coverage_ptr": "*fp32",
-        },
-        aligned=ROW_ALIGNED,
-        ones=ROW_ONES,
+        registers=Registers(128, 128, 128, 128),
+        types={"matches_ptr": "*u8", "prior": row_types("*u8"), "structure_ptr": "*fp32", "coverage_ptr": "*fp32"},
+        aligned=(*PRIOR_ALIGNED, "P"),
+        ones=("prior.stride_p",),
     )
 
 
-def run_topk(scores: Tensor, k: Tensor | None, k_value: int) -> Tensor:
-    """`topk_mask` by the kernel: a program a row."""
-    out = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
-    if out.numel() == 0:
-        return out
-    rows = scores.reshape(-1, scores.shape[-1])
-    launch = _topk_launch(rows.shape[1], k is not None, scores.dtype)
-    counts = None if k is None else k.reshape(-1).contiguous()
-    with device_guard(scores):
-        launch((rows.shape[0],), rows, counts, out.view(torch.uint8), rows.shape[1], k_value, *rows.stride())
-    return out
+def run_topk(scores: Tensor, k: Tensor | None, k_value: int) -> Selected:
+    """The k largest of each row of scores [B, R, P]; k is [B, R], or None where it is one number."""
+    batch, subjects, patches = scores.shape
+    selected = Selected.empty(scores)
+    if selected.matches.numel():
+        launch = _topk_launch(patches, k is not None, scores.dtype)
+        with device_guard(scores):
+            rows = (row_arguments(scores), counts_arguments(k), *selected)
+            launch((batch * subjects,), *rows, subjects, patches, k_value)
+    return selected
 
 
-topk_mask_op = torch.library.custom_op("focusdpo::topk_mask", run_topk, mutates_args=())
+@torch.library.custom_op("focusdpo::topk_mask", mutates_args=())
+def topk_mask_op(scores: Tensor, k: Tensor | None, k_value: int) -> Tensor:
+    rows = scores.reshape(1, -1, scores.shape[-1]) if scores.numel() else scores.new_empty(0, 0, 0)
+    matches = run_topk(rows, None if k is None else k.reshape(1, -1), k_value).matches
+    return matches.view(torch.bool).view(scores.shape)
 
 
 @topk_mask_op.register_fake
@@ -421,17 +409,15 @@ def structure_field_op(
     scores: Tensor, k: Tensor | None, k_value: int, prior: Tensor, per_subject: bool
 ) -> tuple[Tensor, Tensor]:
     batch, subjects, patches = scores.shape
-    if patches > LONGEST:
-        return spec.uncovered(run_topk(scores, k, k_value), prior, per_subject, torch.float32)
     structure = torch.empty((batch, patches), dtype=torch.float32, device=scores.device)
     coverage = torch.empty((batch,), dtype=torch.float32, device=scores.device)
     if batch == 0:
         return structure, coverage
-    prior_rows = prior.shape[1] if prior.ndim == 3 else 1
-    launch = _structure_launch(subjects, patches, prior_rows, per_subject, k is not None, scores.dtype)
+    selected = run_topk(scores, k, k_value)
+    inside = row_arguments(prior)
+    launch = _structure_launch(subjects, patches, inside.ptr.shape[1], per_subject)
     with device_guard(scores):
-        rows = (row_arguments(scores), counts_arguments(k), row_arguments(prior))
-        launch((batch,), *rows, structure, coverage, patches, k_value)
+        launch((batch,), selected.matches, inside, structure, coverage, patches)
     return structure, coverage
 
 
@@ -500,11 +486,9 @@ def launches() -> Iterator[Launch]:
     """Every shipped launch configuration, for ahead-of-time compilation."""
     for patches in (256, 1024, 4096, 16384, 65536):
         yield _topk_launch(patches, True, torch.float32)
-    for patches in (256, 1024, 4000, 4096, 8192):
-        for subjects in (1, 2, 4, 6):
-            yield _structure_launch(subjects, patches, 1, False, True, torch.float32)
-    for subjects in (1, 2, 4, 6):
-        yield _structure_launch(subjects, 4096, subjects, True, True, torch.float32)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         yield _topk_launch(4096, False, dtype)
-        yield _structure_launch(2, 4096, 1, False, False, dtype)
+    for subjects in (1, 2, 4, 6):
+        for patches in (256, 1024, 4096, 16384):
+            yield _structure_launch(subjects, patches, 1, False)
+            yield _structure_launch(subjects, patches, subjects, True)

@@ -36,18 +36,19 @@ def test_compiles_without_spills(arch):
     assert all(c["barriers"] for c in compiled if c["kernel"] in ("_structure_kernel", "_forward_kernel"))
     if arch != "gfx942":
         # A Gaussian is four instructions, and 32 of them with their pixels at most 220. Before there were 376 in the loop.
-        rows = [c for c in compiled if "HISTOGRAM=False" in c["configuration"] and "CHANNELS=3" in c["configuration"]]
+        kde = [c for c in compiled if "HISTOGRAM=False" in c["configuration"] and "CHANNELS=3" in c["configuration"]]
+        rows = [c for c in kde if "*i64" not in c["types"]]  # without a selection
         assert len(rows) == 5
         for c in rows:
-            pixels, bins, threads = (int(re.search(rf"{name}=(\d+)", c["configuration"])[1]) for name in ENTROPY_TILE)
-            values = pixels * bins // threads
+            pixels, bins = (int(re.search(rf"{name}=(\d+)", c["configuration"])[1]) for name in ENTROPY_TILE)
+            values = pixels * bins // 32  # in a thread, as each patch has a warp
             assert 4 * values <= c["loop"] <= 220 * values / 32, c["configuration"]
             assert c["instructions"] - c["loop"] <= 150, "what begins and ends a patch"
     named = ("wide_loads", "tensor_cores", "barriers")
     assert all(c["instructions"] > sum(c[name] for name in named) for c in compiled)
 
 
-ENTROPY_TILE = ("\\bBLOCK", "BINS_PAD", "threads")  # pixels, bins, and the threads that share them
+ENTROPY_TILE = ("\\bBLOCK", "BINS_PAD")
 
 
 GOOD = inspect.Compiled(

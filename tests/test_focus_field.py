@@ -1,4 +1,4 @@
-"""focus_field, scores and entropies to M in one launch, against the specification in float64 and against its own parts."""
+"""focus_field, scores and entropies (or pixels) to M, against the specification in float64 and against its own parts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from focusdpo_kernels import focus_field, fuse_focus, matching, reference, structure_field
+from focusdpo_kernels import focus_field, focus_field_of_images, fuse_focus, patch_entropy, reference, structure_field
 from tests.conftest import DEVICE
 from tests.test_matching import hard_scores
 
@@ -84,13 +84,22 @@ def test_counts_of_any_type_and_stride(dtype):
 
 
 @pytest.mark.parametrize("per_subject", [False, True])
-def test_more_subjects_than_a_program_takes_at_once(monkeypatch, per_subject):
-    monkeypatch.setattr(matching, "BLOCK", 512)
-    matching._structure_launch.cache_clear()
-    arguments = make(subjects=5, patches=250, per_subject=per_subject)
-    assert matching._blocking(5, 250)[0]["ROWS"] == 2
-    actual = focus_field(*arguments, per_subject=per_subject, tau=1.0, backend="triton")
-    assert_field(actual, exact(*arguments, per_subject, 1.0, 0.3))
+@pytest.mark.parametrize("shape", [(3, 48, 80), (1, 1152, 480)])
+def test_of_images(shape, per_subject, monkeypatch):
+    """Selection beside the patches: of rows that a program holds, and of longer ones; patches that fill no whole program."""
+    side = 16
+    batch, patches = 3, shape[1] * shape[2] // side**2
+    scores, k, prior, _ = make(batch=batch, subjects=5, patches=patches, per_subject=per_subject)
+    scores[1, 1] = -math.inf
+    images = torch.rand(batch, *shape, device=DEVICE).mul(torch.rand(batch, 1, 1, 1, device=DEVICE))
+    entropy = patch_entropy(images, side, backend="triton")
+    for counts in (k, patches // 3):
+        options = {"per_subject": per_subject, "tau": 1.0, "backend": "triton"}
+        expected = focus_field(scores, counts, prior, entropy, **options)
+        actual = focus_field_of_images(scores, counts, prior, images, side, **options)
+        assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+    none = focus_field_of_images(scores[:, :0], 7, prior if prior.ndim == 2 else prior.any(1), images, side, backend="triton")
+    assert torch.equal(none.structure, none.prior.float())
 
 
 @pytest.mark.parametrize("kind", ["mostly zero", "outlier", "heavy tails", "two values", "denormal", "widest"])

@@ -54,7 +54,14 @@ def test_k_per_row_from_a_tensor(backend):
 
 
 def test_rows_longer_than_a_block(monkeypatch):
-    monkeypatch.setattr(matching, "BLOCK", 256)
+    row_constants = matching.row_constants
+    monkeypatch.setattr(
+        matching, "row_constants", lambda *args, **more: {**row_constants(*args, **more), "BLOCK_P": 256, "ONE": False}
+    )
+    field_constants = matching.field_constants
+    monkeypatch.setattr(matching, "field_constants", lambda *args: ({**field_constants(*args)[0], "BLOCK": 256}, 128))
+    for launch in (matching._topk_launch, matching._structure_launch):
+        launch.cache_clear()
     scores = hard_scores(2, 700)
     scores[1] = 1.0  # ties across blocks
     k = torch.tensor([300, 513], device=DEVICE)

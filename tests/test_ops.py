@@ -9,7 +9,7 @@ import torch._dynamo.testing
 import focusdpo_kernels as kernels
 from focusdpo import focus_dpo_loss
 from focusdpo_kernels.entropy import patch_entropy_op
-from focusdpo_kernels.fusion import focus_field_op, fuse_focus_op
+from focusdpo_kernels.fusion import focus_field_op, fuse_focus_op, image_field_op
 from focusdpo_kernels.matching import structure_field_op, topk_mask_op
 from focusdpo_kernels.residual import preference_residual_backward_op, preference_residual_op
 from focusdpo_kernels.residual_kernels import ROWS
@@ -42,6 +42,23 @@ def operators():
         "focus field, per subject": (
             focus_field_op,
             (tensor(2, 3, 6), None, 2, mask.new_ones(2, 3, 6), weight, True, 0.1, 0.3),
+        ),
+        "focus field of images": (
+            image_field_op,
+            (
+                tensor(1, 3, 4),
+                None,
+                2,
+                prior[:1, :4],
+                torch.rand(1, 3, 32, 32, device=DEVICE),
+                16,
+                32,
+                0.01,
+                "kde",
+                False,
+                0.1,
+                0.3,
+            ),
         ),
         "fusion": (fuse_focus_op, (prior, weight[:, 0], weight, prior, 0.1, 0.3)),
         "residual": (preference_residual_op, ([*policy, *plain[2:]], [weight], "mean", 1)),

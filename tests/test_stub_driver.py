@@ -61,6 +61,7 @@ def public_launches() -> list[str]:
             "patch_entropy": lambda: patch_entropy(images, normalize=True),
             "fuse_focus": lambda: fuse_focus(field, torch.rand(B), field, prior),
             "focus_field": lambda: focus_field(scores, mask.sum(-1), prior, field),
+            "focus_field_of_images": lambda: focus_field_of_images(scores, mask.sum(-1), prior, images),
             "preference_residual": lambda: residual(field),
         }
         for name, call in calls.items():
@@ -80,10 +81,11 @@ def test_every_public_function_launches(public_launches):
         "cross_layer_similarity max: _norm_kernel _norm_kernel _dense_kernel",
         "SimilarityAccumulator: _pool_layer_kernel _compare_layer_kernel",
         "topk_mask: _topk_kernel",
-        "structure_field: _structure_kernel",
+        "structure_field: _topk_kernel _structure_kernel",
         "patch_entropy: _entropy_kernel _normalize_kernel",
         "fuse_focus: _fuse_kernel",
-        "focus_field: _field_kernel",
+        "focus_field: _topk_kernel _field_kernel",
+        "focus_field_of_images: _entropy_kernel _field_kernel",
         f"preference_residual: {residual}",
     ]
 
