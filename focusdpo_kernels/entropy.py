@@ -62,7 +62,7 @@ class Estimator(NamedTuple):
     method: str
 
 
-@triton.jit(do_not_specialize=["ROWS", "R", "k_value"])
+@triton.jit(do_not_specialize=["ROWS", "R", "k_value", "PIXELS"])
 def _entropy_kernel(
     images,
     out_ptr,  # [B, P] fp32
@@ -74,6 +74,7 @@ def _entropy_kernel(
     R,
     ROWS,  # B R programs select, before those of the patches
     TOTAL,  # B P
+    PIXELS,  # PATCH * PATCH, not known to the compiler
     CHANNELS: tl.constexpr,
     PATCH: tl.constexpr,
     BINS: tl.constexpr,
@@ -107,7 +108,8 @@ def _entropy_kernel(
         # Counts of pixels by bin are whole numbers; one more tells of pixels that are none.
         weight = tl.zeros([PATCHES, BINS_PAD], tl.int32 if HISTOGRAM else tl.float32)
         broken = tl.zeros([BLOCK, PATCHES], tl.int32)
-        for start in range(0, PATCH * PATCH, BLOCK):
+        # A histogram's loop of known length would be unrolled until the registers are gone.
+        for start in range(0, PIXELS if HISTOGRAM else PATCH * PATCH, BLOCK):
             offs = start + tl.arange(0, BLOCK)
             valid = (offs < PATCH * PATCH)[:, None] & (patches < TOTAL)[None, :]
             offsets = (offs // PATCH).to(tl.int64) * images.stride_h + (offs % PATCH).to(tl.int64) * images.stride_w
@@ -182,8 +184,6 @@ def entropy_launch(
     """The kernel for images of a dtype; with `scores`, a dtype, it selects in rows of so many patches as well."""
     patch_size, bins, sigma, method = estimator
     red, green, blue = spec.LUMA
-    # Of the pixel x bin tile in a thread. With more, compilers unroll a histogram's loop until the registers are gone.
-    values = 16 if method == "histogram" else 64
     return Launch(
         _entropy_kernel,
         {
@@ -198,12 +198,13 @@ def entropy_launch(
             "LUMA_R": red,
             "LUMA_G": green,
             "LUMA_B": blue,
-            "BLOCK": max(min(next_power_of_2(patch_size * patch_size), 32 * values // next_power_of_2(bins)), 4),
+            # 64 values of the pixel x bin tile per thread.
+            "BLOCK": max(min(next_power_of_2(patch_size * patch_size), 2048 // next_power_of_2(bins)), 4),
             "PATCHES": PATCHES,
             **row_constants(patches, THREADS, held=8),  # few: the patches' programs have as many registers
         },
         threads=THREADS,
-        registers=Registers(176, 176, 176, 128) if bins > 32 else Registers(96, 96, 96, 96),
+        registers=Registers(176, 176, 176, 128) if bins > 32 else Registers(128, 128, 128, 96),
         types={
             "images": Images(POINTERS[dtype], *["i32"] * 6),
             "out_ptr": "*fp32",
@@ -261,6 +262,7 @@ def run_entropy(
                 1 if scores is None else scores.shape[1],
                 rows,
                 batch * patches,
+                estimator.patch_size**2,
             )
     return entropy, selected
 
