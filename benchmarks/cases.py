@@ -30,6 +30,7 @@ from benchmarks.inputs import (
 )
 from benchmarks.results import COMPILE, COMPILE_MAX, EAGER, OURS, PIECES
 from focusdpo import focus_dpo_loss, focus_mask
+from focusdpo.mask import FocusMask
 from focusdpo_kernels import cross_layer_similarity, patch_entropy, preference_residual, structure_field
 from focusdpo_kernels import reference as spec
 from focusdpo_kernels.backend import INTERPRETED
@@ -192,11 +193,16 @@ def _backward(residual: Callable[..., tuple[Tensor, ...]]) -> Provider:
     return provider
 
 
-def _mask(backend: str | None) -> Provider:
-    def provider(x: FocusInputs) -> tuple[Tensor, ...]:
-        return (focus_mask(x.scores, x.prior, x.images, match_count=x.k, tau=TAU, check_range=False, backend=backend).mask,)
+def _focus_mask(scores: Tensor, k: int, prior: Tensor, images: Tensor, backend: str | None = "torch") -> FocusMask:
+    return focus_mask(scores, prior, images, match_count=k, tau=TAU, check_range=False, backend=backend)
 
-    return provider
+
+def _mask(make: Callable[..., FocusMask]) -> Provider:
+    return lambda x: (make(x.scores, x.k, x.prior, x.images).mask,)
+
+
+def _compiled_mask(mode: str | None) -> Provider:
+    return lambda x: _mask(_compiled(_focus_mask, mode))(x)
 
 
 def _pieces_mask(scores: Tensor, k: int, prior: Tensor, images: Tensor) -> Tensor:
@@ -207,7 +213,7 @@ def _pieces_mask(scores: Tensor, k: int, prior: Tensor, images: Tensor) -> Tenso
 def _focus_loss(
     scores: Tensor, k: int, prior: Tensor, images: Tensor, predictions: list[Tensor], backend: str | None = "torch"
 ) -> Tensor:
-    focus = focus_mask(scores, prior, images, match_count=k, tau=TAU, check_range=False, backend=backend)
+    focus = _focus_mask(scores, k, prior, images, backend)
     return focus_dpo_loss(*predictions, focus=focus, backend=backend).loss
 
 
@@ -344,12 +350,13 @@ GROUPS = (
     Group(
         "focus mask",
         mask_inputs,
-        lambda x: _mask("torch")(_double(x)),
+        lambda x: _mask(_focus_mask)(_double(x)),
         ("structure field", "entropy", "fusion"),
         "(4 R P + P + 4 P) + (4 * 3 * 256 P + 4 P) + 13 P",
         {
-            OURS: _mask(OUR_BACKEND),
-            EAGER: _mask("torch"),
+            OURS: _mask(functools.partial(_focus_mask, backend=OUR_BACKEND)),
+            EAGER: _mask(_focus_mask),
+            **_compile_modes(_compiled_mask),
             PIECES: lambda x: (_pieces_mask(x.scores, x.k, x.prior, x.images),),
         },
         sweeps=("P",),

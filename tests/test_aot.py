@@ -43,7 +43,7 @@ def test_compiles_without_spills(arch):
             pixels, bins = (int(re.search(rf"{name}=(\d+)", c["configuration"])[1]) for name in ENTROPY_TILE)
             values = pixels * bins // 32  # in a thread, as each patch has a warp
             assert 4 * values <= c["loop"] <= 220 * values / 32, c["configuration"]
-            assert c["instructions"] - c["loop"] <= 150, "what begins and ends a patch"
+            assert c["instructions"] - c["loop"] <= 200, "what begins and ends a program of four patches"
     named = ("wide_loads", "tensor_cores", "barriers")
     assert all(c["instructions"] > sum(c[name] for name in named) for c in compiled)
 
