@@ -42,7 +42,7 @@ THREADS = 128
 
 
 class Images(NamedTuple):
-    """Images [B, C, H, W] as a kernel takes them: pointer and strides, patches in a row, and in an image."""
+    """Images [B, C, H, W] as a kernel takes them: pointer and strides, patches in a row, in an image, and in all."""
 
     ptr: Any
     stride_b: Any
@@ -51,6 +51,7 @@ class Images(NamedTuple):
     stride_w: Any
     columns: Any
     patches: Any
+    total: Any
 
 
 class Estimator(NamedTuple):
@@ -68,12 +69,10 @@ def _entropy_kernel(
     out_ptr,  # [B, P] fp32
     scores,  # [B, R, P], or None: nothing to select
     k,  # [B, R], or None where it is a number
-    matches_ptr,  # [B, R, P] uint8
-    wanted_ptr,  # [B, R] int32
+    selected,  # where M' goes, or None
     k_value,
     R,
     ROWS,  # B R programs select, before those of the patches
-    TOTAL,  # B P
     PIXELS,  # PATCH * PATCH, not known to the compiler
     CHANNELS: tl.constexpr,
     PATCH: tl.constexpr,
@@ -94,9 +93,7 @@ def _entropy_kernel(
     program = tl.program_id(0) - ROWS
     if scores is not None:  # noqa: SIM102  which the compiler knows
         if program < 0:
-            write_matches(
-                scores, k, k_value, matches_ptr, wanted_ptr, R, images.patches, tl.program_id(0), BLOCK_P=BLOCK_P, ONE=ONE
-            )
+            write_matches(scores, k, k_value, selected, R, images.patches, tl.program_id(0), BLOCK_P=BLOCK_P, ONE=ONE)
     if program >= 0:
         patches = program * PATCHES + tl.arange(0, PATCHES)
         p = patches % images.patches
@@ -111,7 +108,7 @@ def _entropy_kernel(
         # A histogram's loop of known length would be unrolled until the registers are gone.
         for start in range(0, PIXELS if HISTOGRAM else PATCH * PATCH, BLOCK):
             offs = start + tl.arange(0, BLOCK)
-            valid = (offs < PATCH * PATCH)[:, None] & (patches < TOTAL)[None, :]
+            valid = (offs < PATCH * PATCH)[:, None] & (patches < images.total)[None, :]
             offsets = (offs // PATCH).to(tl.int64) * images.stride_h + (offs % PATCH).to(tl.int64) * images.stride_w
             ptr = images.ptr + (offsets[:, None] + corner[None, :])
             gray = tl.load(ptr, mask=valid, other=0).to(tl.float32)
@@ -140,7 +137,7 @@ def _entropy_kernel(
         whole = total > 0
         if HISTOGRAM:
             whole = tl.max(broken, axis=0) == 0
-        tl.store(out_ptr + patches, tl.where(whole, entropy, float("nan")), mask=patches < TOTAL)
+        tl.store(out_ptr + patches, tl.where(whole, entropy, float("nan")), mask=patches < images.total)
 
 
 @triton.jit
@@ -206,12 +203,11 @@ def entropy_launch(
         threads=THREADS,
         registers=Registers(176, 176, 176, 128) if bins > 32 else Registers(128, 128, 128, 96),
         types={
-            "images": Images(POINTERS[dtype], *["i32"] * 6),
+            "images": Images(POINTERS[dtype], *["i32"] * 7),
             "out_ptr": "*fp32",
             "scores": None if scores is None else row_types(POINTERS[scores]),
             "k": count_types("*i64" if k_tensor else None),
-            "matches_ptr": None if scores is None else "*u8",
-            "wanted_ptr": None if scores is None else "*i32",
+            "selected": None if scores is None else Selected("*u8", "*i32"),
         },
         aligned=(
             *SCORES_ALIGNED,
@@ -253,15 +249,14 @@ def run_entropy(
         with device_guard(images):
             launch(
                 (rows + ceil_div(batch * patches, PATCHES),),
-                Images(images, stride_b, stride_c, stride_h, stride_w, columns, patches),
+                Images(images, stride_b, stride_c, stride_h, stride_w, columns, patches, batch * patches),
                 entropy,
                 None if scores is None else row_arguments(scores),
                 counts_arguments(k),
-                *(selected or (None, None)),
+                selected,
                 k_value,
                 1 if scores is None else scores.shape[1],
                 rows,
-                batch * patches,
                 estimator.patch_size**2,
             )
     return entropy, selected

@@ -98,8 +98,7 @@ def _fuse_kernel(
 
 @triton.jit
 def _field_kernel(
-    matches_ptr,  # [B, R, P] of 0 and 1
-    wanted_ptr,  # [B, R] int32: how many those are at most, 0 of an absent subject
+    selected,  # M' and how many are wanted
     prior,  # [B, PRIOR_ROWS, P] of any type
     entropy_ptr,  # [B, P] fp32
     out,
@@ -119,7 +118,7 @@ def _field_kernel(
     unions = tl.zeros([BLOCK], tl.int32)
     for start in range(0, P, BLOCK):
         structure, union = uncovered(
-            matches_ptr, prior, b, start, P, R=R, PRIOR_ROWS=PRIOR_ROWS, PER_SUBJECT=PER_SUBJECT, BLOCK=BLOCK
+            selected.matches, prior, b, start, P, R=R, PRIOR_ROWS=PRIOR_ROWS, PER_SUBJECT=PER_SUBJECT, BLOCK=BLOCK
         )
         structures += structure
         unions += union
@@ -135,7 +134,7 @@ def _field_kernel(
     all_matched = 0
     rest = 0 if PER_SUBJECT and R > 0 else size
     for r in tl.static_range(R):
-        wanted = tl.load(wanted_ptr + b * R + r)
+        wanted = tl.load(selected.wanted + b * R + r)
         all_matched |= (wanted >= P).to(tl.int32)
         if PER_SUBJECT:  # another's matches do not help: at least the neediest subject's rest remains
             inside = tl.zeros([BLOCK], tl.int32)
@@ -148,7 +147,7 @@ def _field_kernel(
             rest -= wanted
     for start in range(0, P, BLOCK):
         structure, union = uncovered(
-            matches_ptr, prior, b, start, P, R=R, PRIOR_ROWS=PRIOR_ROWS, PER_SUBJECT=PER_SUBJECT, BLOCK=BLOCK
+            selected.matches, prior, b, start, P, R=R, PRIOR_ROWS=PRIOR_ROWS, PER_SUBJECT=PER_SUBJECT, BLOCK=BLOCK
         )
         offs_p = start + tl.arange(0, BLOCK)
         offsets = b * P + offs_p
@@ -192,8 +191,7 @@ def _field_launch(subjects: int, patches: int, prior_rows: int, per_subject: boo
         threads=threads,
         registers=Registers(144, 144, 144, 128),
         types={
-            "matches_ptr": "*u8",
-            "wanted_ptr": "*i32",
+            "selected": Selected("*u8", "*i32"),
             "prior": row_types("*u8"),
             "entropy_ptr": "*fp32",
             "out": FieldOut("*fp32", "*fp32", "*fp32", "*fp32", "*u8", "*fp32", "*u8"),
@@ -313,7 +311,7 @@ def _fields(
         launch = _field_launch(subjects, patches, inside.ptr.shape[1], per_subject)
         pointers = FieldOut(*(x.view(torch.uint8) if x.dtype == torch.bool else x for x in out))
         with device_guard(entropy):
-            launch((batch,), *selected, inside, entropy, pointers, patches, tau, gamma)
+            launch((batch,), selected, inside, entropy, pointers, patches, tau, gamma)
     return _as_tuple(out)
 
 
@@ -442,8 +440,20 @@ def focus_field_of_images(
         entropy = (cpu_mask if cpu_mask.takes(images) else spec).patch_entropy(images, patch_size, bins, sigma, method, False)
         return focus_field(scores, k, prior, entropy, per_subject=per_subject, tau=tau, gamma=gamma, backend="torch")
     counts, k_value = (k, 0) if isinstance(k, Tensor) else (None, k)
-    estimator = (patch_size, bins, sigma, method)
-    fields = image_field_op(scores, counts, k_value, prior, images, *estimator, per_subject, float(tau), float(gamma))
+    fields = image_field_op(
+        scores,
+        counts,
+        k_value,
+        prior,
+        images,
+        patch_size=patch_size,
+        bins=bins,
+        sigma=sigma,
+        method=method,
+        per_subject=per_subject,
+        tau=float(tau),
+        gamma=float(gamma),
+    )
     return spec.FocusField(*fields)
 
 

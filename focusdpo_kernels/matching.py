@@ -207,36 +207,35 @@ def narrow(k, P):
 
 
 @triton.jit
-def write_matches(scores, k, k_value, out_ptr, wanted_ptr, R, P, row, BLOCK_P: tl.constexpr, ONE: tl.constexpr):
+def write_matches(scores, k, k_value, selected, R, P, row, BLOCK_P: tl.constexpr, ONE: tl.constexpr):
     """M'[row] of all B R rows, as 0 and 1 of one byte; and how many are wanted, 0 where the subject is absent."""
     b = (row // R).to(tl.int64)
     r = (row % R).to(tl.int64)
     ptr = scores.ptr + b * scores.stride_b + r * scores.stride_r
-    out_ptr += row.to(tl.int64) * P
+    matches_ptr = selected.matches + row.to(tl.int64) * P
     wanted = k_value if k is None else narrow(tl.load(k.ptr + b * k.stride_b + r * k.stride_r), P)
     x = _load_scores(ptr, scores.stride_p, 0, P, BLOCK_P) if ONE else None
     threshold, ties, valid = _select(x, ptr, wanted, scores.stride_p, P, BLOCK_P)
-    tl.store(wanted_ptr + row, tl.where(valid > 0, wanted, 0))
+    tl.store(selected.wanted + row, tl.where(valid > 0, wanted, 0))
     for start in range(0, P, BLOCK_P):
         block = x if ONE else _load_scores(ptr, scores.stride_p, start, P, BLOCK_P)
         match, ties = _matched(block, threshold, ties, BLOCK_P)
         offs_p = start + tl.arange(0, BLOCK_P)
-        tl.store(out_ptr + offs_p, match.to(tl.uint8), mask=offs_p < P)
+        tl.store(matches_ptr + offs_p, match.to(tl.uint8), mask=offs_p < P)
 
 
 @triton.jit(do_not_specialize=["k_value"])
 def _topk_kernel(
     scores,  # [B, R, P]
     k,  # [B, R], or None where it is a number
-    out_ptr,  # [B, R, P] uint8
-    wanted_ptr,  # [B, R] int32
+    selected,
     R,
     P,
     k_value,
     BLOCK_P: tl.constexpr,
     ONE: tl.constexpr,
 ):
-    write_matches(scores, k, k_value, out_ptr, wanted_ptr, R, P, tl.program_id(0), BLOCK_P=BLOCK_P, ONE=ONE)
+    write_matches(scores, k, k_value, selected, R, P, tl.program_id(0), BLOCK_P=BLOCK_P, ONE=ONE)
 
 
 @triton.jit
@@ -347,8 +346,7 @@ def _topk_launch(patches: int, k_tensor: bool, dtype: torch.dtype) -> Launch:
         types={
             "scores": row_types(POINTERS[dtype]),
             "k": count_types("*i64" if k_tensor else None),
-            "out_ptr": "*u8",
-            "wanted_ptr": "*i32",
+            "selected": Selected("*u8", "*i32"),
         },
         aligned=(*SCORES_ALIGNED, "P"),
         ones=("scores.stride_p", "k.stride_r"),
@@ -376,7 +374,7 @@ def run_topk(scores: Tensor, k: Tensor | None, k_value: int) -> Selected:
     if selected.matches.numel():
         launch = _topk_launch(patches, k is not None, scores.dtype)
         with device_guard(scores):
-            rows = (row_arguments(scores), counts_arguments(k), *selected)
+            rows = (row_arguments(scores), counts_arguments(k), selected)
             launch((batch * subjects,), *rows, subjects, patches, k_value)
     return selected
 
