@@ -84,22 +84,25 @@ def test_counts_of_any_type_and_stride(dtype):
 
 
 @pytest.mark.parametrize("per_subject", [False, True])
-@pytest.mark.parametrize("shape", [(3, 48, 80), (1, 1152, 480)])
-def test_of_images(shape, per_subject, monkeypatch):
+@pytest.mark.parametrize(("batch", "shape", "side"), [(3, (3, 48, 80), 16), (1, (1, 132, 128), 4)])
+def test_of_images(batch, shape, side, per_subject):
     """Selection beside the patches: of rows that a program holds, and of longer ones; patches that fill no whole program."""
-    side = 16
-    batch, patches = 3, shape[1] * shape[2] // side**2
+    patches = shape[1] * shape[2] // side**2
     scores, k, prior, _ = make(batch=batch, subjects=5, patches=patches, per_subject=per_subject)
-    scores[1, 1] = -math.inf
+    scores[-1, 1] = -math.inf
     images = torch.rand(batch, *shape, device=DEVICE).mul(torch.rand(batch, 1, 1, 1, device=DEVICE))
     entropy = patch_entropy(images, side, backend="triton")
-    for counts in (k, patches // 3):
-        options = {"per_subject": per_subject, "tau": 1.0, "backend": "triton"}
+    options = {"per_subject": per_subject, "tau": 1.0, "backend": "triton"}
+    for counts in (k, patches // 3) if batch > 1 else (k,):
         expected = focus_field(scores, counts, prior, entropy, **options)
         actual = focus_field_of_images(scores, counts, prior, images, side, **options)
         assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
-    none = focus_field_of_images(scores[:, :0], 7, prior if prior.ndim == 2 else prior.any(1), images, side, backend="triton")
-    assert torch.equal(none.structure, none.prior.float())
+
+
+def test_of_images_without_subjects():
+    scores, _, prior, _ = make(subjects=1, patches=4)
+    field = focus_field_of_images(scores[:, :0], 3, prior, torch.rand(2, 3, 32, 32, device=DEVICE), backend="triton")
+    assert torch.equal(field.structure, prior.float()) and not field.all_matched.any()
 
 
 @pytest.mark.parametrize("kind", ["mostly zero", "outlier", "heavy tails", "two values", "denormal", "widest"])
