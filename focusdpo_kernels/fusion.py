@@ -184,7 +184,7 @@ def _fuse_launch(prior: torch.dtype = torch.uint8) -> Launch:
 
 @functools.cache
 def _field_launch(subjects: int, patches: int, prior_rows: int, per_subject: bool) -> Launch:
-    constants, threads = field_constants(subjects, prior_rows, per_subject, patches)
+    constants, threads = field_constants(subjects, patches, prior_rows, per_subject)
     return Launch(
         _field_kernel,
         constants,

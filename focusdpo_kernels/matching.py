@@ -329,7 +329,7 @@ def row_constants(patches: int, threads: int, held: int) -> dict[str, int | bool
     return {"BLOCK_P": block if one else 8 * threads, "ONE": one}
 
 
-def field_constants(subjects: int, prior_rows: int, per_subject: bool, patches: int) -> tuple[dict[str, int | bool], int]:
+def field_constants(subjects: int, patches: int, prior_rows: int, per_subject: bool) -> tuple[dict[str, int | bool], int]:
     """Constants of a kernel that calls `uncovered`, and its threads: 8 tokens each, where there are as many."""
     block = min(max(next_power_of_2(patches), 256), 4096)
     return {"R": subjects, "PRIOR_ROWS": prior_rows, "PER_SUBJECT": per_subject, "BLOCK": block}, max(block // 8, 128)
@@ -355,7 +355,7 @@ def _topk_launch(patches: int, k_tensor: bool, dtype: torch.dtype) -> Launch:
 
 @functools.cache
 def _structure_launch(subjects: int, patches: int, prior_rows: int, per_subject: bool) -> Launch:
-    constants, threads = field_constants(subjects, prior_rows, per_subject, patches)
+    constants, threads = field_constants(subjects, patches, prior_rows, per_subject)
     return Launch(
         _structure_kernel,
         constants,
