@@ -103,11 +103,10 @@ def _residual(predictions: Sequence[Tensor], weights: Tensor) -> tuple[Preferenc
             buffers = [table.new_empty(part[0].shape) for _ in range(4)]
         *errors, difference, other = buffers
         for side, error in enumerate(errors):
-            error.copy_(part[side])
-            difference.copy_(part[2 + side])
-            other.copy_(part[4 + side])
-            torch.sub(error, difference, out=difference)
-            torch.linalg.vector_norm(error.sub_(other), dim=axis, out=out[side])
+            pairs = zip(part[side::2], (error, difference, other), strict=True)
+            policy, reference, target = (x if x.dtype == torch.float32 else memory.copy_(x) for x, memory in pairs)
+            torch.sub(policy, reference, out=difference)
+            torch.linalg.vector_norm(torch.sub(policy, target, out=error), dim=axis, out=out[side])
             torch.sub(difference, error, alpha=2, out=other)
             torch.sum(difference.mul_(other), axis, out=out[2 + side])
         torch.sum(torch.mul(*errors, out=other), axis, out=out[5])
