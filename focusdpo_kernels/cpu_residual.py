@@ -19,16 +19,17 @@ from focusdpo_kernels import reference as spec
 from focusdpo_kernels.autograd import is_traced, is_transformed, save, saved
 from focusdpo_kernels.reference import PreferenceResidual
 
+WIDE = 512  # channels: a norm over more of them, which PyTorch adds up one by one in fp32, shows its rounding
 # Elements of a block, for each thread: 1 MiB in fp32. Smaller ones cost more in calls than they save in memory.
 BLOCK = 262144
 WHOLE = (slice(None),)  # of a prediction that is one block
 
 
 def takes(*predictions: Tensor) -> bool:
-    """Whether these are a CPU's tensors of fp16, bf16 or fp32, with data. A compiler fuses the specification, and a trace
-    keeps one way of what depends on values.
+    """Whether these are a CPU's tensors of fp16, bf16 or fp32, with data and not too many channels. A compiler fuses the
+    specification, and a trace keeps one way of what depends on values.
     """
-    if is_traced() or not predictions[0].is_cpu:
+    if is_traced() or not predictions[0].is_cpu or predictions[0].shape[_channel_axis(predictions[0])] > WIDE:
         return False
     return all(type(x) in (Tensor, torch.nn.Parameter) and x.is_cpu and x.dtype != torch.float64 for x in predictions)
 
@@ -115,14 +116,18 @@ def _residual(predictions: Sequence[Tensor], weights: Tensor) -> tuple[Preferenc
     table.view(3, 2, *rows[0].shape).mul_(weights)
     table[4:].mul_(weights[0])
     totals = table.flatten(2).sum(2)
-    win, lose, win_excess, lose_excess, norm, inner = totals.unbind()
+    # By way of numpy each row is a tensor of its own: a view of another could not be changed in place.
+    win, lose, win_excess, lose_excess, norm, inner = (torch.from_numpy(row) for row in totals.numpy())
     win_reference, lose_reference = win + win_excess, lose + lose_excess
+    margin = lose_excess - win_excess
     policies, excesses, _ = totals.view(3, -1).tolist()
-    if not all(4 * (error + excess) >= error for error, excess in zip(policies, excesses, strict=True)):  # or NaN
+    # Also where one is not finite.
+    if not all(math.inf > 4 * (error + excess) >= error for error, excess in zip(policies, excesses, strict=True)):
         references, exact = totals[:2] + totals[2:4], _errors(predictions[2:4], predictions[4:], weights)
         # Where it is needed: a sample's result does not depend on its batch.
         win_reference, lose_reference = torch.where(4 * references >= totals[:2], references, exact)
-    results = PreferenceResidual(win, lose, win_reference, lose_reference, lose_excess - win_excess, norm, inner)
+        margin = margin + 0 * (win + lose + win_reference + lose_reference)
+    results = PreferenceResidual(win, lose, win_reference, lose_reference, margin, norm, inner)
     return results, buffers[:2] if part is predictions else ()
 
 
@@ -150,8 +155,7 @@ class _Residual(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*results[2:4], *results[5:])
         save(ctx, *predictions[:2], *predictions[4:], weights, *errors)
-        # Views of one tensor could not be changed in place.
-        return results.policy_win.clone(), results.policy_lose.clone(), *results[2:]
+        return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *results: Tensor | None) -> tuple[Tensor | None, ...]:

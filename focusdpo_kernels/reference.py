@@ -221,8 +221,9 @@ def focus_field(
     gamma: float,
 ) -> FocusField:
     """E6 to E8 from M' [B, R, P] = `topk_mask(scores, k)` and H [B, P]."""
-    structure, coverage = uncovered(matched, prior, per_subject, accumulation_dtype(scores.dtype))
-    complexity = normalize_complexity(entropy)
+    dtype = accumulation_dtype(scores.dtype)
+    structure, coverage = uncovered(matched, prior, per_subject, dtype)
+    complexity = normalize_complexity(entropy.to(dtype))
     inside = binary_prior(prior)
     union = inside if inside.ndim == 2 else inside.any(1)
     size = union.sum(-1)
@@ -237,7 +238,7 @@ def focus_field(
         complexity=complexity,
         coverage=coverage,
         prior=union,
-        coverage_floor=rest.clamp_min(0) / size.clamp_min(1),
+        coverage_floor=rest.clamp_min(0).to(dtype) / size.clamp_min(1),
         all_matched=(wanted >= patches).any(-1),
     )
 
@@ -284,8 +285,9 @@ def preference_residual(
         policy_error = (m * (a - t) ** 2).sum(axes) * scale
         reference_error = (m * (b - t) ** 2).sum(axes) * scale
         # (a - t)^2 - (b - t)^2, factored: no cancellation, and exactly 0 where policy and reference agree. Its gradient is
-        # the policy error's; that of the factors would cancel.
-        difference = (m * (a - b) * (a + b - 2 * t)).sum(axes).detach() * scale + (policy_error - policy_error.detach())
+        # the policy error's; that of the factors would cancel. NaN where an error is infinite.
+        factored = (m * (a - b) * (a + b - 2 * t)).sum(axes).detach() * scale
+        difference = factored + (policy_error - policy_error.detach()) + (reference_error - reference_error)
         return policy_error, reference_error, difference, gradient, scale
 
     win, lose = (weights[0], weights[-1]) if weights else (None, None)
@@ -333,9 +335,12 @@ def policy_gradients(
             continue
         policy, target = predictions[side::2]
         dtype = accumulation_dtype(policy.dtype)
-        silent, factor = (x.reshape(-1, *[1] * (policy.ndim - 1)) for x in (incoming == 0, 2 * incoming * scales[side]))
+        rows = (-1, *[1] * (policy.ndim - 1))
+        incoming, scale = incoming.reshape(rows), (2 * scales[side] * torch.ones_like(incoming)).reshape(rows)
+        derivative = scale * (policy.to(dtype) - target.to(dtype))
         if weights:
-            factor = factor * element_weight(weights[side % len(weights)], policy, mask_power)
-        difference = policy.to(dtype) - target.to(dtype)
-        results[side] = (factor * difference.masked_fill(silent, 0)).to(policy.dtype)
+            derivative = derivative * element_weight(weights[side % len(weights)], policy, mask_power)
+        # What is finite stays: an incoming gradient of 0 has a derivative too.
+        silent = (incoming == 0) & ~derivative.isfinite()
+        results[side] = (incoming * derivative.masked_fill(silent, 0)).to(policy.dtype)
     return results

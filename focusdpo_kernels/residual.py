@@ -166,8 +166,9 @@ def preference_residual(
 
     Returns:
         PreferenceResidual of tensors [B], fp32 (float64 for float64 predictions), differentiable. The margin is
-        exactly 0 where policy and reference agree; a mask of zeros gives zeros, a negative entry NaN for its sample. With
-        Triton, and on a CPU in fp16 to fp32, a sample whose incoming gradient is 0 gets gradient 0 whatever its error.
+        exactly 0 where policy and reference agree, and NaN where one of the four errors is not finite; a mask of zeros gives
+        zeros, a negative entry NaN for its sample. With Triton, and on a CPU in fp16 to fp32, a sample whose incoming
+        gradient is 0 gets gradient 0 whatever its error.
 
     Raises:
         TypeError, ValueError: arguments of wrong type, shape, dtype or device, or a reference, target or weight that

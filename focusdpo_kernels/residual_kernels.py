@@ -190,7 +190,9 @@ def _finish_kernel(
     tl.store(out.policy_lose + b, sums[1] * lose)
     tl.store(out.reference_win + b, sums[2] * win)
     tl.store(out.reference_lose + b, sums[3] * lose)
-    tl.store(out.margin + b, sums[4] * win - sums[5] * lose)
+    # NaN where an error is infinite: such a pair has no margin, and an infinite one could pass for a pair that is told apart.
+    not_finite = 0.0 * (sums[0] * win) + 0.0 * (sums[1] * lose) + 0.0 * (sums[2] * win) + 0.0 * (sums[3] * lose)
+    tl.store(out.margin + b, sums[4] * win - sums[5] * lose + not_finite)
     tl.store(out.winner_norm + b, sums[6] * win * win)
     tl.store(out.inner + b, sums[7] * win * lose)
     tl.store(scales_ptr + b, 0.0)

@@ -81,6 +81,14 @@ def test_accuracy_of_a_long_sample():
         assert (a.double() - e).abs() <= (b.double() - e).abs() + 2e-7 * e
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 512), (1, 2, 1 << 20), (1, 70000, 2, 2)], ids=str)
+def test_accuracy_of_many_channels(shape):
+    predictions = [torch.full(shape, value) for value in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)]
+    exact = preference_residual(*[x.double() for x in predictions])
+    for a, e in zip(preference_residual(*predictions), exact, strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=4e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("dtype", HALF_AND_FULL, ids=str)
 def test_margin_of_one_bit(dtype):
     """One value of a sample differs, by its last bit (fp32: by 1e-4): nothing of the equal rest may show."""
@@ -180,6 +188,6 @@ def test_a_trace_is_given_the_specification():
 
 
 def test_what_it_takes():
-    cpu = torch.zeros(1)
+    cpu = torch.zeros(1, 1, 1)
     assert cpu_residual.takes(cpu, cpu.half(), cpu.bfloat16())
-    assert not cpu_residual.takes(cpu, cpu.double()) and not cpu_residual.takes(torch.zeros(1, device="meta"))
+    assert not cpu_residual.takes(cpu, cpu.double()) and not cpu_residual.takes(torch.zeros(1, 1, 1, device="meta"))

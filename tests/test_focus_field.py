@@ -209,3 +209,20 @@ def test_counts_in_bytes_of_many_patches(dtype):
     k = torch.tensor([[9, 100], [-1, 127]], dtype=torch.int8, device=DEVICE)
     fields = [focus_field(scores.to(dtype), k.to(of), prior, entropy, backend="torch") for of in (torch.int8, torch.int64)]
     assert all(torch.equal(one, other) for one, other in zip(*fields, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_dtypes_are_those_of_the_scores(backend):
+    """Neither the entropy's nor PyTorch's default."""
+    scores, k, prior, entropy = make(patches=61)
+    before = torch.get_default_dtype()
+    for default in (torch.bfloat16, torch.float64):
+        torch.set_default_dtype(default)
+        try:
+            fields = [focus_field(scores, k, prior, entropy.to(x), backend=backend) for x in (torch.float32, torch.bfloat16)]
+        finally:
+            torch.set_default_dtype(before)
+        assert_field(fields[0], exact(scores, k, prior, entropy, False, 0.1, 0.3))
+        assert_field(fields[1], exact(scores, k, prior, entropy.bfloat16(), False, 0.1, 0.3))
+    doubled = focus_field(scores.double(), k, prior, entropy, backend="torch")
+    assert {x.dtype for x in doubled} == {torch.float64, torch.bool}

@@ -329,6 +329,22 @@ def test_a_pair_of_weight_zero_is_silent(backend, value, options):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "masked_mean"])
+def test_a_pair_of_weight_zero_is_silent_under_a_mask_that_is_none(backend, create_graph, reduction):
+    predictions, weight = make()
+    weight[1, 0] = -1
+    predictions[5][1, 1] = math.inf
+    policy = [x.clone().requires_grad_() for x in predictions[:2]]
+    pairs = torch.tensor([0.7, 0.0, 1.0, 2.0], device=DEVICE)
+    out = focus_dpo_loss(
+        *policy, *predictions[2:], focus=weight, sample_weight=pairs, beta=3.0, reduction=reduction, backend=backend
+    )
+    for gradient in torch.autograd.grad(out.loss, policy, create_graph=create_graph):
+        assert gradient[0].any() and gradient.isfinite().all() and not gradient[1].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", [{}, {"loser_scale": "sdpo_batch", "sdpo_mu": 0.3}, {"reference_anchor": 0.2}], ids=str)
 def test_a_silent_pair_is_one_fewer(backend, options):
     predictions, weight = make()

@@ -256,6 +256,53 @@ def test_second_derivative(backend, shape):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_second_derivative_where_the_first_is_zero(backend):
+    """At initialisation the margin is 0, and so is the gradient of its square, but not that gradient's derivative."""
+    predictions, weight = make((2, 3, 4), torch.float32)
+    predictions[2:4] = [x.clone() for x in predictions[:2]]
+    direction = torch.randn(2, 3, 4, device=DEVICE)
+    results = []
+    for kind, chosen in ((torch.float32, backend), (torch.float64, "torch")):
+        _, lose, *others = (x.to(kind) for x in predictions)
+
+        def results_of(policy, rest=(lose, *others), chosen=chosen):
+            return preference_residual(policy, *rest, weight, backend=chosen)
+
+        policy = predictions[0].to(kind)
+        functional = torch.autograd.functional
+        hessian = functional.hessian(lambda x: (results_of(x).margin ** 2).sum(), policy)
+        _, along = functional.jvp(lambda x: results_of(x).policy_win, policy, direction.to(kind))
+        results.append((hessian, along))
+    for found, expected in zip(*results, strict=True):
+        assert expected.abs().max() > 1e-3
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, check_dtype=False)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_an_error_that_is_not_finite_has_no_margin(value, backend):
+    """An infinite one would pass for a pair that is told apart, or hide that the model overflowed."""
+    for index in range(6):
+        predictions, weight = make((2, 3, 4), torch.float32)
+        predictions[index][0, 1, 2] = value
+        margin = preference_residual(*predictions, weight, backend=backend).margin
+        assert margin.isfinite().tolist() == [False, True] and margin[0].isnan(), index
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_results_can_be_changed_in_place(backend):
+    for needs_gradient in (False, True):
+        predictions, weight = make((2, 3, 4), torch.float32)
+        predictions[0].requires_grad_(needs_gradient)
+        results = preference_residual(*predictions, weight, backend=backend)
+        before = [x.detach().clone() for x in results]
+        factor = torch.tensor([2.0, 3.0], device=DEVICE).requires_grad_()
+        for result in results:
+            result.mul_(factor)
+        assert all(torch.equal(x, factor * b) for x, b in zip(results, before, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("index", [*range(2, 6), "weight"])
 def test_a_tangent_that_would_be_lost_is_refused(backend, index):
     predictions, weight = make((2, 9, 4), torch.float32)
