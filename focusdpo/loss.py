@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from focusdpo.mask import FocusMask
-from focusdpo_kernels.checks import check_choice, check_device, check_no_grad, check_shape, check_tensor
+from focusdpo_kernels.checks import REALS, check_choice, check_device, check_no_grad, check_number, check_shape, check_tensor
 from focusdpo_kernels.reference import Predictions, PreferenceResidual
 from focusdpo_kernels.residual import masked_residual
 
@@ -79,7 +79,7 @@ def _per_sample(name: str, value: Tensor | None, policy: Tensor) -> Tensor | Non
     """A weight of pairs [B], checked; one made under inference_mode as a copy that autograd can keep."""
     if value is None:
         return None
-    check_tensor(name, value, ndim=1, layout="[B]")
+    check_tensor(name, value, ndim=1, dtypes=REALS, layout="[B]")
     check_shape(name, value, (policy.shape[0],), "B of the predictions")
     check_device(name, value, policy.device, "policy_win")
     check_no_grad(name, value, "weights are constants of the loss")
@@ -162,6 +162,9 @@ def focus_dpo_loss(
     """
     check_choice("loss_type", loss_type, LOSS_TYPES)
     check_choice("loser_scale", loser_scale, LOSER_SCALES)
+    numbers = {"beta": beta, "label_smoothing": label_smoothing, "winner_anchor": winner_anchor}
+    for name, number in {**numbers, "reference_anchor": reference_anchor, "sdpo_mu": sdpo_mu}.items():
+        check_number(name, number)
     if not 0 < beta < float("inf"):
         raise ValueError(f"beta: got {beta!r}; expected a positive number (2000 for reduction='mean' is a usual start)")
     if not 0.0 <= label_smoothing < 0.5:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from focusdpo_kernels import focus_field_of_images, topk_mask
-from focusdpo_kernels.checks import check_prior, check_scores, check_shape, check_tensor
+from focusdpo_kernels.checks import REALS, check_prior, check_scores, check_shape, check_tensor
 from focusdpo_kernels.reference import binary_prior
 
 MATCH_COUNTS = ("reference", "prior")
@@ -75,7 +75,7 @@ def match_counts(match_count: str | int | float, scores: Tensor, prior: Tensor, 
     if match_count == "reference":
         if reference_mask is None:
             raise ValueError("reference_mask: needed for match_count='reference'; pass it, or another match_count")
-        check_tensor("reference_mask", reference_mask, ndim=3, layout="[B, R, Q]")
+        check_tensor("reference_mask", reference_mask, ndim=3, dtypes=REALS, layout="[B, R, Q]")
         check_shape("reference_mask", reference_mask, (*scores.shape[:2], reference_mask.shape[2]), "B and R of the scores")
         return (reference_mask if reference_mask.dtype == torch.bool else reference_mask != 0).sum(-1)
     if match_count == "prior":

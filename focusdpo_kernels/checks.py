@@ -7,15 +7,18 @@ devices only; none waits for a device (the value range of images is looked at on
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from focusdpo_kernels.autograd import has_tangent
+from focusdpo_kernels.autograd import has_tangent, is_traced, is_transformed
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# What a mask, a prior or a weight may be made of.
+REALS = (*FLOATS, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 METHODS = ("kde", "histogram")
 REDUCTIONS = ("mean", "sum", "masked_mean")
 PATCH = 2  # latents along the side of a token
@@ -37,6 +40,9 @@ def check_tensor(
         raise TypeError(f"{name}: expected a tensor {layout}, got {type(value).__name__}")
     if type(value) not in (torch.Tensor, torch.nn.Parameter):
         _check_data(name, value)
+    if value.layout != torch.strided:
+        kind = str(value.layout).removeprefix("torch.")
+        raise TypeError(f"{name}: expected a dense tensor {layout}, got layout {kind}; pass {name}.to_dense()")
     ranks = (ndim,) if isinstance(ndim, int) else ndim
     if value.ndim not in ranks:
         raise ValueError(f"{name}: expected a tensor {layout}, got {describe(value)}")
@@ -81,7 +87,18 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
         raise ValueError(f"{name}: got {value!r}; expected one of {', '.join(repr(c) for c in choices)}")
 
 
+def check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name}: got {value!r}; expected a number")
+
+
+def check_integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
+        raise TypeError(f"{name}: got {value!r}; expected an int")
+
+
 def check_unit_interval(name: str, value: float) -> None:
+    check_number(name, value)
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name}: got {value!r}; expected a number from 0 to 1")
 
@@ -115,7 +132,7 @@ def check_similarity(
     """Arguments of E3/E4: N x [B, P, D], N x [B, Q, D] and [B, R, Q]."""
     targets = check_layers("target", target, "[B, P, D]")
     references = check_layers("reference", reference, "[B, Q, D]")
-    mask = check_tensor("reference_mask", reference_mask, ndim=3, layout="[B, R, Q]")
+    mask = check_tensor("reference_mask", reference_mask, ndim=3, dtypes=REALS, layout="[B, R, Q]")
     if len(targets) != len(references):
         raise ValueError(
             f"reference: got {len(references)} layers, while target has {len(targets)}; pass one of each per layer"
@@ -158,7 +175,7 @@ def check_k(k: object, scores: torch.Tensor) -> int | torch.Tensor:
 
 def check_prior(prior: object, batch: int, subjects: int | None, patches: int) -> torch.Tensor:
     """A prior [B, P], or [B, R, P] with one per subject."""
-    value = check_tensor("prior", prior, ndim=(2, 3), layout="[B, P] or [B, R, P]")
+    value = check_tensor("prior", prior, ndim=(2, 3), dtypes=REALS, layout="[B, P] or [B, R, P]")
     if value.ndim == 2 or subjects is None:
         check_shape("prior", value, (batch, *value.shape[1:-1], patches), "B and P as the scores")
     else:
@@ -176,6 +193,7 @@ def check_images(images: object, patch_size: int, check_range: bool | None) -> t
     value = check_tensor("images", images, ndim=4, dtypes=(*FLOATS, torch.uint8), layout="[B, 1 or 3, H, W]")
     if value.shape[1] not in (1, 3):
         raise ValueError(f"images: expected 1 (gray) or 3 (RGB) channels, got {describe(value)}")
+    check_integer("patch_size", patch_size)
     if patch_size < 1:
         raise ValueError(f"patch_size: got {patch_size}; expected at least 1 pixel")
     height, width = value.shape[2:]
@@ -183,7 +201,8 @@ def check_images(images: object, patch_size: int, check_range: bool | None) -> t
         raise ValueError(f"patch_size: {patch_size} does not divide images of {height}x{width} pixels; crop or resize them")
     if check_range is None:
         check_range = value.device.type == "cpu"
-    if check_range and value.dtype != torch.uint8 and value.numel() and not torch.compiler.is_compiling():
+    # What traces or transforms sees no values.
+    if check_range and value.dtype != torch.uint8 and value.numel() and not is_traced() and not is_transformed(value):
         low, high = (float(x) for x in value.aminmax())
         if not (low >= 0.0 and high <= 1.0):
             raise ValueError(
@@ -196,6 +215,8 @@ def check_images(images: object, patch_size: int, check_range: bool | None) -> t
 def check_estimator(method: str, bins: int, sigma: float, prefix: str = "") -> None:
     """The settings of E7's entropy fit each other; ValueError names them with `prefix` in front."""
     check_choice(f"{prefix}method", method, METHODS)
+    check_integer(f"{prefix}bins", bins)
+    check_number(f"{prefix}sigma", sigma)
     if not 2 <= bins <= MAX_BINS:
         limit = "at least 2" if bins < 2 else f"at most {MAX_BINS}, the gray values of 8 bits"
         raise ValueError(f"{prefix}bins: got {bins}; expected {limit}")

@@ -127,7 +127,7 @@ def _weights(patches: Tensor, bins: int, sigma: float, method: str) -> Tensor:
     patches = patches * scale
     step = scale / (bins - 1)  # from bin to bin
     if 3 * reach > bins:
-        weight = torch.empty(len(patches), bins, dtype=dtype)
+        weight = patches.new_empty((len(patches), bins), dtype=dtype)
         for b in range(bins):
             distance = (patches - b * step).to(dtype)
             if dtype == torch.float32:
@@ -138,7 +138,7 @@ def _weights(patches: Tensor, bins: int, sigma: float, method: str) -> Tensor:
     nearest = (patches / step).round_().clamp_(0, bins - 1).nan_to_num_(nan=0)
     index = nearest.long()
     distance = patches.sub_(nearest, alpha=step).to(dtype)
-    weight = torch.zeros(len(patches), bins + 2 * reach, dtype=dtype)  # bins beyond either end are cut off below
+    weight = patches.new_zeros((len(patches), bins + 2 * reach), dtype=dtype)  # bins beyond either end are cut off below
     for offset in range(-reach, reach + 1):
         weight.scatter_add_(1, index + (reach + offset), _gaussian_(distance - offset * step))
     return weight[:, reach : reach + bins]

@@ -34,7 +34,7 @@ def _blocks(hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """
     threads = torch.get_num_threads()
     size = max(BLOCK // max(hidden.shape[1], 1) // threads, 1) * threads
-    copy = torch.empty((min(size, hidden.shape[0]), hidden.shape[1]))
+    copy = hidden.new_empty((min(size, hidden.shape[0]), hidden.shape[1]), dtype=torch.float32)
     for first in range(0, hidden.shape[0], size):
         tokens = slice(first, first + size)
         block = hidden[tokens]
@@ -68,7 +68,7 @@ def cross_layer_similarity(
     target: Sequence[Tensor], reference: Sequence[Tensor], reference_mask: Tensor, layer_weights: Sequence[float]
 ) -> Tensor:
     """E4; as in the specification."""
-    total = torch.zeros(())
+    total = target[0].new_zeros((), dtype=torch.float32)
     for target_n, reference_n, weight in zip(target, reference, layer_weights, strict=True):
         total = total + weight * layer_similarity(target_n, reference_n, reference_mask)
     return spec.finish_similarity(total, sum(layer_weights), reference_mask)

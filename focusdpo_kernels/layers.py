@@ -75,10 +75,10 @@ def pointer_table(target: Sequence[Tensor], reference: Sequence[Tensor], weights
         rows.append([h_tgt.data_ptr(), *h_tgt.stride(), h_ref.data_ptr(), *h_ref.stride(), bits])
     device = target[0].device
     if device.type == "cpu":
-        return torch.tensor(rows, dtype=torch.int64)
+        return torch.tensor(rows, dtype=torch.int64, device=device)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return written_table(rows, device)
-    pinned = torch.tensor(rows, dtype=torch.int64).pin_memory()  # a pageable copy would make the host wait
+    pinned = torch.tensor(rows, dtype=torch.int64, device="cpu").pin_memory()  # a pageable copy would make the host wait
     return pinned.to(device, non_blocking=True)
 
 

@@ -14,11 +14,12 @@ from torch import Tensor
 from focusdpo_kernels import cpu_similarity
 from focusdpo_kernels import reference as spec
 from focusdpo_kernels.backend import resolve_backend
-from focusdpo_kernels.checks import check_choice, check_no_grad, check_similarity
+from focusdpo_kernels.checks import check_choice, check_no_grad, check_number, check_similarity
 from focusdpo_kernels.dense_similarity import launch_dense
 from focusdpo_kernels.pooled_similarity import launch_pooled
 from focusdpo_kernels.streamed_similarity import StreamedSimilarity
 
+MAX_WEIGHT = 1e30  # of a layer: sums of such and of their inverses are normal fp32 numbers
 POOLINGS = ("reference", "max")
 
 
@@ -54,12 +55,15 @@ def _(target, reference, reference_mask, layer_weights, pooling):
 def _check_weights(layer_weights: Sequence[float] | None, layers: int) -> list[float]:
     if layer_weights is None:
         return [1.0] * layers
+    for weight in layer_weights:
+        check_number("layer_weights", weight)
     weights = [float(w) for w in layer_weights]
     if len(weights) != layers:
         raise ValueError(f"layer_weights: got {len(weights)} weights for {layers} layers; pass one per layer")
-    if not all(0 < w < float("inf") for w in weights):
+    if not all(1 / MAX_WEIGHT <= w <= MAX_WEIGHT for w in weights):
         raise ValueError(
-            f"layer_weights: got {weights}; expected positive numbers (leave a layer out instead of weighting it 0)"
+            f"layer_weights: got {weights}; expected positive numbers from {1 / MAX_WEIGHT:g} to {MAX_WEIGHT:g} (leave a layer "
+            "out instead of weighting it 0)"
         )
     return weights
 
@@ -103,6 +107,7 @@ def cross_layer_similarity(
     weights = _check_weights(layer_weights, len(targets))
     with torch.no_grad():
         if resolve_backend(backend, *targets, *references) == "torch":
+            targets, references = (tuple(x.detach() for x in layers) for layers in (targets, references))  # from tangents too
             if cpu_similarity.takes(targets[0], pooling):
                 return cpu_similarity.cross_layer_similarity(targets, references, mask, weights)
             return spec.cross_layer_similarity(targets, references, mask, weights, pooling)
@@ -120,10 +125,12 @@ class _SummedSimilarity:
 
     def add(self, target: Tensor, reference: Tensor, mask: Tensor, weight: float) -> None:
         if self._backend == "torch":
+            target, reference = target.detach(), reference.detach()  # from a tangent as well
             if cpu_similarity.takes(target, self._pooling):
-                self.total += weight * cpu_similarity.layer_similarity(target, reference, mask)
+                similarity = cpu_similarity.layer_similarity(target, reference, mask)
             else:
-                self.total += weight * spec.layer_similarity(target, reference, mask, self._pooling)
+                similarity = spec.layer_similarity(target, reference, mask, self._pooling)
+            self.total = self.total + weight * similarity  # in place it could not follow a layer of inference mode
         elif self.total.numel():
             launch_dense([target], [reference], mask, [weight], self.total, accumulate=True)
 
@@ -171,6 +178,8 @@ class SimilarityAccumulator:
             self._check(target, reference)
         (weight,) = _check_weights((weight,), 1)
         assert self._sum is not None
+        if target.is_neg() or reference.is_neg():  # what is launched here reads memory as it is
+            target, reference = target.resolve_neg(), reference.resolve_neg()
         self._sum.add(target, reference, self._mask_bytes, weight)
         self._total_weight += weight
         self.layers += 1

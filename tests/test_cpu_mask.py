@@ -153,6 +153,29 @@ def test_what_cannot_be_read_takes_the_specification():
     assert negative.is_neg() and torch.equal(topk_mask(negative, 5, backend="torch"), topk_mask(-scores, 5, backend="torch"))
 
 
+@pytest.mark.parametrize("method", ["kde", "histogram"])
+@pytest.mark.parametrize("sigma", [0.01, 0.3])
+def test_default_device_and_dtype_have_no_say(method, sigma):
+    images = torch.rand(1, 3, 32, 32)
+    expected = patch_entropy(images, sigma=sigma, method=method, backend="torch")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            found = patch_entropy(images, sigma=sigma, method=method, backend="torch")
+    finally:
+        torch.set_default_dtype(before)
+    assert found.device.type == "cpu" and torch.equal(found, expected)
+
+
+def test_values_are_not_looked_at_where_a_transform_sees_none():
+    images = torch.rand(2, 1, 3, 32, 32)
+    expected = torch.stack([patch_entropy(x, backend="torch") for x in images])
+    torch.testing.assert_close(torch.vmap(lambda x: patch_entropy(x, backend="torch"))(images), expected)
+    traced = make_fx(lambda x: patch_entropy(x, backend="torch"))(images[0])
+    torch.testing.assert_close(traced(images[1]), expected[1])
+
+
 def test_priors_are_not_written():
     scores, prior = torch.randn(1, 2, 40), torch.ones(1, 40)
     for region in (prior, prior.bool(), prior.long()):

@@ -24,7 +24,7 @@ def small(monkeypatch):
     monkeypatch.setattr(cpu_similarity, "BLOCK", 2048)
 
 
-@pytest.fixture(params=[1, 2, 5])
+@pytest.fixture(params=[1, 2, 5], ids="threads{}".format)
 def threads(request):
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -123,3 +123,17 @@ def test_a_compiler_is_given_the_specification():
     compiled = torch.compile(lambda *args: cross_layer_similarity(*args, backend="torch"), fullgraph=True, backend="eager")
     expected = spec.cross_layer_similarity(target, reference, mask, [1.0, 1.0])
     assert torch.equal(compiled(target, reference, mask), expected)
+
+
+def test_default_device_and_dtype_have_no_say():
+    target, reference, mask = make(2, 1, 16, 8, 64, 2, torch.bfloat16)
+    expected = cross_layer_similarity(target, reference, mask, backend="torch")
+    before = torch.get_default_dtype()
+    for default in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(default)
+        try:
+            with torch.device("meta"):
+                found = cross_layer_similarity(target, reference, mask, backend="torch")
+        finally:
+            torch.set_default_dtype(before)
+        assert found.device.type == "cpu" and torch.equal(found, expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from focusdpo_kernels import SimilarityAccumulator, cross_layer_similarity, layers
@@ -316,3 +317,41 @@ def test_max_pooling_tells_look_alikes_apart(backend):
     torch.testing.assert_close(dense[0].diag(), torch.ones(2, device=DEVICE), rtol=0, atol=1e-6)
     assert dense[0, 1, 0] < 0.6
     assert dense[0, 0, 1] < 0.6
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_layers_of_inference_mode_and_others(backend, pooling):
+    target, reference, mask = make(3, 1, 8, 8, 16, 2, torch.float32)
+    for inferred in range(3):
+        accumulator = SimilarityAccumulator(mask, pooling=pooling, backend=backend)
+        for n, layer in enumerate(zip(target, reference, strict=True)):
+            with torch.inference_mode(n == inferred):
+                accumulator.update(*layer)
+        expected = cross_layer_similarity(target, reference, mask, pooling=pooling, backend="torch")
+        torch.testing.assert_close(accumulator.result(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_memory_that_stands_for_its_negative(pooling):
+    target, reference, mask = make(1, 2, 6, 4, 5, 2, torch.float32)
+    negative = torch.complex(target[0], target[0]).conj().imag
+    assert negative.is_neg()
+    for pair in ((negative, reference[0]), (reference[0], negative)):
+        tokens = mask if pair[1] is reference[0] else mask.new_ones(2, 2, 6)
+        accumulator = SimilarityAccumulator(tokens, pooling=pooling, backend="triton")
+        accumulator.update(*pair)
+        resolved = [[x.resolve_neg()] for x in pair]
+        expected = cross_layer_similarity(*resolved, tokens, pooling=pooling, backend="torch")
+        torch.testing.assert_close(accumulator.result(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_tangent_does_not_pass(backend):
+    target, reference, mask = make(1, 1, 6, 4, 8, 2, torch.float32)
+    with forward_ad.dual_level():
+        layers_n = [[forward_ad.make_dual(x[0], x[0] ** 2)] for x in (target, reference)]
+        accumulator = SimilarityAccumulator(mask, backend=backend)
+        accumulator.update(layers_n[0][0], layers_n[1][0])
+        for scores in (cross_layer_similarity(*layers_n, mask, backend=backend), accumulator.result()):
+            assert forward_ad.unpack_dual(scores).tangent is None
