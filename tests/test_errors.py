@@ -90,7 +90,11 @@ CASES = {
     "no sigma": (lambda: kernels.patch_entropy(IMAGES, sigma=None), TypeError, "sigma: got None; expected a number"),
     "tau as text": (lambda: kernels.focus_field(SCORES, 2, PRIOR, PRIOR, tau="0.1"), TypeError, "tau: got '0.1'; expected a number"),
     "beta as text": (lambda: focusdpo.focus_dpo_loss(*SIX, beta="2000"), TypeError, "beta: got '2000'; expected a number"),
-    "anchor as text": (lambda: focusdpo.focus_dpo_loss(*SIX, winner_anchor="1"), TypeError, "winner_anchor: got '1'; expected a number"),
+    **{
+        f"{name} as text": (lambda name=name: focusdpo.focus_dpo_loss(*SIX, **{name: "1"}), TypeError, f"^{name}: got '1'; expected a number")
+        for name in ("label_smoothing", "winner_anchor", "reference_anchor", "sdpo_mu")
+    },
+    "complex mask of counts": (lambda: focusdpo.focus_mask(SCORES, PRIOR, IMAGES, reference_mask=MASK + 0j), TypeError, "^reference_mask: got dtype complex64"),
     "layer weights as text": (lambda: kernels.cross_layer_similarity([T], [Q], MASK, layer_weights="1"), TypeError, "layer_weights: got '1'; expected a number"),
     "layer weights past fp32": (lambda: kernels.cross_layer_similarity([T], [Q], MASK, layer_weights=[1e39]), ValueError, "layer_weights: .*from 1e-30 to 1e\\+30"),
     "elements": (lambda: focusdpo.convert_beta(1.0, 0, source="mean", target="sum"), ValueError, "elements: got 0"),
