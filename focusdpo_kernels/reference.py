@@ -336,8 +336,9 @@ def policy_gradients(
         policy, target = predictions[side::2]
         dtype = accumulation_dtype(policy.dtype)
         rows = (-1, *[1] * (policy.ndim - 1))
-        incoming, scale = incoming.reshape(rows), (2 * scales[side] * torch.ones_like(incoming)).reshape(rows)
-        derivative = scale * (policy.to(dtype) - target.to(dtype))
+        scale = torch.as_tensor(scales[side], dtype=dtype, device=policy.device).expand_as(incoming).reshape(rows)
+        incoming = incoming.reshape(rows)
+        derivative = 2 * scale * (policy.to(dtype) - target.to(dtype))
         if weights:
             derivative = derivative * element_weight(weights[side % len(weights)], policy, mask_power)
         # What is finite stays: an incoming gradient of 0 has a derivative too.

@@ -55,9 +55,10 @@ def _(target, reference, reference_mask, layer_weights, pooling):
 def _check_weights(layer_weights: Sequence[float] | None, layers: int) -> list[float]:
     if layer_weights is None:
         return [1.0] * layers
-    for weight in layer_weights:
-        check_number("layer_weights", weight)
-    weights = [float(w) for w in layer_weights]
+    numbers = [w.item() if isinstance(w, Tensor) else w for w in layer_weights]
+    for number in numbers:
+        check_number("layer_weights", number)
+    weights = [float(number) for number in numbers]
     if len(weights) != layers:
         raise ValueError(f"layer_weights: got {len(weights)} weights for {layers} layers; pass one per layer")
     if not all(1 / MAX_WEIGHT <= w <= MAX_WEIGHT for w in weights):

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from focusdpo_kernels import cpu_mask, focus_field, patch_entropy, reference, structure_field, topk_mask
-from tests.conftest import HALF_AND_FULL
+from tests.conftest import HALF_AND_FULL, default_dtype
 from tests.test_matching import hard_scores
 
 
@@ -158,13 +158,8 @@ def test_what_cannot_be_read_takes_the_specification():
 def test_default_device_and_dtype_have_no_say(method, sigma):
     images = torch.rand(1, 3, 32, 32)
     expected = patch_entropy(images, sigma=sigma, method=method, backend="torch")
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("meta"):
-            found = patch_entropy(images, sigma=sigma, method=method, backend="torch")
-    finally:
-        torch.set_default_dtype(before)
+    with default_dtype(torch.bfloat16), torch.device("meta"):
+        found = patch_entropy(images, sigma=sigma, method=method, backend="torch")
     assert found.device.type == "cpu" and torch.equal(found, expected)
 
 

@@ -7,6 +7,7 @@ import torch
 
 from focusdpo_kernels import SimilarityAccumulator, cpu_similarity, cross_layer_similarity
 from focusdpo_kernels import reference as spec
+from tests.conftest import default_dtype
 
 HALF = [torch.float16, torch.bfloat16]
 SHAPES = [  # N, B, P, Q, D, R: less than a block, whole blocks, a rest
@@ -128,12 +129,7 @@ def test_a_compiler_is_given_the_specification():
 def test_default_device_and_dtype_have_no_say():
     target, reference, mask = make(2, 1, 16, 8, 64, 2, torch.bfloat16)
     expected = cross_layer_similarity(target, reference, mask, backend="torch")
-    before = torch.get_default_dtype()
     for default in (torch.float64, torch.bfloat16):
-        torch.set_default_dtype(default)
-        try:
-            with torch.device("meta"):
-                found = cross_layer_similarity(target, reference, mask, backend="torch")
-        finally:
-            torch.set_default_dtype(before)
+        with default_dtype(default), torch.device("meta"):
+            found = cross_layer_similarity(target, reference, mask, backend="torch")
         assert found.device.type == "cpu" and torch.equal(found, expected)

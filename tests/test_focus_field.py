@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from focusdpo_kernels import focus_field, focus_field_of_images, fuse_focus, patch_entropy, reference, structure_field
-from tests.conftest import DEVICE
+from tests.conftest import DEVICE, default_dtype
 from tests.test_matching import hard_scores
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -215,13 +215,9 @@ def test_counts_in_bytes_of_many_patches(dtype):
 def test_dtypes_are_those_of_the_scores(backend):
     """Neither the entropy's nor PyTorch's default."""
     scores, k, prior, entropy = make(patches=61)
-    before = torch.get_default_dtype()
     for default in (torch.bfloat16, torch.float64):
-        torch.set_default_dtype(default)
-        try:
+        with default_dtype(default):
             fields = [focus_field(scores, k, prior, entropy.to(x), backend=backend) for x in (torch.float32, torch.bfloat16)]
-        finally:
-            torch.set_default_dtype(before)
         assert_field(fields[0], exact(scores, k, prior, entropy, False, 0.1, 0.3))
         assert_field(fields[1], exact(scores, k, prior, entropy.bfloat16(), False, 0.1, 0.3))
     doubled = focus_field(scores.double(), k, prior, entropy, backend="torch")

@@ -287,6 +287,10 @@ def test_an_error_that_is_not_finite_has_no_margin(value, backend):
         predictions[index][0, 1, 2] = value
         margin = preference_residual(*predictions, weight, backend=backend).margin
         assert margin.isfinite().tolist() == [False, True] and margin[0].isnan(), index
+        if value == math.inf:  # also where it is the square that has no number
+            predictions[index][0, 1, 2] = 1e25
+            margin = preference_residual(*predictions, weight, backend=backend).margin
+            assert margin.isfinite().tolist() == [False, True] and margin[0].isnan(), index
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -200,6 +201,9 @@ def test_layer_weights(backend):
     each = [cross_layer_similarity([t], [r], mask, backend=backend) for t, r in zip(target, reference, strict=True)]
     weighted = cross_layer_similarity(target, reference, mask, layer_weights=[1.0, 3.0], backend=backend)
     torch.testing.assert_close(weighted, 0.25 * each[0] + 0.75 * each[1], rtol=0, atol=2e-7)
+    for same in (torch.tensor([1.0, 3.0]), np.array([1, 3], np.float32), (1, 3)):
+        again = cross_layer_similarity(target, reference, mask, layer_weights=same, backend=backend)
+        assert torch.equal(again, weighted)
     accumulator = SimilarityAccumulator(mask, backend=backend)
     accumulator.update(target[0], reference[0], weight=1.0)
     accumulator.update(target[1], reference[1], weight=3.0)
