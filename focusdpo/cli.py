@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
+import select
+import signal
 import sys
-import typing
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, is_dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, set_loader
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from focusdpo.convert import ConvertLoraConfig, ConvertUnoConfig, prepare_conversion, prepare_uno_conversion
@@ -39,26 +42,26 @@ from focusdpo.experiments.microcosm.config import MicrocosmConfig
 from focusdpo.experiments.stress.command import prepare_stress
 from focusdpo.experiments.stress.config import StressConfig
 from focusdpo.list_models import ModelsConfig, prepare_list
+from focusdpo.settings_text import item_of, options, read_option, read_settings
+from focusdpo.text import MessageFormatter, message_lines
 from focusdpo.training.config import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 # A command first prepares, which is where a user's mistakes show, and returns the work itself.
 Work = Callable[[], None]
 
 
 def _train(config: TrainConfig) -> Work:
-    import torch  # seconds that --help need not wait for, as for diffusers behind the next one
-
-    from focusdpo.training.hub import UploadError
+    # Imports torch and diffusers: seconds that --help need not wait for.
+    from focusdpo.training.run_folder import finished_at
     from focusdpo.training.trainer import Trainer
 
-    def told(work: Callable[[], Any]) -> Any:
-        try:
-            return work()
-        except (torch.OutOfMemoryError, UploadError) as error:
-            sys.exit(f"focusdpo train: error: {error}")
-
-    trainer = told(lambda: Trainer(config))
-    return lambda: told(trainer.train)
+    finished = finished_at(config)
+    if finished is not None:
+        message = "%s has finished at step %d of max_steps=%d; a larger --max_steps goes on"
+        return lambda: logger.info(message, config.output_dir, finished, config.max_steps)
+    return Trainer(config).train
 
 
 def _ablate(config: AblationConfig) -> Work:
@@ -74,10 +77,9 @@ def _microcosm(config: MicrocosmConfig) -> Work:
 
 
 def _demo(config: DemoConfig) -> Work:
-    from focusdpo.demo.run import prepare_output, run_demo
+    from focusdpo.demo.run import prepare_demo
 
-    prepare_output(config)
-    return lambda: run_demo(config)
+    return prepare_demo(config)
 
 
 @dataclass(frozen=True)
@@ -158,104 +160,182 @@ COMMANDS = {
 GROUPS = {"data": "Build, check, look at, convert and shard preference pairs."}
 
 
-def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="focusdpo", description="FocusDPO for multi-subject image models.")
+def build_parser(name: str) -> ArgumentParser:
+    """The parser of all commands, with the settings of the one that is named: those of the others would take seconds."""
+    parser = ArgumentParser(prog="focusdpo", description="FocusDPO for multi-subject image models.", parser_mode="settings")
     commands = parser.add_subcommands(title="commands", dest="command")
     groups = {"": commands}
-    for name, command in COMMANDS.items():
+    for each, command in COMMANDS.items():
         config = "--config RUN" if command.about_a_run else "[--config FILE.yaml]"
         if command.about_a_run and command.config_class.__dataclass_fields__["config"].default is None:
             config = "[--config RUN]"
-        usage = " ".join([f"focusdpo {name}", *map(str.upper, command.positional), config, "[--NAME VALUE ...]"])
-        options = ArgumentParser(prog=f"focusdpo {name}", description=command.description, usage=usage)
+        usage = " ".join([f"focusdpo {each}", *map(str.upper, command.positional), config, "[--NAME VALUE ...]"])
+        known = ArgumentParser(prog=f"focusdpo {each}", description=command.description, usage=usage)
         if not command.about_a_run:
             help = "YAML file with these settings; options after it override it."
-            options.add_argument("--config", action="config", help=help)
-        options.add_class_arguments(command.config_class, as_positional=bool(command.positional))
-        group, _, last = name.rpartition(" ")
+            known.add_argument("--config", action="config", help=help)
+        if each == name:
+            known.add_class_arguments(command.config_class, as_positional=bool(command.positional))
+        group, _, last = each.rpartition(" ")
         if group not in groups:
             parent = ArgumentParser(prog=f"focusdpo {group}", description=GROUPS[group])
             commands.add_subcommand(group, parent, help=GROUPS[group])
             groups[group] = parent.add_subcommands(title="commands", dest="command")
-        groups[group].add_subcommand(last, options, help=command.description)
+        groups[group].add_subcommand(last, known, help=command.description)
     return parser
 
 
 def parse_config(argv: list[str]) -> tuple[str, Any]:
     """The command and its checked configuration; exits with a message for anything wrong."""
-    parser = build_parser()
-    parsed = parser.parse_args(_join_lists(argv))
-    words = [parsed.command]
-    if words[0] in GROUPS:
-        words.append(parsed[words[0]].command)
-    name = " ".join(words)
+    name = _command_of(argv)
     try:
+        read = _read_options(name, argv)
+        parser = build_parser(name)
+        parsed = parser.parse_args(read)
+        words = [parsed.command]
+        if words[0] in GROUPS:
+            words.append(parsed[words[0]].command)
+        name = " ".join(words)
         values = vars(parser.instantiate(parsed)[".".join(words)])
         command = COMMANDS[name]
         kept = {key: value for key, value in values.items() if key != "config" or command.about_a_run}
         return name, command.config_class(**kept)
     except ValueError as error:
-        sys.exit(f"focusdpo {name}: error: {error}")
+        sys.exit(_error(name, error))
 
 
-@dataclass(frozen=True)
-class _ListOption:
-    """An option that takes a list: whether it takes nothing else, and whether the items are text alone."""
-
-    pure: bool
-    of_text: bool
+def _command_of(argv: list[str]) -> str:
+    """The command that the words begin with; an empty text where there is none."""
+    return next((name for name in COMMANDS if name.split() == argv[: len(name.split())]), "")
 
 
-def _list_options(settings: type[Any], prefix: str = "--") -> Iterator[tuple[str, _ListOption]]:
-    """Options that take a list, by name."""
-    for name, kind in typing.get_type_hints(settings).items():
-        if isinstance(kind, type) and is_dataclass(kind):
-            yield from _list_options(kind, f"{prefix}{name}.")
-        else:
-            kinds = [kind] if typing.get_origin(kind) is list else typing.get_args(kind)
-            lists = [one for one in kinds if typing.get_origin(one) is list]
-            if lists:
-                yield f"{prefix}{name}", _ListOption(len(kinds) == 1, all(typing.get_args(one) == (str,) for one in lists))
+def _read_options(name: str, argv: list[str]) -> list[str]:
+    """Every option and settings file read by its type, and written as JSON or bare text, which jsonargparse takes as they are.
 
-
-def _join_lists(argv: list[str]) -> list[str]:
-    """`--timesteps 0.1 0.5` as `--timesteps [0.1, 0.5]`, as other programs take lists; jsonargparse knows the second form."""
-    command = next((name for name in COMMANDS if name.split() == argv[: len(name.split())]), None)
-    options = {} if command is None else dict(_list_options(COMMANDS[command].config_class))
-    joined: list[str] = []
+    A list may follow its option in separate words, as other programs take lists: `--timesteps 0.1 0.5`.
+    """
+    if not name:
+        return argv
+    config, about_a_run = COMMANDS[name].config_class, COMMANDS[name].about_a_run
+    kinds = dict(options(config))
+    read: list[str] = []
     words = deque(argv)
-    while words:
-        joined.append(words.popleft())
-        option = options.get(joined[-1])
-        if option is None:
+    while words and words[0] != "--":
+        word = words.popleft()
+        option, equals, text = word.partition("=")
+        name = option.removeprefix("--").removesuffix("+")
+        is_file = name == "config" and not about_a_run
+        if not option.startswith("--") or not (name in kinds or is_file):
+            read.append(word)
             continue
-        values = []
-        while words and not words[0].startswith("--"):
-            values.append(words.popleft())
-        is_list = len(values) > 1 or (len(values) == 1 and option.pure and not values[0].startswith("["))
-        joined += [json.dumps(values if option.of_text else [_value(value) for value in values])] if is_list else values
-    return joined
+        texts = [text] if equals else []
+        while not equals and words and not words[0].startswith("--") and (not texts or item_of(kinds.get(name)) is not None):
+            texts.append(words.popleft())
+        if not texts:  # which argparse refuses
+            read.append(word)
+            continue
+        value = read_settings(texts[0], config) if is_file else read_option(name, texts, kinds[name])
+        read.append(f"{option}={value if isinstance(value, str) else json.dumps(value)}")
+    return [*read, *words]
 
 
-def _value(text: str) -> Any:
-    """A number, or else the text; YAML would take 4:3 for the number 243."""
+def _load_json(text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
-        return text
+    except RecursionError as error:
+        raise ValueError("is nested too deep") from error
+
+
+set_loader("settings", _load_json, (ValueError,))
+
+
+# What failures of the machine say that have no class of their own, as others' code reads and writes: torch, safetensors.
+WORKER = re.compile(r"^DataLoader (worker \(pid|timed out)")
+DISK = re.compile(r"No space left on device|[Dd]isk quota exceeded|File too large|enforce fail at inline_container")
+SYSTEM = re.compile(r"\(os error \d+\)")
+# A worker of a DataLoader fails with its traceback as the message, whose end is the message that it had there.
+WORKERS_TRACEBACK = re.compile(r"^Caught \w+ in DataLoader worker .*\n  File [^\n]*\n(    [^\n]*\n)*", re.DOTALL)
+
+
+def failure(error: Exception, config: Any = None) -> str | None:
+    """What to tell a user of a failure that is not this program's; None of a bug, whose traceback is wanted.
+
+    Args:
+        error: what was raised.
+        config: settings of the command, whose output folder is named where a disk is full: the system does not say which.
+    """
+    text = WORKERS_TRACEBACK.sub("", str(error)).strip() or type(error).__name__
+    torch, hub = sys.modules.get("torch"), sys.modules.get("focusdpo.training.hub")
+    told = ((torch, "OutOfMemoryError"), (hub, "UploadError"))
+    if WORKER.search(text):
+        text += "; as a rule for lack of memory, of which a smaller data.num_workers takes less"
+    elif not (
+        isinstance(error, ValueError | OSError | FloatingPointError | MemoryError | ModuleNotFoundError)
+        or any(module is not None and isinstance(error, getattr(module, kind)) for module, kind in told)
+        or (type(error).__name__ in ("RuntimeError", "SafetensorError") and (DISK.search(text) or SYSTEM.search(text)))
+    ):
+        return None
+    if DISK.search(text) and getattr(error, "filename", None) is None:
+        places = ((name, getattr(config, name, None)) for name in ("output_dir", "out_dir", "out"))
+        where = next((f"{name}: {place}: " for name, place in places if place), "")
+        text = f"{where}{text}" + "; the disk is full, as a rule" * ("enforce fail" in text)
+    return text
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point of `focusdpo` and `python -m focusdpo`."""
-    name, config = parse_config(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    logging.getLogger("focusdpo").setLevel(logging.INFO)
+    """Entry point of `focusdpo` and `python -m focusdpo`.
+
+    The exit status is 0, 1 after a failure, 2 where argparse does not understand the words, 128 and the signal's number after
+    one; 141 where nobody reads the output any more.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    name, config = _command_of(words), None
     try:
-        work = COMMANDS[name].prepare(config)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        sys.exit(f"focusdpo {name}: error: {error}")
-    with logging_redirect_tqdm():  # a warning does not tear the progress bar
-        work()
+        try:
+            name, config = parse_config(words)
+            _log_to_terminal()
+            work = COMMANDS[name].prepare(config)
+            with logging_redirect_tqdm():  # a warning does not tear the progress bar
+                work()
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(f"\nfocusdpo {name}: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            sys.exit(128 + signal.SIGPIPE)
+        text = failure(error, config)
+        if text is None:
+            raise
+        sys.exit(_error(name, text))
+
+
+def _error(name: str, text: object) -> str:
+    return message_lines(f"focusdpo {name}: error: {text}")
+
+
+def _log_to_terminal() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(MessageFormatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("focusdpo").setLevel(logging.INFO)
+
+
+def _reader_is_gone() -> bool:
+    """Whether the output goes into a pipe without a reader, as behind `| head`; nothing more is then written to it."""
+    gone = False
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            number = stream.fileno()
+        except (OSError, ValueError):  # no file of the system
+            continue
+        pipe = select.poll()
+        pipe.register(number, 0)
+        if any(events & select.POLLERR for _, events in pipe.poll(0)):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+            gone = True
+    return gone
 
 
 if __name__ == "__main__":

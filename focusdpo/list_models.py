@@ -44,9 +44,8 @@ class ModelsConfig:
     gradient_checkpointing: bool = True
 
     def __post_init__(self) -> None:
-        if self.references < 1:
-            raise ValueError(f"references: got {self.references}; expected at least 1")
-        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", self.photo)
+        require(self.references >= 1, "references", self.references, "at least 1")
+        match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", self.photo)
         require(match is not None, "photo", self.photo, "width and height in pixels, such as 1024x1024")
         assert match is not None
         self.photo_size = int(match[1]), int(match[2])

@@ -6,13 +6,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+SHOWN = 400  # characters of a value, in a message
+
 Parts = Mapping[str, Mapping[str, Any]]  # settings by the part they belong to, and by name
 
 
 def require(condition: bool, name: str, value: object, expected: str) -> None:
     """ValueError with the setting's name, what came and what is expected, unless the condition holds."""
     if not condition:
-        raise ValueError(f"{name}: got {value!r}; expected {expected}")
+        text = repr(value)
+        raise ValueError(f"{name}: got {text if len(text) <= SHOWN else f'{text[:SHOWN]}…'}; expected {expected}")
 
 
 def flat(config: Any) -> dict[str, Any]:

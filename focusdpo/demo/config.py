@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from focusdpo.settings import require
+
 
 @dataclass
 class DemoConfig:
@@ -42,3 +44,4 @@ class DemoConfig:
             raise ValueError(f"resolution: got {self.resolution}; expected a multiple of 16, at least 64")
         if not 0 <= self.overlays <= self.held_out:
             raise ValueError(f"overlays: got {self.overlays}; expected 0 to held_out = {self.held_out}")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "0 <= seed < 2^32")

@@ -14,16 +14,15 @@ from focusdpo.settings import require as _require
 from focusdpo_kernels.checks import check_estimator
 
 
-def parse_ratios(name: str, texts: list[str | int] | None) -> list[tuple[int, int]] | None:
+def parse_ratios(name: str, texts: list[str] | None) -> list[tuple[int, int]] | None:
     """Aspect ratios as (width, height); ValueError for anything else."""
     if texts is None:
         return None
     _require(len(texts) > 0, name, texts, "at least one aspect ratio, or null")
     ratios = []
     for text in texts:
-        match = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", str(text))
-        hint = "; YAML takes 4:3 without quotes for the number 243" if isinstance(text, int) else ""
-        _require(match is not None, name, text, f'an aspect ratio such as "4:3", in quotes{hint}')
+        match = re.fullmatch(r"([1-9]\d{0,5}):([1-9]\d{0,5})", text)
+        _require(match is not None, name, text, 'an aspect ratio such as "4:3"')
         assert match is not None
         ratios.append((int(match[1]), int(match[2])))
     return ratios
@@ -65,6 +64,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require(1 <= self.max_sequence_length <= 512, "model.max_sequence_length", self.max_sequence_length, "1 to 512")
+        _require(0 <= self.guidance < math.inf, "model.guidance", self.guidance, "0 or more")
         scale, name = self.base_lora_scale, "model.base_lora_scale"
         _require(math.isfinite(scale) and scale != 0, name, scale, "a finite number other than 0")
         _require(scale == 1 or self.base_lora is not None, name, scale, "1 without model.base_lora")
@@ -108,8 +108,8 @@ class DataConfig:
     resolution: int = 512
     reference_resolution: int | None = None
     reference_resolution_multiple: int | None = None
-    buckets: list[str | int] | None = None
-    reference_buckets: list[str | int] | None = None
+    buckets: list[str] | None = None
+    reference_buckets: list[str] | None = None
     max_crop: float = 0.2
     batch_size: int = 1
     num_workers: int = 2
@@ -316,14 +316,14 @@ class OptimConfig:
     ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "optim.lr", self.lr, "a positive number")
+        _require(0 < self.lr < math.inf, "optim.lr", self.lr, "a positive number")
         factor = self.optimizer == "prodigy" and self.lr < 0.1
         _require(not factor, "optim.lr", self.lr, "about 1 with optimizer='prodigy', which finds the step size itself")
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "0 <= value < 1")
-        _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
-        _require(self.eps > 0, "optim.eps", self.eps, "a positive number")
-        _require(self.max_grad_norm > 0, "optim.max_grad_norm", self.max_grad_norm, "a positive number")
+        _require(0 <= self.weight_decay < math.inf, "optim.weight_decay", self.weight_decay, "0 or more")
+        _require(0 < self.eps < math.inf, "optim.eps", self.eps, "a positive number")
+        _require(0 < self.max_grad_norm < math.inf, "optim.max_grad_norm", self.max_grad_norm, "a positive number")
         _require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "0 or more")
         _require(0 <= self.ema_decay < 1, "optim.ema_decay", self.ema_decay, "0 <= ema_decay < 1")
         constant = self.scheduler == "constant" and self.warmup_steps > 0

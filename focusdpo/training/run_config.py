@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import cast
 
-from jsonargparse import ArgumentError, ArgumentParser
-
+from focusdpo.settings_text import build, read_settings
 from focusdpo.training.config import TrainConfig
 from focusdpo.training.run_folder import CONFIG_FILE
 
@@ -22,14 +23,13 @@ def read_run_config(name: str, run: str | Path) -> TrainConfig:
         ValueError: the file does not hold a run's settings.
     """
     path = Path(run)
-    file = path / CONFIG_FILE if path.is_dir() else path
-    if not file.is_file():
-        hint = f"a folder with {CONFIG_FILE}" if path.is_dir() else "a training run's folder, or its settings as YAML"
+    is_folder = os.path.isdir(path)  # Path's own raises where a name is too long or a link leads to itself
+    file = path / CONFIG_FILE if is_folder else path
+    if not os.path.isfile(file):
+        hint = f"a folder with {CONFIG_FILE}" if is_folder else "a training run's folder, or its settings as YAML"
         raise FileNotFoundError(f"{name}: no such file: {file}; expected {hint}")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(TrainConfig)
     try:
-        parsed = vars(parser.instantiate(parser.parse_path(str(file))))
-        return TrainConfig(**parsed | ({"output_dir": str(path)} if path.is_dir() else {}))
-    except (ArgumentError, ValueError, TypeError) as error:
+        settings = read_settings(file, TrainConfig) | ({"output_dir": str(path)} if is_folder else {})
+        return cast(TrainConfig, build(TrainConfig, settings))
+    except ValueError as error:
         raise ValueError(f"{name}: {file} does not hold the settings of a training run: {error}") from error

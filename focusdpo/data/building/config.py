@@ -103,6 +103,7 @@ class DisruptionConfig:
         require(unique, "disruption.kinds", self.kinds, f"a list of {', '.join(KINDS)}, each at most once")
         require(self.donors >= 1, "disruption.donors", self.donors, "at least 1")
         require(self.steps >= 1, "disruption.steps", self.steps, "at least 1")
+        require(self.guidance >= 0, "disruption.guidance", self.guidance, "at least 0")
         require(0 < self.strength <= 1, "disruption.strength", self.strength, "above 0, at most 1")
         require(self.margin >= 0, "disruption.margin", self.margin, "at least 0")
         require(self.resolution >= 64, "disruption.resolution", self.resolution, "at least 64 pixels")

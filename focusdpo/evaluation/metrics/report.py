@@ -14,6 +14,7 @@ import numpy as np
 
 from focusdpo.evaluation.metrics.summary import Line
 from focusdpo.files import write_whole
+from focusdpo.text import cell, printable
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # after the choice of a backend that needs no screen
@@ -24,7 +25,10 @@ SHOWN = 40  # subjects in the picture
 
 
 def write_table(file: Path, first: Sequence[str], rows: Iterable[tuple[Sequence[Any], Mapping[str, Line]]]) -> None:
-    """A CSV with a row per subject or prompt: what it is, then mean, low and high of each metric; empty where there is none."""
+    """A CSV with a row per subject or prompt: what it is, then mean, low and high of each metric; empty where there is none.
+
+    What it is comes from data, and is never a formula (`focusdpo.text.cell`).
+    """
     listed = list(rows)
     names = list(dict.fromkeys(name for _, lines in listed for name in lines))
     stream = StringIO()
@@ -33,7 +37,8 @@ def write_table(file: Path, first: Sequence[str], rows: Iterable[tuple[Sequence[
     for what, lines in listed:
         found = [lines.get(name) for name in names]
         numbers = [(math.nan,) * 3 if line is None else (line.mean, line.low, line.high) for line in found]
-        table.writerow([*what, *("" if math.isnan(number) else f"{number:.6f}" for three in numbers for number in three)])
+        shown = ("" if math.isnan(number) else f"{number:.6f}" for three in numbers for number in three)
+        table.writerow([*map(cell, what), *shown])
     write_whole(file, stream.getvalue())
 
 
@@ -44,7 +49,7 @@ def table(lines: Mapping[str, Line], labels: Mapping[str, str], level: float, of
         if name in lines:
             line, digits = lines[name], 2 if name == "fid" else 4
             interval = "-" if math.isnan(line.low) else f"{line.low:.{digits}f} to {line.high:.{digits}f}"
-            rows.append((label, f"{line.mean:.{digits}f}", interval, str(line.count), str(line.prompts)))
+            rows.append((printable(label), f"{line.mean:.{digits}f}", interval, str(line.count), str(line.prompts)))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     text = []
     for row in rows:
@@ -109,4 +114,5 @@ def _draw_panel(axis: Any, lines: Sequence[Line | None], whole: Line, label: str
 
 
 def _short(name: str) -> str:
+    name = printable(name)
     return name if len(name) <= 28 else f"…{name[-27:]}"

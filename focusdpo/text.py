@@ -1,0 +1,64 @@
+"""Text that came from outside, shown so that it cannot be taken for anything else: in terminals, logs, Markdown and tables."""
+
+from __future__ import annotations
+
+import logging
+import re
+import unicodedata
+
+# Control characters; formats, such as those that turn the writing direction or have no width; halves of surrogate pairs; line
+# and paragraph separators.
+UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+MARKUP = re.compile(r"[\\`*_{}\[\]()#!|~$@:<>&^]|^[-+=]|(?<=www)\.", re.IGNORECASE)  # a name as www.a.b is a link to GitHub
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+
+
+def printable(text: object) -> str:
+    """The text on one line, with what is not seen, or moves what is, as escapes such as \\n, \\x1b and \\u202e."""
+    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in UNSEEN else c for c in str(text))
+
+
+def message_lines(text: object) -> str:
+    """A message of several lines, each printable, all but the first indented by two spaces or more.
+
+    Messages quote data, whose newlines look like ours. With this rule a line that begins at the margin is never a quotation: no
+    prompt or file name can put "training may start" there.
+    """
+    first, *rest = str(text).rstrip().split("\n")
+    return "\n".join([printable(first), *(line if line[:2] == "  " else f"  {line}" for line in map(printable, rest))])
+
+
+class MessageFormatter(logging.Formatter):
+    """Shows every record under the rule of `message_lines`."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802, the name is logging's
+        return message_lines(super().formatMessage(record))
+
+
+def markdown(text: object) -> str:
+    """The text as Markdown shows it within a line: no markup, HTML, link, image, cell's end or formula."""
+    return MARKUP.sub(r"\\\g<0>", printable(text))
+
+
+def code(text: object) -> str:
+    """The text on one line as code in Markdown, whatever backquotes it has itself."""
+    shown = printable(text)
+    quotes = "`" * (_longest(shown) + 1)
+    return f"{quotes} {shown} {quotes}" if "`" in shown else f"`{shown}`"
+
+
+def code_block(language: str, text: str) -> str:
+    """Lines of code in Markdown, which no line of theirs ends."""
+    quotes = "`" * max(3, _longest(text) + 1)
+    return f"{quotes}{language}\n{text.rstrip()}\n{quotes}"
+
+
+def _longest(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
+
+
+def cell(value: object) -> object:
+    """A cell of a table for spreadsheets: a text that would be a formula there begins with an apostrophe; numbers stay."""
+    if not isinstance(value, str):
+        return value
+    return "'" * value.startswith(FORMULA) + printable(value)
