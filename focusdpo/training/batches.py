@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, TypeVar
 
 from accelerate import Accelerator
@@ -24,6 +25,7 @@ from focusdpo.data import (
     load_pairs,
 )
 from focusdpo.data.images import PATCH_SIZE
+from focusdpo.files import ReadableFile, checksum
 from focusdpo.models import BACKBONES
 from focusdpo.training.config import DataConfig, FocusConfig, TrainConfig, parse_ratios
 from focusdpo.training.draws import turns_at
@@ -31,6 +33,8 @@ from focusdpo.training.draws import turns_at
 logger = logging.getLogger(__name__)
 
 MAX_LAYOUTS = 8  # named in the log
+MAX_EXAMPLES = 3  # of pairs that are not held out, likewise
+MAX_COMPARED = 1000  # winners and losers whose contents are read for that, some seconds
 
 
 def load_records(config: TrainConfig) -> tuple[list[PairRecord], list[PairRecord]]:
@@ -50,7 +54,86 @@ def load_records(config: TrainConfig) -> tuple[list[PairRecord], list[PairRecord
         problems += [Problem(r.file, r.line, "prior", message, remedy) for r in flat]
     if problems:
         raise DatasetError(problems)
+    _warn_of_shared_images(*records)
     return records[0], records[1]
+
+
+def _warn_of_shared_images(train: Sequence[PairRecord], held_out: Sequence[PairRecord]) -> None:
+    """Warns where held-out pairs have images of training pairs: what is measured of them then says nothing of new pairs."""
+    shared = shared_images(train, held_out)
+    if not shared:
+        return
+    judged = sum(any(field in ("winner", "loser") for field in fields) for _, fields in shared)
+    examples = [
+        f"  {record.file}:{record.line}: {field} is {other} of {of.file}:{of.line}"
+        for record, fields in shared[:MAX_EXAMPLES]
+        for field, (of, other) in list(fields.items())[:1]
+    ]
+    rest = [f"  and {len(shared) - MAX_EXAMPLES} pairs more"] if len(shared) > MAX_EXAMPLES else []
+    logger.warning(
+        "data.validation: %d of %d held-out pairs have images of data.train, %d of them as winner or loser%s; the held-out "
+        "numbers then say nothing about new pairs\n%s",
+        len(shared),
+        len(held_out),
+        judged,
+        ": it is the training set, or a part of it" if judged == len(held_out) else "",
+        "\n".join(examples + rest),
+    )
+
+
+Use = tuple[PairRecord, str]  # a pair, and the field that an image stands in
+
+
+def shared_images(train: Sequence[PairRecord], held_out: Sequence[PairRecord]) -> list[tuple[PairRecord, dict[str, Use]]]:
+    """The held-out pairs that have images of training pairs: each with its fields, and where else the image of each stands.
+
+    Images are the same where they are one file, by whatever path or link. Winners and losers, which the loss is of, are also
+    compared by content, if few enough are of one size that this takes no time; references of one subject may well be alike.
+    """
+    if not held_out:
+        return []
+    trained: dict[Hashable, Use] = {}
+    for record in train:
+        for field, file in record.image_fields.items():
+            trained.setdefault(_identity(file), (record, field))
+    sizes = [{_size(file) for record in part for file in (record.winner, record.loser)} for part in (train, held_out)]
+    alike = (sizes[0] & sizes[1]) - {None}
+    parts = [[r for r in part if {_size(r.winner), _size(r.loser)} & alike] for part in (train, held_out)]
+    contents: dict[Hashable, Use] = {}
+    few = sum(map(len, parts)) <= MAX_COMPARED // 2
+    for record in parts[0] if few else ():
+        for field in ("winner", "loser"):
+            contents.setdefault(checksum(getattr(record, field)), (record, field))
+    compared = {id(record) for record in parts[1]} if few else set()
+
+    found = []
+    for record in held_out:
+        fields = {field: trained.get(_identity(file)) for field, file in record.image_fields.items()}
+        if id(record) in compared:
+            for field in ("winner", "loser"):
+                fields[field] = fields[field] or contents.get(checksum(getattr(record, field)))
+        uses = {field: use for field, use in fields.items() if use is not None}
+        if uses:
+            found.append((record, uses))
+    return found
+
+
+def _identity(file: ReadableFile) -> Hashable:
+    if isinstance(file, Path):
+        try:
+            stat = file.stat()
+            return stat.st_dev, stat.st_ino
+        except OSError:  # taken away since it was checked
+            pass
+    return str(file)
+
+
+def _size(file: ReadableFile) -> int | None:
+    """In bytes, where that is known without reading it."""
+    try:
+        return file.stat().st_size if isinstance(file, Path) else getattr(file, "size", None)
+    except OSError:
+        return None
 
 
 def reference_rules(data: DataConfig, backbone: str) -> tuple[ReferenceRule, ReferenceRule]:

@@ -1,12 +1,10 @@
-"""What a run reports: averaged over batches and processes, to metrics.jsonl and TensorBoard."""
+"""What a run reports, averaged over batches and processes."""
 
 from __future__ import annotations
 
-import json
+import math
 import resource
 import sys
-from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -51,21 +49,58 @@ def step_metrics(result: StepResult) -> dict[str, Tensor]:
             "focus/coverage": focus.coverage.mean(),
             "focus/detail_share": focus.uses_detail.float().mean(),
             "focus/coverage_floor": focus.coverage_floor.mean(),
-            "focus/detail_unreachable": (focus.coverage_floor > focus.tau).float().mean(),
+            "focus/detail_unreachable": _known(focus.coverage_floor > focus.tau, focus.coverage_floor).mean(),
             "focus/all_matched": focus.all_matched.float().mean(),
         }
         by_time["focus/coverage"] = focus.coverage
-        bins = (focus.coverage * COVERAGE_BINS).long().clamp(0, COVERAGE_BINS - 1)
+        bins = _bins(focus.coverage, COVERAGE_BINS)
         metrics |= {
             f"focus/coverage_histogram/{i / COVERAGE_BINS:.1f}": (bins == i).float().mean() for i in range(COVERAGE_BINS)
         }
-    bins = (result.t * TIME_BINS).long().clamp(0, TIME_BINS - 1)
+    bins = _bins(result.t, TIME_BINS)
     for i in range(TIME_BINS):
-        inside = (bins == i).float()
+        inside = bins == i
         place = f"{BY_TIME}{i / TIME_BINS:.2f}"
-        metrics[f"{place}/{SHARE}"] = inside.mean()
-        metrics |= {f"{place}/{name}": (value * inside).mean() for name, value in by_time.items()}
+        metrics[f"{place}/{SHARE}"] = inside.float().mean()
+        # Not a product: a pair that is not a number would make those of all bins so.
+        metrics |= {f"{place}/{name}": torch.where(inside, value, 0.0).mean() for name, value in by_time.items()}
     return metrics
+
+
+def _bins(values: Tensor, count: int) -> Tensor:
+    """The bin from 0 to 1 of each value; of one that is not a number -1, which is none."""
+    return torch.where(values.isnan(), -1, (values * count).long().clamp(0, count - 1))
+
+
+def _known(fact: Tensor, of: Tensor) -> Tensor:
+    """1 or 0 as numbers, and NaN where what the fact is of is not a number."""
+    return torch.where(of.isnan(), of, fact.to(of.dtype))
+
+
+class Smoothed:
+    """The exponential mean of what comes one by one, for reading as it changes.
+
+    It is without bias from the first value on, as Adam's moments are: of x_1 to x_n it is the mean with the weights
+    (1 - rate)^(n - i). What is not finite is passed over: one such step would hide all later ones. Before any value it is NaN.
+
+    Args:
+        rate: weight of the newest value in the long run, about 1 over the number of values that count.
+    """
+
+    def __init__(self, rate: float = 0.05) -> None:
+        self._rate = rate
+        self._sum = self._weight = 0.0
+
+    def add(self, value: float) -> float:
+        """Takes a value, and returns the mean with it."""
+        if math.isfinite(value):
+            self._sum += self._rate * (value - self._sum)
+            self._weight += self._rate * (1 - self._weight)
+        return self.value
+
+    @property
+    def value(self) -> float:
+        return self._sum / self._weight if self._weight else math.nan
 
 
 class Averager:
@@ -104,39 +139,6 @@ def _of_bins(means: dict[str, float]) -> dict[str, float]:
         if share > 0:
             result[name] = value if name.endswith(f"/{SHARE}") else value / share
     return result
-
-
-class MetricsFile:
-    """metrics.jsonl, validation.jsonl, alarms.jsonl: one object with its optimiser step a line, written as it happens.
-
-    Args:
-        path: the file.
-        resume_step: keep what was written up to this step and drop what came after, which is about to be computed again.
-    """
-
-    def __init__(self, path: Path, resume_step: int) -> None:
-        kept = [row for row in read_metrics(path) if row["step"] <= resume_step] if path.exists() else []
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        partial.replace(path)
-        self._stream = path.open("a", buffering=1)
-
-    def write(self, row: Mapping[str, object]) -> None:
-        self._stream.write(json.dumps(row) + "\n")
-
-    def close(self) -> None:
-        self._stream.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl; a last line cut short by a kill is left out."""
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
 
 
 def peak_memory_mib(device: torch.device) -> float:
