@@ -30,7 +30,7 @@ from PIL import Image
 from benchmarks.machine import commit_id, machine_info
 from benchmarks.records import Recorder
 from focusdpo.data.images import PATCH_SIZE
-from focusdpo.training.metrics import read_metrics
+from focusdpo.journals import read_metrics
 
 PAIRS, RANK = 8, 32
 # Of a model: side of the images and of the references in pixels, text tokens.

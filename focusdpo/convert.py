@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import sys
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,13 +60,13 @@ def prepare_conversion(config: ConvertLoraConfig) -> Callable[[], None]:
     """
     # Imports diffusers: seconds that --help need not wait for.
     from focusdpo.files import write_bytes
-    from focusdpo.folders import check_folder, mark_folder
+    from focusdpo.folders import OutputFolder
     from focusdpo.models.lora_reading import find_lora_file, read_lora
     from focusdpo.models.lora_writing import FILES, lora_files
 
     source, folder = find_lora_file("source", config.source), Path(config.out_dir)
-    hint = "replace it with --overwrite true, or name another folder"
-    check_folder("out_dir", folder, FILES[config.to], config.overwrite, hint)
+    out = OutputFolder("out_dir", folder, f"convert-lora {config.to}", [re.escape(name) for name in FILES[config.to]])
+    out.check(config.overwrite or out.is_unfinished, "replace it with --overwrite true, or name another folder")
     lora = read_lora("source", config.source, config.backbone)
     try:
         files = lora_files(lora, config.to)
@@ -74,14 +74,11 @@ def prepare_conversion(config: ConvertLoraConfig) -> Callable[[], None]:
         raise ValueError(f"source: {source}: {error}") from error
 
     def write() -> None:
-        try:
-            if not folder.exists() or not any(folder.iterdir()):
-                mark_folder(folder)  # not one with other files: a later --overwrite of any command would take them for ours
+        out.begin(clear=False)
+        with out:
             for name, content in files.items():
                 write_bytes(folder / name, content)
                 logger.info("wrote %s", folder / name)
-        except OSError as error:  # a full disk, or a place that cannot be written to; each file is whole or not there
-            sys.exit(f"error: out_dir: {error}")
 
     return write
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +15,11 @@ from typing import Literal
 from focusdpo.training.config import DataConfig
 
 logger = logging.getLogger(__name__)
+
+VALIDATE = "data validate"
+# What commands write, see `focusdpo.folders`.
+SHARD = r"pairs-\d{5,}-of-\d{5,}\.tar"
+IMPORTED = (r"pairs\.jsonl", r"images/\d{7,}_(prior|winner|loser|reference\d+)\.\w+", r"images/whole_\d+x\d+\.png")
 
 
 @dataclass
@@ -132,16 +138,19 @@ def prepare_validation(config: ValidateConfig) -> Callable[[], None]:
     """Finds the dataset, and returns what checks it: it exits with 1 where training would not start."""
     from focusdpo.data.sources import find_sources
     from focusdpo.data.validation import validate
+    from focusdpo.files import check_stamped, stamp, write_stamped
     from focusdpo.training.batches import dataset_of
 
     find_sources(config.path)
+    if config.json not in (None, "-"):
+        check_stamped("json", Path(config.json), VALIDATE, True, "")
 
     def work() -> None:
         report = validate(config.path, config.check, partial(dataset_of, data=config.data, backbone=config.backbone))
-        text = json.dumps(report.as_json(), indent=1)
-        print(text if config.json == "-" else report)
+        print(json.dumps(report.as_json(), indent=1) if config.json == "-" else report)
         if config.json not in (None, "-"):
-            Path(config.json).write_text(text + "\n")
+            sealed = report.as_json() | {"written_by": stamp(VALIDATE)}
+            write_stamped(Path(config.json), json.dumps(sealed, indent=1) + "\n", VALIDATE)
         if not report.may_start:
             sys.exit(1)
 
@@ -158,19 +167,24 @@ def prepare_shards(config: ShardConfig) -> Callable[[], None]:
     from focusdpo.data.shards import write_shards
     from focusdpo.data.validation import load_pairs
     from focusdpo.extras import require_package
-    from focusdpo.folders import check_folder, clear_folder
+    from focusdpo.folders import OutputFolder
 
     require_package("webdataset", "writing shards")
     folder = Path(config.out_dir)
-    earlier = tuple(sorted(file.name for file in folder.glob("*.tar")))
-    check_folder("out_dir", folder, earlier, config.overwrite, "replace them with --overwrite true, or name another folder")
+    out = OutputFolder("out_dir", folder, "data shard", [SHARD])
+    others = sorted(file.name for file in folder.glob("*.tar") if not re.fullmatch(SHARD, file.name))
+    if others:  # they would be read as part of the dataset
+        raise FileExistsError(f"out_dir: {folder} holds other shards ({', '.join(others[:5])}); name another folder")
+    out.check(config.overwrite or out.is_unfinished, "replace them with --overwrite true, or name another folder")
     records = load_pairs(config.source, config.check)
-    if folder.resolve() in {record.file.resolve().parent for record in records} and earlier:
+    sources = {record.file.resolve() for record in records}
+    if any(source.parent == folder.resolve() and source.suffix == ".tar" for source in sources):
         raise FileExistsError(f"out_dir: {folder} holds the source itself; name another folder")
 
     def work() -> None:
-        clear_folder(folder, earlier)
-        shards = write_shards(records, folder, config.pairs_per_shard)
+        out.begin(clear=True)
+        with out:
+            shards = write_shards(records, folder, config.pairs_per_shard)
         logger.info("wrote %d pairs to %d shards in %s", len(records), len(shards), folder)
 
     return work
@@ -183,14 +197,13 @@ def prepare_import(config: ImportConfig) -> Callable[[], None]:
         FileNotFoundError: there is no such list or folder.
         FileExistsError, NotADirectoryError: the folder holds something that may not be replaced.
     """
-    from focusdpo.data.importers import IMAGES, import_pickapic, import_uno
-    from focusdpo.data.records import FILE_NAME
+    from focusdpo.data.importers import import_pickapic, import_uno
     from focusdpo.data.sources import find_sources
-    from focusdpo.folders import check_folder, clear_folder
+    from focusdpo.folders import OutputFolder
 
     folder, source = Path(config.out_dir), Path(config.source)
-    written = (FILE_NAME, IMAGES)
-    check_folder("out_dir", folder, written, config.overwrite, "replace it with --overwrite true, or name another folder")
+    out = OutputFolder("out_dir", folder, "data import", IMPORTED)
+    out.check(config.overwrite or out.is_unfinished, "replace it with --overwrite true, or name another folder")
     for name in ("losers", "priors"):
         value = getattr(config, name)
         if value is not None and not Path(value).is_dir():
@@ -200,15 +213,16 @@ def prepare_import(config: ImportConfig) -> Callable[[], None]:
     files = [] if config.losers is not None else [table.file for table in find_sources(config.source)]
 
     def work() -> None:
-        clear_folder(folder, written)
-        try:
-            if config.losers is not None:
-                priors = None if config.priors is None else Path(config.priors)
-                writer = import_uno(source, Path(config.losers), priors, folder)
-            else:
-                writer = import_pickapic(files, config.references, config.prior, folder)
-        except ValueError as error:
-            sys.exit(f"focusdpo data import: error: source: {error}")
+        out.begin(clear=True)
+        with out:
+            try:
+                if config.losers is not None:
+                    priors = None if config.priors is None else Path(config.priors)
+                    writer = import_uno(source, Path(config.losers), priors, folder)
+                else:
+                    writer = import_pickapic(files, config.references, config.prior, folder)
+            except ValueError as error:
+                raise ValueError(f"source: {error}") from error
         logger.info("%s: %s", folder, writer.summary())
 
     return work
@@ -226,10 +240,10 @@ def prepare_page(config: ShowConfig) -> Callable[[], None]:
 
     find_sources(config.path)
     page = Path(config.out)
-    check_page(page, config.overwrite)
+    out = check_page(page, config.overwrite)
 
     def work() -> None:
-        cards = write_page(config.path, page, config.size, config.overwrite)
+        cards = write_page(config.path, page, out, config.size)
         logger.info("%s: %d pairs, %d with problems", page, len(cards), sum(bool(card.problems) for card in cards))
 
     return work

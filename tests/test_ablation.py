@@ -352,7 +352,8 @@ def test_runs_that_cannot_be_judged(run, settings, tmp_path):
     (tmp_path / "bad.yaml").write_text("model: {path: x}\nfocus: {tau: 7}\n")
     with pytest.raises(ValueError, match="config: .*bad.yaml does not hold the settings of a training run"):
         prepare_ablation(AblationConfig(str(tmp_path / "bad.yaml")))
-    (tmp_path / "ablation" / "runs").mkdir(parents=True)
+    (tmp_path / "ablation").mkdir(exist_ok=True)
+    (tmp_path / "ablation" / "table.txt").write_text("mine")
     run.data.validation = run.data.train
-    with pytest.raises(FileExistsError, match="output_dir: .* holds an earlier run"):
+    with pytest.raises(FileExistsError, match=r"output_dir: .* holds table.txt, which this command did not write"):
         prepare_ablation(settings())

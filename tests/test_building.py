@@ -51,8 +51,9 @@ def build(config):
 
 
 def tree(folder):
-    """Every file of a build but the report, which has the clock's numbers."""
+    """Every file of a build but the report, which has the clock's numbers, and the list of the files, which has its hash."""
     files = {path.relative_to(folder): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+    files = {path: content for path, content in files.items() if path.parts[0] != ".focusdpo"}
     manifest = files.pop(Path("manifest.jsonl"))
     del files[Path("report.json")]
     return files, sorted(manifest.splitlines())
@@ -200,10 +201,15 @@ def test_other_settings_are_refused_by_name(built, tmp_path):
 
 def test_what_no_command_wrote_is_not_deleted(config):
     folder = Path(config.output_dir)
-    (folder / "images").mkdir(parents=True)
+    mine = folder / "images" / "0000000-0" / "winner.png"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("precious")
     for overwrite in (False, True):
-        with pytest.raises(FileExistsError, match="output_dir"):
+        with pytest.raises(
+            FileExistsError, match="output_dir: .* holds images/0000000-0/winner.png, which this command did not"
+        ):
             prepare_build(dataclasses.replace(config, overwrite=overwrite))
+    assert mine.read_text() == "precious"
 
 
 def test_a_failure_is_listed_and_tried_again(config, tmp_path, caplog):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -17,9 +18,9 @@ from focusdpo.data import load_pairs
 from focusdpo.demo.scenes import write_dataset
 from focusdpo.demo.tiny_flux2 import write_tiny_flux2
 from focusdpo.demo.tiny_qwen import write_tiny_qwen
+from focusdpo.journals import read_metrics
 from focusdpo.models import Backbone, Flux1, Flux2, QwenEditPlus
 from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, ModelConfig, TrainConfig
-from focusdpo.training.metrics import read_metrics
 from focusdpo.training.tensor_files import TensorFiles
 from focusdpo.training.trainer import Trainer
 
@@ -174,12 +175,15 @@ def test_an_interrupted_filling_goes_on(config, encoded, monkeypatch):
 
 
 def test_a_kill_while_a_file_is_written_leaves_no_half_of_it(config, encoded, monkeypatch):
-    def killed(tensors, path):
-        Path(path).write_bytes(b"half")
-        raise KeyboardInterrupt
+    write = Path.write_bytes
+
+    def killed(path, content):
+        write(path, content if path.name.startswith(".") else b"half")  # the folder's own lists are none of the cache
+        if not path.name.startswith("."):
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("focusdpo.training.tensor_files.save_file", killed)
+        patch.setattr(Path, "write_bytes", killed)
         patch.setattr(Path, "unlink", lambda self, missing_ok=False: None)  # a kill leaves no time to clean up
         with pytest.raises(KeyboardInterrupt):
             trainer(config)
@@ -200,6 +204,27 @@ def test_damaged_files_are_encoded_again(config, encoded, caplog):
     trainer(config)
     assert encoded[0] == ["image"] * 3 and files(config) == whole
     assert f"{cut} is damaged" in caplog.text and f"{empty} is damaged" in caplog.text
+    # One byte in each, in the header and in the tensors.
+    flipped = {path: bytearray(content) for path, content in whole.items()}
+    for number, (path, content) in enumerate(flipped.items()):
+        content[9 if number % 4 == 0 else -5] ^= 4
+        path.write_bytes(content)
+    encoded[0].clear()
+    trainer(config)
+    assert len(encoded[0]) == sum(items(config)) and files(config) == whole
+    encoded[0].clear()
+    trainer(config)
+    assert not encoded[0]
+
+
+def test_a_file_that_changes_and_keeps_its_time_is_found_when_it_is_read(config, encoded):
+    run = trainer(config)
+    for path, content in files(config).items():
+        state = path.stat()
+        path.write_bytes(content[:-5] + bytes([content[-5] ^ 4]) + content[-4:])
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    with pytest.raises(ValueError, match=r"data.cache: .*safetensors was damaged .* and is deleted; the same command"):
+        run.train_set[0]
 
 
 def test_other_settings_reuse_only_what_stays_the_same(config, encoded):

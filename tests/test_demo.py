@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from focusdpo.training.metrics import read_metrics
+from focusdpo.journals import read_metrics
 
 SMALL = ["--pairs", "6", "--held_out", "3", "--steps", "3", "--batch_size", "2", "--resolution", "96", "--overlays", "1"]
 

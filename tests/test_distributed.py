@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 
 from focusdpo.data import LongestSide, PairDataset, SizeBatches, load_pairs
 from focusdpo.data.images import read_image
+from focusdpo.journals import read_metrics
 from focusdpo.models.lora_reading import LORA_FILE
 from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, ModelConfig, OptimConfig, SamplesConfig, TrainConfig
-from focusdpo.training.metrics import read_metrics
 from focusdpo.training.sharding import check_launch, split_like, whole
 
 ROOT = Path(__file__).parents[1]

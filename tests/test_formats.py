@@ -353,7 +353,7 @@ def test_damaged_tables(tiny_pairs, tmp_path):
 def test_what_is_missing_is_named(shards, tiny_pairs, tmp_path, monkeypatch):
     parquet = write_parquet(tiny_pairs, tmp_path / "parquet")
     for module, load in {
-        "datasets": lambda: load_pairs(parquet),
+        "pyarrow": lambda: load_pairs(parquet),
         "braceexpand": lambda: find_sources(shards / "pairs-{0..1}.tar"),
         "webdataset": lambda: write_shards(load_pairs(tiny_pairs, progress=False), tmp_path, 3),
     }.items():

@@ -262,7 +262,7 @@ def rows_and_lora(folder):
     """Metrics without the clock's, and the adapter."""
     from safetensors.torch import load_file
 
-    from focusdpo.training.metrics import read_metrics
+    from focusdpo.journals import read_metrics
 
     clock = ("pairs_per_second", "peak_memory_mib")
     rows = [{k: v for k, v in row.items() if k not in clock} for row in read_metrics(folder / "metrics.jsonl")]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from PIL import Image
 from focusdpo import cli
 from focusdpo.data import load_pairs
 from focusdpo.data.images import read_image, read_mask
-from focusdpo.data.importers import read_uno
+from focusdpo.data.importers import Dropped, read_uno
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -87,7 +86,7 @@ def test_uno_1m_labels(uno):
         for score in (4.0, 3.5)
     ]
     uno.write_text(json.dumps(entries))
-    dropped = Counter()
+    dropped = Dropped()
     (row,) = read_uno(uno, dropped)
     assert (row.prompt, row.target) == ("a cup on a table", "images/split1/b.png")
     assert row.references == (uno.parent / "images/split1/a.png",) and dropped == {"rated below 4": 1}

@@ -167,15 +167,18 @@ def test_places_that_cannot_be_are_refused(tmp_path):
 
 
 def test_a_folder_with_other_files_stays_somebody_elses(tmp_path):
-    """Converted into it, but not marked as ours: nothing in it may be overwritten or deleted later."""
+    """Converted into it: what else is in it stays, whatever is overwritten later."""
     save_file(pair(), tmp_path / "lora.safetensors")
     mine = tmp_path / "mine"
     (mine / "lora").mkdir(parents=True)
     (mine / "lora" / "best.safetensors").write_text("precious")
     cli.main(["convert-lora", str(tmp_path / "lora.safetensors"), str(mine)])
-    assert (mine / "pytorch_lora_weights.safetensors").is_file() and not (mine / ".focusdpo").exists()
-    with pytest.raises(SystemExit, match="which no focusdpo command wrote"):
+    cli.main(["convert-lora", str(tmp_path / "lora.safetensors"), str(mine), "--overwrite", "true"])
+    assert (mine / "lora" / "best.safetensors").read_text() == "precious"
+    (mine / "pytorch_lora_weights.safetensors").write_text("trained meanwhile")
+    with pytest.raises(SystemExit, match="which this command did not write, or which was changed since"):
         cli.main(["convert-lora", str(tmp_path / "lora.safetensors"), str(mine), "--overwrite", "true"])
+    assert (mine / "pytorch_lora_weights.safetensors").read_text() == "trained meanwhile"
 
 
 def test_damaged_files_are_refused(tmp_path):

@@ -526,7 +526,7 @@ def test_only_what_the_program_wrote_is_overwritten(trained, tmp_path):
     convert(folder, out, "peft", "--overwrite", "true")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "adapter_config.json").write_text("precious")
-    with pytest.raises(SystemExit, match="which no focusdpo command wrote"):
+    with pytest.raises(SystemExit, match="which this command did not write"):
         convert(folder, tmp_path / "mine", "peft", "--overwrite", "true")
     assert (tmp_path / "mine" / "adapter_config.json").read_text() == "precious"
 

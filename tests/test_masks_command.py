@@ -221,12 +221,12 @@ def test_an_interrupted_call_is_repeated_and_a_whole_one_kept(run, drawn, tmp_pa
     monkeypatch.undo()
     assert (tmp_path / "out" / "groups" / "all.png").is_file()
     prepare_masks(config)()
-    with pytest.raises(FileExistsError, match=r"out: .* holds an earlier run \(masks.json\); replace it with --overwrite"):
+    with pytest.raises(FileExistsError, match=r"out: .* holds an earlier run \(.*masks.json\); replace it with --overwrite"):
         prepare_masks(config)
     prepare_masks(dataclasses.replace(config, overwrite=True))
     (tmp_path / "other").mkdir()
     shutil.copy(drawn / "masks.json", tmp_path / "other")
-    with pytest.raises(FileExistsError, match="which no focusdpo command wrote"):
+    with pytest.raises(FileExistsError, match="which this command did not write"):
         prepare_masks(dataclasses.replace(config, out=str(tmp_path / "other"), overwrite=True))
 
 

@@ -21,15 +21,15 @@ from focusdpo import cli
 from focusdpo.data import load_pairs
 from focusdpo.experiments.microcosm import learning
 from focusdpo.experiments.microcosm.classifier import halves
-from focusdpo.experiments.microcosm.command import PICTURES, _settings, prepare_microcosm
+from focusdpo.experiments.microcosm.command import PICTURES, WRITTEN, _settings, prepare_microcosm
 from focusdpo.experiments.microcosm.config import MicrocosmConfig
 from focusdpo.experiments.microcosm.judging import verdicts
 from focusdpo.experiments.microcosm.learning import learn
 from focusdpo.experiments.microcosm.pairs import write_pairs
 from focusdpo.experiments.microcosm.scenes import draw_scene
-from focusdpo.experiments.microcosm.stages import FILES, Stages
+from focusdpo.experiments.microcosm.stages import Stages
 from focusdpo.experiments.microcosm.subjects import identities_of
-from focusdpo.folders import clear_folder, mark_folder
+from focusdpo.folders import OutputFolder
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "dreambench"
 
@@ -207,8 +207,9 @@ def test_refused_by_name(tmp_path, monkeypatch):
         compiled.setattr("focusdpo_kernels.backend.INTERPRETED", False)
         with pytest.raises(ValueError, match="argument backend: 'triton' needs tensors on an accelerator"):
             prepare_microcosm(small)
-    (tmp_path / "b" / "pairs").mkdir(parents=True)
-    with pytest.raises(FileExistsError, match="out: .* holds an earlier run"):
+    (tmp_path / "b" / "pairs" / "train").mkdir(parents=True)
+    (tmp_path / "b" / "pairs" / "train" / "pairs.jsonl").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"out: .* holds pairs/train/pairs.jsonl, which this command did not write"):
         prepare_microcosm(MicrocosmConfig(out=str(tmp_path / "b"), size="smoke"))
     (tmp_path / "c").mkdir()
     begun = _settings(Stages(MicrocosmConfig(size="smoke", lr=0.5)))
@@ -227,9 +228,11 @@ def test_refused_by_name(tmp_path, monkeypatch):
 
 def test_overwriting_starts_anew(tmp_path):
     """Nothing that a kill left is gone on from."""
-    (tmp_path / "microcosm.json").write_text("{}")
-    mark_folder(tmp_path)
+    out = OutputFolder("out", tmp_path, "microcosm", WRITTEN)
+    out.begin(clear=False)
     for name in ("autoencoder", "classifier", "model"):
         (tmp_path / f"{name}.state").write_text("another world's")
-    clear_folder(tmp_path, FILES)
-    assert not list(tmp_path.glob("*.state"))
+    (tmp_path / ".model.partial").mkdir()
+    (tmp_path / "notes.state").write_text("mine")
+    out.begin(clear=True)
+    assert [path.name for path in tmp_path.iterdir() if path.name != ".focusdpo"] == ["notes.state"]

@@ -20,6 +20,7 @@ from peft.tuners.lora import LoraLayer
 from PIL import Image
 
 from focusdpo.demo.scenes import write_dataset
+from focusdpo.journals import read_metrics
 from focusdpo.models import BACKBONES
 from focusdpo.training import hub
 from focusdpo.training.config import (
@@ -33,7 +34,6 @@ from focusdpo.training.config import (
     TrainConfig,
 )
 from focusdpo.training.hub import UploadError, check_hub
-from focusdpo.training.metrics import read_metrics
 from focusdpo.training.model_card import KOHYAS, write_model_card
 from focusdpo.training.trainer import Trainer
 

@@ -12,13 +12,13 @@ import torch
 from accelerate.state import AcceleratorState
 
 from focusdpo.data import collate
+from focusdpo.journals import read_metrics
 from focusdpo.models import BACKBONES, TokenLayout
 from focusdpo.models.quantization import BITS, check_quantization, quantize, quantized_layers
 from focusdpo.models.sizes import Architecture
 from focusdpo.training.adapter import add_adapter
 from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, ModelConfig, OptimConfig, TrainConfig
 from focusdpo.training.memory import estimate
-from focusdpo.training.metrics import read_metrics
 from focusdpo.training.optimizers import build_optimizer, check_optimizer
 from focusdpo.training.trainer import Trainer
 

@@ -10,9 +10,9 @@ import torch
 from accelerate.state import AcceleratorState
 
 from focusdpo.demo.scenes import write_dataset
+from focusdpo.journals import read_metrics
 from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from focusdpo.training.draws import fixed_draw, generators, seeded
-from focusdpo.training.metrics import read_metrics
 from focusdpo.training.step import PreferenceStep
 from focusdpo.training.trainer import Trainer
 

@@ -22,14 +22,17 @@ from PIL import Image
 from focusdpo import cli
 from focusdpo.evaluation import pages
 from focusdpo.evaluation.panels import PANELS, smooth
-from focusdpo.evaluation.run_page.binning import read_rows, read_run
+from focusdpo.evaluation.run_page.binning import read_run
 from focusdpo.evaluation.run_page.facts import _held_out
 from focusdpo.evaluation.run_page.figures import MARKS, panel_figure
 from focusdpo.evaluation.run_page.films import evenly, read_films
 from focusdpo.evaluation.run_page.page import write_run_page
+from focusdpo.files import is_stamped
+from focusdpo.folders import OutputFolder
+from focusdpo.journals import read_rows
 from focusdpo.training import health
 from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, ModelConfig, OptimConfig, SamplesConfig, TrainConfig
-from focusdpo.training.run_folder import RunFolder, read_starts
+from focusdpo.training.run_folder import WRITTEN, RunFolder, read_starts
 from focusdpo.training.trainer import Trainer
 from tests.browser import browser, in_browser
 from tests.synthetic_run import NOT_A_NUMBER, SPIKE, write_run, write_samples
@@ -293,7 +296,7 @@ def test_page_is_one_file_and_safe(long_page):
     assert text.count(pages.get_plotlyjs()) == 1 and len(own) < len(text) / 2
     assert not re.search(r"(src|href)=\"(?!data:|#)|@import|url\(|https?://", own)
     assert "<train>" not in own and "&lt;train&gt;" in own and "<both>" not in own
-    assert pages.WRITTEN_BY in own
+    assert is_stamped(long_page / "page.html", "report")
 
 
 def test_plot_cannot_end_its_script():
@@ -409,7 +412,7 @@ def test_alarms_and_environment_of_a_resumed_run(config, tmp_path, monkeypatch):
 
 def test_starts_of_a_run(tmp_path):
     """One that goes on from step 3 puts away what started there or later; a damaged file is begun anew."""
-    run = RunFolder(tmp_path, None)
+    run = RunFolder(OutputFolder("output_dir", tmp_path, "train", WRITTEN), None)
     for step in (0, 6, 3, 3):
         run.record_start(step, processes=2)
     starts = read_starts(tmp_path / "environment.json")
@@ -452,7 +455,10 @@ REFUSED = {
     "no settings": (lambda f: (f / "run" / "config.yaml").unlink() or ["run"], "run_dir: no such file: .*config.yaml"),
     "other settings": (lambda f: (f / "run" / "config.yaml").write_text("a: 1") and ["run"], "run_dir: .* does not hold"),
     "no page": (lambda f: ["run", "--out", "page.png"], "out: got .*page.png.*html"),
-    "another's page": (lambda f: (f / "run" / "report.html").write_text("mine") and ["run"], "out: .* not written by this"),
+    "another's page": (
+        lambda f: (f / "run" / "report.html").write_text("mine") and ["run"],
+        "out: .* not written by `focusdpo rep",
+    ),
     "a folder": (lambda f: (f / "run" / "report.html").mkdir() or ["run"], "out: .* is a folder"),
     "within a file": (lambda f: ["run", "--out", "run/config.yaml/page.html"], "out: .*config.yaml is a file"),
     "points": (lambda f: ["run", "--points", "3"], "points: got 3; expected at least 10"),

@@ -18,10 +18,10 @@ import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from focusdpo.journals import read_metrics
 from focusdpo.training.checkpoints import complete_checkpoints
 from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from focusdpo.training.determinism import repeatable
-from focusdpo.training.metrics import read_metrics
 from focusdpo.training.signals import StopSignals
 from focusdpo.training.trainer import Trainer
 

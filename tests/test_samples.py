@@ -21,9 +21,9 @@ from focusdpo.data import LongestSide, PairDataset, collate, load_pairs
 from focusdpo.demo.scenes import write_dataset
 from focusdpo.demo.tiny_qwen import write_tiny_qwen
 from focusdpo.evaluation.sheets import sample_sheet
+from focusdpo.journals import read_metrics
 from focusdpo.models import BACKBONES, Backbone, TokenLayout
 from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, ModelConfig, OptimConfig, SamplesConfig, TrainConfig
-from focusdpo.training.metrics import read_metrics
 from focusdpo.training.trainer import Trainer
 
 
@@ -151,9 +151,9 @@ def test_the_cache_gives_the_same_samples(config, tmp_path, monkeypatch):
 def test_a_resumed_run_makes_them_again(config):
     folder = run(config).folder
     straight = {step: pixels(folder, step, 0) for step in (0, 1, 2)}
-    (folder / "samples" / "step-000002" / "0_sample.png").write_text("")
+    (folder / "samples" / "step-000002" / "0_sample.png").unlink()
     (folder / "samples" / "step-000003").mkdir()
-    (folder / "samples" / "step-000002.partial").mkdir()
+    (folder / "samples" / ".step-000002.partial").mkdir()
     changed = dataclasses.replace(config, resume=str(folder / "checkpoints" / "step-000001"))
     changed.samples = dataclasses.replace(config.samples, count=1)
     run(changed)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from focusdpo import cli
-from focusdpo.evaluation.pairs_page import outlines_of, write_page
+from focusdpo.evaluation.pairs_page import check_page, outlines_of, write_page
 from tests.browser import browser, in_browser
 
 PAIRS = 1000
@@ -20,6 +20,16 @@ BROKEN = 7  # line of the pair without a winner
 NO_JSON = 11  # line that is no record
 SIDE = 48
 BOX = (8, 8, 32, 32)
+
+
+def show(pairs, page, size, overwrite):
+    return write_page(pairs, page, check_page(page, overwrite), size, progress=False)
+
+
+def thumbnails_of(page):
+    """Of the page that is there: no others are."""
+    (folder,) = page.with_name(f"{page.stem}_files").glob("thumbnails-*")
+    return folder
 
 
 def write_pairs(folder, count):
@@ -56,7 +66,7 @@ def thousand(tmp_path_factory):
     """The page of a thousand pairs: its folder."""
     folder = tmp_path_factory.mktemp("show")
     pairs = write_pairs(folder / "pairs", PAIRS)
-    cards = write_page(pairs, folder / "page.html", 64, overwrite=False, progress=False)
+    cards = show(pairs, folder / "page.html", 64, overwrite=False)
     assert len(cards) == PAIRS
     return folder
 
@@ -83,7 +93,7 @@ def test_thousand_pairs_are_all_there_and_few_are_loaded(thousand, tmp_path):
     seen, asked = in_browser(thousand, tmp_path, LOADING)
     assert "error" not in seen and seen["console"] == [], seen
     assert (seen["cards"], seen["count"]) == (PAIRS, f"{PAIRS} pairs")
-    assert seen["images"] == len(list((thousand / "page_files" / "thumbnails").iterdir())) > 4 * PAIRS
+    assert seen["images"] == len(list(thumbnails_of(thousand / "page.html").iterdir())) > 4 * PAIRS
     assert 4 <= seen["loaded"] < seen["images"] / 10, "what is in sight is loaded, what is far below is not"
     assert not seen["far"] and seen["scrolled"] == SIDE, "until one goes there"
     asked = {name for name in asked if name.endswith(".webp")}
@@ -192,11 +202,11 @@ def test_filters_and_keys(thousand, tmp_path):
 def test_page_is_whole_and_safe(tmp_path):
     """Without a browser: nothing is loaded from elsewhere, every thumbnail named is there, and markup in data is escaped."""
     page = tmp_path / "a #1.html"
-    write_page(write_pairs(tmp_path / "pairs", 12), page, 32, overwrite=False, progress=False)
+    show(write_pairs(tmp_path / "pairs", 12), page, 32, overwrite=False)
     text = page.read_text()
     assert not re.search(r"(src|href)=\"(https?:|//|/)|@import|url\(", text)
     named = {unquote(name) for name in re.findall(r'src="([^"]+)"', text)}
-    assert named == {str(file.relative_to(tmp_path)) for file in (tmp_path / "a #1_files" / "thumbnails").iterdir()}
+    assert named == {str(file.relative_to(tmp_path)) for file in thumbnails_of(tmp_path / "a #1.html").iterdir()}
     assert all(max(Image.open(tmp_path / name).size) <= 32 for name in named)
     assert "<dog>" not in text and "&lt;dog&gt;" in text and text.count("<script>") == 1
 
@@ -209,8 +219,8 @@ def test_thumbnails_show_the_pair(tmp_path):
     winner.save(folder / "0w.bmp")
     winner.paste((140, 100, 100), BOX)
     winner.save(folder / "0l.bmp")
-    write_page(folder, tmp_path / "page.html", SIDE, overwrite=False, progress=False)
-    thumbnails = tmp_path / "page_files" / "thumbnails"
+    show(folder, tmp_path / "page.html", SIDE, overwrite=False)
+    thumbnails = thumbnails_of(tmp_path / "page.html")
     difference = np.asarray(Image.open(thumbnails / "000000_difference.webp").convert("RGB")).astype(int)
     assert abs(difference[20, 20] - (80, 0, 0)).max() < 25 and difference[40, 40].max() < 25
     outline = np.asarray(Image.open(thumbnails / "000000_winner_outlines.webp").convert("RGBA"))
@@ -241,8 +251,7 @@ def test_command(tmp_path, caplog):
 
 
 REFUSED = {
-    "another's page": (lambda f: (f / "page.html").write_text("<p>mine</p>"), "page.html was not written by this command"),
-    "another's folder": (lambda f: (f / "page_files" / "thumbnails").mkdir(parents=True), "which no focusdpo command wrote"),
+    "another's page": (lambda f: (f / "page.html").write_text("<p>mine</p>"), "page.html was not written by `focusdpo data"),
     "a file for the folder": (lambda f: (f / "page_files").touch(), "page_files is a file"),
     "a folder for the page": (lambda f: (f / "page.html").mkdir(), "page.html is a folder"),
 }
@@ -254,23 +263,23 @@ def test_refuses_what_it_did_not_write(tmp_path, case):
     make(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises((FileExistsError, NotADirectoryError), match=f"^out: .*{message}"):
-        write_page(tmp_path / "no pairs are looked for", tmp_path / "page.html", 32, overwrite=True, progress=False)
+        show(tmp_path / "no pairs are looked for", tmp_path / "page.html", 32, overwrite=True)
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_overwrite_deletes_only_its_own(tmp_path):
     pairs, page = write_pairs(tmp_path / "pairs", 3), tmp_path / "page.html"
-    write_page(pairs, page, 32, overwrite=False, progress=False)
-    old = set((tmp_path / "page_files" / "thumbnails").iterdir())
+    show(pairs, page, 32, overwrite=False)
+    old = {file.name for file in thumbnails_of(page).iterdir()}
     (tmp_path / "page_files" / "notes.txt").write_text("mine")
     (pairs / "pairs.jsonl").write_text((pairs / "pairs.jsonl").read_text().splitlines()[0])
     with pytest.raises(FileExistsError, match="^out: "):
-        write_page(pairs, page, 32, overwrite=False, progress=False)
-    write_page(pairs, page, 32, overwrite=True, progress=False)
-    assert set((tmp_path / "page_files" / "thumbnails").iterdir()) < old
+        show(pairs, page, 32, overwrite=False)
+    show(pairs, page, 32, overwrite=True)
+    assert {file.name for file in thumbnails_of(page).iterdir()} < old
     assert (tmp_path / "page_files" / "notes.txt").read_text() == "mine" and page.read_text().count("<article") == 1
 
 
 def test_out_has_to_be_a_page(tmp_path):
     with pytest.raises(ValueError, match="^out: got .*expected a file that ends with .html"):
-        write_page(tmp_path, tmp_path / "page.png", 32, overwrite=False, progress=False)
+        show(tmp_path, tmp_path / "page.png", 32, overwrite=False)

@@ -17,11 +17,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from focusdpo.data import PairBatch
 from focusdpo.demo.tiny_flux import write_tiny_flux
+from focusdpo.journals import read_metrics
 from focusdpo.models import Flux1, PromptEmbeddings, TokenLayout
 from focusdpo.training.adapter import add_adapter
 from focusdpo.training.compilation import _Inductor, compile_blocks
 from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
-from focusdpo.training.metrics import read_metrics
 from focusdpo.training.step import Noised, PreferenceStep
 from focusdpo.training.trainer import Trainer
 

@@ -15,9 +15,9 @@ from focusdpo import cli
 from focusdpo.demo.tiny_flux import write_tiny_flux
 from focusdpo.demo.tiny_flux2 import write_tiny_flux2
 from focusdpo.demo.tiny_qwen import write_tiny_qwen
+from focusdpo.journals import read_metrics
 from focusdpo.models import BACKBONES
 from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, LossConfig, ModelConfig, TrainConfig
-from focusdpo.training.metrics import read_metrics
 from focusdpo.training.times import draw_times
 from focusdpo.training.trainer import Trainer
 

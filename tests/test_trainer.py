@@ -16,9 +16,9 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from focusdpo.data import DatasetError, collate
+from focusdpo.journals import read_metrics
 from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from focusdpo.training.draws import generators
-from focusdpo.training.metrics import read_metrics
 from focusdpo.training.trainer import Trainer
 
 
@@ -280,9 +280,11 @@ def test_foreign_files_are_never_deleted(config):
     folder = Path(config.output_dir)
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "checkpoints" / "mine.safetensors").write_text("precious")
-    with pytest.raises(FileExistsError, match="holds checkpoints, which no focusdpo command wrote"):
+    (folder / "metrics.jsonl").write_text("mine too")
+    with pytest.raises(FileExistsError, match=r"run holds metrics.jsonl, which this command did not write"):
         Trainer(dataclasses.replace(config, overwrite=True))
     assert (folder / "checkpoints" / "mine.safetensors").read_text() == "precious"
+    assert (folder / "metrics.jsonl").read_text() == "mine too"
     (folder / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="output_dir: .* is a file"):
         Trainer(dataclasses.replace(config, output_dir=str(folder / "file" / "run")))

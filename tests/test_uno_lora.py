@@ -205,7 +205,7 @@ def test_command_refuses_by_name(uno_file, tmp_path, monkeypatch):
     assert (out / WEIGHTS).read_bytes() != before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / WEIGHTS).write_text("precious")
-    refused("which no focusdpo command wrote", uno_file, tmp_path / "mine", "--overwrite", "true")
+    refused("which this command did not write", uno_file, tmp_path / "mine", "--overwrite", "true")
 
 
 def test_command_by_position_and_its_help(capsys):

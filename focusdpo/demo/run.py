@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,15 +21,26 @@ from focusdpo.demo.tiny_flux import write_tiny_flux
 from focusdpo.evaluation.curves import draw_curves
 from focusdpo.evaluation.overlays import draw_overlays
 from focusdpo.evaluation.run_page.page import write_run_page
-from focusdpo.folders import check_folder, clear_folder
+from focusdpo.folders import PIPELINE_WRITTEN, OutputFolder, under
+from focusdpo.journals import read_metrics
 from focusdpo.training.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, SamplesConfig, TrainConfig
-from focusdpo.training.metrics import read_metrics
+from focusdpo.training.run_folder import WRITTEN
 from focusdpo.training.samples import MASK_TIMES, masks_at
 from focusdpo.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-PARTS = ("data", "model", "run", "overlays", "curves.png", "sample.png", "train.yaml", "report.html")
+# What the demo writes, see `focusdpo.folders`.
+DEMO_WRITTEN = (
+    r"data/(train|held_out)/pairs\.jsonl",
+    r"data/(train|held_out)/\d+_(winner|loser|prior|reference\d(_mask)?)\.png",
+    *PIPELINE_WRITTEN,
+    *under("run", WRITTEN),
+    r"overlays/pair\d+\.png",
+    r"(curves|sample)\.png",
+    r"train\.yaml",
+    r"report\.html",
+)
 MAX_SAMPLED = 2  # held-out pairs that are sampled while training
 
 
@@ -58,19 +70,23 @@ def train_config(config: DemoConfig, folder: Path) -> TrainConfig:
     )
 
 
-def prepare_output(config: DemoConfig) -> None:
-    """Refuses to write over an earlier demo (unless `overwrite` is on), or over anything else."""
-    hint = "delete it with --overwrite true, or name another folder"
-    check_folder("out", Path(config.out), PARTS, config.overwrite, hint)
+def prepare_demo(config: DemoConfig) -> Callable[[], None]:
+    """Refuses to write over an earlier demo (unless `overwrite` is on), or over anything else, and returns the demo."""
+    out = OutputFolder("out", Path(config.out), "demo", DEMO_WRITTEN)
+    out.check(config.overwrite or out.is_unfinished, "delete it with --overwrite true, or name another folder")
+
+    def work() -> None:
+        out.begin(clear=True)
+        with out:
+            run_demo(config)
+
+    return work
 
 
 def run_demo(config: DemoConfig) -> None:
-    """Dataset, checkpoint, training, pictures and a sample, in `config.out`."""
+    """Dataset, checkpoint, training, pictures and a sample, in `config.out`, which is ready."""
     started = time.perf_counter()
-    prepare_output(config)
     folder = Path(config.out)
-    clear_folder(folder, PARTS)
-
     write_dataset(folder / "data" / "train", config.pairs, config.resolution, seed=config.seed)
     write_dataset(folder / "data" / "held_out", config.held_out, config.resolution, seed=config.seed + 1_000_003)
     write_tiny_flux(folder / "model", seed=config.seed)
@@ -114,7 +130,7 @@ def _write_yaml(settings: TrainConfig, path: Path) -> None:
 
 @torch.no_grad()
 def _draw_overlays(trainer: Trainer, config: DemoConfig, folder: Path) -> None:
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     trainer.module.eval()
     for index in range(config.overlays):
         sample = trainer.validation_set[index]

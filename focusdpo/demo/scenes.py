@@ -25,7 +25,7 @@ Placement = tuple[int, int, int, int]  # left, top, width, height
 
 def write_dataset(folder: Path, pairs: int, resolution: int, seed: int) -> Path:
     """Composes pairs and writes them with their pairs.jsonl; returns that file."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     lines = []
     progress = tqdm(range(pairs), desc=f"composing {folder.name}", unit="pair", leave=False)
     for index in progress:
@@ -73,7 +73,7 @@ def _write_pair(folder: Path, index: int, resolution: int, rng: np.random.Genera
 
 def write_scenes(folder: Path, scenes: int, resolution: int, seed: int) -> Path:
     """Composes winners alone, with what `focusdpo data build` needs to make pairs of them; returns their scenes.jsonl."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for index in tqdm(range(scenes), desc=f"composing {folder.name}", unit="scene", leave=False):
         rng = np.random.default_rng([seed, index])

@@ -20,35 +20,26 @@ from PIL import Image, ImageOps
 from plotly.io import to_json
 from plotly.offline import get_plotlyjs
 
-from focusdpo.files import write_whole
+from focusdpo.files import check_stamped, stamp, write_stamped
 
-WRITTEN_BY = '<meta name="generator" content="focusdpo">'  # in a page's head: a page without it is not ours to replace
 HEIGHT = 280  # pixels of a plot that names none
 COLOURS = ("#3987e5", "#e07b39", "#2fa36b", "#a06bd6", "#c94f7c", "#1ba3b8")  # told apart, and legible on white and on black
 
 
-def check_page(page: Path, overwrite: bool, hint: str = "replace it with --overwrite true, or name another file") -> None:
+def check_page(page: Path, command: str, overwrite: bool) -> None:
     """Refuses to write over what is there.
 
     Args:
         page: the HTML file of the setting `out`.
-        overwrite: whether a page that this project wrote may be replaced; another's never is.
-        hint: what the user can do.
+        command: that writes it.
+        overwrite: whether a page that it wrote before may be replaced; another's never is.
 
     Raises:
-        ValueError, FileExistsError, NotADirectoryError: with the setting's name.
+        ValueError, FileExistsError, NotADirectoryError, PermissionError: with the setting's name.
     """
     if page.suffix not in (".html", ".htm"):
         raise ValueError(f"out: got {str(page)!r}; expected a file that ends with .html")
-    for folder in page.parents:
-        if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(f"out: {folder} is a file; name a page in a folder")
-    if page.is_dir():
-        raise FileExistsError(f"out: {page} is a folder; name a file")
-    if page.exists() and not overwrite:
-        raise FileExistsError(f"out: {page} exists; {hint}")
-    if page.exists() and WRITTEN_BY.encode() not in page.read_bytes():
-        raise FileExistsError(f"out: {page} was not written by this command, so --overwrite leaves it; name another file")
+    check_stamped("out", page, command, overwrite, "replace it with --overwrite true, or name another file")
 
 
 def plot(figure: go.Figure, name: str) -> Markup:
@@ -96,11 +87,12 @@ def image_uri(image: str | Path | Image.Image, longest: int | None = None, quali
     return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
-def write_page(path: Path, title: str, template: str, **values: Any) -> None:
+def write_page(path: Path, command: str, title: str, template: str, **values: Any) -> None:
     """Writes a page at once or not at all; an earlier one stays until then.
 
     Args:
         path: the HTML file; its folder is made.
+        command: that writes it.
         title: of the page.
         template: name of a file under `page/`, whose sections the page shows.
         values: what it needs. Text is escaped; what `plot` returns is not.
@@ -117,7 +109,7 @@ def write_page(path: Path, title: str, template: str, **values: Any) -> None:
     )
     body = environment.get_template(template).render(values, title=title, section=section)
     text = environment.get_template("base.html").render(
-        title=title, body=Markup(body), contents=contents, plotly=Markup(get_plotlyjs())
+        title=title, body=Markup(body), contents=contents, plotly=Markup(get_plotlyjs()), stamp=stamp(command)
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, text, errors="backslashreplace")
+    write_stamped(path, text, command, errors="backslashreplace")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import uuid
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +20,10 @@ from focusdpo.data.images import Size, read_image, read_mask
 from focusdpo.data.records import Problem
 from focusdpo.data.validation import check_pairs
 from focusdpo.evaluation import pages
-from focusdpo.folders import check_folder, clear_folder
+from focusdpo.files import stamp, write_stamped
+from focusdpo.folders import OutputFolder
 
+COMMAND = "data show"
 THUMBNAILS = "thumbnails"
 GAIN = 2  # of the difference, so that a faint one is seen
 COMMON = "#ff2d95"  # a prior for all subjects; on hardly any photo
@@ -63,43 +66,53 @@ class Card:
         return sorted({kind for p in self.problems for kind in (p.severity, f"{p.severity} {_name(p)}")}) or ["none"]
 
 
-def check_page(page: Path, overwrite: bool) -> Path:
+def check_page(page: Path, overwrite: bool) -> OutputFolder:
     """Refuses to write over what is there, and returns the folder that goes with the page.
 
     Raises:
-        ValueError, FileExistsError, NotADirectoryError: with the setting's name.
+        ValueError, OSError: with the setting's name.
     """
-    pages.check_page(page, overwrite)
-    folder = page.with_name(f"{page.stem}_files")
-    hint = "replace it with --overwrite true, or name another file"
-    check_folder("out", folder, (THUMBNAILS,), overwrite, hint)
-    return folder
+    pages.check_page(page, COMMAND, overwrite)
+    out = OutputFolder("out", page.with_name(f"{page.stem}_files"), COMMAND, [rf"{THUMBNAILS}-[0-9a-f]{{8}}/\d+_\w+\.webp"])
+    out.check(overwrite or out.is_unfinished, "replace it with --overwrite true, or name another file")
+    return out
 
 
-def write_page(path: str | Path, page: Path, size: int, overwrite: bool, progress: bool = True) -> list[Card]:
+def write_page(path: str | Path, page: Path, out: OutputFolder, size: int, progress: bool = True) -> list[Card]:
     """Checks all pairs and writes the page, with what is wrong beside each.
+
+    An earlier page and its thumbnails stay until the new ones are whole: these have a folder of their own.
 
     Args:
         path: what `find_sources` takes.
-        page: the HTML file; PAGE_files beside it has the thumbnails.
+        page: the HTML file.
+        out: what `check_page` gave.
         size: pixels of a thumbnail's longest side.
-        overwrite: whether an earlier page may be replaced.
         progress: show progress bars.
     """
-    folder = check_page(page, overwrite)
     pairs, problems = check_pairs(path, "full", progress)
-    clear_folder(folder, (THUMBNAILS,))
-    (folder / THUMBNAILS).mkdir()
+    out.begin(clear=False)
+    with out:
+        earlier = set(out.path.glob(f"{THUMBNAILS}-*"))
+        thumbnails = out.path / f"{THUMBNAILS}-{uuid.uuid4().hex[:8]}"
+        thumbnails.mkdir()
+        ordered = _draw(pairs, problems, thumbnails, size, progress)
+        write_stamped(page, _render(str(path), ordered), COMMAND, errors="backslashreplace")
+        for folder in earlier:
+            out.remove(folder)
+    return ordered
+
+
+def _draw(pairs: list[CheckedPair], problems: list[Problem], folder: Path, size: int, progress: bool) -> list[Card]:
+    """Writes the thumbnails; the cards by file and line."""
     with ThreadPoolExecutor() as pool:  # Pillow releases the interpreter while it decodes, scales and encodes
-        drawn = pool.map(lambda i, pair: _Drawer(i, pair, folder / THUMBNAILS, size).card(), range(len(pairs)), pairs)
+        drawn = pool.map(lambda i, pair: _Drawer(i, pair, folder, size).card(), range(len(pairs)), pairs)
         found = list(tqdm(drawn, total=len(pairs), desc="drawing pairs", unit="pair", disable=not progress, leave=False))
     cards = {(card.file, card.line): card for card in found}
     for problem in problems:
         place = (problem.file, problem.line)
         cards.setdefault(place, Card(*place)).problems.append(problem)
-    ordered = sorted(cards.values(), key=lambda card: (str(card.file), card.line))
-    page.write_text(_render(str(path), ordered), encoding="utf-8", errors="backslashreplace")
-    return ordered
+    return sorted(cards.values(), key=lambda card: (str(card.file), card.line))
 
 
 def _render(path: str, cards: list[Card]) -> str:
@@ -113,7 +126,7 @@ def _render(path: str, cards: list[Card]) -> str:
     values: dict[str, Any] = {"path": path, "cards": cards, "classes": classes.most_common(), "kinds": kinds, "fields": fields}
     loader = PackageLoader("focusdpo.evaluation", "page")
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template("page.html").render(values, gain=GAIN)
+    return environment.get_template("page.html").render(values, gain=GAIN, stamp=stamp(COMMAND))
 
 
 def _name(problem: Problem) -> str:
@@ -176,7 +189,7 @@ class _Drawer:
     def save(self, image: Image.Image, name: str, **options: Any) -> str:
         file = self.folder / f"{self.prefix}_{name}.webp"
         image.save(file, **options)
-        return f"{self.folder.parent.name}/{THUMBNAILS}/{file.name}"
+        return f"{self.folder.parent.name}/{self.folder.name}/{file.name}"
 
 
 def outlines_of(masks: Iterable[tuple[Image.Image, str]], size: Size) -> Image.Image:

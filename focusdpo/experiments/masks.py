@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from focusdpo.folders import MARKER, check_folder, clear_folder
+from focusdpo.folders import OutputFolder
 from focusdpo.settings import require
 
 if TYPE_CHECKING:  # seconds that --help need not wait for
@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # seconds that --help need not wait for
 logger = logging.getLogger(__name__)
 
 NUMBERS_FILE, FIELDS_FILE, OVERVIEW_FILE, GROUPS = "masks.json", "fields.npz", "coverage.png", "groups"
-FILES = (NUMBERS_FILE, FIELDS_FILE, OVERVIEW_FILE, GROUPS)
+WRITTEN = (r"masks\.json", r"fields\.npz", r"coverage\.png", rf"{GROUPS}/(all|blocks?-[\d-]+)\.png")  # see focusdpo.folders
 ALL = "all"
 
 
@@ -79,10 +79,8 @@ def prepare_masks(config: MasksConfig) -> Callable[[], None]:
     from focusdpo.training.run_config import read_run_config
 
     run = read_run_config("config", config.config)
-    out = Path(config.out)
-    hint = "replace it with --overwrite true, or name another folder"
-    written = (NUMBERS_FILE,) if (out / MARKER).exists() else FILES  # written last: without it, a call was cut short
-    check_folder("out", out, written, config.overwrite, hint)
+    out = OutputFolder("out", Path(config.out), "masks", WRITTEN)
+    out.check(config.overwrite or out.is_unfinished, "replace it with --overwrite true, or name another folder")
     source = run.data.validation if config.split == "validation" else run.data.train
     if source is None:
         raise ValueError(f"split: {config.config} has no data.validation; expected --split train")
@@ -109,7 +107,13 @@ def prepare_masks(config: MasksConfig) -> Callable[[], None]:
         "prompt": record.prompt,
         "classes": classes,
     }
-    return lambda: write_masks(config, run, step, batch, groups, about)
+
+    def work() -> None:
+        out.begin(clear=True)
+        with out:
+            write_masks(config, run, step, batch, groups, about)
+
+    return work
 
 
 def parts_of(count: int, parts: int) -> list[range]:
@@ -155,10 +159,10 @@ def write_masks(
     from focusdpo.evaluation.mask_grid import draw_coverage
     from focusdpo.evaluation.overlays import MaskAtTime, draw_overlays
     from focusdpo.files import write_json
+    from focusdpo.text import printable
 
     out = Path(config.out)
-    clear_folder(out, FILES)
-    (out / GROUPS).mkdir()
+    (out / GROUPS).mkdir(exist_ok=True)
     masks: dict[str, list[MaskAtTime]] = {name: [] for name in groups}
     for t in tqdm(config.timesteps, desc="forward passes", unit="time", leave=False):
         with torch.autocast(step.backbone.device.type, torch.bfloat16, enabled=run.mixed_precision == "bf16"):
@@ -168,7 +172,7 @@ def write_masks(
     model = "before training" if about["checkpoint"] is None else Path(about["checkpoint"]).name
     for name, each in tqdm(masks.items(), desc="drawing", unit="group", leave=False):
         count = len(groups[name])
-        title = f"pair {config.pair} ({config.split}): {batch.prompts[0]}\n{name} ({count} blocks), {model}"
+        title = f"pair {config.pair} ({config.split}): {printable(batch.prompts[0])}\n{name} ({count} blocks), {model}"
         draw_overlays(batch, each, out / GROUPS / f"{name.replace(' ', '-')}.png", title)
     draw_coverage(masks, out / OVERVIEW_FILE, f"coverage A of pair {config.pair}, {model}")
     grid = [side // PATCH_SIZE for side in batch.winner.shape[-2:]]

@@ -27,7 +27,7 @@ from focusdpo.models.base import pipeline_folder, pipeline_parts
 from focusdpo.training.config import TrainConfig
 from focusdpo.training.tensor_files import TensorFiles
 
-FORMAT = 2  # of the files; another one where an image is brought to size, or encoded, in another way
+FORMAT = 3  # of the files; another one where an image is brought to size, or encoded, in another way
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,8 @@ class EncodingCache:
         """
         rank, processes = accelerator.process_index, accelerator.num_processes
         # Looked for in shares, then shared anew: an interrupted process would else have all its work left, and others none.
-        missing = [key for key in list(self._items)[rank::processes] if not self._files.is_whole(key, self._items[key].fits)]
+        mine = {key: self._items[key].fits for key in list(self._items)[rank::processes]}
+        missing = self._files.missing(mine, progress=accelerator.is_local_main_process)
         missing = gather_object(missing)[rank::processes]
         if missing:
             backbone = load()

@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,7 +29,8 @@ from accelerate.checkpointing import load_accelerator_state, save_accelerator_st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from focusdpo.files import checksum
+from focusdpo.files import checksum, partial_of
+from focusdpo.folders import OutputFolder, free_name, step_folders
 from focusdpo.models import Backbone
 from focusdpo.training.adapter import adapter_state, load_adapter_state
 from focusdpo.training.sharding import is_deepspeed, split_like, split_optimizer_state, whole
@@ -42,7 +42,7 @@ SETTINGS_FILE = "settings.json"
 CHECKSUMS_FILE = "checksums.json"
 STATE_FILE = "state.pt"
 DEEPSPEED_FOLDER = "deepspeed"
-NAME = re.compile(r"step-(\d+)")
+LAST_CHECKPOINT = "checkpoint"  # the name of the latest, a note beside the list of the run's files
 
 
 class Stateful(Protocol):
@@ -74,7 +74,8 @@ class Checkpoints:
 
     Args:
         accelerator: of the run.
-        folder: where checkpoints go.
+        out: the run's folder.
+        folder: where checkpoints go, in it.
         backbone: whose transformer carries the adapter.
         settings: what decides the run's numbers; kept in each checkpoint.
         limit: how many are kept; None keeps all.
@@ -83,12 +84,14 @@ class Checkpoints:
     def __init__(
         self,
         accelerator: Accelerator,
+        out: OutputFolder,
         folder: Path,
         backbone: Backbone,
         settings: dict[str, Any],
         limit: int | None = None,
     ) -> None:
         self._accelerator = accelerator
+        self._out = out
         self._folder = folder
         self._backbone = backbone
         self._transformer = backbone.transformer  # before it gets wrapped
@@ -103,7 +106,7 @@ class Checkpoints:
             parts: by name; an optimiser's or a moving average's tensors may be split over processes.
         """
         final = self._folder / f"step-{step:06d}"
-        partial = final.with_suffix(".partial")
+        partial = partial_of(final)
         is_main = self._accelerator.is_main_process
         if is_main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -125,12 +128,11 @@ class Checkpoints:
             (partial / CHECKSUMS_FILE).write_text(json.dumps(checksums, indent=1))
             for path in (*(partial / name for name in _files(partial)), partial):
                 _to_disk(path)  # before the name says that it is whole
-            if final.exists():  # a resumed run that came by again
-                _delete(final)
-            partial.rename(final)
+            self._out.place(partial, final)  # of a resumed run that came by again, in the earlier one's place
             _to_disk(self._folder)
+            self._out.remember(LAST_CHECKPOINT, final.name)
             for old in complete_checkpoints(self._folder)[: -self._limit] if self._limit else []:
-                _delete(old)
+                self._out.remove(old)  # the adapter's file first, without which it is no checkpoint
         self._accelerator.wait_for_everyone()
         return final
 
@@ -164,16 +166,18 @@ class Checkpoints:
             raise ValueError(f"resume: {checkpoint} cannot be restored: {error}") from error
 
     def tidy(self, step: int) -> None:
-        """Deletes what a kill left half done, and sets checkpoints beyond `step` aside.
+        """Deletes what a kill left of a checkpoint that was being deleted, and sets checkpoints beyond `step` aside.
 
         The latter belong to a continuation that is being given up.
         """
-        for pattern in ("step-*.partial", "step-*.deleted"):
-            for path in self._folder.glob(pattern):
-                shutil.rmtree(path)
-        for later in (path for path in complete_checkpoints(self._folder) if checkpoint_step(path) > step):
+        for number, later in step_folders(self._folder):
+            if not (later / ADAPTER_FILE).is_file():
+                self._out.remove(later)
+            if not (later / ADAPTER_FILE).is_file() or number <= step:
+                continue
             target = later.with_suffix(".abandoned")
-            shutil.rmtree(target, ignore_errors=True)
+            self._out.remove(target)
+            target = free_name(target)
             later.rename(target)
             logger.warning("resume: %s lies beyond step %d, renamed to %s", later, step, target.name)
 
@@ -182,14 +186,6 @@ def _files(folder: Path) -> list[str]:
     """All files of a checkpoint but the checksums, relative to it."""
     files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return sorted(name for name in files if name != CHECKSUMS_FILE)
-
-
-def _delete(checkpoint: Path) -> None:
-    """Deletes a checkpoint; its name goes first, so that a kill leaves no half of it that looks like one."""
-    doomed = checkpoint.with_suffix(".deleted")
-    shutil.rmtree(doomed, ignore_errors=True)
-    checkpoint.rename(doomed)
-    shutil.rmtree(doomed)
 
 
 def _to_disk(path: Path) -> None:
@@ -204,14 +200,16 @@ def _to_disk(path: Path) -> None:
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     try:
-        checksums = json.loads((checkpoint / CHECKSUMS_FILE).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        return f"{CHECKSUMS_FILE} cannot be read: {error}"
-    for name, expected in checksums.items():
-        if not (checkpoint / name).is_file():
-            return f"{name} is missing"
-        if checksum(checkpoint / name) != expected:
-            return f"{name} is not what was written"
+        checksums = json.loads((checkpoint / CHECKSUMS_FILE).read_bytes())
+        if not isinstance(checksums, dict) or not {ADAPTER_FILE, STATE_FILE, SETTINGS_FILE} <= checksums.keys():
+            return f"{CHECKSUMS_FILE} does not list the files of a checkpoint"
+        for name, expected in checksums.items():
+            if not (checkpoint / name).is_file():
+                return f"{name} is missing"
+            if checksum(checkpoint / name) != expected:
+                return f"{name} is not what was written"
+    except (OSError, ValueError, RecursionError) as error:
+        return f"it cannot be read: {error}"
     return None
 
 
@@ -220,15 +218,9 @@ def load_adapter(checkpoint: Path, transformer: nn.Module) -> None:
     load_adapter_state(transformer, load_file(checkpoint / ADAPTER_FILE))
 
 
-def checkpoint_step(checkpoint: Path) -> int:
-    match = NAME.fullmatch(checkpoint.name)
-    return int(match[1]) if match else -1
-
-
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a folder that were written to their end, by step."""
-    found = [path for path in folder.glob("step-*") if checkpoint_step(path) >= 0 and (path / ADAPTER_FILE).is_file()]
-    return sorted(found, key=checkpoint_step)
+    return [path for _, path in step_folders(folder) if (path / ADAPTER_FILE).is_file()]
 
 
 def find_checkpoint(resume: str, folder: Path) -> Path | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from focusdpo.training.config import TrainConfig
@@ -61,10 +61,11 @@ class Health:
         self._raised: set[str] = set()
         self._unwanted: set[str] = set()  # raised once in a run
 
-    def restore(self, rows: Sequence[Row]) -> None:
-        """Takes the rows before a resume; what they raise was raised before."""
-        self._rows.extend(rows)
-        self._unwanted = {name for name in UNWANTED if any(row.get(name, 0) > 0 for row in rows)}
+    def restore(self, rows: Iterable[Row]) -> None:
+        """Takes the rows before a resume, one after the other; what they raise was raised before."""
+        for row in rows:
+            self._rows.append(row)
+            self._unwanted |= {name for name in UNWANTED if row.get(name, 0) > 0}
         self._raised = set(self._found())
 
     def update(self, row: Row) -> list[Alarm]:

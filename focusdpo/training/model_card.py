@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,9 +19,12 @@ from PIL import Image
 from focusdpo.data import PairDataset
 from focusdpo.evaluation.curves import draw_curves
 from focusdpo.evaluation.sheets import stack
+from focusdpo.files import write_whole, writing
+from focusdpo.folders import step_folders
+from focusdpo.journals import read_metrics, read_steps
 from focusdpo.models.lora_reading import LORA_FILE
+from focusdpo.text import code, code_block, markdown
 from focusdpo.training.config import DataConfig, ModelConfig, TrainConfig
-from focusdpo.training.metrics import read_metrics
 from focusdpo.training.run_folder import METRICS_FILE, SAMPLES_FOLDER, VALIDATION_FILE
 
 PACKAGES = ("focusdpo", "torch", "diffusers", "peft", "transformers", "accelerate")
@@ -53,12 +58,13 @@ def write_model_card(config: TrainConfig, folder: Path, train: PairDataset, vali
         The card.
     """
     lora = folder / "lora"
-    rows = read_metrics(folder / METRICS_FILE)
-    held_out = read_metrics(folder / VALIDATION_FILE) if (folder / VALIDATION_FILE).is_file() else []
-    draw_curves(rows, held_out, lora / "curves.png")
+    held_out = read_metrics(folder / VALIDATION_FILE)
+    with writing(lora / "curves.png") as partial:
+        draw_curves(read_steps(folder / METRICS_FILE), held_out, partial)
     sheets = _sheets(folder / SAMPLES_FOLDER)
     if sheets:
-        stack([Image.open(sheet) for sheet in sheets]).save(lora / "samples.png")
+        with writing(lora / "samples.png") as partial:
+            stack([Image.open(sheet) for sheet in sheets]).save(partial, "PNG")
 
     hub_id = None if Path(config.model.path).exists() else config.model.path
     data = ModelCardData(
@@ -68,7 +74,7 @@ def write_model_card(config: TrainConfig, folder: Path, train: PairDataset, vali
         tags=["lora", "diffusers-training", "dpo", "focusdpo", config.model.backbone],
     )
     parts = [
-        f"# LoRA for {hub_id or f'a {config.model.backbone} pipeline'}, trained with focusdpo",
+        f"# LoRA for {markdown(hub_id or f'a {config.model.backbone} pipeline')}, trained with focusdpo",
         f"{config.max_steps} steps of {_method(config)} on {len(train)} preference pairs with reference images.",
         "![References, samples before and after training, and winners](samples.png)" if sheets else "",
         "## Use",
@@ -81,14 +87,14 @@ def write_model_card(config: TrainConfig, folder: Path, train: PairDataset, vali
         "![Curves of the run](curves.png)",
         _data_summary(train),
         "What differs from the defaults:",
-        f"```yaml\n{yaml.safe_dump(_changed(config), sort_keys=False)}```",
+        code_block("yaml", yaml.safe_dump(_changed(config), sort_keys=False)),
         "<details><summary>All settings</summary>",
-        f"```yaml\n{yaml.safe_dump(_shown(config), sort_keys=False)}```",
+        code_block("yaml", yaml.safe_dump(_shown(config), sort_keys=False)),
         "</details>",
         "Made with " + ", ".join(f"{name} {_version(name)}" for name in PACKAGES) + ".",
     ]
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n")
-    card.save(lora / "README.md")
+    write_whole(lora / "README.md", str(card))
     return lora / "README.md"
 
 
@@ -98,13 +104,14 @@ def _method(config: TrainConfig) -> str:
 
 def _sheets(folder: Path) -> list[Path]:
     """The sheets of the last step that has some, by pair."""
-    steps = sorted(path for path in folder.glob("step-*") if not path.suffix)
-    return sorted((p for p in steps[-1].glob("*.png") if p.stem.isdigit()), key=lambda p: int(p.stem)) if steps else []
+    steps = step_folders(folder)
+    return sorted((p for p in steps[-1][1].glob("*.png") if p.stem.isdecimal()), key=lambda p: int(p.stem)) if steps else []
 
 
 def _use(model: ModelConfig, hub_id: str | None) -> str:
     lines = ["import torch", "from diffusers import DiffusionPipeline", ""]
-    lines.append(f'pipeline = DiffusionPipeline.from_pretrained("{hub_id or "the base model"}", dtype=torch.bfloat16)')
+    base = json.dumps(hub_id or "the base model")
+    lines.append(f"pipeline = DiffusionPipeline.from_pretrained({base}, dtype=torch.bfloat16)")
     note = ""
     # Without a file's name diffusers looks for one on the hub, which it cannot do offline.
     file = f'weight_name="{LORA_FILE}"'
@@ -117,14 +124,15 @@ def _use(model: ModelConfig, hub_id: str | None) -> str:
             f'pipeline.load_lora_weights("this folder or repository", {file}, adapter_name="focusdpo")',
             f'pipeline.set_adapters(["base", "focusdpo"], [{scale:g}, 1.0])',
         ]
+        command = f"focusdpo convert-lora {shlex.quote(name)} base-lora"
         note = (
-            f"It was trained on top of `{name}`, which has to be loaded under it, in other tools as well, at scale {scale:g}; "
-            f"`focusdpo convert-lora {name} base-lora` brings it into diffusers' format.\n\n"
+            f"It was trained on top of {code(name)}, which has to be loaded under it, in other tools as well, at scale "
+            f"{scale:g}; {code(command)} brings it into diffusers' format.\n\n"
         )
-    code = "```python\n" + "\n".join(lines) + "\n```"
+    example = code_block("python", "\n".join(lines))
     if model.backbone == "flux":
-        code += "\n\nReferences lie as in UNO, which FLUX.1's own pipeline does not know; `Backbone.sample` does."
-    return note + code
+        example += "\n\nReferences lie as in UNO, which FLUX.1's own pipeline does not know; `Backbone.sample` does."
+    return note + example
 
 
 def _other_tools(model: ModelConfig) -> str:
@@ -159,7 +167,7 @@ def _data_summary(pairs: PairDataset) -> str:
 
 
 def _most(counts: Counter[str], limit: int = 20) -> str:
-    shown = ", ".join(f"{name} ({count})" for name, count in counts.most_common(limit))
+    shown = ", ".join(f"{markdown(name)} ({count})" for name, count in counts.most_common(limit))
     return shown + (f" and {len(counts) - limit} more" if len(counts) > limit else "")
 
 

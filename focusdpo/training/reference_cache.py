@@ -27,7 +27,7 @@ from focusdpo.training.draws import fixed_draw, fixed_turns
 from focusdpo.training.step import PreferenceStep, Reference
 from focusdpo.training.tensor_files import TensorFiles
 
-FORMAT = 1  # of the files
+FORMAT = 2  # of the files
 
 
 class ReferenceCache:
@@ -74,8 +74,10 @@ class ReferenceCache:
         """
         rank, processes = self._accelerator.process_index, self._accelerator.num_processes
         wanted = [(index, draw) for draw in sorted(pairs) for index in sorted(pairs[draw])]
-        missing = [item for item in wanted[rank::processes] if not self._files.is_whole(self._key(*item), self._fits(item[0]))]
-        mine = [items[rank] for items in in_rounds(gather_object(missing), processes)]
+        share = {self._key(*item): item for item in wanted[rank::processes]}
+        fits = {key: self._fits(index) for key, (index, _) in share.items()}
+        missing = self._files.missing(fits, progress=self._accelerator.is_local_main_process)
+        mine = [items[rank] for items in in_rounds(gather_object([share[key] for key in missing]), processes)]
         self._step.backbone.transformer.eval()
         loader = load_batches(self._dataset, [[index] for index, _ in mine], self._config.data.num_workers, self._accelerator)
         bar = tqdm(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,15 @@ import yaml
 from focusdpo.data import PairDataset
 from focusdpo.data.records import Problem
 from focusdpo.data.sources import content_checksum
-from focusdpo.files import fingerprint, hash_of, write_whole
-from focusdpo.folders import check_folder, clear_folder, mark_folder
+from focusdpo.files import fingerprint, hash_of, is_stamped, write_json, write_whole
+from focusdpo.folders import OutputFolder, step_folders
 from focusdpo.models import BACKBONES
 from focusdpo.models.base import pipeline_folder, pipeline_parts
 from focusdpo.models.base_lora import base_lora_checksum
+from focusdpo.models.lora_reading import LORA_FILE
 from focusdpo.settings import differences, flat
 from focusdpo.training.adapter import targets_of
-from focusdpo.training.checkpoints import SETTINGS_FILE, find_checkpoint
+from focusdpo.training.checkpoints import LAST_CHECKPOINT, SETTINGS_FILE, find_checkpoint
 from focusdpo.training.config import DataConfig, ModelConfig, TrainConfig
 from focusdpo_kernels import env
 
@@ -37,10 +38,23 @@ REPORT_FILE = "report.html"
 LEFT_OUT_FILE = "left_out.jsonl"
 MAX_PROBLEMS = 5  # shown in a warning
 SAMPLES_FOLDER = "samples"
-RUN_FILES = (
-    CONFIG_FILE, METRICS_FILE, VALIDATION_FILE, ALARMS_FILE, ENVIRONMENT_FILE, REPORT_FILE, SAMPLES_FOLDER, "checkpoints",
-    "tensorboard", "wandb", "lora", "lora_ema",
-)  # fmt: skip
+CHECKPOINTS_FOLDER = "checkpoints"
+_STEP = rf"{CHECKPOINTS_FOLDER}/step-\d+(\.abandoned(-\d+)?)?"
+# What a run writes, see `focusdpo.folders`.
+WRITTEN = (
+    r"config\.yaml",
+    r"(metrics|validation|alarms|left_out)\.jsonl",
+    r"environment\.json",
+    rf"{_STEP}/(adapter\.safetensors|state\.pt|settings\.json|checksums\.json|random_states_\d+\.pkl)",
+    rf"{_STEP}/lora/pytorch_lora_weights\.safetensors",
+    rf"{_STEP}/deepspeed/**",
+    rf"{SAMPLES_FOLDER}/step-\d+/\d+(_sample|_masks)?\.png",
+    r"lora(_ema)?/(pytorch_lora_weights\.safetensors|README\.md|curves\.png|samples\.png)",
+    r"lora(_ema)?/peft/adapter_(config\.json|model\.safetensors)",
+    r"tensorboard/events\.out\.tfevents\..+",
+    r"wandb/(id|latest-run|wandb-resume\.json|debug(-\w+)?\.log)",
+    r"wandb/(offline-)?run-\d{8}_\d{6}-.+/**",
+)
 
 # What a resumed run may change: where things lie, how and how often it reports, how long it goes on. Settings, and sections.
 FREE = (
@@ -90,33 +104,50 @@ def compared_settings(config: TrainConfig) -> dict[str, Any]:
 
 @dataclass
 class RunFolder:
-    """The output folder of a training run, and the checkpoint that it goes on from."""
+    """The output folder of a training run, the checkpoint that it goes on from, and whether that is one of the folder's own."""
 
-    path: Path
+    out: OutputFolder
     checkpoint: Path | None
+    goes_on: bool = False
+    left_out: list[Problem] = field(default_factory=list)
 
     @classmethod
     def prepare(cls, config: TrainConfig) -> RunFolder:
         """Decides whether the run may start.
 
         Raises:
-            FileExistsError, NotADirectoryError: the folder holds something that may not be overwritten.
+            FileExistsError, NotADirectoryError, PermissionError: the folder holds something that may not be overwritten, or
+                cannot be written to.
+            BlockingIOError: another process writes there.
             FileNotFoundError, ValueError: the checkpoint to resume is not there, or damaged.
         """
-        folder = Path(config.output_dir)
-        checkpoints = folder / "checkpoints"
-        check_folder("output_dir", folder, (LEFT_OUT_FILE,), overwrite=True, hint="")  # every start writes its own
+        out = output_folder(config)
+        checkpoints = out.path / CHECKPOINTS_FOLDER
         if not config.resume:
-            hint = "continue it with --resume latest, delete it with --overwrite true, or name another folder"
-            check_folder("output_dir", folder, RUN_FILES, config.overwrite, hint)
-            return cls(folder, None)
+            out.check(
+                config.overwrite, "continue it with --resume latest, delete it with --overwrite true, or name another folder"
+            )
+            return cls(out, None)
         checkpoint = find_checkpoint(config.resume, checkpoints)
         if checkpoint is None:
+            written = out.recall(LAST_CHECKPOINT)
+            if written is not None:
+                raise FileNotFoundError(
+                    f"resume: no checkpoint under {checkpoints}, though this run has written {written}; bring it back, start "
+                    "anew with --overwrite true, or name another folder"
+                )
+            out.check(_is_begun(out), "name another folder")
             logger.warning("resume: no checkpoint under %s yet; starting at step 0", checkpoints)
-        elif checkpoint.resolve().parent != checkpoints.resolve():
-            hint = "a checkpoint of another run goes on in a new folder"
-            check_folder("output_dir", folder, RUN_FILES, False, hint)
-        return cls(folder, checkpoint)
+        elif _is_in(checkpoint, checkpoints):
+            out.check(False, "", goes_on=True, aside=(CONFIG_FILE, "lora/README.md"), proven=(CHECKPOINTS_FOLDER,))
+            return cls(out, checkpoint, goes_on=True)
+        else:
+            out.check(_is_begun(out), "a checkpoint of another run goes on in a new folder")
+        return cls(out, checkpoint)
+
+    @property
+    def path(self) -> Path:
+        return self.out.path
 
     def check_settings(self, settings: dict[str, Any]) -> None:
         """ValueError names every setting that differs from the checkpoint's: the run could not go on to the same numbers."""
@@ -132,17 +163,11 @@ class RunFolder:
             raise ValueError(f"resume: {self.checkpoint} was made with other settings:\n  {lines}\nuse the run's own settings")
 
     def report_left_out(self, problems: list[Problem]) -> None:
-        """Warns of pairs that are not trained on, and lists them in the folder, before the rest of the run writes there.
-
-        Where there are none, the list of an earlier start goes away.
-        """
-        file = self.path / LEFT_OUT_FILE
+        """Warns of pairs that are not trained on; `start` lists them in the folder."""
+        self.left_out = problems
         if not problems:
-            file.unlink(missing_ok=True)
             return
-        mark_folder(self.path)
-        rows = [{"file": str(p.file), "line": p.line, "field": p.field, "reason": p.message} for p in problems]
-        write_whole(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        file = self.path / LEFT_OUT_FILE
         pairs = len({(problem.file, problem.line) for problem in problems})
         first = "\n".join(f"  {problem}" for problem in problems[:MAX_PROBLEMS])
         more = f"\n  and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
@@ -150,8 +175,18 @@ class RunFolder:
 
     def start(self, config: TrainConfig) -> None:
         """Makes the folder ready to be written. Called last, when nothing can be refused any more."""
-        clear_folder(self.path, RUN_FILES if config.overwrite else ())
-        (self.path / CONFIG_FILE).write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+        self.out.begin(clear=not self.goes_on)
+        page = self.path / REPORT_FILE
+        if not self.goes_on and page.is_file() and is_stamped(page, "report"):
+            page.unlink()  # of the earlier run
+        self.out.tidy()
+        write_whole(self.path / CONFIG_FILE, yaml.safe_dump(asdict(config), sort_keys=False))
+        file = self.path / LEFT_OUT_FILE
+        rows = [{"file": str(p.file), "line": p.line, "field": p.field, "reason": p.message} for p in self.left_out]
+        if rows:
+            write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            file.unlink(missing_ok=True)
 
     def record_start(self, step: int, **found: Any) -> None:
         """Adds a start of the run to environment.json: versions, devices, and what the caller found.
@@ -162,9 +197,39 @@ class RunFolder:
         starts = [start for start in read_starts(file) if start["step"] < step]
         time = datetime.now(UTC).isoformat(timespec="seconds")
         starts.append({"step": step, "time": time, **found, "environment": env.report(backends=False).splitlines()})
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(starts, indent=1) + "\n")
-        partial.replace(file)
+        write_json(file, starts)
+
+
+def output_folder(config: TrainConfig) -> OutputFolder:
+    """The folder of a run, whatever it holds."""
+    return OutputFolder("output_dir", Path(config.output_dir), "train", WRITTEN)
+
+
+def finished_at(config: TrainConfig) -> int | None:
+    """The step at which the run that is to be resumed has finished; None where something is left to do.
+
+    Raises:
+        FileNotFoundError, ValueError: as `RunFolder.prepare`.
+    """
+    out = output_folder(config)
+    folders = ("lora", "lora_ema") if config.optim.ema_decay else ("lora",)
+    if config.resume is None or config.push_to_hub.repo_id is not None:
+        return None
+    if not out.is_as_written("lora/README.md", *(f"{folder}/{LORA_FILE}" for folder in folders)):
+        return None
+    checkpoint = find_checkpoint(config.resume, out.path / CHECKPOINTS_FOLDER)
+    own = {path.resolve(): step for step, path in step_folders(out.path / CHECKPOINTS_FOLDER)}
+    step = -1 if checkpoint is None else own.get(checkpoint.resolve(), -1)
+    return step if step >= config.max_steps else None
+
+
+def _is_begun(out: OutputFolder) -> bool:
+    """Whether a run was begun there that has written no checkpoint yet: it has nothing that is not made again."""
+    return out.is_unfinished and out.recall(LAST_CHECKPOINT) is None
+
+
+def _is_in(path: Path, folder: Path) -> bool:
+    return path.resolve().parent == folder.resolve()
 
 
 def read_starts(file: Path) -> list[dict[str, Any]]:

@@ -20,6 +20,8 @@ from focusdpo.data import PairBatch, PairDataset, PairRecord, collate
 from focusdpo.data.images import to_pil
 from focusdpo.evaluation.overlays import MaskAtTime, draw_overlays
 from focusdpo.evaluation.sheets import sample_sheet
+from focusdpo.files import partial_of
+from focusdpo.folders import OutputFolder, step_folders
 from focusdpo.models import BACKBONES, Backbone
 from focusdpo.training.batches import dataset_of
 from focusdpo.training.config import TrainConfig
@@ -52,14 +54,21 @@ class Samples:
     Args:
         config: of the run.
         records: held-out pairs.
-        folder: where the folders of the steps go.
+        out: the run's folder.
+        folder: where the folders of the steps go, in it.
         load_vae: loads a backbone with the VAE alone; called where the run's has none.
     """
 
     def __init__(
-        self, config: TrainConfig, records: Sequence[PairRecord], folder: Path, load_vae: Callable[[], Backbone]
+        self,
+        config: TrainConfig,
+        records: Sequence[PairRecord],
+        out: OutputFolder,
+        folder: Path,
+        load_vae: Callable[[], Backbone],
     ) -> None:
         self._settings = config.samples
+        self._out = out
         self._folder = folder
         self._load_vae = load_vae
         shown = records[: config.samples.count] if config.samples.every else []
@@ -79,9 +88,9 @@ class Samples:
 
     def tidy(self, number: int) -> None:
         """Deletes what lies beyond a step of the run, which is about to be made again."""
-        for path in self._folder.glob("step-*"):
-            if path.suffix or int(path.name.removeprefix("step-")) > number:
-                shutil.rmtree(path)
+        for step, path in step_folders(self._folder):
+            if step > number:
+                self._out.remove(path)
 
     @torch.no_grad()
     def draw(self, number: int, step: PreferenceStep, accelerator: Accelerator) -> None:
@@ -162,7 +171,7 @@ class Samples:
     def _write(self, number: int, drawn: Sequence[_Drawn]) -> dict[str, Image.Image]:
         """Writes the files of a step; returns its sheets and pages of masks by name."""
         final = self._folder / f"step-{number:06d}"
-        partial = final.with_suffix(".partial")
+        partial = partial_of(final)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         pages = {}
@@ -177,6 +186,5 @@ class Samples:
             if one.masks:
                 (partial / f"{name}_masks.png").write_bytes(one.masks)
                 pages[f"{name}_masks"] = Image.open(io.BytesIO(one.masks)).convert("RGB")
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        self._out.place(partial, final)
         return pages

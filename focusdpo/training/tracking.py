@@ -11,6 +11,7 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 
+from focusdpo.files import write_whole
 from focusdpo.training.config import TrainConfig
 
 
@@ -55,5 +56,5 @@ def _wandb_id(folder: Path) -> str:
     file = folder / "wandb" / "id"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(uuid.uuid4().hex)
+        write_whole(file, uuid.uuid4().hex)
     return file.read_text()

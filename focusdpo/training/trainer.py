@@ -18,6 +18,7 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from focusdpo.data import PairBatch, PairDataset, SizeBatches, leave_out_misfits
+from focusdpo.journals import Journal, read_steps, up_to
 from focusdpo.models.sizes import Architecture
 from focusdpo.training.adapter import adapter_state
 from focusdpo.training.batches import (
@@ -39,13 +40,14 @@ from focusdpo.training.health import Alarm, Health
 from focusdpo.training.hub import check_hub, upload
 from focusdpo.training.loading import check_files_and_packages, load_backbone
 from focusdpo.training.memory import batch_advice, batch_text, explained, run_advice
-from focusdpo.training.metrics import Averager, MetricsFile, peak_memory_mib, read_metrics, step_metrics
+from focusdpo.training.metrics import Averager, Smoothed, peak_memory_mib, step_metrics
 from focusdpo.training.model_card import write_model_card
 from focusdpo.training.optimizers import build_optimizer, step_size
 from focusdpo.training.policy import add_policy
 from focusdpo.training.reference_cache import ReferenceCache
 from focusdpo.training.run_folder import (
     ALARMS_FILE,
+    CHECKPOINTS_FOLDER,
     METRICS_FILE,
     SAMPLES_FOLDER,
     VALIDATION_FILE,
@@ -89,8 +91,19 @@ class Trainer:
     ) -> None:
         self.config = config
         self._evaluation = evaluation
+        self._on_alarm = on_alarm
         run = RunFolder.prepare(config)
+        self._out = run.out  # of which the main process is the one writer
         self.folder = run.path
+        try:
+            self._prepare(run)
+        except BaseException:
+            self._out.release()
+            raise
+
+    def _prepare(self, run: RunFolder) -> None:
+        """All that comes before the first step."""
+        config = self.config
         check_files_and_packages(config)
         train, validation = load_records(config)
         self.accelerator = Accelerator(
@@ -115,7 +128,7 @@ class Trainer:
         run.check_settings(settings)
         check_match_count(config.focus, datasets)
         self.samples = Samples(
-            config, self.validation_set.records, self.folder / SAMPLES_FOLDER, lambda: load_backbone(config, "vae")
+            config, self.validation_set.records, run.out, self.folder / SAMPLES_FOLDER, lambda: load_backbone(config, "vae")
         )
         self.batches = TrainingBatches(self.train_set, config, self.accelerator)
         if config.data.cache is not None:
@@ -142,7 +155,9 @@ class Trainer:
             optim.scheduler, optimizer, num_warmup_steps=optim.warmup_steps, num_training_steps=config.max_steps
         )
         limit = config.checkpoints_total_limit
-        self.checkpoints = Checkpoints(self.accelerator, self.folder / "checkpoints", self.backbone, settings, limit)
+        self.checkpoints = Checkpoints(
+            self.accelerator, run.out, self.folder / CHECKPOINTS_FOLDER, self.backbone, settings, limit
+        )
         with self._explained(f"the model was moved to {self.accelerator.device}"):
             self.optimizer = prepare(self.accelerator, self.backbone, optimizer, config)
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
@@ -172,8 +187,7 @@ class Trainer:
             self.samples.tidy(self.progress.step)
         self.accelerator.wait_for_everyone()
         self.health = Health(config, self._hear)
-        self._on_alarm = on_alarm
-        self._alarms_file: MetricsFile | None = None  # of the main process, while it trains
+        self._alarms_file: Journal | None = None  # of the main process, while it trains
         self._pairs_of_step: list[int] = []
         self._running: tuple[PairDataset, list[int]] | None = None  # the batch, until it is through
 
@@ -230,6 +244,8 @@ class Trainer:
                 stopped = self._train(signals)
         except torch.OutOfMemoryError as error:
             raise torch.OutOfMemoryError(self._out_of_memory(first)) from error
+        finally:
+            self._out.release()
         if stopped:
             raise SystemExit(128 + (signals.received or signal.SIGTERM))
 
@@ -254,9 +270,9 @@ class Trainer:
         config, accelerator = self.config, self.accelerator
         metrics_file = None
         if accelerator.is_main_process:
-            metrics_file = MetricsFile(self.folder / METRICS_FILE, self.progress.step)
-            self._alarms_file = MetricsFile(self.folder / ALARMS_FILE, self.progress.step)
-            self.health.restore(read_metrics(self.folder / METRICS_FILE))
+            metrics_file = Journal(self.folder / METRICS_FILE, up_to(self.progress.step))
+            self._alarms_file = Journal(self.folder / ALARMS_FILE, up_to(self.progress.step))
+            self.health.restore(read_steps(self.folder / METRICS_FILE))
         start_trackers(accelerator, config, self.progress.step)
         bar = tqdm(
             total=config.max_steps, initial=self.progress.step, desc="training", unit="step", disable=not self._is_local_main
@@ -265,6 +281,7 @@ class Trainer:
             self._validate()
             self.samples.draw(0, self.step, accelerator)
         averager, started = Averager(accelerator), time.perf_counter()
+        accuracy = Smoothed()  # of a batch it is one of few values
         batches = self.batches.start(self.progress.batches)
         self.module.train()
         stopped = False
@@ -305,7 +322,7 @@ class Trainer:
             self._adapt_beta(row["gradient_factor"])
             self._log(row, metrics_file)
             bar.update()
-            bar.set_postfix(loss=f"{row['loss']:.4f}", accuracy=f"{row['accuracy']:.2f}")
+            bar.set_postfix(loss=f"{row['loss']:.4f}", accuracy=f"{accuracy.add(row['accuracy']):.2f}")
             last = self.progress.step == config.max_steps
             stopped = not last and self._is_stopped(signals)
             # Evaluation first: a checkpoint then never precedes a row that belongs before it.
@@ -324,7 +341,9 @@ class Trainer:
         if not stopped:
             self._save_loras()
         accelerator.end_training()
-        if metrics_file is not None and not stopped:  # last, when nothing can be lost any more
+        if metrics_file is not None and not stopped:
+            self._out.finish()
+            # Last, when nothing can be lost any more.
             upload(config.push_to_hub, self.folder / "lora")
         return stopped
 
@@ -384,7 +403,7 @@ class Trainer:
         if self._on_alarm is not None:
             self._on_alarm(alarm)
 
-    def _log(self, row: dict[str, float], metrics_file: MetricsFile | None) -> None:
+    def _log(self, row: dict[str, float], metrics_file: Journal | None) -> None:
         self.accelerator.log(row, step=self.progress.step)
         if metrics_file is not None:
             metrics_file.write({"step": self.progress.step, **row})
@@ -420,6 +439,6 @@ class Trainer:
         row = self.evaluate()
         self.accelerator.log({f"validation/{name}": value for name, value in row.items()}, step=self.progress.step)
         if self.accelerator.is_main_process:
-            file = MetricsFile(self.folder / VALIDATION_FILE, self.progress.step - 1)
+            file = Journal(self.folder / VALIDATION_FILE, up_to(self.progress.step - 1))
             file.write({"step": self.progress.step, **row})
             file.close()

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,8 +18,9 @@ from focusdpo.data.building.scenes import FILE_NAME as SCENES_FILE
 from focusdpo.data.building.scenes import Scene, load_scenes
 from focusdpo.data.records import FILE_NAME
 from focusdpo.extras import require_package
-from focusdpo.files import checksum
-from focusdpo.folders import check_folder, clear_folder
+from focusdpo.files import checksum, write_whole
+from focusdpo.folders import OutputFolder, read_begun
+from focusdpo.journals import Journal, read_rows
 from focusdpo.settings import differences, flat
 
 logger = logging.getLogger(__name__)
@@ -31,7 +29,14 @@ MANIFEST = "manifest.jsonl"  # one line for each draft that is done
 SETTINGS = "build.json"
 REJECTED = "rejected.jsonl"
 REPORT = "report.json"
-FILES = (FILE_NAME, MANIFEST, SETTINGS, REJECTED, REPORT, "images")
+IMAGES = "images"  # a folder per pair in it
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+# What a build writes, see `focusdpo.folders`.
+WRITTEN = (
+    r"(pairs|manifest|rejected)\.jsonl",
+    r"(build|report)\.json",
+    rf"{IMAGES}/\d{{7}}-\d+/(winner|loser|reference\d+(_mask)?|prior\d+)\.png",
+)
 
 # What a build that goes on may change: where things lie and what they run on.
 FREE = ("scenes", "output_dir", "overwrite", "engine", "workers", "device")
@@ -57,12 +62,19 @@ def prepare_build(config: BuildConfig) -> Callable[[], None]:
     scenes = load_scenes(config.scenes)
     folder = Path(config.output_dir)
     settings = _settings(config)
-    if config.overwrite or not (folder / SETTINGS).exists():
-        hint = "delete it with --overwrite true, or name another folder"
-        check_folder("output_dir", folder, FILES, config.overwrite, hint)
-    else:
-        _check_same(json.loads((folder / SETTINGS).read_text()), settings, folder)
-    return lambda: build(config, scenes, settings)
+    goes_on = not config.overwrite and (folder / SETTINGS).is_file()
+    if goes_on:
+        _check_same(read_begun("output_dir", folder / SETTINGS), settings, folder)
+    out = OutputFolder("output_dir", folder, "data build", WRITTEN)
+    out.check(config.overwrite, "delete it with --overwrite true, or name another folder", goes_on, aside=(FILE_NAME,))
+
+    def work() -> None:
+        out.begin(clear=not goes_on)
+        with out:
+            out.tidy()
+            build(config, scenes, settings, out)
+
+    return work
 
 
 def _settings(config: BuildConfig) -> dict[str, Any]:
@@ -83,52 +95,78 @@ def _check_same(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> Non
         )
 
 
-def build(config: BuildConfig, scenes: Sequence[Scene], settings: dict[str, Any]) -> None:
-    """Builds what the manifest lacks, and writes the dataset."""
+def build(config: BuildConfig, scenes: Sequence[Scene], settings: dict[str, Any], out: OutputFolder) -> None:
+    """Builds what the manifest lacks, and writes the dataset into a folder that is ready."""
     from focusdpo.data.building.engines import run_plain, run_ray, steps  # imports OpenCV
 
-    folder = Path(config.output_dir)
-    clear_folder(folder, FILES if config.overwrite else ())
-    _write(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
-    for partial in folder.glob("images/.*.partial"):
-        shutil.rmtree(partial)
-    done = read_manifest(folder / MANIFEST)
+    folder = out.path
+    write_whole(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
+    done = read_manifest(folder)
     drafts = [Draft(i, v, config.seed, scene) for i, scene in enumerate(scenes) for v in range(config.pairs_per_scene)]
+    same = duplicates_of([done[draft.name] for draft in drafts if draft.name in done], config)
+    lost = [name for name, row in done.items() if "pair" in row and name not in same and not _has_images(folder, row["pair"])]
+    if lost:
+        logger.warning("%s: images of %d pairs are lost (of %s first), and are built again", folder, len(lost), min(lost))
+        done = {name: row for name, row in done.items() if name not in lost}
     left = [draft for draft in drafts if "failed" in done.get(draft.name, {"failed": "not built"})]
     if len(left) < len(drafts):
         logger.info("%d of %d drafts were done before", len(drafts) - len(left), len(drafts))
     started = time.perf_counter()
-    with (folder / MANIFEST).open("a") as manifest:
-        run = {"plain": run_plain, "ray": run_ray}[config.engine]
-        outcomes = run(steps(config, scenes), left, config.workers) if left else iter(())
-        for outcome in tqdm(outcomes, total=len(left), desc="building pairs", unit="pair", leave=False):
-            manifest.write(json.dumps(outcome) + "\n")
-            manifest.flush()
-            os.fsync(manifest.fileno())
-            done[outcome["name"]] = outcome
+    manifest = Journal(folder / MANIFEST)
+    run = {"plain": run_plain, "ray": run_ray}[config.engine]
+    outcomes = run(steps(config, scenes), left, config.workers) if left else iter(())
+    for outcome in tqdm(outcomes, total=len(left), desc="building pairs", unit="pair", leave=False):
+        manifest.write(outcome, to_disk=True)
+        done[outcome["name"]] = outcome
+    manifest.close()
     seconds = time.perf_counter() - started
-    finish(folder, [done[draft.name] for draft in drafts], config, len(left), seconds)
+    finish(out, [done[draft.name] for draft in drafts], config, len(left), seconds)
 
 
-def read_manifest(file: Path) -> dict[str, dict[str, Any]]:
-    """The outcomes by name; where a draft was built again, the last. A line that a kill cut short is cut off the file."""
-    if not file.exists():
-        return {}
-    content = file.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with file.open("r+b") as stream:
-            stream.truncate(len(whole))
-    outcomes = [json.loads(line) for line in whole.splitlines()]
-    return {outcome["name"]: outcome for outcome in outcomes}
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """The outcomes of a build by name; where a draft was built again, the last.
+
+    Those of damaged lines are not among them: their drafts are built again.
+    """
+    return {row["name"]: row for row in read_rows(folder / MANIFEST) if _is_outcome(row)}
 
 
-def finish(folder: Path, outcomes: list[dict[str, Any]], config: BuildConfig, built: int, seconds: float) -> None:
-    """Writes pairs.jsonl, rejected.jsonl and the report, in the order of the scenes whatever the order of building."""
+def _is_outcome(row: dict[str, Any]) -> bool:
+    """Whether a row of the manifest is what `Draft.outcome` gives."""
+    kinds = {"pair": dict, "rejected": str, "failed": str}
+    known = [kind for kind in kinds if isinstance(row.get(kind), kinds[kind])]
+    places = {"name": str, "line": int, "variant": int} | ({"hash": str} if known == ["pair"] else {})
+    return len(known) == 1 and all(isinstance(row.get(name), kind) for name, kind in places.items())
+
+
+def _has_images(folder: Path, pair: dict[str, Any]) -> bool:
+    """Whether all images of a pair are there, to their ends."""
+    try:
+        names = [pair["winner"], pair["loser"], *pair["prior"]]
+        names += [reference[kind] for reference in pair["references"] for kind in ("image", "mask")]
+        return all(_ends(folder / name) for name in names)
+    except (KeyError, TypeError, OSError):
+        return False
+
+
+def _ends(png: Path) -> bool:
+    with png.open("rb") as stream:
+        stream.seek(-len(PNG_END), 2)
+        return stream.read() == PNG_END
+
+
+def duplicates_of(outcomes: Sequence[dict[str, Any]], config: BuildConfig) -> dict[str, str]:
+    """Names of pairs that are too much like an earlier one, and that one's."""
     from focusdpo.data.building.gates import duplicates  # imports torch
 
     hashes = ((outcome["name"], outcome["hash"]) for outcome in outcomes if "pair" in outcome)
-    same = dict(duplicates(hashes, config.gates.min_hash_distance))
+    return dict(duplicates(hashes, config.gates.min_hash_distance))
+
+
+def finish(out: OutputFolder, outcomes: list[dict[str, Any]], config: BuildConfig, built: int, seconds: float) -> None:
+    """Writes pairs.jsonl, rejected.jsonl and the report, in the order of the scenes whatever the order of building."""
+    folder = out.path
+    same = duplicates_of(outcomes, config)
     pairs, rejected = [], []
     reasons: Counter[str] = Counter()
     for outcome in outcomes:
@@ -136,7 +174,7 @@ def finish(folder: Path, outcomes: list[dict[str, Any]], config: BuildConfig, bu
         if outcome["name"] in same:
             reasons["a duplicate"] += 1
             rejected.append({**place, "rejected": f"a duplicate of {same[outcome['name']]}"})
-            shutil.rmtree(folder / "images" / outcome["name"], ignore_errors=True)
+            out.remove(folder / IMAGES / outcome["name"])
         elif "pair" in outcome:
             pairs.append(outcome["pair"])
         else:
@@ -144,7 +182,7 @@ def finish(folder: Path, outcomes: list[dict[str, Any]], config: BuildConfig, bu
             reasons["failed" if verdict == "failed" else outcome[verdict]] += 1
             rejected.append({**place, verdict: outcome[verdict]})
     for name, lines in ((FILE_NAME, pairs), (REJECTED, rejected)):
-        _write(folder / name, "".join(json.dumps(line) + "\n" for line in lines))
+        write_whole(folder / name, "".join(json.dumps(line) + "\n" for line in lines))
     rate = built / seconds if built else 0.0
     report = {
         "drafts": len(outcomes),
@@ -156,7 +194,7 @@ def finish(folder: Path, outcomes: list[dict[str, Any]], config: BuildConfig, bu
         "engine": config.engine,
         "workers": config.workers,
     }
-    _write(folder / REPORT, json.dumps(report, indent=2) + "\n")
+    write_whole(folder / REPORT, json.dumps(report, indent=2) + "\n")
     logger.info("%d pairs of %d drafts in %s", len(pairs), len(outcomes), folder / FILE_NAME)
     for reason, count in reasons.most_common():
         logger.info("%d: %s", count, reason)
@@ -165,11 +203,4 @@ def finish(folder: Path, outcomes: list[dict[str, Any]], config: BuildConfig, bu
     if reasons["failed"]:
         logger.warning("%d failed: %s has the errors; the same command tries them again", reasons["failed"], folder / REJECTED)
     if not pairs:
-        sys.exit(f"focusdpo data build: error: no draft became a pair; {folder / REJECTED} says why")
-
-
-def _write(file: Path, content: str) -> None:
-    """Under its own name the file is always whole."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(content)
-    os.replace(partial, file)
+        raise ValueError(f"no draft became a pair; {folder / REJECTED} says why")

@@ -15,16 +15,24 @@ from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
+from focusdpo.data.building import builder
 from focusdpo.data.building.builder import prepare_build
 from focusdpo.data.building.config import BuildConfig, DisruptionConfig
-from focusdpo.data.building.dreambench_scenes import COMPOSED, composed_scenes, photo_scenes, photos, relative
+from focusdpo.data.building.dreambench_scenes import COMPOSED, as_stored, composed_scenes, photo_scenes, photos, relative
 from focusdpo.extras import require_package
-from focusdpo.folders import check_folder, clear_folder
+from focusdpo.files import write_whole
+from focusdpo.folders import OutputFolder, under
 from focusdpo.settings import require
 
 logger = logging.getLogger(__name__)
 
 CLASSES_FILE = "prompts_and_classes.txt"
+# What it writes, see `focusdpo.folders`.
+WRITTEN = (
+    r"(single|multi|scenes)\.jsonl",
+    rf"{COMPOSED}/\d+(_[ab])?\.png",
+    *under("pairs", builder.WRITTEN),
+)
 LISTS = {"single": "dreambench_singleip.json", "multi": "dreambench_multiip.json"}
 
 
@@ -84,10 +92,9 @@ def prepare_dreambench(config: DreamBenchConfig) -> Callable[[], None]:
     singles = photo_scenes(root, out, classes)
     require(bool(singles), "root", str(root), "a folder with at least two photos of a subject")
     together = _subjects_together(root, classes)
-    files = (*written, "scenes.jsonl", COMPOSED, "pairs")
     resumable = not config.overwrite and all(_holds(out / name, lines) for name, lines in written.items())
-    if not resumable:
-        check_folder("output_dir", out, files, config.overwrite, "delete it with --overwrite true, or name another folder")
+    folder = OutputFolder("output_dir", out, "data dreambench", WRITTEN)
+    folder.check(config.overwrite, "delete it with --overwrite true, or name another folder", resumable)
     pairs = BuildConfig(
         scenes=str(out / "scenes.jsonl"),
         output_dir=str(out / "pairs"),
@@ -104,15 +111,18 @@ def prepare_dreambench(config: DreamBenchConfig) -> Callable[[], None]:
         prepare_build(pairs)  # refuses other settings before anything is written
 
     def work() -> None:
-        if not resumable:
-            clear_folder(out, files)
+        folder.begin(clear=not resumable)
+        with folder:
+            write()
+
+    def write() -> None:
         made = composed_scenes(root, out, classes, together, config.resolution, config.seed)
         composed = list(tqdm(made, total=len(together), desc="composing scenes", unit="scene", leave=False))
         whole = [line for line in composed if line is not None]
         if len(whole) < len(composed):
             logger.info("%d pairs of subjects have no photos that show both whole", len(composed) - len(whole))
         for name, lines in {**written, "scenes.jsonl": singles + whole}.items():
-            (out / name).write_text(_text(lines))
+            write_whole(out / name, _text(lines))
             logger.info("%d lines in %s", len(lines), out / name)
         if missing:
             logger.warning("left out: the prompts of %d subjects without photos: %s", len(missing), ", ".join(sorted(missing)))
@@ -166,7 +176,7 @@ def manifest(root: Path, out: Path, name: str, classes: dict[str, str]) -> tuple
             known = [classes[path.parent.name] for path in paths]
         except (KeyError, TypeError) as error:
             raise ValueError(f"{file}: item {number}: expected prompt and image_paths of known subjects ({error})") from error
-        photos = [root / path.parent.name / path.name for path in paths]
+        photos = [as_stored(root / path.parent.name / path.name) for path in paths]
         absent = {photo.parent.name for photo in photos if not photo.is_file()}
         missing |= absent
         if not absent:

@@ -14,14 +14,22 @@ from focusdpo.data.building.dreambench_boxes import BOXES, LEFT_OUT
 from focusdpo.data.building.scenes import SceneSubject, View
 from focusdpo.data.images import read_size
 
-PHOTOS = ("*.jpg", "*.png")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 COMPOSED = "composed"  # folder of the composed scenes
 
 
 def photos(root: Path, name: str) -> list[Path]:
     """A subject's photos that are fit to be cut out of, in order."""
-    found = sorted(path for pattern in PHOTOS for path in (root / name).glob(pattern))
+    found = sorted(path for path in (root / name).glob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     return [photo for photo in found if _number(photo) not in LEFT_OUT.get(name, ())]
+
+
+def as_stored(photo: Path) -> Path:
+    """A photo that UNO's lists name, as it is called in the folder: suffixes may be written otherwise."""
+    if photo.is_file():
+        return photo
+    others = (path for path in sorted(photo.parent.glob("*")) if path.suffix.lower() in SUFFIXES and path.stem == photo.stem)
+    return next(others, photo)
 
 
 def photo_scenes(root: Path, out: Path, classes: dict[str, str]) -> list[dict[str, Any]]:

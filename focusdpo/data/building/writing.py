@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +53,10 @@ class Write:
                 **draft.notes,
             },
         }
-        shutil.rmtree(target, ignore_errors=True)  # of a build that was killed before it had noted the pair
-        os.replace(partial, target)
+        # Of a build that was killed before it had noted the pair, or whose manifest was damaged, each file is replaced.
+        target.mkdir(parents=True, exist_ok=True)
+        for file in partial.iterdir():
+            file.replace(target / file.name)
+        partial.rmdir()
         draft.pair = line
         draft.hash = pair_hash(draft.scene, draft.loser, np.logical_or.reduce(draft.priors))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import platform
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -15,7 +16,7 @@ from tqdm.auto import tqdm
 
 from focusdpo.evaluation.metrics.config import EvaluateConfig
 from focusdpo.extras import require_package
-from focusdpo.folders import MARKER, check_folder, clear_folder
+from focusdpo.folders import OutputFolder
 
 if TYPE_CHECKING:  # seconds that --help need not wait for
     from focusdpo.evaluation.metrics.inputs import Inputs
@@ -38,25 +39,29 @@ def prepare_evaluation(config: EvaluateConfig) -> Callable[[], None]:
     """
     require_package("torchmetrics", "evaluate", "evaluation")
     from focusdpo.evaluation.metrics.inputs import read_inputs
-    from focusdpo.evaluation.metrics.report import FILES, RESULTS
+    from focusdpo.evaluation.metrics.report import FILES
 
-    out = Path(config.output_dir)
+    out = OutputFolder("output_dir", Path(config.output_dir), "evaluate", [re.escape(name) for name in FILES])
     hint = "replace its results with --overwrite true (embeddings stay), or name another folder"
-    written = (RESULTS,) if (out / MARKER).exists() else FILES  # written last: without it, a run was cut short and goes on
-    check_folder("output_dir", out, written, config.overwrite, hint)
+    out.check(config.overwrite or out.is_unfinished, hint)
     inputs = read_inputs(config)
-    return lambda: evaluate(config, inputs)
+
+    def work() -> None:
+        out.begin(clear=True)
+        with out:
+            evaluate(config, inputs)
+
+    return work
 
 
 def evaluate(config: EvaluateConfig, inputs: Inputs) -> None:
-    """Encodes what is new, measures, and writes."""
+    """Encodes what is new, measures, and writes into a folder that is ready."""
     from focusdpo.evaluation.metrics import report
     from focusdpo.evaluation.metrics.similarity import image_metrics, region_metrics
     from focusdpo.evaluation.metrics.summary import by, intervals, subject_rows, summarise
     from focusdpo.files import write_json
 
     out = Path(config.output_dir)
-    clear_folder(out, report.FILES)
     notes = _notes(config, inputs)
     images, regions, fid_features = _measure(config, inputs, out / EMBEDDINGS)
     interval = intervals(config.level, config.resamples, config.seed)

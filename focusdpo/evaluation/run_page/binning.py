@@ -7,21 +7,16 @@ still seen.
 
 from __future__ import annotations
 
-import json
-import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from focusdpo.evaluation.panels import Floats, value_of
-
-logger = logging.getLogger(__name__)
+from focusdpo.journals import has_step, parse_row, read_steps
 
 TAIL = 2**20  # bytes in which the last whole row is looked for; a row has some thousand
 
@@ -90,7 +85,7 @@ def read_run(path: Path, lines: Iterable[str], points: int, progress: bool = Tru
     run = BinnedRun(first, last, width)
     wanted = list(dict.fromkeys(lines))
     # Rows after the last one are written by a run that goes on; they are for the next page.
-    rows = (row for row in read_rows(path, progress) if first <= row["step"] <= last)
+    rows = (row for row in read_steps(path, progress) if first <= row["step"] <= last)
     for index, group in groupby(rows, key=lambda row: int(row["step"] - first) // width):
         together = list(group)
         for line in wanted:
@@ -104,37 +99,12 @@ def read_run(path: Path, lines: Iterable[str], points: int, progress: bool = Tru
     return run
 
 
-def read_rows(path: Path, progress: bool = False) -> Iterator[dict[str, Any]]:
-    """The rows of a run's file, one after the other. A last line cut short is left out; a damaged one too, with a warning."""
-    size = path.stat().st_size
-    bar = tqdm(total=size, desc=f"reading {path.name}", unit="B", unit_scale=True, disable=not progress, leave=False)
-    with path.open("rb") as stream, bar:
-        for number, line in enumerate(stream, 1):
-            bar.update(len(line))
-            row = _row(line)
-            if row is not None:
-                yield row
-            elif line.endswith(b"\n") and line.strip():
-                logger.warning("%s:%d: left out, it is no JSON object with a step", path, number)
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    is_row = isinstance(row, dict) and isinstance(row.get("step"), int | float) and math.isfinite(row["step"])
-    return row if is_row else None
-
-
 def _ends(path: Path) -> tuple[int, int]:
     """Steps of the first and the last whole row; zeros where there is none."""
-    if not path.is_file():
-        return 0, 0
-    first = next((row for row in read_rows(path)), None)
+    first = next(read_steps(path), None)
     if first is None:
         return 0, 0
     with path.open("rb") as stream:
         stream.seek(max(path.stat().st_size - TAIL, 0))
-        last = next((row for line in reversed(stream.readlines()) if (row := _row(line)) is not None), first)
+        last = next((row for line in reversed(stream.readlines()) if (row := parse_row(line)) and has_step(row)), first)
     return int(first["step"]), max(int(last["step"]), int(first["step"]))

@@ -31,7 +31,7 @@ def prepare_report(config: ReportConfig) -> Callable[[], None]:
     read_run_config("run_dir", folder)
     own = folder / REPORT_FILE
     page = own if config.out is None else Path(config.out)
-    check_page(page, config.overwrite or page.resolve() == own.resolve())
+    check_page(page, "report", config.overwrite or page.resolve() == own.resolve())
 
     def work() -> None:
         write_run_page(folder, page, config.points, config.max_images, config.image_size)

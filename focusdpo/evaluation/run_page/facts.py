@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 
-from focusdpo.evaluation.run_page.binning import BinnedRun, read_rows
+from focusdpo.evaluation.run_page.binning import BinnedRun
+from focusdpo.files import tensor_shapes
+from focusdpo.folders import OutputFolder
+from focusdpo.journals import read_metrics, read_rows
 from focusdpo.settings import flat
 from focusdpo.training.config import DataConfig, ModelConfig, TrainConfig
-from focusdpo.training.run_folder import ALARMS_FILE, LEFT_OUT_FILE, METRICS_FILE
+from focusdpo.training.run_folder import ALARMS_FILE, LEFT_OUT_FILE, METRICS_FILE, WRITTEN
 
 LORA_FILE = "lora/pytorch_lora_weights.safetensors"  # written when a run is through
 METHODS = {"focus": "FocusDPO", "prior": "Diffusion-DPO within the prior", "none": "Diffusion-DPO"}
@@ -35,7 +39,7 @@ class Fact:
 def read_alarms(folder: Path) -> list[dict[str, Any]] | None:
     """The alarms of a run; None where an older version wrote no file."""
     file = folder / ALARMS_FILE
-    return list(read_rows(file)) if file.is_file() else None
+    return [row for row in read_metrics(file) if isinstance(row.get("name"), str)] if file.is_file() else None
 
 
 def facts(
@@ -72,7 +76,9 @@ def facts(
 def _state(folder: Path, config: TrainConfig, run: BinnedRun) -> Fact:
     steps = f"{run.last:,} of {config.max_steps:,} steps"
     if run.last >= config.max_steps and (folder / LORA_FILE).is_file():
-        return Fact("state", "finished", steps, "good")
+        if _is_whole(folder):
+            return Fact("state", "finished", steps, "good")
+        return Fact("state", "finished, but its LoRA is damaged", f"{LORA_FILE} is not what the run wrote", "bad")
     if run.last == 0:
         return Fact("state", "not begun", f"of {config.max_steps:,} steps; no row in {METRICS_FILE} yet")
     written = datetime.fromtimestamp((folder / METRICS_FILE).stat().st_mtime, UTC)
@@ -80,10 +86,20 @@ def _state(folder: Path, config: TrainConfig, run: BinnedRun) -> Fact:
     return Fact("state", f"running, or stopped at step {run.last:,}", f"{steps}; last written {written:%Y-%m-%d %H:%M} UTC")
 
 
+def _is_whole(folder: Path) -> bool:
+    """Whether the LoRA is as long as it says of itself, and, where the run listed its files, what was written."""
+    try:
+        if not tensor_shapes(folder / LORA_FILE):
+            return False
+    except (OSError, SafetensorError):
+        return False
+    out = OutputFolder("run_dir", folder, "train", WRITTEN)
+    return out.is_unfinished or not out.has_list or out.is_as_written(LORA_FILE)
+
+
 def _pairs(folder: Path, config: TrainConfig, starts: Sequence[dict[str, Any]]) -> Fact:
     left_out = folder / LEFT_OUT_FILE
-    rows = map(json.loads, left_out.read_text().splitlines()) if left_out.is_file() else ()
-    count = len({(row["file"], row["line"]) for row in rows})
+    count = len({(str(row.get("file")), str(row.get("line"))) for row in read_rows(left_out)})
     notes = [config.data.train] + ([f"{count:,} left out ({LEFT_OUT_FILE})"] if count else [])
     if not starts or "training_pairs" not in starts[-1]:
         return Fact("pairs", "not recorded", "; ".join(notes))

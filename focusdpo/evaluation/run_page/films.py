@@ -11,6 +11,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from focusdpo.evaluation.pages import image_uri
+from focusdpo.folders import step_folders
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def read_films(folder: Path, max_images: int, size: int, progress: bool = True) 
         size: pixels that the longest side of one has at most.
         progress: show a progress bar.
     """
-    steps = sorted((int(path.name.removeprefix("step-")), path) for path in folder.glob("step-*") if _is_step(path))
+    steps = step_folders(folder)
     pairs = sorted({int(file.stem) for _, path in steps for file in path.glob("*.png") if file.stem.isdecimal()})
     kinds = [kind for kind in KINDS if any((path / f"{pair}{kind}.png").is_file() for _, path in steps for pair in pairs)]
     if not kinds or max_images < len(kinds):
@@ -76,10 +77,6 @@ def evenly(steps: Sequence[int], count: int) -> list[int]:
     first, last = steps[0], steps[-1]
     places = [first + (last - first) * i / (count - 1) for i in range(count)]
     return sorted({min(steps, key=lambda step: abs(step - place)) for place in places})
-
-
-def _is_step(path: Path) -> bool:
-    return path.is_dir() and path.name.removeprefix("step-").isdecimal()  # not one that is being written
 
 
 def _shot(pair: int, step: int, folder: Path, size: int) -> Shot:

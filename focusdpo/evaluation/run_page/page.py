@@ -12,10 +12,12 @@ from markupsafe import Markup
 
 from focusdpo.evaluation.pages import COLOURS, plot, write_page
 from focusdpo.evaluation.panels import BY_TIME, PANELS, Panel
-from focusdpo.evaluation.run_page.binning import read_rows, read_run
+from focusdpo.evaluation.run_page.binning import read_run
 from focusdpo.evaluation.run_page.facts import changed_settings, facts, read_alarms
 from focusdpo.evaluation.run_page.figures import heat_map, panel_figure
 from focusdpo.evaluation.run_page.films import read_films
+from focusdpo.folders import step_folders
+from focusdpo.journals import read_metrics
 from focusdpo.training.metrics import COVERAGE_BINS, TIME_BINS
 from focusdpo.training.run_config import read_run_config
 from focusdpo.training.run_folder import (
@@ -56,7 +58,7 @@ def write_run_page(
     histogram = [f"focus/coverage_histogram/{i / COVERAGE_BINS:.1f}" for i in range(COVERAGE_BINS)]
     lines = [line for panel in (*panels.values(), *by_time) for line in panel.lines] + histogram
     run = read_run(folder / METRICS_FILE, lines, points, progress)
-    held_out = list(read_rows(folder / VALIDATION_FILE)) if (folder / VALIDATION_FILE).is_file() else []
+    held_out = read_metrics(folder / VALIDATION_FILE)
     alarms = read_alarms(folder)
     starts = read_starts(folder / ENVIRONMENT_FILE)
 
@@ -70,6 +72,7 @@ def write_run_page(
         focus.append(plot(coverage, "coverage-histogram"))
     write_page(
         page,
+        "report",
         config.run_name or "/".join(folder.resolve().parts[-2:]),
         "run.html",
         folder=str(folder),
@@ -85,9 +88,9 @@ def write_run_page(
         course=drawn([panels[name] for name in COURSE], "course"),
         held_out=held_out,
         films=read_films(folder / SAMPLES_FOLDER, max_images, image_size, progress),
-        has_samples=any((folder / SAMPLES_FOLDER).glob("step-*")),
+        has_samples=bool(step_folders(folder / SAMPLES_FOLDER)),
         changed=changed_settings(config),
-        settings=(folder / CONFIG_FILE).read_text(),
+        settings=(folder / CONFIG_FILE).read_text(encoding="utf-8", errors="replace"),
         starts=starts,
     )
 

@@ -14,14 +14,14 @@ from typing import Any
 from focusdpo.data.sources import content_checksum
 from focusdpo.experiments.ablation import yardsticks
 from focusdpo.experiments.ablation.config import AblationConfig
-from focusdpo.experiments.ablation.jobs import Job, Judge, Result, run_of
+from focusdpo.experiments.ablation.jobs import JOB_WRITTEN, Job, Judge, Result, run_of
 from focusdpo.experiments.ablation.measures import Measure
 from focusdpo.experiments.ablation.page import write_ablation_page
 from focusdpo.experiments.ablation.pool import run_jobs
 from focusdpo.experiments.ablation.statistics import Cell, Estimate, Row, Table, tabulate, text_of
 from focusdpo.experiments.ablation.variants import Change, changes_of
 from focusdpo.files import write_json, write_whole
-from focusdpo.folders import check_folder, clear_folder
+from focusdpo.folders import OutputFolder, read_begun
 from focusdpo.settings import check_begun, require
 from focusdpo.training.batches import check_match_count, dataset_of, load_records
 from focusdpo.training.config import TrainConfig
@@ -32,7 +32,8 @@ from focusdpo.training.run_folder import compared_settings, model_contents
 logger = logging.getLogger(__name__)
 
 RUNS, SETTINGS_FILE, RESULTS_FILE, TABLE_FILE, PAGE_FILE = "runs", "ablation.json", "results.json", "table.txt", "ablation.html"
-FILES = (SETTINGS_FILE, RUNS, RESULTS_FILE, TABLE_FILE, PAGE_FILE)
+# What an ablation writes, see `focusdpo.folders`.
+WRITTEN = (r"(ablation|results)\.json", r"table\.txt", r"ablation\.html", *(f"{RUNS}/{pattern}" for pattern in JOB_WRITTEN))
 FREE = ("config", "output_dir", "workers", "overwrite", "baseline")  # settings that change no run
 
 
@@ -62,24 +63,23 @@ def prepare_ablation(
     known = folder / SETTINGS_FILE
     goes_on = not config.overwrite and known.is_file()
     if goes_on:
-        check_begun("ablation", folder, json.loads(known.read_text()), json.loads(json.dumps(settings)), _is_longer)
-    else:
-        hint = "delete it with --overwrite true, or name another folder"
-        check_folder("output_dir", folder, FILES, config.overwrite, hint)
+        check_begun("ablation", folder, read_begun("output_dir", known), json.loads(json.dumps(settings)), _is_longer)
+    out = OutputFolder("output_dir", folder, "ablate", WRITTEN)
+    out.check(config.overwrite, "delete it with --overwrite true, or name another folder", goes_on)
     taken = {**(measures or {}), **yardsticks.MEASURES}
 
     def work() -> None:
-        if not goes_on:
-            clear_folder(folder, FILES)
-        write_json(known, settings)
-        jobs = jobs_of(config, run, changes, judge)
-        results = run_jobs(jobs, config.workers)
-        table = tabulate(results, changes, config.baseline, taken)
-        content = _as_json(settings, changes, results, table)
-        write_json(folder / RESULTS_FILE, content)
-        text = text_of(table, {change.name: change.label for change in changes})
-        write_whole(folder / TABLE_FILE, text + "\n")
-        write_ablation_page(folder / PAGE_FILE, config, run, changes, results, table, jobs)
+        out.begin(clear=not goes_on)
+        with out:
+            write_json(known, settings)
+            jobs = jobs_of(config, run, changes, judge)
+            results = run_jobs(jobs, config.workers)
+            table = tabulate(results, changes, config.baseline, taken)
+            content = _as_json(settings, changes, results, table)
+            write_json(folder / RESULTS_FILE, content)
+            text = text_of(table, {change.name: change.label for change in changes})
+            write_whole(folder / TABLE_FILE, text + "\n")
+            write_ablation_page(folder / PAGE_FILE, config, run, changes, results, table, jobs)
         print(text)
         logger.info("%s: the page; %s: all numbers", folder / PAGE_FILE, folder / RESULTS_FILE)
 

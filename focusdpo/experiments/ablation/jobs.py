@@ -16,13 +16,16 @@ from accelerate.state import AcceleratorState, GradientState
 from focusdpo.experiments.ablation import yardsticks
 from focusdpo.experiments.ablation.variants import Change
 from focusdpo.files import write_whole
+from focusdpo.folders import step_folders, under
+from focusdpo.journals import Journal, read_metrics, up_to
 from focusdpo.training.config import HubConfig, SamplesConfig, TrainConfig
-from focusdpo.training.metrics import MetricsFile, read_metrics
-from focusdpo.training.run_folder import SAMPLES_FOLDER
+from focusdpo.training.run_folder import SAMPLES_FOLDER, WRITTEN
 from focusdpo.training.trainer import Trainer
 
 RESULT_FILE = "result.json"
 JUDGED_FILE = "judged.jsonl"
+# What a job writes into an ablation's folder of runs; the last is the microcosm's judge.
+JOB_WRITTEN = under(r"[\w=.,+-]+/seed-\d+", (*WRITTEN, r"result\.json", r"judged\.jsonl", r"images\.safetensors"))
 
 
 class Judge(Protocol):
@@ -146,7 +149,7 @@ def _judge_point(job: Job, latest: dict[int, dict[str, list[float]]], trainer: T
         return
     latest.clear()
     latest[step] = yardsticks.judge(trainer, job.times, job.judged_pairs)
-    file = MetricsFile(job.folder / JUDGED_FILE, step - 1)
+    file = Journal(job.folder / JUDGED_FILE, up_to(step - 1))
     file.write({"step": step, **_means(latest[step])})
     file.close()
 
@@ -156,12 +159,11 @@ def _means(values: dict[str, list[float]]) -> dict[str, float]:
 
 
 def _curve(job: Job) -> list[dict[str, float]]:
-    file = job.folder / JUDGED_FILE
-    return read_metrics(file) if file.is_file() else []
+    return read_metrics(job.folder / JUDGED_FILE)
 
 
 def sample_images(folder: Path) -> dict[int, Path]:
     """The last samples of a run, by held-out pair."""
-    steps = sorted(path for path in (folder / SAMPLES_FOLDER).glob("step-*") if not path.suffix)
-    files = steps[-1].glob("*_sample.png") if steps else ()
+    steps = step_folders(folder / SAMPLES_FOLDER)
+    files = steps[-1][1].glob("*_sample.png") if steps else ()
     return {int(file.name.partition("_")[0]): file for file in files}

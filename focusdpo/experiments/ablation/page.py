@@ -49,6 +49,7 @@ def write_ablation_page(
     curved = [name for name in table.measures if any(name in point for point in points)]
     write_page(
         path,
+        "ablate",
         "Ablation",
         TEMPLATE,
         config=config,

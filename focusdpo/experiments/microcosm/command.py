@@ -13,16 +13,17 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
+from focusdpo.experiments.ablation import command as ablation_command
 from focusdpo.experiments.ablation.command import RESULTS_FILE, RUNS, check_alone, prepare_ablation, table_of
 from focusdpo.experiments.ablation.variants import VARIANTS
 from focusdpo.experiments.microcosm.autoencoder import restore
 from focusdpo.experiments.microcosm.classifier import IdentityClassifier
 from focusdpo.experiments.microcosm.config import MicrocosmConfig
 from focusdpo.experiments.microcosm.judging import IMAGES_FILE, MEASURES
-from focusdpo.experiments.microcosm.stages import FILES, Stages
+from focusdpo.experiments.microcosm.stages import STAGES_WRITTEN, Stages
 from focusdpo.extras import require_package
 from focusdpo.files import write_json
-from focusdpo.folders import check_folder, clear_folder
+from focusdpo.folders import OutputFolder, read_begun, under
 from focusdpo.settings import check_begun, require
 from focusdpo.training.batches import dataset_of, load_records
 
@@ -31,6 +32,13 @@ logger = logging.getLogger(__name__)
 SETTINGS_FILE = "microcosm.json"
 PICTURES = ("world.png", "losses.png", "samples.png", "intervals.png", "tuning.png", "curves.png")
 ABLATION = "ablation"
+# What the microcosm writes, see `focusdpo.folders`.
+WRITTEN = (
+    r"microcosm\.json",
+    *(name.replace(".", r"\.") for name in PICTURES),
+    *STAGES_WRITTEN,
+    *under(ABLATION, ablation_command.WRITTEN),
+)
 JUDGED = ("identity", "leakage", "wrong instance", "class", "FID")
 TUNED = ("accuracy/inside", "win/inside", "lose/inside", "win/outside", "win/whole", "coverage")
 DRAWN = ("win/inside", "lose/inside", "win/outside")  # as curves
@@ -53,27 +61,25 @@ def prepare_microcosm(config: MicrocosmConfig) -> Callable[[], None]:
         blocks = sum(config.sizes.layers)
         require(blocks >= 3, "grids", config.grids, f"no grid over layers with size={config.size!r}, which has {blocks}")
     folder, stages = Path(config.out), Stages(config)
-    files = (SETTINGS_FILE, *FILES, *PICTURES, ABLATION)
     known, settings = folder / SETTINGS_FILE, _settings(stages)
     goes_on = not config.overwrite and known.is_file()
     if goes_on:
-        _check_settings(folder, json.loads(known.read_text()), settings)
-    else:
-        hint = "delete it with --overwrite true, or name another folder"
-        check_folder("out", folder, files, config.overwrite, hint)
+        _check_settings(folder, read_begun("out", known), settings)
+    out = OutputFolder("out", folder, "microcosm", WRITTEN)
+    out.check(config.overwrite, "delete it with --overwrite true, or name another folder", goes_on)
     stages.check()
     if goes_on and stages.are_done:
         stages.write_run()
         prepare_ablation(config.ablation)  # refuses now what it would refuse when its work begins
 
     def work() -> None:
-        if not goes_on:
-            clear_folder(folder, files)
-        write_json(known, settings)
-        logger.info("%d identities in %d classes", len(stages.classes), len(set(stages.classes)))
-        stages.run()
-        prepare_ablation(config.ablation, stages.judge(), MEASURES)()
-        draw(stages)
+        out.begin(clear=not goes_on)
+        with out:
+            write_json(known, settings)
+            logger.info("%d identities in %d classes", len(stages.classes), len(set(stages.classes)))
+            stages.run()
+            prepare_ablation(config.ablation, stages.judge(), MEASURES)()
+            draw(stages)
         logger.info("pictures: %s", ", ".join(str(folder / name) for name in PICTURES))
 
     return work

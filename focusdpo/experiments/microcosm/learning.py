@@ -13,6 +13,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from focusdpo.files import writing
 from focusdpo.training.draws import seeded
 
 SAVE_SECONDS = 60.0  # between the states that a kill may cost
@@ -86,9 +87,8 @@ def learn(
         if len(losses) % 10 == 0:
             bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.4f}")
         if time.monotonic() - saved > SAVE_SECONDS:
-            partial = state_file.with_suffix(".partial")
-            torch.save({"losses": losses, **{key: part.state_dict() for key, part in parts.items()}}, partial)
-            partial.replace(state_file)
+            with writing(state_file) as partial:
+                torch.save({"losses": losses, **{key: part.state_dict() for key, part in parts.items()}}, partial)
             saved = time.monotonic()
     bar.close()
     if ema:

@@ -14,6 +14,7 @@ from focusdpo.data.records import FILE_NAME
 from focusdpo.experiments.composing import on_white
 from focusdpo.experiments.microcosm.scenes import LIGHT_RANGE, draw_scene, other_instance, prompt_of, render
 from focusdpo.experiments.microcosm.subjects import Identity
+from focusdpo.files import write_whole
 
 REFERENCES = "references"
 
@@ -77,7 +78,5 @@ def write_pairs(
         meta = {"identities": list(scene.identities), "changed": changed, "loser_identity": other}
         lines.append({"prompt": prompt_of(identities, scene), "references": references, **names, "meta": meta})
     file = folder / FILE_NAME
-    partial = file.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    partial.replace(file)
+    write_whole(file, "".join(json.dumps(line) + "\n" for line in lines))
     return file

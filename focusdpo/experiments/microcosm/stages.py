@@ -28,7 +28,8 @@ from focusdpo.experiments.microcosm.model import TEXT_TOKENS, build_model
 from focusdpo.experiments.microcosm.pairs import write_pairs
 from focusdpo.experiments.microcosm.subjects import Identity, check_source, identities_of
 from focusdpo.experiments.microcosm.world import World, compose
-from focusdpo.files import write_json, write_whole
+from focusdpo.files import partial_of, write_json, write_whole, writing
+from focusdpo.folders import PIPELINE_WRITTEN
 from focusdpo.training.config import (
     DataConfig,
     FocusConfig,
@@ -44,11 +45,18 @@ from focusdpo_kernels.backend import resolve_backend
 FACTS_FILE = "facts.json"
 LEARNT = ("autoencoder", "classifier", "model")  # what is trained before the preferences
 RESULTS = ("autoencoder", "classifier.safetensors", "model")  # of each
-FILES = (
-    *(*RESULTS, "real.safetensors", "pairs", "cache", "train.yaml", FACTS_FILE),
-    # What a kill leaves behind.
-    *(f"{name}{end}" for name in LEARNT for end in (".state", ".partial")),
-    "real.partial",
+# What the stages write, see `focusdpo.folders`.
+STAGES_WRITTEN = (
+    r"(classifier|real)\.safetensors",
+    r"train\.yaml",
+    r"facts\.json",
+    rf"({'|'.join(LEARNT)})\.state",
+    r"autoencoder/(config\.json|diffusion_pytorch_model\.safetensors)",
+    *PIPELINE_WRITTEN,
+    r"cache/[0-9a-f]{2}/[0-9a-f]{64}\.safetensors",
+    r"pairs/(train|held_out)/pairs\.jsonl",
+    r"pairs/(train|held_out)/\d+_(winner|loser|prior)\.png",
+    r"pairs/(train|held_out)/references/\d+_\d(_mask)?\.png",
 )
 RESTORED = 1000  # scenes that the classifier also sees as the autoencoder gives them back
 # Of the target's tokens, for each subject. References are small here: with as many matches as they have tokens, coverage never
@@ -247,14 +255,13 @@ class Stages:
 
 def _save_tensors(tensors: dict[str, Tensor], target: Path) -> None:
     """Writes a file whole or not at all."""
-    unfinished = target.with_suffix(".partial")
-    save_file(tensors, unfinished)
-    unfinished.replace(target)
+    with writing(target) as partial:
+        save_file(tensors, partial)
 
 
 def _save_folder(save: Callable[[Path], object], target: Path) -> None:
     """Saves a folder under another name first, so that a kill leaves no half of it."""
-    unfinished = target.with_name(f"{target.name}.partial")
+    unfinished = partial_of(target)
     shutil.rmtree(unfinished, ignore_errors=True)
     save(unfinished)
     unfinished.rename(target)

@@ -6,13 +6,14 @@ import importlib.metadata
 import json
 import logging
 import platform
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from focusdpo.experiments.stress.config import KINDS, StressConfig
-from focusdpo.folders import check_folder, clear_folder
+from focusdpo.folders import OutputFolder, read_begun
 from focusdpo.settings import check_begun
 
 if TYPE_CHECKING:  # seconds that --help need not wait for
@@ -27,7 +28,14 @@ SETTINGS_FILE, SCENES, MEASURED, RESULTS_FILE = "stress.json", "scenes", "measur
 AUC_FILE, CONFUSION_FILE, EXCHANGE_FILE = "auc.png", "confusion.png", "exchange.png"
 EXAMPLES_FILES = {kind: f"examples-{kind}.png" for kind in KINDS}
 PICTURES = (AUC_FILE, CONFUSION_FILE, EXCHANGE_FILE, *EXAMPLES_FILES.values())
-FILES = (SETTINGS_FILE, SCENES, MEASURED, RESULTS_FILE, *PICTURES)
+_KIND = "|".join(KINDS)
+# What the test writes, see `focusdpo.folders`.
+WRITTEN = (
+    *(re.escape(name) for name in (SETTINGS_FILE, RESULTS_FILE, *PICTURES)),
+    rf"{SCENES}/pairs\.jsonl",
+    rf"{SCENES}/({_KIND})-\d+/(line\.json|(winner|loser|reference\d+(_mask)?|prior\d+)\.png)",
+    rf"{MEASURED}/({_KIND})-\d+\.npz",
+)
 FREE = ("output_dir", "overwrite", "scenes", "level", "resamples", "backend", "cpu", "config", "checkpoint", "model")
 EXAMPLES = 3  # scenes of each kind that are drawn
 PACKAGES = ("focusdpo", "torch", "diffusers", "numpy", "pillow", "scipy")
@@ -55,10 +63,9 @@ def prepare_stress(config: StressConfig) -> Callable[[], None]:
     known = folder / SETTINGS_FILE
     goes_on = not config.overwrite and known.is_file()
     if goes_on:
-        check_begun("test", folder, json.loads(known.read_text()), settings)
-    else:
-        hint = "delete it with --overwrite true, or name another folder"
-        check_folder("output_dir", folder, FILES, config.overwrite, hint)
+        check_begun("test", folder, read_begun("output_dir", known), settings)
+    out = OutputFolder("output_dir", folder, "stress", WRITTEN)
+    out.check(config.overwrite, "delete it with --overwrite true, or name another folder", goes_on)
     measured: dict[Path, Arrays] = {}
     if goes_on:
         files = [file for kind in KINDS for file in _measured(config, kind)]
@@ -66,10 +73,11 @@ def prepare_stress(config: StressConfig) -> Callable[[], None]:
     step = None if len(measured) == len(KINDS) * config.scenes else load_step(run, checkpoint)
 
     def work() -> None:
-        if not goes_on:
-            clear_folder(folder, FILES)
-            write_json(known, settings)
-        _test(config, run, cast, step, settings, measured)
+        out.begin(clear=not goes_on)
+        with out:
+            if not goes_on:
+                write_json(known, settings)
+            _test(config, run, cast, step, settings, measured)
 
     return work
 

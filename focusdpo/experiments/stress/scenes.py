@@ -20,6 +20,7 @@ from focusdpo.data.records import FILE_NAME
 from focusdpo.experiments.composing import Box, put
 from focusdpo.experiments.stress.config import KINDS, Kind, StressConfig
 from focusdpo.experiments.stress.subjects import Cast, CutOut
+from focusdpo.files import partial_of, write_whole
 
 LINE = "line.json"  # in a scene's folder: its line of pairs.jsonl
 
@@ -32,7 +33,7 @@ def write_scenes(config: StressConfig, cast: Cast, folder: Path) -> Path:
     for kind, number in tqdm(wanted, desc="composing scenes", unit="scene", leave=False):
         scene = folder / f"{kind}-{number:04d}"
         if not (scene / LINE).is_file():
-            partial = folder / f".{scene.name}.partial"
+            partial = partial_of(scene)
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             line = _write_scene(config, cast, kind, number, partial, scene.name)
@@ -40,9 +41,7 @@ def write_scenes(config: StressConfig, cast: Cast, folder: Path) -> Path:
             os.replace(partial, scene)
         lines.append((scene / LINE).read_text())
     file = folder / FILE_NAME
-    partial_file = folder / f".{FILE_NAME}.partial"
-    partial_file.write_text("\n".join(lines) + "\n")
-    os.replace(partial_file, file)
+    write_whole(file, "\n".join(lines) + "\n")
     return file
 
 

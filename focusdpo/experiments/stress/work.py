@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from focusdpo.data.images import PATCH_SIZE
 from focusdpo.experiments.stress import measures
 from focusdpo.experiments.stress.features import block_scores
 from focusdpo.features import pool_mask, reference_token_mask
+from focusdpo.files import writing
 from focusdpo.mask import match_counts
 from focusdpo.training.draws import seeded
 from focusdpo.training.step import PreferenceStep
@@ -102,9 +102,8 @@ def _coverage(scores: Tensor, regions: Tensor, k: Tensor, per_subject: bool, bac
 def save_scene(file: Path, arrays: Arrays) -> None:
     """Under its own name the file is always whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial.npz")
-    np.savez_compressed(partial, **arrays)  # type: ignore[arg-type]  # names are no keywords of its own
-    os.replace(partial, file)
+    with writing(file) as partial, partial.open("wb") as stream:  # by its name numpy would add an ending
+        np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]  # names are no keywords of its own
 
 
 def load_scene(file: Path) -> Arrays | None:
