@@ -5,23 +5,18 @@ A file holds a batch, under a name that follows from encoder and content; what i
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from focusdpo.evaluation.metrics.encoders import Encoder
 from focusdpo.files import hash_of
 from focusdpo.training.tensor_files import TensorFiles
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -43,7 +38,7 @@ def embed(
         batch_size: items encoded at once.
     """
     files = TensorFiles("output_dir", folder / encoder.key[:32])
-    found = {key: value for key, value in _read(files.folder) if key in items}
+    found = {key: value for key, value in files.read_all() if key in items}
     keys = list(items)
     batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
     left = [batch for batch in ([key for key in batch if key not in found] for batch in batches) if batch]
@@ -60,15 +55,6 @@ def embed(
             found |= made
             progress.update(len(batch))
     return {key: found[key] for key in keys}
-
-
-def _read(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """All embeddings of an encoder; a damaged file is left out, and what it had is made again."""
-    for file in sorted(folder.glob("*/*.safetensors")):
-        try:
-            yield from load_file(file).items()
-        except (SafetensorError, OSError) as error:
-            logger.warning("%s is damaged (%s), made again", file, error)
 
 
 def _ahead(
