@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Generator, Hashable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +29,7 @@ from focusdpo.files import ReadableFile, checksum
 from focusdpo.models import BACKBONES
 from focusdpo.training.config import DataConfig, FocusConfig, TrainConfig, parse_ratios
 from focusdpo.training.draws import turns_at
+from focusdpo.training.signals import leave_to_parent
 
 logger = logging.getLogger(__name__)
 
@@ -190,6 +191,7 @@ def load_batches(dataset: PairDataset, batches: list[list[int]], num_workers: in
         collate_fn=collate,
         num_workers=num_workers,
         pin_memory=accelerator.device.type == "cuda",
+        worker_init_fn=leave_to_parent,
     )
 
 
@@ -248,7 +250,7 @@ class TrainingBatches:
                 len(layouts),
             )
 
-    def start(self, position: int) -> Iterator[tuple[PairBatch, float]]:
+    def start(self, position: int) -> Generator[tuple[PairBatch, float]]:
         """Endless batches of this process from a position, each with the factor of its loss.
 
         accelerate averages over accumulated batches and processes. The factor makes that a mean over pairs, as batches of one

@@ -1,4 +1,4 @@
-"""Leaving cleanly: SIGTERM (a scheduler takes the machine back) and Ctrl-C let the running step finish."""
+"""Leaving cleanly: SIGTERM (a scheduler takes the machine back), SIGHUP (a terminal closes) and Ctrl-C let the step finish."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def leave_to_parent(worker: int) -> None:
+    """Makes a loader's process pass over the signals above, which reach a whole process group: its parent still needs it.
+
+    A parent that dies takes it along all the same: PyTorch's loop looks for that.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class StopSignals:
@@ -25,7 +34,9 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            # Under nohup SIGHUP is to stay without effect.
+            heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
 
 import torch
@@ -240,7 +240,8 @@ class Trainer:
         """
         config, first = self.config, self.progress.step
         try:
-            with StopSignals() as signals, repeatable(config.deterministic):
+            # Loaders have processes, which pass over signals: they are to end before this one does.
+            with StopSignals() as signals, repeatable(config.deterministic), ExitStack() as self._open:
                 stopped = self._train(signals)
         except torch.OutOfMemoryError as error:
             raise torch.OutOfMemoryError(self._out_of_memory(first)) from error
@@ -282,7 +283,8 @@ class Trainer:
             self.samples.draw(0, self.step, accelerator)
         averager, started = Averager(accelerator), time.perf_counter()
         accuracy = Smoothed()  # of a batch it is one of few values
-        batches = self.batches.start(self.progress.batches)
+        batches = self.batches.start(self.progress.batches)  # which `train` closes
+        self._open.callback(batches.close)
         self.module.train()
         stopped = False
         while self.progress.step < config.max_steps and not stopped:
@@ -391,9 +393,12 @@ class Trainer:
         else:  # another process has other pairs
             logger.warning("step %d, process %d: %s", step, self.accelerator.process_index, alarm.message)
         if self.progress.skipped_in_a_row >= MAX_SKIPPED:
+            sound = all(bool(parameter.detach().isfinite().all()) for parameter in self.parameters)
             raise FloatingPointError(
-                f"{MAX_SKIPPED} steps in a row up to step {step} had no finite gradient; the adapter is unharmed. Start anew "
-                "with a lower optim.lr or loss.beta, and look at the data of these steps"
+                f"{MAX_SKIPPED} steps in a row up to step {step} had no finite gradient; the adapter is as step "
+                f"{step - MAX_SKIPPED} left it{'' if sound else ', which is not finite either'}. "
+                f"{'Start anew' if sound else 'Go on from an earlier checkpoint, or start anew,'} with a lower optim.lr or "
+                "loss.beta, and look at the data of these steps"
             )
         return False
 
