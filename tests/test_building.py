@@ -394,7 +394,7 @@ def test_a_missing_model_is_an_error_before_anything_is_written(config):
 
 def test_no_pair_at_all_is_an_error(config):
     config.gates = GatesConfig(min_change=500.0)
-    with pytest.raises(SystemExit, match="no draft became a pair"):
+    with pytest.raises(ValueError, match="no draft became a pair"):
         prepare_build(config)()
     assert {item["rejected"] for item in rejections(config)} == {"the change is not visible"}
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial, reduce
 from typing import Literal, TypeVar
 
 import numpy as np
-from PIL import Image, ImageChops, UnidentifiedImageError
+from PIL import Image, ImageChops
 
 from focusdpo.data.images import (
     PATCH_SIZE,
+    ROOM,
     Header,
+    ImageError,
     Size,
+    attempt,
     inside,
     read_alpha,
     read_gray,
@@ -51,20 +54,26 @@ def check_pair(record: PairRecord, check: Check) -> CheckedPair:
     checker = _PairChecker(record)
     checker.headers()
     if check == "full":
-        checker.pixels()
+        with ROOM.hold(checker.held()):
+            checker.pixels()
     return checker.found
 
 
 def changed_tokens(winner: Image.Image, loser: Image.Image) -> np.ndarray:
     """Where two RGB images of one size differ by more than compression, bool [rows, columns] of tokens at 512 px."""
     red, green, blue = ImageChops.difference(winner, loser).split()
-    return _pooled(np.asarray(ImageChops.lighter(ImageChops.lighter(red, green), blue))) > CHANGED
+    return _pooled(ImageChops.lighter(ImageChops.lighter(red, green), blue)) > CHANGED
 
 
-def _pooled(values: np.ndarray) -> np.ndarray:
-    """Means over tokens of values [H, W] in 0 to 255, float32 [rows, columns]."""
-    columns, rows = (side // PATCH_SIZE for side in token_size((values.shape[1], values.shape[0]), COMPARED_AT))
-    return np.asarray(Image.fromarray(values.astype(np.float32)).resize((columns, rows), Image.Resampling.BOX))
+def _pooled(values: Image.Image) -> np.ndarray:
+    """Means over tokens of an image of mode L, float32 [rows, columns]."""
+    columns, rows = (side // PATCH_SIZE for side in token_size(values.size, COMPARED_AT))
+    return np.asarray(values.convert("F").resize((columns, rows), Image.Resampling.BOX))
+
+
+def _shown(marked: np.ndarray) -> Image.Image:
+    """A mask, bool [H, W], as 0 and 255."""
+    return Image.fromarray(marked.astype(np.uint8) * 255)
 
 
 class _PairChecker:
@@ -82,12 +91,12 @@ class _PairChecker:
     def headers(self) -> None:
         record = self.record
         for field, file in {**record.image_fields, **record.mask_fields}.items():
-            header = self.attempt(field, file, read_header)
+            header = self.attempt(field, file, partial(read_header, mask=field in record.mask_fields))
             if header is not None:
                 self.headers_by_field[field] = header
                 self.found.sizes[field] = header.size
-                if header.frames > 1:
-                    self.warn(field, f"{file} has {header.frames} frames, and only the first is used", "save one as PNG")
+                if header.animated:
+                    self.warn(field, f"{file} has several frames, and only the first is used", "save one as PNG")
         self.same_size("loser", "winner")
         for field in record.mask_fields:
             self.same_size(field, "winner" if field.startswith("prior") else field.replace(".mask", ".image"))
@@ -109,48 +118,45 @@ class _PairChecker:
 
     def attempt(self, field: str, file: ReadableFile, read: Callable[[ReadableFile], T]) -> T | None:
         """What `read` makes of a file, or None after saying what is wrong with it."""
-        again = "write it again as PNG or JPEG"
         try:
-            if isinstance(file, Path) and file.exists() and not file.is_file():  # a pipe would be waited for
-                self.error(field, f"{file} cannot be read as an image (it is no file)", "name an image")
-                return None
-            return read(file)
-        except FileNotFoundError:
-            self.error(field, f"no such file: {file}", "copy it there, or correct the path")
-        except UnidentifiedImageError:
-            self.error(field, f"{file} cannot be read as an image (of no known format)", again)
-        except Exception as error:  # Pillow's decoders raise anything on damaged files
-            self.error(field, f"{file} cannot be read as an image ({error or type(error).__name__})", again)
-        return None
+            return attempt(read, file)
+        except ImageError as error:
+            self.error(field, error.message, error.remedy)
+            return None
+
+    def held(self) -> int:
+        """How many pixels `pixels` holds at most: winner, loser, priors of a quarter of their bytes each, and a file more."""
+        areas = {field: width * height for field, (width, height) in self.found.sizes.items()}
+        priors = sum(areas.get(field, 0) for field in self.record.prior_fields) // 4
+        return areas.get("winner", 0) + areas.get("loser", 0) + priors + max(areas.values(), default=0)
 
     def pixels(self) -> None:
-        record, sizes = self.record, self.found.sizes
-        images: dict[str, Image.Image] = {}
-        for field, file in record.image_fields.items():
-            if field in sizes:
-                image = self.attempt(field, file, read_image)
-                if image is None:
-                    del sizes[field]
-                else:
-                    images[field] = image
-                    self.found.contents[field] = checksum(file)
-                    self.picture(field, file, image)
-        masks: dict[str, np.ndarray] = {}
-        for field, file in record.mask_fields.items():
-            if field in sizes:
-                gray = self.attempt(field, file, read_gray)
-                if gray is None:
-                    del sizes[field]
-                else:
-                    masks[field] = inside(gray)
-                    self.mask(field, file, gray, masks[field])
+        record = self.record
+        winner, loser = self.image("winner"), self.image("loser")
+        for number in range(len(record.references)):
+            self.image(f"references[{number}].image")
+        for field in record.mask_fields:
+            if field not in record.prior_fields:
+                self.read_mask(field)
+        masks = {field: mask for field in record.prior_fields if (mask := self.read_mask(field)) is not None}
         self.copies()
-        self.priors({field: mask for field, mask in masks.items() if field.startswith("prior")})
-        if "winner" in images and "loser" in images and images["winner"].size == images["loser"].size:
-            if ImageChops.difference(images["winner"], images["loser"]).getbbox() is None:
+        self.priors(masks)
+        if winner is not None and loser is not None and winner.size == loser.size:
+            if ImageChops.difference(winner, loser).getbbox() is None:
                 self.error("loser", f"{record.loser} has the same pixels as the winner; nothing to prefer", "disrupt a subject")
             else:
-                self.differences(changed_tokens(images["winner"], images["loser"]), masks)
+                self.differences(changed_tokens(winner, loser), masks)
+
+    def image(self, field: str) -> Image.Image | None:
+        """An image whose header was read, after looking at it; None where it cannot be decoded."""
+        file = self.record.image_fields[field]
+        image = self.attempt(field, file, read_image) if field in self.found.sizes else None
+        if image is None:
+            self.found.sizes.pop(field, None)
+        else:
+            self.found.contents[field] = checksum(file)
+            self.picture(field, file, image)
+        return image
 
     def picture(self, field: str, file: ReadableFile, image: Image.Image) -> None:
         if image.getcolors(1) is not None:
@@ -165,6 +171,17 @@ class _PairChecker:
         if field.startswith("references") and not masked and not opaque.any():
             self.error(field, f"{file} is transparent all over and shows no subject", "cut it out again, or give a mask")
 
+    def read_mask(self, field: str) -> np.ndarray | None:
+        """What a mask marks, as `image` has images."""
+        file = self.record.mask_fields[field]
+        gray = self.attempt(field, file, read_gray) if field in self.found.sizes else None
+        if gray is None:
+            self.found.sizes.pop(field, None)
+            return None
+        marked = inside(gray)
+        self.mask(field, file, gray, marked)
+        return marked
+
     def mask(self, field: str, file: ReadableFile, gray: np.ndarray, marked: np.ndarray) -> None:
         # One of several priors may be empty: that subject is the same in winner and loser.
         if not marked.any():
@@ -173,7 +190,7 @@ class _PairChecker:
             return
         if field.startswith("prior") and marked.all():
             self.warn(field, f"{file} marks every pixel, so that nothing tells the subject", "mark what differs in subject")
-        elif _pooled(marked * 255.0).sum() < 255:
+        elif _pooled(_shown(marked)).sum() < 255:
             message = f"{file} marks {int(marked.sum())} pixels, less than one token at {COMPARED_AT} px"
             self.warn(field, message, "look whether it is the right mask")
         brightest = float(gray.max())
@@ -202,13 +219,12 @@ class _PairChecker:
                 self.warn(field, f"marks the same pixels as {other}", "give each subject its own region")
             known.append(field)
 
-    def differences(self, changed: np.ndarray, masks: Mapping[str, np.ndarray]) -> None:
+    def differences(self, changed: np.ndarray, priors: Mapping[str, np.ndarray]) -> None:
         """Compares where winner and loser differ with where the priors say so."""
-        priors = {field: mask for field, mask in masks.items() if field.startswith("prior")}
         sizes = {mask.shape[::-1] for mask in priors.values()} | {self.found.sizes["winner"]}
         if len(priors) < len(self.record.prior) or len(sizes) > 1:
             return
-        pooled = _pooled(np.any(list(priors.values()), axis=0) * 255.0)
+        pooled = _pooled(_shown(reduce(np.logical_or, priors.values())))
         touched, mostly = pooled > 0, pooled >= 128
         if not touched.any():
             return

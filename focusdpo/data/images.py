@@ -2,91 +2,228 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+import os
+import stat
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO, Literal, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 from torch import Tensor
 
 from focusdpo.files import ReadableFile
 
 PATCH_SIZE = 16  # pixels along a token's side: 8 by the VAE, 2 by packing, in every supported backbone
+MAX_PIXELS = 64_000_000  # of an image, as 8000 x 8000: decoded it takes 256 MB, and Pillow warns of larger ones only
+AT_ONCE = 2 * MAX_PIXELS  # of the images that a process's threads hold: about a gigabyte, with what is made of them
+LARGE = 4_000_000  # pixels of images whose memory is given back at once: the C library would keep it for each thread
+STRIP = 256  # rows
+ORIENTATION = 0x0112  # EXIF's tag; 5 to 8 turn by a quarter
+
+# Its images are refused here by name, and a lower limit.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 Size = tuple[int, int]  # width, height in pixels, as PIL has it
 Ratio = tuple[int, int]  # width to height
+T = TypeVar("T")
+
+
+class ImageError(ValueError):
+    """A file that is no image, or none that can be used: `message` says why, `remedy` what to do."""
+
+    def __init__(self, message: str, remedy: str) -> None:
+        super().__init__(message, remedy)
+        self.message, self.remedy = message, remedy
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.remedy}"
+
+
+@dataclass(frozen=True)
+class ImageBytes:
+    """An image in memory."""
+
+    data: bytes
+
+    def open(self, mode: Literal["rb"] = "rb") -> BinaryIO:
+        return BytesIO(self.data)
+
+    def __str__(self) -> str:
+        return "the image"
 
 
 @dataclass(frozen=True)
 class Header:
-    """What an image's header says: width and height as displayed, Pillow's mode, frames, and whether parts may be clear."""
+    """What an image's header says: width and height as displayed, Pillow's mode, and whether it may move or be clear."""
 
     size: Size
     mode: str
-    frames: int
+    animated: bool
     transparent: bool
 
 
-def read_header(file: ReadableFile) -> Header:
-    """Reads no pixels, but of a turned TIFF. ValueError for floating-point images."""
-    with file.open("rb") as stream, Image.open(stream) as image:
+@contextmanager
+def open_file(file: ReadableFile) -> Iterator[BinaryIO]:
+    """The bytes of a regular file: a pipe or a device would be waited for, or never end.
+
+    Raises:
+        ImageError: it is something else.
+        OSError: it cannot be opened.
+    """
+    if isinstance(file, Path) and not stat.S_ISREG(file.stat().st_mode):
+        raise ImageError("it is no file", "name an image")
+    with file.open("rb") as stream:
+        yield stream
+
+
+@contextmanager
+def open_image(file: ReadableFile) -> Iterator[Image.Image]:
+    """An image of which the header is read, and not its pixels. Everything that opens a user's image does it here.
+
+    Raises:
+        ImageError: it is no regular file, or has more than MAX_PIXELS.
+        PIL.UnidentifiedImageError: it is of no format that Pillow knows.
+        OSError: it cannot be opened. Of damaged files Pillow raises anything: see `attempt`.
+    """
+    with open_file(file) as stream:
+        try:
+            with Image.open(stream) as image:
+                _check_pixels(image.size)
+                yield image
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise _too_large() from error
+
+
+def attempt(read: Callable[[ReadableFile], T], file: ReadableFile) -> T:
+    """What `read` makes of an image. ImageError names the file and what is wrong with it, whatever that is."""
+    again = "write it again as PNG or JPEG"
+    try:
+        return read(file)
+    except ImageError as error:
+        raise ImageError(f"{file} cannot be read as an image ({error.message})", error.remedy) from error
+    except FileNotFoundError as error:
+        raise ImageError(f"no such file: {file}", "copy it there, or correct the path") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{file} cannot be read as an image (of no known format)", again) from error
+    except Exception as error:  # Pillow's decoders raise anything on damaged files
+        raise ImageError(f"{file} cannot be read as an image ({error or type(error).__name__})", again) from error
+
+
+# Of glibc; others give memory back themselves.
+_give_back = None if sys.platform == "win32" else getattr(ctypes.CDLL(None), "malloc_trim", None)
+
+
+class _Room:
+    """Lets threads hold images of so many pixels at once. What is larger than all of it is held alone."""
+
+    def __init__(self, pixels: int) -> None:
+        self._pixels = self._free = pixels
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def hold(self, pixels: int) -> Iterator[None]:
+        share = min(pixels, self._pixels)
+        with self._changed:
+            self._changed.wait_for(lambda: share <= self._free)
+            self._free -= share
+        try:
+            yield
+        finally:
+            if share > LARGE and _give_back is not None:
+                _give_back(0)
+            with self._changed:
+                self._free += share
+                self._changed.notify_all()
+
+
+# Memory is bounded by this, not by the number of threads. One that holds room must not ask for more: two would wait forever.
+ROOM = _Room(AT_ONCE)
+
+
+def read_header(file: ReadableFile, mask: bool = False) -> Header:
+    """Decodes no pixels, but of a PNG whose texts come after them.
+
+    Args:
+        file: the image.
+        mask: it is read by `read_mask`, which takes 32-bit integers, too.
+
+    Raises:
+        ImageError, and what `open_image` raises: floating-point images, and of 32 bits.
+    """
+    with open_image(file) as image:
+        _check_depth(image.mode, mask)
         width, height = image.size
-        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # orientation by a quarter turn
-        if turned and image.format == "TIFF":  # whose size has been turned by then, or not: that is Pillow's version's affair
-            (width, height), turned = ImageOps.exif_transpose(image).size, False
-        # A phone's MPO has a photo and its preview.
-        frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-        _check_depth(image.mode)
-        return Header((height, width) if turned else (width, height), image.mode, frames, image.has_transparency_data)
+        if isinstance(image, TiffImageFile):  # whose `size` has been turned by then, or not: that is Pillow's version's affair
+            width, height = int(image.tag_v2[IMAGEWIDTH]), int(image.tag_v2[IMAGELENGTH])
+        if _orientation(image) in (5, 6, 7, 8):
+            width, height = height, width
+        # A phone's MPO has a photo and its preview. Counting frames would read all of the file.
+        animated = image.format != "MPO" and bool(getattr(image, "is_animated", False))
+        return Header((width, height), image.mode, animated, image.has_transparency_data)
 
 
-def read_size(file: ReadableFile) -> Size:
+def read_size(file: ReadableFile, mask: bool = False) -> Size:
     """Width and height as displayed, from the header alone."""
-    return read_header(file).size
+    return read_header(file, mask).size
 
 
 def read_photo(file: ReadableFile) -> Image.Image:
-    """An image in its file's own mode, upright, of 8 bits. ValueError for floating-point images."""
-    with file.open("rb") as stream, Image.open(stream) as image:
-        return _eight_bits(ImageOps.exif_transpose(image))
+    """An image in its file's own mode, upright, of 8 bits. ImageError for floating-point images."""
+    with open_image(file) as image:
+        _check_depth(image.mode)
+        return _eight_bits(_upright(image))
 
 
 def on_white(photo: Image.Image) -> Image.Image:
     """An RGB image; what is transparent becomes white."""
     if not photo.has_transparency_data:
-        return photo.convert("RGB")
-    white = Image.new("RGBA", photo.size, "white")
-    return Image.alpha_composite(white, photo.convert("RGBA")).convert("RGB")
+        return photo if photo.mode == "RGB" else photo.convert("RGB")
+    shown = Image.new("RGB", photo.size)
+    for top in range(0, photo.height, STRIP):  # all at once would take five times the image's memory
+        part = photo.crop((0, top, photo.width, min(top + STRIP, photo.height))).convert("RGBA")
+        white = Image.new("RGBA", part.size, "white")
+        shown.paste(Image.alpha_composite(white, part).convert("RGB"), (0, top))
+    return shown
 
 
 def read_image(file: ReadableFile) -> Image.Image:
-    """An RGB image, upright; what is transparent becomes white. ValueError for floating-point images."""
+    """An RGB image, upright; what is transparent becomes white. ImageError for floating-point images."""
     return on_white(read_photo(file))
 
 
 def read_alpha(file: ReadableFile) -> Image.Image | None:
     """The opaque part of an image with transparency as 0 and 255, else None: a cut-out is its own mask."""
-    with file.open("rb") as stream, Image.open(stream) as image:
-        upright = ImageOps.exif_transpose(image)
-        if not upright.has_transparency_data:
-            return None
-        return upright.convert("RGBA").getchannel("A").point(lambda a: 255 if a >= 128 else 0)
+    with open_image(file) as image:
+        alpha = _alpha(_upright(image))
+        return None if alpha is None else alpha.point(lambda a: 255 if a >= 128 else 0)
 
 
 def read_gray(file: ReadableFile) -> np.ndarray:
-    """The gray values of a mask, uint8 [H, W].
+    """The gray values of a mask, integers [H, W] in the file's own depth: scaled to 8 bits, 0 and 1 of 16 would be one value.
 
-    A file of one colour whose shape is in its transparency has its opacity as gray values.
+    A cut-out has its opacity as gray values, whatever its colours are; where all of it is as opaque, its colours are looked at.
     """
-    with file.open("rb") as stream, Image.open(stream) as image:
-        upright = _eight_bits(ImageOps.exif_transpose(image))
-        if upright.has_transparency_data:
-            rgba = np.asarray(upright.convert("RGBA"))
-            if (rgba[..., :3] == rgba[0, 0, :3]).all():
-                return rgba[..., 3]
-        return np.asarray(upright.convert("L"))
+    with open_image(file) as image:
+        _check_depth(image.mode, mask=True)
+        upright = _upright(image)
+        alpha = _alpha(upright)
+        if alpha is not None:
+            low, high = alpha.getextrema()
+            if low != high or high == 0:
+                return np.asarray(alpha)
+        return np.asarray(upright if upright.mode.startswith("I") else upright.convert("L"))
 
 
 def inside(gray: np.ndarray) -> np.ndarray:
@@ -99,17 +236,72 @@ def read_mask(file: ReadableFile) -> Image.Image:
     return Image.fromarray(inside(read_gray(file)).astype(np.uint8) * 255)
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit gray scaled to 8 bits (Pillow would clip it); floating-point and 32-bit images are refused."""
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
-    _check_depth(image.mode)
+def _too_large(size: Size | None = None) -> ImageError:
+    pixels = "more" if size is None else f"{size[0]}x{size[1]} pixels, more"
+    return ImageError(f"{pixels} than {MAX_PIXELS // 1_000_000} million pixels", "scale it down")
+
+
+def _check_pixels(size: Size) -> None:
+    if size[0] * size[1] > MAX_PIXELS:
+        raise _too_large(size)
+
+
+def _check_depth(mode: str, mask: bool = False) -> None:
+    if mode == "F" or (mode == "I" and not mask):
+        raise ImageError(f"mode {mode}, more than 8 bits of unknown range", "save it with 8 or 16 bits a channel")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Decodes an opened image and turns it as its EXIF says: the same object, as a copy would take as much again."""
+    image.load()
+    _check_pixels(image.size)  # some formats hold a picture of another size than their header says
+    ImageOps.exif_transpose(image, in_place=True)
     return image
 
 
-def _check_depth(mode: str) -> None:
-    if mode in ("F", "I"):
-        raise ValueError(f"mode {mode}, more than 8 bits of unknown range")
+def _orientation(image: Image.Image) -> object:
+    """EXIF's orientation, by which `_upright` turns."""
+    if isinstance(image, PngImageFile) and not _texts_at_the_end(image):
+        return Image.Image.getexif(image).get(ORIENTATION)  # PNG's own method decodes the pixels to see what comes after them
+    return image.getexif().get(ORIENTATION)
+
+
+def _texts_at_the_end(image: PngImageFile) -> bool:
+    """Whether a PNG has EXIF, or texts that may hold it, after its pixels; where Pillow stopped reading is left as it was."""
+    stream = image.fp
+    assert stream is not None
+    start = stream.tell()
+    try:
+        stream.seek(8)
+        pixels = False
+        while len(head := stream.read(8)) == 8:
+            kind = head[4:]
+            if pixels and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+                return True
+            pixels |= kind == b"IDAT"
+            stream.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
+        return False
+    finally:
+        stream.seek(start)
+
+
+def _alpha(image: Image.Image) -> Image.Image | None:
+    """How opaque an image is, mode L; None where nothing of it can be clear."""
+    if not image.has_transparency_data:
+        return None
+    if image.mode.startswith("I"):  # of 16 bits one gray is clear, which Pillow does not convert
+        return Image.fromarray((np.asarray(image) != image.info["transparency"]).astype(np.uint8) * 255)
+    return (image if "A" in image.getbands() else image.convert("RGBA")).getchannel("A")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit gray scaled to 8 bits; Pillow would clip it."""
+    if image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.uint32)
+        values += 128  # to the nearest
+        values //= 257
+        return Image.fromarray(values.astype(np.uint8))
+    return image
 
 
 def token_size(size: Size, longest: int) -> Size:

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageChops
 from tqdm.auto import tqdm
 
 from focusdpo.data.checks import changed_tokens
-from focusdpo.data.images import read_image, read_size
-from focusdpo.data.records import FILE_NAME, MAX_REFERENCES
+from focusdpo.data.images import ImageBytes, ImageError, attempt, inside, read_alpha, read_gray, read_image
+from focusdpo.data.records import FILE_NAME, MAX_REFERENCES, text_fault
 from focusdpo.data.shards import image_suffix
 from focusdpo.extras import require_package
+from focusdpo.files import ReadableFile
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 IMAGES = "images"  # folder of what an import writes beside pairs.jsonl
 UNO_SCORE = 4.0  # UNO-1M's own rating of a couple of images, of which UNO trains on the full marks
+LOGGED = 3  # entries of each reason for dropping
 COLUMNS = ("caption", "jpg_0", "jpg_1", "label_0")
 
 
@@ -30,9 +36,27 @@ COLUMNS = ("caption", "jpg_0", "jpg_1", "label_0")
 class UnoRow:
     """An entry of UNO's json: references, and an image that shows them. `target` is as the file has it."""
 
+    number: int
     prompt: str
     references: tuple[Path, ...]
     target: str
+
+
+class UnfitError(Exception):
+    """An entry that is left out: `reason` is counted, and `detail` says more of this one."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+class Dropped(Counter[str]):
+    """How many entries were left out, by reason; the first of each are logged."""
+
+    def add(self, number: int, error: UnfitError) -> None:
+        self[error.reason] += 1
+        if self[error.reason] <= LOGGED:
+            logger.warning("entry %d dropped: %s%s", number, error.reason, f": {error.detail}" if error.detail else "")
 
 
 class Writer:
@@ -41,7 +65,7 @@ class Writer:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.lines: list[str] = []
-        self.dropped: Counter[str] = Counter()
+        self.dropped = Dropped()
         (folder / IMAGES).mkdir(parents=True, exist_ok=True)
 
     def add(self, **record: Any) -> None:
@@ -69,12 +93,13 @@ class Writer:
         return "; ".join([f"{len(self.lines)} pairs", *reasons])
 
 
-def read_uno(file: Path, dropped: Counter[str]) -> list[UnoRow]:
+def read_uno(file: Path, dropped: Dropped) -> list[UnoRow]:
     """The entries of UNO's json that have an image for their references.
 
     Both of UNO's formats: `prompt`, `image_paths` (or `image_path`) and `image_tgt_path`, as UNO trains on; and UNO-1M's labels
     with `img_path1`, `img_path2` and `caption`, of which those rated below 4 are dropped, as UNO does. Paths are relative to
-    the file; UNO-1M's to `images` beside it.
+    the file; UNO-1M's to `images` beside it. Entries whose values are of another type, or whose paths lead elsewhere, are
+    dropped.
 
     Args:
         file: UNO's json.
@@ -84,33 +109,66 @@ def read_uno(file: Path, dropped: Counter[str]) -> list[UnoRow]:
         ValueError: it is of another format; names the entry.
     """
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        entries = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON ({error})") from error
     if not isinstance(entries, list):
         raise ValueError(f"{file}: expected UNO's list of objects, got {type(entries).__name__}")
     rows = []
     for number, entry in enumerate(entries):
         try:
-            if "img_path1" in entry:
-                if not entry["vlm_filter_cot"].get("score_final", 0) >= UNO_SCORE:
-                    dropped[f"rated below {UNO_SCORE:g}"] += 1
-                    continue
-                prompt, images, target = entry["caption"]["img_path2"], [entry["img_path1"]], entry["img_path2"]
-                images, target = [f"images/{image}" for image in images], f"images/{target}"
-            else:
-                images = [entry["image_path"]] if "image_path" in entry else entry["image_paths"]
-                prompt, target = entry["prompt"], entry.get("image_tgt_path")
-            if target is None:
-                dropped["no image_tgt_path"] += 1
-            elif len(images) > MAX_REFERENCES:
-                dropped[f"more than {MAX_REFERENCES} references"] += 1
-            else:
-                rows.append(UnoRow(str(prompt), tuple(file.parent / image for image in images), str(target)))
-        except (KeyError, TypeError, AttributeError) as error:
+            if not isinstance(entry, dict):
+                raise TypeError(f"got {type(entry).__name__}")
+            prompt, images, target = _rated(entry) if "img_path1" in entry else _trained(entry)
+            rows.append(UnoRow(number, prompt, tuple(file.parent / image for image in images), target))
+        except UnfitError as error:
+            dropped.add(number, error)
+        except (KeyError, TypeError) as error:
             expected = "prompt, image_paths and image_tgt_path, or UNO-1M's img_path1, img_path2, caption and vlm_filter_cot"
             raise ValueError(f"{file}: entry {number}: {type(error).__name__} {error}; expected {expected}") from error
     return rows
+
+
+def _trained(entry: dict[str, Any]) -> tuple[str, list[str], str]:
+    """Prompt, references and target of an entry of the lists that UNO trains on. KeyError where a field is missing."""
+    images = entry["image_path"] if "image_path" in entry else entry["image_paths"]
+    prompt, target = _text(entry["prompt"], "the prompt"), entry.get("image_tgt_path")
+    if target is None:
+        raise UnfitError("no image_tgt_path")
+    if isinstance(images, str):  # one path
+        images = [images]
+    if not isinstance(images, list):
+        raise UnfitError("image_paths is no list of paths", f"got {images!r:.100}")
+    if not 1 <= len(images) <= MAX_REFERENCES:
+        raise UnfitError(f"more than {MAX_REFERENCES} references" if images else "no reference")
+    return prompt, [_within(image) for image in images], _within(target)
+
+
+def _rated(entry: dict[str, Any]) -> tuple[str, list[str], str]:
+    """The same of an entry of UNO-1M's labels."""
+    rating, captions = entry["vlm_filter_cot"], entry["caption"]
+    score = rating.get("score_final") if isinstance(rating, dict) else None
+    if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= UNO_SCORE:
+        raise UnfitError(f"score_final is no number from 0 to {UNO_SCORE:g}", f"got {score!r:.100}")
+    if score < UNO_SCORE:
+        raise UnfitError(f"rated below {UNO_SCORE:g}")
+    prompt = _text(captions["img_path2"] if isinstance(captions, dict) else captions, "the prompt")
+    return prompt, [f"images/{_within(entry['img_path1'])}"], f"images/{_within(entry['img_path2'])}"
+
+
+def _text(value: object, what: str) -> str:
+    fault = text_fault(value)
+    if fault is not None:
+        raise UnfitError(f"{what} is no text", fault)
+    return str(value)
+
+
+def _within(value: object) -> str:
+    """A path that stays in its folder: joined to the losers', an absolute one would name the winner itself."""
+    path = _text(value, "a path")
+    if os.path.isabs(path) or os.path.normpath(path).split(os.sep)[0] == os.pardir:
+        raise UnfitError("a path leads out of its folder", repr(path))
+    return path
 
 
 def import_uno(file: Path, losers: Path, priors: Path | None, folder: Path, progress: bool = True) -> Writer:
@@ -128,25 +186,65 @@ def import_uno(file: Path, losers: Path, priors: Path | None, folder: Path, prog
     for index, row in enumerate(tqdm(rows, desc="importing", unit="pair", disable=not progress, leave=False)):
         winner, loser = file.parent / row.target, losers / row.target
         prior = None if priors is None else priors / row.target
-        paths = {"winner": winner, "loser": loser} | ({} if prior is None else {"prior": prior})
-        lost = next((name for name, path in paths.items() if not path.is_file()), None)
-        if lost is not None:
-            writer.dropped[f"no {lost}"] += 1
+        try:
+            for name, path in ({"winner": winner, "loser": loser} | ({} if prior is None else {"prior": prior})).items():
+                if not os.path.isfile(path):
+                    raise UnfitError(f"no {name}", str(path))
+            for path in row.references:
+                if not os.path.isfile(path):
+                    raise UnfitError("no reference", str(path))
+            images = _check(winner, loser, row.references, prior)
+            changed = Image.fromarray(changed_tokens(*images).astype(np.uint8) * 255)
+            if prior is None and changed.getbbox() is None:
+                raise UnfitError("winner and loser hardly differ", f"{winner} and {loser}")
+        except UnfitError as error:
+            writer.dropped.add(row.number, error)
             continue
-        if prior is None:
-            if read_size(winner) != read_size(loser):
-                writer.dropped["winner and loser differ in size"] += 1
-                continue
-            marked = _difference(winner, loser)
         writer.add(
             prompt=row.prompt,
             references=[{"image": _relative(path, folder)} for path in row.references],
             winner=_relative(winner, folder),
             loser=_relative(loser, folder),
-            prior=writer.save(f"{index:07}_prior", marked) if prior is None else _relative(prior, folder),
+            prior=writer.save(f"{index:07}_prior", changed.resize(images[0].size, Image.Resampling.NEAREST))
+            if prior is None
+            else _relative(prior, folder),
         )
     writer.finish()
     return writer
+
+
+def _check(
+    winner: ReadableFile, loser: ReadableFile, references: Sequence[ReadableFile], prior: ReadableFile | None
+) -> tuple[Image.Image, Image.Image]:
+    """Decodes a pair's images, and returns winner and loser.
+
+    Raises:
+        UnfitError: training could not use them.
+    """
+    for reference in references:
+        _decoded(read_image, reference)
+        alpha = _decoded(read_alpha, reference)
+        if alpha is not None and alpha.getbbox() is None:
+            raise UnfitError("a reference is transparent all over", str(reference))
+    first, second = _decoded(read_image, winner), _decoded(read_image, loser)
+    if first.size != second.size:
+        raise UnfitError("winner and loser differ in size", f"{winner} and {loser}")
+    if ImageChops.difference(first, second).getbbox() is None:
+        raise UnfitError("winner and loser have the same pixels", f"{winner} and {loser}")
+    if prior is not None:
+        mask = inside(_decoded(read_gray, prior))
+        if mask.shape[::-1] != first.size:
+            raise UnfitError("prior and winner differ in size", str(prior))
+        if not mask.any():
+            raise UnfitError("the prior is empty", str(prior))
+    return first, second
+
+
+def _decoded(read: Callable[[ReadableFile], T], file: ReadableFile) -> T:
+    try:
+        return attempt(read, file)
+    except ImageError as error:
+        raise UnfitError("an image is missing or damaged", error.message) from error
 
 
 def import_pickapic(
@@ -166,74 +264,71 @@ def import_pickapic(
     """
     writer = Writer(folder)
     rows = _rows(files, [*COLUMNS, *references, *([prior] if prior else [])])
-    for index, row in enumerate(tqdm(rows, desc="importing", unit="row", disable=not progress, leave=False)):
-        label = row["label_0"]
-        if label not in (0, 1) or row.get("has_label") is False:
-            writer.dropped["a tie" if label == 0.5 and row.get("has_label") is not False else "no label"] += 1
-            continue
+    for index, values in enumerate(tqdm(rows, desc="importing", unit="row", disable=not progress, leave=False)):
         try:
-            images = {name: _bytes(row[name]) for name in ("jpg_0", "jpg_1")}
-            shown = [_bytes(image) for name in references for image in _listed(row[name])]
-            sizes = [_size(image) for image in images.values()]
-            mask = Image.new("L", sizes[0], 255) if prior is None else _bytes(row[prior])
-            for image in (*shown, *([mask] if isinstance(mask, bytes) else [])):
-                _size(image)
-        except (OSError, ValueError, TypeError):
-            writer.dropped["an image is missing or damaged"] += 1
-            continue
-        if sizes[0] != sizes[1]:
-            writer.dropped["winner and loser differ in size"] += 1
-            continue
-        if not 1 <= len(shown) <= MAX_REFERENCES:
-            writer.dropped[f"not 1 to {MAX_REFERENCES} references"] += 1
+            row = _python(values)
+            label = row["label_0"]
+            if label not in (0, 1) or row.get("has_label") is False:
+                raise UnfitError("a tie" if label == 0.5 and row.get("has_label") is not False else "no label")
+            prompt = _text(row["caption"], "the caption")
+            winner, loser = (_bytes(row[name]) for name in (("jpg_0", "jpg_1") if label == 1 else ("jpg_1", "jpg_0")))
+            shown = [_bytes(image) for column in references for image in _listed(row[column])]
+            if not 1 <= len(shown) <= MAX_REFERENCES:
+                raise UnfitError(f"not 1 to {MAX_REFERENCES} references")
+            mask = None if prior is None else _bytes(row[prior])
+            size = _check(winner, loser, shown, mask)[0].size
+        except UnfitError as error:
+            writer.dropped.add(index, error)
             continue
         name = f"{index:07}"
-        winner, loser = ("jpg_0", "jpg_1") if label == 1 else ("jpg_1", "jpg_0")
         writer.add(
-            prompt=row["caption"],
-            references=[{"image": writer.save(f"{name}_reference{i}", image)} for i, image in enumerate(shown)],
-            winner=writer.save(f"{name}_winner", images[winner]),
-            loser=writer.save(f"{name}_loser", images[loser]),
-            prior=writer.save("whole_{}x{}".format(*sizes[0]) if prior is None else f"{name}_prior", mask),
+            prompt=prompt,
+            references=[{"image": writer.save(f"{name}_reference{i}", image.data)} for i, image in enumerate(shown)],
+            winner=writer.save(f"{name}_winner", winner.data),
+            loser=writer.save(f"{name}_loser", loser.data),
+            prior=writer.save("whole_{}x{}".format(*size), Image.new("L", size, 255))
+            if mask is None
+            else writer.save(f"{name}_prior", mask.data),
         )
     writer.finish()
     return writer
 
 
 def _rows(files: Sequence[Path], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The rows of parquet files, their values as Arrow has them. ValueError names what cannot be read."""
     parquet = require_package("pyarrow.parquet", "a parquet file")
+    arrow = require_package("pyarrow", "a parquet file")
     for file in files:
-        table = parquet.ParquetFile(file)
-        names = set(table.schema_arrow.names)
-        missing = [name for name in columns if name not in names]
-        if missing:
-            raise ValueError(f"{file} has no column {missing[0]}; it has {', '.join(sorted(names))}")
-        for batch in table.iter_batches(batch_size=16, columns=[*columns, *({"has_label"} & names)]):
-            yield from batch.to_pylist()
+        try:
+            with parquet.ParquetFile(file, buffer_size=2**20, pre_buffer=False) as table:
+                names = set(table.schema_arrow.names)
+                missing = [name for name in columns if name not in names]
+                if missing:
+                    raise ValueError(f"has no column {missing[0]}; it has {', '.join(sorted(names))}")
+                for batch in table.iter_batches(batch_size=16, columns=[*columns, *({"has_label"} & names)], use_threads=False):
+                    yield from ({name: batch.column(name)[i] for name in batch.schema.names} for i in range(len(batch)))
+        except (OSError, ValueError, arrow.ArrowException) as error:
+            raise ValueError(f"{file} {error}") from error
 
 
-def _bytes(value: Any) -> bytes:
-    """Of an image as `datasets` stores it, or as plain bytes."""
-    data = value["bytes"] if isinstance(value, dict) else value
+def _python(row: dict[str, Any]) -> dict[str, Any]:
+    """A row's values as Python has them."""
+    try:
+        return {name: value.as_py() for name, value in row.items()}
+    except (ValueError, OverflowError) as error:  # text that is no UTF-8, the year 20000
+        raise UnfitError("a value cannot be read", str(error)) from error
+
+
+def _bytes(value: Any) -> ImageBytes:
+    """An image as `datasets` stores it, or as plain bytes."""
+    data = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(data, bytes):
-        raise ValueError(f"expected bytes, got {type(data).__name__}")
-    return data
-
-
-def _size(data: bytes) -> tuple[int, int]:
-    with Image.open(BytesIO(data)) as image:
-        image.load()
-        return image.size
+        raise UnfitError("an image is missing or damaged", f"expected bytes, got {type(data).__name__}")
+    return ImageBytes(data)
 
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
-
-
-def _difference(winner: Path, loser: Path) -> Image.Image:
-    images = read_image(winner), read_image(loser)
-    changed = changed_tokens(*images).astype(np.uint8) * 255
-    return Image.fromarray(changed).resize(images[0].size, Image.Resampling.NEAREST)
 
 
 def _relative(path: Path, folder: Path) -> str:

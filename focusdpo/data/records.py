@@ -14,6 +14,7 @@ where it is opaque.
 
 from __future__ import annotations
 
+import codecs
 import json
 import reprlib
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from focusdpo.files import ReadableFile
+from focusdpo.text import printable
 
 FILE_NAME = "pairs.jsonl"
 MAX_REFERENCES = 6
@@ -46,8 +48,7 @@ class Problem:
     def __str__(self) -> str:
         warning = "warning: " if self.severity == "warning" else ""
         text = f"{self.file}:{self.line}: {self.field}: {warning}{self.message}" + (f"; {self.remedy}" if self.remedy else "")
-        # What is quoted may be no text, and has to be printable all the same.
-        return text.encode("utf-8", "backslashreplace").decode("utf-8")
+        return printable(text)
 
 
 class DatasetError(ValueError):
@@ -126,15 +127,9 @@ class RecordParser:
 
     def parse_json(self, raw: bytes) -> PairRecord | None:
         try:
-            value = json.loads(raw.decode("utf-8"), object_pairs_hook=_distinct)
-        except UnicodeDecodeError as error:
-            self.problem("line", f"is not UTF-8 (byte {error.start})", "save the file as UTF-8")
-            return None
-        except _RepeatedFieldError as error:
-            self.problem(str(error), "stands twice in one object", "keep one of them")
-            return None
-        except (ValueError, RecursionError) as error:
-            self.problem("line", f"is not JSON ({error})", "write one object a line")
+            value = parse_line(raw)
+        except LineError as error:
+            self.problem(error.field, error.message, error.remedy)
             return None
         return self.parse(value)
 
@@ -167,21 +162,19 @@ class RecordParser:
                 self.problem(prefix + name, message, "rename it, or move it into meta")
 
     def text(self, field: str, value: object, remedy: str) -> str | None:
-        if not (isinstance(value, str) and value.strip()):
-            self.problem(field, f"expected a text that is not empty, got {reprlib.repr(value)}", remedy)
+        fault = text_fault(value)
+        if fault is not None:
+            self.problem(field, fault, remedy)
             return None
-        if any("\ud800" <= c <= "\udfff" for c in value):
-            self.problem(field, "holds half of a surrogate pair, which is no text", "write the character itself")
-            return None
-        return value
+        return str(value)
 
     def image(self, field: str, value: object) -> ReadableFile | None:
-        if not (isinstance(value, str) and value.strip()) or "\0" in value:
-            self.problem(field, f"expected the path of an image, got {reprlib.repr(value)}", 'write it like "winner.png"')
-            return None
-        if self.text(field, value, "") is None:
+        fault = text_fault(value, "the path of an image")
+        if fault is not None:
+            self.problem(field, fault, 'write it like "winner.png"')
             return None
         try:
+            assert isinstance(value, str)
             return self.locate(value)
         except LookupError as error:
             self.problem(field, str(error.args[0]), "write the pair's shard again")
@@ -220,6 +213,37 @@ class RecordParser:
             self.problem("prior", message, "order them as the references are, an empty mask where nothing differs")
         images = [self.image(f"prior[{index}]", item) for index, item in enumerate(value)]
         return tuple(image for image in images if image is not None)
+
+
+def text_fault(value: object, expected: str = "a text that is not empty") -> str | None:
+    """What is wrong with a value that should be a text; None where it is one."""
+    if not (isinstance(value, str) and value.strip()) or "\0" in value:
+        return f"expected {expected}, got {reprlib.repr(value)}"
+    if any("\ud800" <= c <= "\udfff" for c in value):
+        return "holds half of a surrogate pair, which is no text"
+    return None
+
+
+class LineError(ValueError):
+    """A line that is no JSON."""
+
+    def __init__(self, field: str, message: str, remedy: str) -> None:
+        super().__init__(field, message, remedy)
+        self.field, self.message, self.remedy = field, message, remedy
+
+
+def parse_line(raw: bytes) -> Any:
+    """The value of a line of JSON in UTF-8, with or without a mark of its encoding before it. LineError says what is wrong."""
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in raw:
+        raise LineError("line", "is not UTF-8 (but UTF-16, or holds zero bytes)", "save the file as UTF-8")
+    try:
+        return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_distinct)
+    except UnicodeDecodeError as error:
+        raise LineError("line", f"is not UTF-8 (byte {error.start})", "save the file as UTF-8") from error
+    except _RepeatedFieldError as error:
+        raise LineError(str(error), "stands twice in one object", "keep one of them") from error
+    except (ValueError, RecursionError) as error:
+        raise LineError("line", f"is not JSON ({error})", "write one object a line") from error
 
 
 class _RepeatedFieldError(ValueError):

@@ -13,9 +13,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from PIL import Image
 from tqdm.auto import tqdm
 
+from focusdpo.data.images import ImageBytes, open_file, open_image
 from focusdpo.data.records import PairRecord
 from focusdpo.extras import require_package
 from focusdpo.files import ReadableFile
@@ -119,8 +119,8 @@ def write_shards(records: Sequence[PairRecord], folder: Path, pairs_per_shard: i
 
 
 def image_suffix(data: bytes) -> str:
-    """The usual ending of an image's format; OSError where it is none."""
-    with Image.open(BytesIO(data)) as image:
+    """The usual ending of an image's format; raises what `open_image` does where it is none."""
+    with open_image(ImageBytes(data)) as image:
         return {"JPEG": "jpg", "MPO": "jpg"}.get(image.format or "", (image.format or "").lower())
 
 
@@ -128,7 +128,7 @@ def _members(record: PairRecord) -> dict[str, bytes]:
     members: dict[str, bytes] = {}
 
     def add(name: str, file: ReadableFile) -> str:
-        with file.open("rb") as stream:
+        with open_file(file) as stream:
             data = stream.read()
         name = f"{name}.{image_suffix(data)}"
         members[name] = data

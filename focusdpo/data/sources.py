@@ -1,15 +1,25 @@
-"""Where a dataset's records and images lie: `pairs.jsonl`, WebDataset shards, or tables as Hugging Face's `datasets` has them.
+"""Where a dataset's records and images lie: `pairs.jsonl`, WebDataset shards, parquet tables, or image folders.
 
 All become records whose images open at random: batches, exact resume, cache and the split over processes know no format.
 """
 
 from __future__ import annotations
 
+import bisect
+import csv
+import datetime
+import decimal
 import functools
+import glob
 import hashlib
+import itertools
 import json
+import os
 import re
-from collections.abc import Iterator, Sequence
+import threading
+import uuid
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -22,7 +32,16 @@ from focusdpo.data.shards import TarMember, list_samples
 from focusdpo.extras import require_package
 from focusdpo.files import ReadableFile, checksum
 
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # what makes an image folder a dataset of `datasets`
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # what makes a folder of images a dataset
+BLOCK = 16 * 2**20  # bytes of a parquet column that are decoded at once
+KEPT = 128 * 2**20  # bytes of what was decoded last, of all tables together
+HELD = 512 * 2**20  # bytes of row groups' columns that are read on from where they are
+CURSORS = 16  # of them, as each has its file open
+SERIES = re.compile(r"(.+)-(\d+)-of-(\d+)\.\w+")
+# Words that name a split. Others of their words are told by their first three letters.
+SPLIT = re.compile(
+    r"(?<![a-z])(?:train(?:ing)?|test(?:ing)?|val(?:id(?:ation)?)?|dev|eval(?:uation)?|held[ _-]?out)(?![a-z])", re.IGNORECASE
+)
 EXPECTED = (
     f"expected a {FILE_NAME} file, or a folder that holds one; shards (*.tar), parquet files or an image folder with "
     f"{METADATA[0]}; or a pattern of shards or parquet files"
@@ -44,7 +63,7 @@ class Source(Protocol):
 
 @dataclass
 class JsonLines:
-    """pairs.jsonl; paths are relative to it."""
+    """pairs.jsonl, or an image folder's metadata.jsonl; paths are relative to it."""
 
     file: Path
 
@@ -55,7 +74,8 @@ class JsonLines:
             for line, raw in enumerate(stream, start=1):
                 if not raw.strip():
                     continue
-                parser = RecordParser(self.file, line, lambda text: self.file.parent / text)
+                in_folder = self.file.name in METADATA
+                parser = _RowParser(self.file, line) if in_folder else RecordParser(self.file, line, self.file.parent.joinpath)
                 _collect(parser, parser.parse_json(raw), records, problems)
         return _or_empty(self.file, records, problems)
 
@@ -103,111 +123,337 @@ class Shard:
         return digest.hexdigest()
 
 
+class _RowParser(RecordParser):
+    """Makes a record of a table's row, or of a line of an image folder's metadata.
+
+    Fields without a value are as if they were not there. Of a struct of `bytes` and `path`, as `datasets` stores an image, one
+    is taken; `meta`, `references` and `prior` may be JSON text. In an image folder, `winner_file_name` is `winner`.
+
+    Args:
+        file, line: what the problems name.
+        table: whose bytes become images; None where there are none.
+    """
+
+    def __init__(self, file: Path, line: int, table: Table | None = None) -> None:
+        super().__init__(file, line, file.parent.joinpath)
+        self.table = table
+
+    def parse(self, value: object) -> PairRecord | None:
+        if isinstance(value, dict):
+            given = {name: item for name, item in value.items() if item is not None}
+            if self.file.name in METADATA:
+                given = self.renamed("", given)
+            for name in given.keys() & {"meta", "references", "prior"}:
+                given[name] = _parsed(given[name])
+            value = {name: item if name in ("prompt", "meta") else self.plain(name, item) for name, item in given.items()}
+            value = {name: item for name, item in value.items() if item is not None}
+            if isinstance(value.get("meta"), dict):
+                value["meta"] = self.json_values(value["meta"])
+        return super().parse(value)
+
+    def renamed(self, prefix: str, value: dict[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, item in value.items():
+            field = re.sub(r"(?<=.)_file_names?$", "", name)
+            if field in found:
+                self.problem(prefix + field, f"stands twice, with {name}", "keep one of them")
+            found[field] = item
+        return found
+
+    def plain(self, place: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self.plain(f"{place}[{number}]", item) for number, item in enumerate(value)]
+        if not isinstance(value, dict):
+            return value
+        if value.keys() == {"bytes", "path"}:
+            return value["path"] if value["bytes"] is None else value["bytes"]
+        if self.file.name in METADATA:
+            value = self.renamed(f"{place}.", value)
+        return {name: self.plain(f"{place}.{name}", item) for name, item in value.items()}
+
+    def image(self, field: str, value: object) -> ReadableFile | None:
+        if isinstance(value, bytes) and self.table is not None:
+            return Cell(self.table, self.line - 1, field)
+        return super().image(field, value)
+
+    def json_values(self, meta: dict[str, Any]) -> dict[str, Any]:
+        """Free values as JSON has them: it has no times, for one, and shards are to hold them, too."""
+        try:
+            return json.loads(json.dumps(meta, default=_json_value))
+        except (TypeError, ValueError, RecursionError) as error:
+            self.problem("meta", f"holds what JSON does not have ({error})", "write it as text")
+            return {}
+
+
+def _json_value(value: object) -> str:
+    if isinstance(value, datetime.date | datetime.time):  # a datetime is a date
+        return value.isoformat()
+    if isinstance(value, datetime.timedelta | decimal.Decimal | uuid.UUID):
+        return str(value)
+    raise TypeError(type(value).__name__)
+
+
+def _parsed(value: Any) -> Any:
+    """JSON text as its value; anything else as it is. Rows of a table share one type, which free values do not."""
+    if not (isinstance(value, str) and value.lstrip()[:1] in ("[", "{")):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
 @dataclass(frozen=True)
 class Cell:
-    """An image that stands in a table itself."""
+    """An image that stands in a table itself; `field` is what the record calls it, like `references[0].image`."""
 
     table: Table = field(repr=False)
     row: int
-    place: tuple[str | int, ...]  # column, and what leads into it
+    field: str
 
     def open(self, mode: Literal["rb"] = "rb") -> BinaryIO:
-        value = self.table.rows.data.column(self.place[0])[self.row]
-        for part in self.place[1:]:
-            value = value[part]
-        value = value.as_py()
+        column, *parts = re.findall(r"\w+", self.field)
+        value = self.table.value(self.row, column)
+        for part in parts:
+            value = value[int(part) if part.isdecimal() else part]
         return BytesIO(value["bytes"] if isinstance(value, dict) else value)
 
     def __str__(self) -> str:
-        return f"{self.table.file}, row {self.row + 1}, {_name(self.place)}"
+        return f"{self.table.file}, row {self.row + 1}, {self.field}"
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose columns are the fields of a record: a parquet file, or the metadata of an image folder.
+    """A parquet file whose columns are the fields of a record, or an image folder's metadata.parquet.
 
-    `datasets` keeps it as a memory-mapped file in its own cache.
+    Its values are read when they are asked for, see `_Cells`. What goes to a loader's processes is the file's name.
     """
 
     file: Path
 
-    @functools.cached_property
-    def rows(self) -> Any:
-        import datasets
+    def __reduce__(self) -> tuple[type[Table], tuple[Path]]:
+        return Table, (self.file,)
 
-        if self.file.name in METADATA:
-            found = datasets.load_dataset("imagefolder", data_dir=str(self.file.parent))
-        else:
-            found = datasets.load_dataset("parquet", data_files=str(self.file))
-        (split,) = found  # of one file
-        return found[split]
+    @functools.cached_property
+    def _opened(self) -> _Opened:
+        with self._parquet() as table:
+            return _Opened(table.metadata, table.schema_arrow, _identity(self.file))
+
+    def _parquet(self, metadata: Any = None) -> Any:
+        parquet = require_package("pyarrow.parquet", "a parquet file")
+        # Buffered, or all of a column's part of a row group would be read before its first value.
+        return parquet.ParquetFile(self.file, metadata=metadata, buffer_size=2**20, pre_buffer=False)
+
+    def batches(self, group: int, column: str) -> Iterator[Any]:
+        """Arrow's values of a row group's column, `rows_at_once` of them. OSError where the file is another than at first."""
+        if _identity(self.file) != self._opened.identity:
+            raise OSError(f"{self.file} was replaced while it was read; start again")
+        with self._parquet(self._opened.metadata) as table:
+            rows = self.rows_at_once(group, column)
+            for batch in table.iter_batches(rows, row_groups=[group], columns=[column], use_threads=False):
+                yield batch.column(0)
+
+    def size(self, group: int, column: str) -> int:
+        """Bytes of a row group's column, decompressed."""
+        found = self._opened.metadata.row_group(group)
+        parts = (found.column(number) for number in range(found.num_columns))
+        return sum(part.total_uncompressed_size for part in parts if part.path_in_schema.split(".")[0] == column)
+
+    def rows_at_once(self, group: int, column: str) -> int:
+        """How many rows of a row group's column take BLOCK bytes."""
+        rows = self._opened.metadata.row_group(group).num_rows
+        return max(min(rows, BLOCK * rows // max(self.size(group, column), 1)), 1)
+
+    def value(self, row: int, column: str) -> Any:
+        """A value as Python has it. Rows count from 0."""
+        return _CELLS.value(self, row, column)
 
     def read(self) -> tuple[list[PairRecord], list[Problem]]:
-        try:
-            rows = self.rows
-        except (ValueError, OSError, RuntimeError) as error:  # what `datasets` and Arrow raise
-            cause = error.__cause__ or error
-            message = f"cannot be read as a table ({str(cause).splitlines()[0] if str(cause) else type(cause).__name__})"
-            return [], [Problem(self.file, 1, "file", message, "write it again")]
-        problems = [
-            Problem(self.file, 1, name, f"is not a column; known are {', '.join(FIELDS)}", "rename it, or take it out")
-            for name in rows.column_names
-            if name not in FIELDS
-        ]
-        columns = {name: rows.data.column(name) for name in rows.column_names if name in FIELDS}
-        records: list[PairRecord] = []
-        for row in tqdm(range(len(rows)), desc=self.file.name, unit="row", leave=False, disable=len(rows) < 10_000):
-            cells: dict[str, Cell] = {}
-            value = {name: self._plain(column[row], row, (name,), cells) for name, column in columns.items()}
-            value = {name: item for name, item in value.items() if item is not None}
-            if isinstance(value.get("meta"), str):  # rows of a table share one type, which free values do not
-                value["meta"] = _parsed(value["meta"])
-            parser = RecordParser(self.file, row + 1, functools.partial(self._locate, cells))
-            _collect(parser, parser.parse(value), records, problems)
-        return _or_empty(self.file, records, problems)
-
-    def _plain(self, value: Any, row: int, place: tuple[str | int, ...], cells: dict[str, Cell]) -> Any:
-        """An Arrow value as Python has it; an image becomes its path, or a name by which `cells` has it."""
+        """All values are looked at once, a few at a time: bytes are told from missing ones by reading them."""
         import pyarrow as pa
 
-        kind = value.type
-        if not value.is_valid:
-            return None
-        is_struct = pa.types.is_struct(kind)
-        names = {kind.field(i).name for i in range(kind.num_fields)} if is_struct else set()
-        if names == {"bytes", "path"} or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-            if is_struct and not value["bytes"].is_valid:
-                return value["path"].as_py()
-            cells[_name(place)] = Cell(self, row, place)
-            return _name(place)
-        if is_struct:
-            return {name: self._plain(value[name], row, (*place, name), cells) for name in names}
-        if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-            return [self._plain(value[i], row, (*place, i), cells) for i in range(len(value))]
-        return value.as_py()
+        records: list[PairRecord] = []
+        problems: list[Problem] = []
+        row = 0
+        try:
+            names = self._opened.schema.names
+            columns = [name for name in names if self._field(name) in FIELDS]
+            for name in names:
+                if name not in columns:
+                    message, remedy = f"is not a column; known are {', '.join(FIELDS)}", "rename it, or take it out"
+                    problems.append(Problem(self.file, 1, name, message, remedy))
+            if len(set(columns)) < len(columns):
+                raise ValueError("two columns have one name")
+            total = self._opened.metadata.num_rows
+            with tqdm(total=total, desc=self.file.name, unit="row", leave=False, disable=total < 10_000) as bar:
+                for group, (row, after) in enumerate(itertools.pairwise(self._opened.starts)):
+                    problems += self._large(group, row + 1, columns)
+                    table = None if self.file.name in METADATA else self
+                    parsers = [_RowParser(self.file, number + 1, table) for number in range(row, after)]
+                    values: list[dict[str, Any]] = [{} for _ in parsers]
+                    for name in columns:  # one after the other: a column may be one page, which is decoded as a whole
+                        found = itertools.chain.from_iterable(self.batches(group, name))
+                        for parser, value, item in zip(parsers, values, found, strict=True):
+                            value[name] = _python(item, name, parser)
+                    for parser, value in zip(parsers, values, strict=True):
+                        _collect(parser, parser.parse(value), records, problems)
+                    bar.update(len(parsers))
+        except (OSError, ValueError, pa.ArrowException) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            problems.append(Problem(self.file, row + 1, "file", f"cannot be read as a table ({reason})", "write it again"))
+        return _or_empty(self.file, records, problems)
 
-    def _locate(self, cells: dict[str, Cell], text: str) -> ReadableFile:
-        return cells[text] if text in cells else self.file.parent / text
+    def _large(self, group: int, line: int, columns: Sequence[str]) -> Iterator[Problem]:
+        size, column = max(((self.size(group, name), name) for name in columns), default=(0, ""))
+        if size > HELD // 4:  # a pair takes four columns or so
+            message = (
+                f"has a row group of {size // 2**20} MB from this row on; reading one image may take as much memory, and long"
+            )
+            yield Problem(self.file, line, column, message, "write it again with row_group_size=100", "warning")
+
+    def _field(self, column: str) -> str:
+        return re.sub(r"(?<=.)_file_names?$", "", column) if self.file.name in METADATA else column
 
     def digest(self) -> str:
-        if self.file.suffix != ".parquet":
-            return checksum(self.file)
-        with self.file.open("rb") as stream:  # the footer has sizes, offsets and statistics of all that is stored
-            stream.seek(-8, 2)
-            length = int.from_bytes(stream.read(4), "little")
-            stream.seek(-min(8 + length, self.file.stat().st_size), 2)
-            return hashlib.sha256(stream.read()).hexdigest()
+        """Of the whole file: the footer alone may be the same for other images. It is read through once, images included."""
+        return checksum(self.file)
 
 
-def _name(place: Sequence[str | int]) -> str:
-    return str(place[0]) + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place[1:])
+@dataclass(frozen=True)
+class _Opened:
+    """What is known of a parquet file before its values; what `_Cells` knows it by."""
+
+    metadata: Any
+    schema: Any
+    identity: tuple[int, ...]
+
+    @functools.cached_property
+    def starts(self) -> list[int]:
+        """The first row of each row group, and the number of rows."""
+        sizes = [self.metadata.row_group(group).num_rows for group in range(self.metadata.num_row_groups)]
+        return [0, *itertools.accumulate(sizes)]
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
 
 
-def _parsed(text: str) -> Any:
+def _identity(file: Path) -> tuple[int, ...]:
+    found = file.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _python(value: Any, field: str, parser: RecordParser) -> Any:
+    """An Arrow value as Python has it, of bytes the first; what Python does not have, such as the year 20000, is a problem."""
     try:
-        return json.loads(text)
-    except ValueError:
-        return text  # which is refused
+        return _shortened(value.as_py())
+    except (ValueError, OverflowError) as error:
+        parser.problem(field, f"is of type {value.type} and cannot be read ({str(error).splitlines()[0]})", "write it as text")
+        return None
+
+
+def _shortened(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_shortened(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _shortened(item) for name, item in value.items()}
+    return value[:40] if isinstance(value, bytes) else value
+
+
+class _Cursor:
+    """A column of a row group, read on from where it is. `row` comes next, `size` is what it may have in memory."""
+
+    def __init__(self, table: Table, group: int, column: str) -> None:
+        self.group, self.row, self.size = group, table._opened.starts[group], table.size(group, column)
+        self._batches = table.batches(group, column)
+
+    def read(self) -> tuple[int, Any]:
+        """The first row of the next batch, and its values."""
+        values = next(self._batches)
+        self.row += len(values)
+        return self.row - len(values), values
+
+
+class _Cells:
+    """Values of parquet columns at random, for threads.
+
+    Parquet is decoded from a row group's start. A column's reader therefore goes on from where it is, and what was decoded last
+    is kept: rows in order cost one pass where a row group's columns fit into HELD, others up to a row group each.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[tuple[_Opened, str, int], Any] = OrderedDict()  # by file, column and first row
+        self._cursors: OrderedDict[tuple[_Opened, str], _Cursor] = OrderedDict()
+
+    def value(self, table: Table, row: int, column: str) -> Any:
+        opened = table._opened
+        group = bisect.bisect_right(opened.starts, row) - 1
+        start, rows = opened.starts[group], table.rows_at_once(group, column)
+        first = start + (row - start) // rows * rows
+        with self._lock:
+            values = self._kept.get((opened, column, first))
+            if values is None:
+                values = self._read(table, column, group, first)
+            else:
+                self._kept.move_to_end((opened, column, first))
+        return values[row - first].as_py()
+
+    def _read(self, table: Table, column: str, group: int, first: int) -> Any:
+        opened = table._opened
+        cursor = self._cursors.pop((opened, column), None)
+        if cursor is None or cursor.group != group or cursor.row > first:
+            cursor = _Cursor(table, group, column)
+        while self._cursors and sum(other.size for other in self._cursors.values()) + cursor.size > HELD:
+            self._cursors.popitem(last=False)
+        while cursor.row <= first:
+            begin, values = cursor.read()
+            self._kept[opened, column, begin] = values
+            while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > KEPT:
+                self._kept.popitem(last=False)
+        self._cursors[opened, column] = cursor
+        if len(self._cursors) > CURSORS:
+            self._cursors.popitem(last=False)
+        return values
+
+
+_CELLS = _Cells()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_CELLS.__init__)  # type: ignore[misc]  # a process of its own has its own files and lock
+
+
+@dataclass
+class Csv:
+    """An image folder's metadata.csv; paths are relative to it, lists and objects are JSON text."""
+
+    file: Path
+
+    def read(self) -> tuple[list[PairRecord], list[Problem]]:
+        records: list[PairRecord] = []
+        problems: list[Problem] = []
+        row = 0
+        try:
+            with self.file.open(encoding="utf-8-sig", newline="") as stream:
+                rows = csv.reader(stream, strict=True)
+                names = next(rows, [])
+                if len(set(names)) < len(names):
+                    raise csv.Error("two columns have one name")
+                for row, cells in enumerate((cells for cells in rows if cells), start=1):
+                    parser = _RowParser(self.file, row)
+                    if len(cells) != len(names):
+                        parser.problem("line", f"has {len(cells)} cells, but there are {len(names)} columns", "write it again")
+                    value = {name: cell for name, cell in zip(names, cells, strict=False) if cell}
+                    _collect(parser, parser.parse(value), records, problems)
+        except UnicodeDecodeError as error:
+            problems.append(Problem(self.file, row + 1, "file", f"is not UTF-8 ({error.reason})", "save the file as UTF-8"))
+        except csv.Error as error:
+            problems.append(Problem(self.file, row + 1, "file", f"cannot be read as CSV ({error})", "write it again"))
+        return _or_empty(self.file, records, problems)
+
+    def digest(self) -> str:
+        return checksum(self.file)
 
 
 def _collect(parser: RecordParser, record: PairRecord | None, records: list[PairRecord], problems: list[Problem]) -> None:
@@ -231,7 +477,7 @@ def find_sources(path: str | Path) -> list[Source]:
 
     Raises:
         FileNotFoundError: there is none, or one of a numbered series is missing.
-        ValueError: a folder holds several splits.
+        ValueError: a folder or a pattern holds several splits.
         ModuleNotFoundError: reading it needs a package of the extra `data`.
     """
     return [_source(file) for file in _find_files(path)]
@@ -240,10 +486,10 @@ def find_sources(path: str | Path) -> list[Source]:
 def _source(file: Path) -> Source:
     if file.suffix == ".tar":
         return Shard(file)
-    if file.suffix == ".parquet" or file.name in METADATA:
-        require_package("datasets", "a parquet file or an image folder")
+    if file.suffix == ".parquet":
+        require_package("pyarrow", "a parquet file")
         return Table(file)
-    return JsonLines(file)
+    return Csv(file) if file.name in METADATA and file.suffix == ".csv" else JsonLines(file)
 
 
 def _find_files(path: str | Path) -> Iterator[Path]:
@@ -252,38 +498,81 @@ def _find_files(path: str | Path) -> Iterator[Path]:
         yield found
     elif found.is_dir():
         for name in (FILE_NAME, "*.tar", *METADATA, "**/*.parquet"):
-            files = sorted(found.glob(name))
+            files = _visible(found.glob(name))
             if files:
                 break
         else:
             raise FileNotFoundError(f"no such dataset: {found / FILE_NAME}; {EXPECTED}")
-        splits = {match[1] for file in files if (match := re.fullmatch(r"(.+)-\d+-of-\d+", file.stem))}
-        if len(splits) > 1:
-            first = files[0].relative_to(found).parent / f"{min(splits)}-*{files[0].suffix}"
-            raise ValueError(f"{found} holds several splits ({', '.join(sorted(splits))}); name one, like {found / first}")
+        _check_splits(found, files, [match[1] if (match := SERIES.fullmatch(file.name)) else "" for file in files])
         _check_series(files)
         yield from files
     elif re.search(r"[*?\[{]", str(path)):
-        patterns = [str(path)]
-        if "{" in str(path):
-            patterns = require_package("braceexpand", "a pattern with braces").braceexpand(str(path))
+        folder, parts = Path(found.anchor), list(found.parts[1:] if found.anchor else found.parts)
+        while (folder / parts[0]).is_dir():  # what is there is meant as it is called, such as set[1]
+            folder /= parts.pop(0)
+        patterns = ["/".join(parts)]
+        if "{" in patterns[0]:
+            patterns = list(require_package("braceexpand", "a pattern with braces").braceexpand(patterns[0]))
         for pattern in patterns:
-            files = sorted(Path(found.anchor).glob(str(Path(pattern).relative_to(found.anchor))))
+            files = _visible(folder / name for name in glob.glob(pattern, root_dir=folder, recursive=True))
             if not files:
-                raise FileNotFoundError(f"no such dataset: nothing matches {pattern}; {EXPECTED}")
+                raise FileNotFoundError(f"no such dataset: nothing matches {folder / pattern}; {EXPECTED}")
+            _check_splits(folder, files, [""] * len(files))
             yield from files
     else:
         raise FileNotFoundError(f"no such dataset: {found}; {EXPECTED}")
 
 
+def _visible(files: Iterable[Path]) -> list[Path]:
+    return sorted(file for file in files if file.is_file() and not file.name.startswith("."))
+
+
+def _check_splits(folder: Path, files: Sequence[Path], series: Sequence[str]) -> None:
+    """Training and test data are not read as one: ValueError names both.
+
+    Args:
+        folder: what the user named, whose own name says nothing.
+        files: those that would be read.
+        series: what the files of a numbered series have in common, "" for others.
+    """
+    splits: dict[tuple[Any, str], list[Path]] = defaultdict(list)
+    names: dict[tuple[Any, str], str] = {}
+    numbered = len({name for name in series if name}) > 1
+    for file, name in zip(files, series, strict=True):
+        path = file.relative_to(folder) if file.is_relative_to(folder) else Path(file.name)
+        words = [word.lower() for word in SPLIT.findall(path.with_suffix("").as_posix())]
+        split = frozenset(word[:3] for word in words), name if numbered else ""
+        splits[split].append(file)
+        names.setdefault(split, name or " ".join(words) or path.as_posix())
+    if len(splits) > 1:
+        choices = sorted(_named(folder, own, [file for file in files if file not in own]) for own in splits.values())
+        raise ValueError(
+            f"{folder} holds several splits ({', '.join(sorted(names.values()))}); name one: {', '.join(map(str, choices))}"
+        )
+
+
+def _named(folder: Path, files: Sequence[Path], others: Sequence[Path]) -> str:
+    """How a user names these files and no others."""
+    common = Path(os.path.commonpath([file.parent for file in files]))
+    if common != folder and not any(file.is_relative_to(common) for file in others):
+        return str(common)
+    prefix = os.path.commonprefix([file.name for file in files])  # noqa: RUF071, of letters, not of folders
+    pattern = str(common / f"{prefix}*{files[0].suffix}")
+    matched = {Path(name) for name in glob.glob(pattern)}
+    return pattern if len(files) > 1 and matched == set(files) else str(files[0])
+
+
 def _check_series(files: Sequence[Path]) -> None:
     """Files named NAME-00003-of-00012 come as a whole, or something is lost: FileNotFoundError."""
-    names = {file.name for file in files}
-    for match in filter(None, map(re.compile(r"(.+)-(\d+)-of-(\d+)(\..+)").fullmatch, sorted(names))):
-        stem, number, total, suffix = match.groups()
-        missing = {f"{stem}-{i:0{len(number)}}-of-{total}{suffix}" for i in range(int(total))} - names
-        if missing:
-            raise FileNotFoundError(f"{files[0].parent} lacks {min(missing)} of {int(total)} files; copy it there")
+    series: dict[tuple[Path, str, str, str], set[int]] = defaultdict(set)
+    for file in files:
+        if match := SERIES.fullmatch(file.name):
+            series[file.parent, match[1], match[3], file.suffix].add(int(match[2]))
+    for (folder, stem, total, suffix), numbers in series.items():
+        missing = next((number for number in range(int(total)) if number not in numbers), None)
+        if missing is not None:
+            name = f"{stem}-{missing:0{len(total)}}-of-{total}{suffix}"
+            raise FileNotFoundError(f"{folder} lacks {name} of {int(total)} files; copy it there")
 
 
 def parse_pairs(path: str | Path, progress: bool = False) -> tuple[list[PairRecord], list[Problem]]:

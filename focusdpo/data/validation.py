@@ -16,6 +16,7 @@ from focusdpo.data.checks import Check, CheckedPair, check_pair, compare_pairs
 from focusdpo.data.dataset import PairDataset, PairSizes
 from focusdpo.data.records import DatasetError, PairRecord, Problem
 from focusdpo.data.sources import parse_pairs
+from focusdpo.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ class Report:
         lines.append(
             f"{self.path}: {self.pairs} sound pairs, {len(self.errors)} errors, {len(self.warnings)} warnings: {verdict}"
         )
-        return "\n".join(lines).encode("utf-8", "backslashreplace").decode("utf-8")
+        return "\n".join(map(printable, lines))
 
 
 def validate(

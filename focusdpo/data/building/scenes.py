@@ -12,17 +12,17 @@ top, right, bottom in pixels) tell a segmentation where to look; a mask makes it
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from focusdpo.data.images import read_size
-from focusdpo.data.records import MAX_REFERENCES, DatasetError, Problem
+from focusdpo.data.images import ImageError, attempt, read_size
+from focusdpo.data.records import MAX_REFERENCES, DatasetError, LineError, Problem, parse_line, text_fault
 
 FILE_NAME = "scenes.jsonl"
 FIELDS = {"prompt": True, "scene": True, "subjects": True, "meta": False}
@@ -117,10 +117,10 @@ def _parse(file: Path, line: int, raw: bytes) -> tuple[Scene | None, list[Proble
             problem(prefix + name, f"is not a field; known are {', '.join(known)} (free values go into meta of the scene)")
 
     def text(name: str, value: object) -> str:
-        if not (isinstance(value, str) and value.strip()) or "\0" in value:
-            problem(name, f"expected a text that is not empty, got {value!r}")
-            return ""
-        return value
+        fault = text_fault(value)
+        if fault is not None:
+            problem(name, fault)
+        return "" if fault is not None else str(value)
 
     def box(name: str, value: object) -> Box | None:
         match value:
@@ -130,9 +130,9 @@ def _parse(file: Path, line: int, raw: bytes) -> tuple[Scene | None, list[Proble
         return None
 
     try:
-        value = json.loads(raw.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        problem("line", f"is not JSON in UTF-8 ({error}); write one object a line")
+        value = parse_line(raw)
+    except LineError as error:
+        problem(error.field, f"{error.message}; {error.remedy}")
         return None, problems
     if not isinstance(value, dict):
         problem("line", f"expected a JSON object, got {type(value).__name__}")
@@ -187,12 +187,9 @@ def _check_files(scene: Scene) -> Iterator[Problem]:
         for name, path in ((image_field, view.image), (mask_field, view.mask)):
             try:
                 if path is not None:
-                    sizes.append(read_size(path))
-            except FileNotFoundError:
-                yield Problem(scene.file, scene.line, name, f"no such file: {path}")
-            except (OSError, ValueError, SyntaxError) as error:
-                message = f"{path} cannot be read as an image ({error}); write it again as PNG or JPEG"
-                yield Problem(scene.file, scene.line, name, message)
+                    sizes.append(attempt(partial(read_size, mask=path is view.mask), path))
+            except ImageError as error:
+                yield Problem(scene.file, scene.line, name, error.message, error.remedy)
         if len(sizes) == 2 and sizes[0] != sizes[1]:
             (w, h), (ow, oh) = sizes
             yield Problem(

@@ -8,12 +8,13 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
-from focusdpo.data.images import Size, inside, read_gray, read_image
+from focusdpo.data.images import ROOM, ImageError, Size, attempt, inside, read_gray, read_image, read_size
 from focusdpo.evaluation.metrics.prompts import IMAGE_SUFFIXES, Prompt
 from focusdpo.files import checksum, hash_of
 
@@ -123,7 +124,7 @@ def read_contents(files: Mapping[Path, str], masks: Mapping[Path, str]) -> dict[
             work, tqdm(contents, total=len(work), desc="checking images", unit="image", leave=False), strict=True
         ):
             if isinstance(content, str):
-                problems.append(f"{place}: {path} {content}")
+                problems.append(f"{place}: {content}")
             else:
                 found[path] = content
     if problems:
@@ -133,20 +134,15 @@ def read_contents(files: Mapping[Path, str], masks: Mapping[Path, str]) -> dict[
 
 def _read(path: Path, is_mask: bool) -> Content | str:
     """The content, or what is wrong."""
-    again = "write it again as PNG or JPEG"
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            return "is no file; name an image"
-        if not is_mask:
-            return Content(checksum(path), read_image(path).size)
-        gray = read_gray(path)
-        return Content(checksum(path), (gray.shape[1], gray.shape[0]), bool(inside(gray).any()))
-    except FileNotFoundError:
-        return "does not exist; copy it there, or correct the path"
-    except UnidentifiedImageError:
-        return f"is of no known format; {again}"
-    except Exception as error:  # Pillow's decoders raise anything on damaged files
-        return f"cannot be decoded ({error or type(error).__name__}); {again}"
+        width, height = attempt(partial(read_size, mask=is_mask), path)
+        with ROOM.hold(width * height):
+            if not is_mask:
+                return Content(checksum(path), attempt(read_image, path).size)
+            gray = attempt(read_gray, path)
+            return Content(checksum(path), (gray.shape[1], gray.shape[0]), bool(inside(gray).any()))
+    except ImageError as error:
+        return str(error)
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,9 @@ def read_inputs(config: EvaluateConfig) -> Inputs:
     manifest = Path(config.manifest)
     prompts = read_prompts(manifest)
     found = find_images(Path(config.images), prompts, config.images_per_prompt, config.allow_missing)
+    if config.fid is not None and len(found.images) < 2:
+        message = f"images: FID needs at least 2 generated images, {config.images} holds {len(found.images)}"
+        raise ValueError(f"{message}; generate more, or leave fid out")
     with_images = {image.line for image in found.images}
     used = {prompt.line: prompt for prompt in prompts if prompt.line in with_images}
     subjects = find_subjects(manifest, list(used.values()), config.references)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from focusdpo.data.records import FIELDS, DatasetError, Problem, RecordParser, Reference
+from focusdpo.data.records import FIELDS, DatasetError, Problem, RecordParser, Reference, text_fault
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -41,7 +41,7 @@ class _PromptParser(RecordParser):
             named = [value.get("winner"), value.get("loser"), value.get("prior")]
             flat = [name for item in named for name in (item if isinstance(item, list) else [item])]
             masks = [Path(str(reference.mask)) for reference in references if reference.mask is not None]
-            others = [self.file.parent / name for name in flat if isinstance(name, str)]
+            others = [self.file.parent / str(name) for name in flat if text_fault(name) is None]  # others name no file
             self.found = Prompt(self.line, text, references, (*masks, *others))
 
 
