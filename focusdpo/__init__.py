@@ -1,7 +1,32 @@
 """FocusDPO: Diffusion-DPO that looks where subjects are not yet aligned, then at detail (arXiv 2509.01181)."""
 
-from focusdpo.loss import FocusDPOOutput, convert_beta, focus_dpo_loss
-from focusdpo.mask import FocusMask, focus_mask
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from focusdpo.loss import FocusDPOOutput, convert_beta, focus_dpo_loss
+    from focusdpo.mask import FocusMask, focus_mask
 
 __all__ = ["FocusDPOOutput", "FocusMask", "convert_beta", "focus_dpo_loss", "focus_mask"]
 __version__ = "0.1.0"
+
+_HOMES = {
+    "FocusDPOOutput": "loss",
+    "FocusMask": "mask",
+    "convert_beta": "loss",
+    "focus_dpo_loss": "loss",
+    "focus_mask": "mask",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """The public names when they are asked for: the kernels take 150 MB, which checking a dataset need not."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

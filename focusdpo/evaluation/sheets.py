@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+logger = logging.getLogger(__name__)
+
 SIDE = 320  # pixels that the longest side of an image has at least
 MARGIN, LINE, FONT_SIZE = 12, 24, 18
+
+
+def read_picture(file: Path) -> Image.Image | None:
+    """A picture that a run drew, in RGB; None where it is not there, or damaged, which is said: a run does not end for it."""
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # Pillow's decoders raise anything on damaged files
+        logger.warning("%s: left out, it cannot be read: %s", file, error)
+        return None
 
 
 def sample_sheet(prompt: str, references: Sequence[Image.Image], images: Mapping[str, Image.Image]) -> Image.Image:

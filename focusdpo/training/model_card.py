@@ -14,11 +14,10 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
-from PIL import Image
 
 from focusdpo.data import PairDataset
 from focusdpo.evaluation.curves import draw_curves
-from focusdpo.evaluation.sheets import stack
+from focusdpo.evaluation.sheets import read_picture, stack
 from focusdpo.files import write_whole, writing
 from focusdpo.folders import step_folders
 from focusdpo.journals import read_metrics, read_steps
@@ -61,10 +60,10 @@ def write_model_card(config: TrainConfig, folder: Path, train: PairDataset, vali
     held_out = read_metrics(folder / VALIDATION_FILE)
     with writing(lora / "curves.png") as partial:
         draw_curves(read_steps(folder / METRICS_FILE), held_out, partial)
-    sheets = _sheets(folder / SAMPLES_FOLDER)
+    sheets = [sheet for path in _sheets(folder / SAMPLES_FOLDER) if (sheet := read_picture(path)) is not None]
     if sheets:
         with writing(lora / "samples.png") as partial:
-            stack([Image.open(sheet) for sheet in sheets]).save(partial, "PNG")
+            stack(sheets).save(partial, "PNG")
 
     hub_id = None if Path(config.model.path).exists() else config.model.path
     data = ModelCardData(

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from focusdpo.data import PairBatch, PairDataset, PairRecord, collate
 from focusdpo.data.images import to_pil
 from focusdpo.evaluation.overlays import MaskAtTime, draw_overlays
-from focusdpo.evaluation.sheets import sample_sheet
+from focusdpo.evaluation.sheets import read_picture, sample_sheet
 from focusdpo.files import partial_of
 from focusdpo.folders import OutputFolder, step_folders
 from focusdpo.models import BACKBONES, Backbone
@@ -178,8 +178,8 @@ class Samples:
         for one in drawn:
             pair, name = self._pairs[one.index], str(one.index)
             one.sample.save(partial / f"{name}_sample.png")
-            untrained = self._folder / "step-000000" / f"{name}_sample.png"
-            before = {"step 0": Image.open(untrained).convert("RGB")} if number and untrained.is_file() else {}
+            untrained = read_picture(self._folder / "step-000000" / f"{name}_sample.png") if number else None
+            before = {} if untrained is None else {"step 0": untrained}
             images = {**before, f"step {number}": one.sample, "winner": to_pil(pair.winner)}
             pages[name] = sample_sheet(pair.prompt, [to_pil(image) for image in pair.references], images)
             pages[name].save(partial / f"{name}.png")

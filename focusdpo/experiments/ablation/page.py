@@ -8,11 +8,11 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 import yaml
-from PIL import Image
 
 from focusdpo.data import leave_out_misfits
 from focusdpo.data.images import to_pil
 from focusdpo.evaluation.pages import COLOURS, image_uri, plot, write_page
+from focusdpo.evaluation.sheets import read_picture
 from focusdpo.experiments.ablation.config import AblationConfig
 from focusdpo.experiments.ablation.jobs import Job, Result, sample_images
 from focusdpo.experiments.ablation.statistics import Table, over_seeds
@@ -139,9 +139,9 @@ def _shown_pairs(run: TrainConfig, jobs: Sequence[Job], names: Mapping[str, str]
         pair = dataset[number]
         images = {"winner": image_uri(to_pil(pair.winner), LONGEST)}
         for variant, files in drawn.items():
-            if number in files:
-                with Image.open(files[number]) as image:
-                    images[names[variant]] = image_uri(image.convert("RGB"), LONGEST)
+            image = read_picture(files[number]) if number in files else None
+            if image is not None:
+                images[names[variant]] = image_uri(image, LONGEST)
         ordered = {name: images[name] for name in ("winner", *names.values()) if name in images}
         pairs.append(Shown(pair.prompt, [image_uri(to_pil(one), LONGEST) for one in pair.references], ordered))
     return pairs
