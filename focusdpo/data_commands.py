@@ -8,7 +8,6 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -136,17 +135,18 @@ class ShowConfig:
 
 def prepare_validation(config: ValidateConfig) -> Callable[[], None]:
     """Finds the dataset, and returns what checks it: it exits with 1 where training would not start."""
+    from focusdpo.data.dataset import SizeRules
     from focusdpo.data.sources import find_sources
     from focusdpo.data.validation import validate
     from focusdpo.files import check_stamped, stamp, write_stamped
-    from focusdpo.training.batches import dataset_of
+    from focusdpo.training.layouts import size_rules
 
     find_sources(config.path)
     if config.json not in (None, "-"):
         check_stamped("json", Path(config.json), VALIDATE, True, "")
 
     def work() -> None:
-        report = validate(config.path, config.check, partial(dataset_of, data=config.data, backbone=config.backbone))
+        report = validate(config.path, config.check, SizeRules(**size_rules(config.data, config.backbone)))
         print(json.dumps(report.as_json(), indent=1) if config.json == "-" else report)
         if config.json not in (None, "-"):
             sealed = report.as_json() | {"written_by": stamp(VALIDATE)}

@@ -77,3 +77,9 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is kept of a dataset's headers, here and in processes that tests start."""
+    os.environ["FOCUSDPO_CACHE"] = str(tmp_path_factory.mktemp("cache"))

@@ -10,7 +10,7 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from focusdpo import cli
 from focusdpo.models import TokenLayout
 from focusdpo.models.sizes import released
-from focusdpo.training.batches import reference_rules
+from focusdpo.training.layouts import reference_rules
 from focusdpo.training.memory import estimate
 
 CONFIGS = Path(__file__).parents[1] / "configs"

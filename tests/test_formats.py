@@ -411,8 +411,8 @@ def test_a_stream_goes_on_at_the_very_next_pair(shards, processes):
 
 
 def test_a_stream_reads_shards_when_it_comes_to_them(shards, monkeypatch):
-    read, real = [], Shard.read
-    monkeypatch.setattr(Shard, "read", lambda self: read.append(self.file) or real(self))
+    read, real = [], Shard.items
+    monkeypatch.setattr(Shard, "items", lambda self: read.append(self.file) or real(self))
     pairs = iter(stream(shards, shuffle=False))
     assert [next(pairs).index for _ in range(3)] == [0, 1, 2] and len(read) == 1
     assert next(pairs).index == 3 and len(read) == 2

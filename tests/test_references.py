@@ -13,15 +13,17 @@ from diffusers.utils import load_image
 from PIL import Image, ImageOps
 
 from focusdpo.data import DatasetError, LongestSide, collate, leave_out_misfits, load_pairs
+from focusdpo.data.dataset import SizeRules
 from focusdpo.data.images import read_photo, read_size
 from focusdpo.data.validation import validate
 from focusdpo.demo.tiny_flux import write_tiny_flux
 from focusdpo.demo.tiny_flux2 import write_tiny_flux2
 from focusdpo.demo.tiny_qwen import write_tiny_qwen
 from focusdpo.models import BACKBONES
-from focusdpo.training.batches import dataset_of, reference_rules
+from focusdpo.training.batches import dataset_of
 from focusdpo.training.cache import EncodingCache
 from focusdpo.training.config import DataConfig, FocusConfig, LossConfig, ModelConfig, TrainConfig
+from focusdpo.training.layouts import reference_rules, size_rules
 from focusdpo.training.step import PreferenceStep
 from focusdpo.training.trainer import Trainer
 
@@ -361,7 +363,7 @@ def test_what_cannot_be_brought_to_size_is_named(tmp_path, backbone, size, messa
     assert "1.png cannot be brought to size" in problem.message and problem.remedy == "cut or enlarge it by hand"
     if backbone != "qwen-edit-plus":  # whose text encoder has its limit anyhow
         assert max(dataset(folder, backbone, reference_resolution=64)[0].references[1].shape[1:]) == 64
-    report = validate(folder, "full", lambda records: dataset_of(records, DataConfig("-"), backbone), progress=False)
+    report = validate(folder, "full", SizeRules(**size_rules(DataConfig("-"), backbone)), progress=False)
     assert not report.may_start and report.pairs == 0 and message in str(report)
 
 

@@ -10,7 +10,6 @@ import struct
 import subprocess
 import sys
 import zlib
-from functools import partial
 
 import numpy as np
 import pytest
@@ -18,10 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from focusdpo.data import DatasetError, LongestSide, PairDataset, load_pairs
+from focusdpo.data import DatasetError, LongestSide, load_pairs
+from focusdpo.data.dataset import SizeRules
 from focusdpo.data.validation import validate
 
-SIZED = partial(PairDataset, resolution=128, reference_rule=LongestSide(64))
+SIZED = SizeRules(resolution=128, reference_rule=LongestSide(64))
 RECORD = {
     "prompt": "a cat and a cup",
     "references": [{"image": "cat.png", "mask": "cat_mask.png", "class_name": "cat"}, {"image": "cup.png"}],

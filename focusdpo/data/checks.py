@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import reduce
 from typing import Literal, TypeVar
 
 import numpy as np
 from PIL import Image, ImageChops
 
+from focusdpo.data.headers import INDEX
 from focusdpo.data.images import (
     PATCH_SIZE,
     ROOM,
@@ -21,7 +23,6 @@ from focusdpo.data.images import (
     inside,
     read_alpha,
     read_gray,
-    read_header,
     read_image,
     token_size,
 )
@@ -59,6 +60,10 @@ def check_pair(record: PairRecord, check: Check) -> CheckedPair:
     return checker.found
 
 
+def _mask_header(file: ReadableFile) -> Header:
+    return INDEX.header(file, mask=True)
+
+
 def changed_tokens(winner: Image.Image, loser: Image.Image) -> np.ndarray:
     """Where two RGB images of one size differ by more than compression, bool [rows, columns] of tokens at 512 px."""
     red, green, blue = ImageChops.difference(winner, loser).split()
@@ -89,16 +94,16 @@ class _PairChecker:
         self.found.problems.append(Problem(self.record.file, self.record.line, field, message, remedy, "warning"))
 
     def headers(self) -> None:
-        record = self.record
-        for field, file in {**record.image_fields, **record.mask_fields}.items():
-            header = self.attempt(field, file, partial(read_header, mask=field in record.mask_fields))
+        record, masks = self.record, self.record.mask_fields
+        for field, file in {**record.image_fields, **masks}.items():
+            header = self.attempt(field, file, _mask_header if field in masks else INDEX.header)
             if header is not None:
                 self.headers_by_field[field] = header
                 self.found.sizes[field] = header.size
                 if header.animated:
                     self.warn(field, f"{file} has several frames, and only the first is used", "save one as PNG")
         self.same_size("loser", "winner")
-        for field in record.mask_fields:
+        for field in masks:
             self.same_size(field, "winner" if field.startswith("prior") else field.replace(".mask", ".image"))
         if "winner" in self.headers_by_field and "loser" in self.headers_by_field:
             modes = {name: self.headers_by_field[name].mode for name in ("winner", "loser")}
@@ -240,18 +245,27 @@ class _PairChecker:
             self.warn("prior", message, "mark all that differs in subject, or paste the rest of the winner into the loser")
 
 
-def compare_pairs(pairs: list[CheckedPair]) -> Iterator[Problem]:
-    """What is wrong with pairs beside each other."""
-    seen: dict[tuple[str, str, str], PairRecord] = {}
-    for pair in pairs:
+class Comparison:
+    """Finds what is wrong with pairs beside each other, one after the other: of each it keeps a hash."""
+
+    def __init__(self) -> None:
+        self._seen: dict[bytes, tuple[str, int]] = {}
+
+    def problems(self, pair: CheckedPair) -> Iterator[Problem]:
+        """Of a pair beside those before it."""
         record = pair.record
         winner = pair.contents.get("winner", str(record.winner))
         loser = pair.contents.get("loser", str(record.loser))
-        first = seen.setdefault((record.prompt, winner, loser), record)
-        opposite = seen.get((record.prompt, loser, winner))
-        if first is not record:
-            message, remedy = f"is the same pair as {first.file}:{first.line}, and counts twice", "take one out"
+        place = (str(record.file), record.line)
+        first = self._seen.setdefault(_digest(record.prompt, winner, loser), place)
+        opposite = self._seen.get(_digest(record.prompt, loser, winner))
+        if first != place:
+            message, remedy = f"is the same pair as {first[0]}:{first[1]}, and counts twice", "take one out"
             yield Problem(record.file, record.line, "line", message, remedy, "warning")
         if opposite is not None and winner != loser:
-            message = f"prefers what {opposite.file}:{opposite.line} rejects"
+            message = f"prefers what {opposite[0]}:{opposite[1]} rejects"
             yield Problem(record.file, record.line, "line", message, "decide for one of them", "warning")
+
+
+def _digest(*texts: str) -> bytes:
+    return hashlib.blake2b("\0".join(texts).encode("utf-8", "surrogatepass"), digest_size=16).digest()

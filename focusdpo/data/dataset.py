@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from focusdpo.data.images import PATCH_SIZE, Ratio, Size, fit_mask, read_alpha, read_mask, read_photo, read_size
-from focusdpo.data.records import DatasetError, PairRecord, Problem, Reference
+from focusdpo.data.headers import INDEX
+from focusdpo.data.images import PATCH_SIZE, Ratio, Size, fit_mask, read_alpha, read_mask, read_photo
+from focusdpo.data.records import DatasetError, PairRecord, Problem, Reference, collector_paused
 from focusdpo.data.references import LongestSide, Placement, ReferenceRule
 
 
@@ -114,17 +116,70 @@ class PairPlacements:
     prompt: tuple[Placement, ...]
 
 
-class PairDataset(Dataset[PairSample]):
-    """Reads pairs from disk.
+class SizeRules:
+    """How pairs are brought to size; what it says of some sizes is remembered, as most pairs share theirs with others.
 
     Args:
-        records: checked records (`focusdpo.data.load_pairs`).
         resolution: longest side of winner and loser in pixels.
         reference_rule: how references are brought to size.
         reference_rule_multiple: how those of pairs with several are; None is `reference_rule`.
         prompt_rule: how a text encoder sees the references, made of the photos themselves; None where it does not.
         buckets: aspect ratios that winner and loser are cut to, each to the nearest; None keeps an image's own.
         reference_buckets: the same for references.
+    """
+
+    def __init__(
+        self,
+        *,
+        resolution: int,
+        reference_rule: ReferenceRule,
+        reference_rule_multiple: ReferenceRule | None = None,
+        prompt_rule: ReferenceRule | None = None,
+        buckets: Sequence[Ratio] | None = None,
+        reference_buckets: Sequence[Ratio] | None = None,
+    ) -> None:
+        self.buckets, self.reference_buckets = buckets, reference_buckets
+        self._target_rule = LongestSide(resolution)
+        self._rules = reference_rule, reference_rule if reference_rule_multiple is None else reference_rule_multiple
+        self._prompt_rule = prompt_rule
+        self._known: dict[tuple[Size, tuple[Size, ...], bool], tuple[PairPlacements, PairSizes]] = {}
+
+    def place(
+        self, record: PairRecord, target: Size, references: tuple[Size, ...]
+    ) -> tuple[PairPlacements, PairSizes] | list[Problem]:
+        """The way of each image of a pair, and where they come to; or every reference that its rule has no way for.
+
+        Args:
+            record: the pair.
+            target, references: sizes of the winner and of the references, in pixels.
+        """
+        key = target, references, record.per_subject
+        if key not in self._known:
+            rule = self._rules[len(references) > 1]
+            placed, prompt, problems = [], [], []
+            for number, size in enumerate(references):
+                try:
+                    placed.append(rule.place(size, len(references), self.reference_buckets))
+                    if self._prompt_rule is not None:
+                        prompt.append(self._prompt_rule.place(placed[-1].cut, len(references)))
+                except ValueError as error:
+                    field, image = f"references[{number}].image", record.references[number].image
+                    message = f"{image} cannot be brought to size: {error}"
+                    problems.append(Problem(record.file, record.line, field, message, "cut or enlarge it by hand"))
+            if problems:
+                return problems
+            placements = PairPlacements(self._target_rule.place(target, 1, self.buckets), tuple(placed), tuple(prompt))
+            sizes = PairSizes(placements.target.size, tuple(one.size for one in placed), record.per_subject)
+            self._known[key] = placements, sizes
+        return self._known[key]
+
+
+class PairDataset(Dataset[PairSample]):
+    """Reads pairs from disk.
+
+    Args:
+        records: checked records (`focusdpo.data.load_pairs`).
+        rules: of `SizeRules`, by name.
 
     Raises:
         DatasetError: with every reference that its rule has no way for.
@@ -134,41 +189,23 @@ class PairDataset(Dataset[PairSample]):
 
     encodings: Callable[[int], Encodings] | None = None
 
-    def __init__(
-        self,
-        records: Sequence[PairRecord],
-        *,
-        resolution: int,
-        reference_rule: ReferenceRule,
-        reference_rule_multiple: ReferenceRule | None = None,
-        prompt_rule: ReferenceRule | None = None,
-        buckets: Sequence[Ratio] | None = None,
-        reference_buckets: Sequence[Ratio] | None = None,
-    ) -> None:
+    def __init__(self, records: Sequence[PairRecord], **rules: Any) -> None:
         self.records = list(records)
-        self.buckets, self.reference_buckets = buckets, reference_buckets
+        size_rules = SizeRules(**rules)
+        self.buckets, self.reference_buckets = size_rules.buckets, size_rules.reference_buckets
         self.placements: list[PairPlacements] = []
+        self.sizes: list[PairSizes] = []
         problems: list[Problem] = []
         for record in self.records:
-            count = len(record.references)
-            rule = reference_rule if count == 1 or reference_rule_multiple is None else reference_rule_multiple
-            references, prompt = [], []
-            for number, reference in enumerate(record.references):
-                try:
-                    references.append(rule.place(read_size(reference.image), count, reference_buckets))
-                    if prompt_rule is not None:
-                        prompt.append(prompt_rule.place(references[-1].cut, count))
-                except ValueError as error:
-                    field, message = f"references[{number}].image", f"{reference.image} cannot be brought to size: {error}"
-                    problems.append(Problem(record.file, record.line, field, message, "cut or enlarge it by hand"))
-            target = LongestSide(resolution).place(read_size(record.winner), 1, buckets)
-            self.placements.append(PairPlacements(target, tuple(references), tuple(prompt)))
+            references = tuple(INDEX.size(reference.image) for reference in record.references)
+            found = size_rules.place(record, INDEX.size(record.winner), references)
+            if isinstance(found, list):
+                problems += found
+            else:
+                self.placements.append(found[0])
+                self.sizes.append(found[1])
         if problems:
             raise DatasetError(problems)
-        self.sizes = [
-            PairSizes(placed.target.size, tuple(reference.size for reference in placed.references), record.per_subject)
-            for record, placed in zip(self.records, self.placements, strict=True)
-        ]
 
     def keep(self, indices: Sequence[int]) -> None:
         """Takes all other pairs out."""
@@ -251,7 +288,8 @@ class SizeBatches:
             return torch.randperm(count, generator=generator).tolist() if self._shuffle else list(range(count))
 
         batches = []
-        for group in self._groups.values():
-            shuffled = [group[i] for i in order(len(group))]
-            batches += [shuffled[i : i + self._batch_size] for i in range(0, len(shuffled), self._batch_size)]
+        with collector_paused():
+            for group in self._groups.values():
+                shuffled = [group[i] for i in order(len(group))]
+                batches += [shuffled[i : i + self._batch_size] for i in range(0, len(shuffled), self._batch_size)]
         return [batches[i] for i in order(len(batches))]

@@ -30,6 +30,7 @@ MAX_PIXELS = 64_000_000  # of an image, as 8000 x 8000: decoded it takes 256 MB,
 AT_ONCE = 2 * MAX_PIXELS  # of the images that a process's threads hold: about a gigabyte, with what is made of them
 LARGE = 4_000_000  # pixels of images whose memory is given back at once: the C library would keep it for each thread
 STRIP = 256  # rows
+SMALL = 2**16  # bytes of a file that is read at once: Pillow looks into a header a dozen times
 ORIENTATION = 0x0112  # EXIF's tag; 5 to 8 turn by a quarter
 
 # Its images are refused here by name, and a lower limit.
@@ -82,8 +83,14 @@ def open_file(file: ReadableFile) -> Iterator[BinaryIO]:
         ImageError: it is something else.
         OSError: it cannot be opened.
     """
-    if isinstance(file, Path) and not stat.S_ISREG(file.stat().st_mode):
-        raise ImageError("it is no file", "name an image")
+    if isinstance(file, Path):
+        state = os.stat(file)
+        if not stat.S_ISREG(state.st_mode):
+            raise ImageError("it is no file", "name an image")
+        if state.st_size <= SMALL:
+            with open(file, "rb", buffering=0) as raw:
+                yield BytesIO(raw.read())
+            return
     with file.open("rb") as stream:
         yield stream
 
@@ -163,7 +170,7 @@ def read_header(file: ReadableFile, mask: bool = False) -> Header:
         ImageError, and what `open_image` raises: floating-point images, and of 32 bits.
     """
     with open_image(file) as image:
-        _check_depth(image.mode, mask)
+        check_depth(image.mode, mask)
         width, height = image.size
         if isinstance(image, TiffImageFile):  # whose `size` has been turned by then, or not: that is Pillow's version's affair
             width, height = int(image.tag_v2[IMAGEWIDTH]), int(image.tag_v2[IMAGELENGTH])
@@ -182,7 +189,7 @@ def read_size(file: ReadableFile, mask: bool = False) -> Size:
 def read_photo(file: ReadableFile) -> Image.Image:
     """An image in its file's own mode, upright, of 8 bits. ImageError for floating-point images."""
     with open_image(file) as image:
-        _check_depth(image.mode)
+        check_depth(image.mode)
         return _eight_bits(_upright(image))
 
 
@@ -216,7 +223,7 @@ def read_gray(file: ReadableFile) -> np.ndarray:
     A cut-out has its opacity as gray values, whatever its colours are; where all of it is as opaque, its colours are looked at.
     """
     with open_image(file) as image:
-        _check_depth(image.mode, mask=True)
+        check_depth(image.mode, mask=True)
         upright = _upright(image)
         alpha = _alpha(upright)
         if alpha is not None:
@@ -246,7 +253,8 @@ def _check_pixels(size: Size) -> None:
         raise _too_large(size)
 
 
-def _check_depth(mode: str, mask: bool = False) -> None:
+def check_depth(mode: str, mask: bool = False) -> None:
+    """ImageError for floating-point images, and those of 32 bits that are no masks."""
     if mode == "F" or (mode == "I" and not mask):
         raise ImageError(f"mode {mode}, more than 8 bits of unknown range", "save it with 8 or 16 bits a channel")
 

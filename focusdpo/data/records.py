@@ -15,9 +15,11 @@ where it is opaque.
 from __future__ import annotations
 
 import codecs
+import gc
 import json
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +31,23 @@ FILE_NAME = "pairs.jsonl"
 MAX_REFERENCES = 6
 FIELDS = {"prompt": True, "references": True, "winner": True, "loser": True, "prior": True, "meta": False}
 REFERENCE_FIELDS = {"image": True, "mask": False, "class_name": False}
+
+
+@contextmanager
+def collector_paused(wanted: bool = True) -> Iterator[None]:
+    """Python looks for cycles each time that there are some more objects: where all are kept, it does little else.
+
+    Args:
+        wanted: whether to pause it; decoded images may well hang in cycles.
+    """
+    paused = wanted and gc.isenabled()
+    if paused:
+        gc.disable()
+    try:
+        yield
+    finally:
+        if paused:
+            gc.enable()
 
 
 @dataclass(frozen=True)
@@ -219,7 +238,7 @@ def text_fault(value: object, expected: str = "a text that is not empty") -> str
     """What is wrong with a value that should be a text; None where it is one."""
     if not (isinstance(value, str) and value.strip()) or "\0" in value:
         return f"expected {expected}, got {reprlib.repr(value)}"
-    if any("\ud800" <= c <= "\udfff" for c in value):
+    if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
         return "holds half of a surrogate pair, which is no text"
     return None
 

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from focusdpo.data.images import (
+    PATCH_SIZE,
     Ratio,
     Size,
     bucket_size,
@@ -26,6 +27,7 @@ from focusdpo.data.images import (
     marked,
     on_white,
     share_cut,
+    to_pixels,
     token_size,
 )
 
@@ -153,3 +155,27 @@ def _ratio_cuts(size: Size, ratio: Ratio) -> Iterator[Size]:
         width, height = size[0] - less, size[1] - less
         across, down = round(Fraction(height * ratio[0], ratio[1])), round(Fraction(width * ratio[1], ratio[0]))
         yield max(min(width, across), 1), max(min(height, down), 1)
+
+
+@dataclass(frozen=True)
+class UnoReferences(ReferenceRule):
+    """As `preprocess_ref` of bytedance/UNO, uno/flux/pipeline.py.
+
+    The longest side becomes 512 pixels, or 320 where there are several references; both sides are truncated, and cut to whole
+    tokens without a second scaling. It becomes RGB last: transparent parts are black where the file is scaled, and else have
+    whatever colour the file has under them.
+    """
+
+    name: ClassVar[str] = "flux"
+
+    def fit(self, size: Size, count: int) -> tuple[Size, Size]:
+        longest = 512 if count == 1 else 320
+        scale = longest / max(size)  # times a side, it may be rounded to just below a whole number, also in a square
+        width, height = (longest, int(scale * size[1])) if size[0] >= size[1] else (int(scale * size[0]), longest)
+        if min(width, height) < PATCH_SIZE:
+            message = f"{size[0]}x{size[1]} px would become {width}x{height} px"
+            raise ValueError(f"{message}; expected sides of at least {PATCH_SIZE} px, one token")
+        return (width, height), (width - width % PATCH_SIZE, height - height % PATCH_SIZE)
+
+    def resize(self, photo: Image.Image, scaled: Size, size: Size) -> Tensor:
+        return to_pixels(centre_cut(photo.resize(scaled, Image.Resampling.LANCZOS), size).convert("RGB"))

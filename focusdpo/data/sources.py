@@ -54,8 +54,11 @@ class Source(Protocol):
     @property
     def file(self) -> Path: ...
 
-    def read(self) -> tuple[list[PairRecord], list[Problem]]:
-        """The records that parse, without opening an image, and the problems of those that do not."""
+    def items(self) -> Iterator[PairRecord | Problem]:
+        """One after the other the records that parse, without opening an image, and the problems of those that do not."""
+
+    def count(self) -> int | None:
+        """About how many records there are, where that is known without reading them."""
 
     def digest(self) -> str:
         """Changes where records change."""
@@ -67,17 +70,18 @@ class JsonLines:
 
     file: Path
 
-    def read(self) -> tuple[list[PairRecord], list[Problem]]:
-        records: list[PairRecord] = []
-        problems: list[Problem] = []
+    def items(self) -> Iterator[PairRecord | Problem]:
+        in_folder, parent = self.file.name in METADATA, self.file.parent
         with self.file.open("rb") as stream:
             for line, raw in enumerate(stream, start=1):
                 if not raw.strip():
                     continue
-                in_folder = self.file.name in METADATA
-                parser = _RowParser(self.file, line) if in_folder else RecordParser(self.file, line, self.file.parent.joinpath)
-                _collect(parser, parser.parse_json(raw), records, problems)
-        return _or_empty(self.file, records, problems)
+                parser = _RowParser(self.file, line) if in_folder else RecordParser(self.file, line, parent.joinpath)
+                yield from _items(parser, parser.parse_json(raw))
+
+    def count(self) -> int | None:
+        with self.file.open("rb") as stream:
+            return sum(block.count(b"\n") for block in iter(lambda: stream.read(2**20), b""))
 
     def digest(self) -> str:
         return checksum(self.file)
@@ -89,22 +93,22 @@ class Shard:
 
     file: Path
 
-    def read(self) -> tuple[list[PairRecord], list[Problem]]:
-        records: list[PairRecord] = []
-        problems: list[Problem] = []
+    def items(self) -> Iterator[PairRecord | Problem]:
         samples, found = list_samples(self.file)
         for line, (key, members) in enumerate(samples.items(), start=1):
             if "json" not in members:
                 message, remedy = f"{key} has no {key}.json, which names its images", "write the shard again"
-                problems.append(Problem(self.file, line, "json", message, remedy))
+                yield Problem(self.file, line, "json", message, remedy)
                 continue
             parser = RecordParser(self.file, line, functools.partial(self._locate, key, members))
             with members["json"].open("rb") as stream:
-                _collect(parser, parser.parse_json(stream.read()), records, problems)
+                yield from _items(parser, parser.parse_json(stream.read()))
         lines = {key: line for line, key in enumerate(samples, start=1)}
         for p in found:
-            problems.append(Problem(self.file, lines.get(p.key, 1), p.name, p.message, p.remedy, p.severity))
-        return _or_empty(self.file, records, problems)
+            yield Problem(self.file, lines.get(p.key, 1), p.name, p.message, p.remedy, p.severity)
+
+    def count(self) -> int | None:
+        return None
 
     @staticmethod
     def _locate(key: str, members: dict[str, TarMember], name: str) -> ReadableFile:
@@ -268,12 +272,10 @@ class Table:
         """A value as Python has it. Rows count from 0."""
         return _CELLS.value(self, row, column)
 
-    def read(self) -> tuple[list[PairRecord], list[Problem]]:
+    def items(self) -> Iterator[PairRecord | Problem]:
         """All values are looked at once, a few at a time: bytes are told from missing ones by reading them."""
         import pyarrow as pa
 
-        records: list[PairRecord] = []
-        problems: list[Problem] = []
         row = 0
         try:
             names = self._opened.schema.names
@@ -281,13 +283,13 @@ class Table:
             for name in names:
                 if name not in columns:
                     message, remedy = f"is not a column; known are {', '.join(FIELDS)}", "rename it, or take it out"
-                    problems.append(Problem(self.file, 1, name, message, remedy))
+                    yield Problem(self.file, 1, name, message, remedy)
             if len(set(columns)) < len(columns):
                 raise ValueError("two columns have one name")
             total = self._opened.metadata.num_rows
             with tqdm(total=total, desc=self.file.name, unit="row", leave=False, disable=total < 10_000) as bar:
                 for group, (row, after) in enumerate(itertools.pairwise(self._opened.starts)):
-                    problems += self._large(group, row + 1, columns)
+                    yield from self._large(group, row + 1, columns)
                     table = None if self.file.name in METADATA else self
                     parsers = [_RowParser(self.file, number + 1, table) for number in range(row, after)]
                     values: list[dict[str, Any]] = [{} for _ in parsers]
@@ -296,12 +298,19 @@ class Table:
                         for parser, value, item in zip(parsers, values, found, strict=True):
                             value[name] = _python(item, name, parser)
                     for parser, value in zip(parsers, values, strict=True):
-                        _collect(parser, parser.parse(value), records, problems)
+                        yield from _items(parser, parser.parse(value))
                     bar.update(len(parsers))
         except (OSError, ValueError, pa.ArrowException) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            problems.append(Problem(self.file, row + 1, "file", f"cannot be read as a table ({reason})", "write it again"))
-        return _or_empty(self.file, records, problems)
+            yield Problem(self.file, row + 1, "file", f"cannot be read as a table ({reason})", "write it again")
+
+    def count(self) -> int | None:
+        import pyarrow as pa
+
+        try:
+            return int(self._opened.metadata.num_rows)
+        except (OSError, ValueError, pa.ArrowException):
+            return None
 
     def _large(self, group: int, line: int, columns: Sequence[str]) -> Iterator[Problem]:
         size, column = max(((self.size(group, name), name) for name in columns), default=(0, ""))
@@ -430,9 +439,7 @@ class Csv:
 
     file: Path
 
-    def read(self) -> tuple[list[PairRecord], list[Problem]]:
-        records: list[PairRecord] = []
-        problems: list[Problem] = []
+    def items(self) -> Iterator[PairRecord | Problem]:
         row = 0
         try:
             with self.file.open(encoding="utf-8-sig", newline="") as stream:
@@ -445,26 +452,48 @@ class Csv:
                     if len(cells) != len(names):
                         parser.problem("line", f"has {len(cells)} cells, but there are {len(names)} columns", "write it again")
                     value = {name: cell for name, cell in zip(names, cells, strict=False) if cell}
-                    _collect(parser, parser.parse(value), records, problems)
+                    yield from _items(parser, parser.parse(value))
         except UnicodeDecodeError as error:
-            problems.append(Problem(self.file, row + 1, "file", f"is not UTF-8 ({error.reason})", "save the file as UTF-8"))
+            yield Problem(self.file, row + 1, "file", f"is not UTF-8 ({error.reason})", "save the file as UTF-8")
         except csv.Error as error:
-            problems.append(Problem(self.file, row + 1, "file", f"cannot be read as CSV ({error})", "write it again"))
-        return _or_empty(self.file, records, problems)
+            yield Problem(self.file, row + 1, "file", f"cannot be read as CSV ({error})", "write it again")
+
+    def count(self) -> int | None:
+        return None
 
     def digest(self) -> str:
         return checksum(self.file)
 
 
-def _collect(parser: RecordParser, record: PairRecord | None, records: list[PairRecord], problems: list[Problem]) -> None:
-    problems.extend(parser.problems)
+def _items(parser: RecordParser, record: PairRecord | None) -> Iterator[PairRecord | Problem]:
+    yield from parser.problems
     if record is not None:
-        records.append(record)
+        yield record
 
 
-def _or_empty(file: Path, records: list[PairRecord], problems: list[Problem]) -> tuple[list[PairRecord], list[Problem]]:
-    if not records and not problems:
-        problems.append(Problem(file, 1, "file", "has no pair", "look whether it is the right file"))
+def items_of(source: Source) -> Iterator[PairRecord | Problem]:
+    """What a source has; a problem where it has nothing."""
+    nothing = True
+    for item in source.items():
+        nothing = False
+        yield item
+    if nothing:
+        yield Problem(source.file, 1, "file", "has no pair", "look whether it is the right file")
+
+
+def read_source(source: Source) -> tuple[list[PairRecord], list[Problem]]:
+    """Its records, and the problems of what is none."""
+    return _sorted(items_of(source))
+
+
+def _sorted(items: Iterator[PairRecord | Problem]) -> tuple[list[PairRecord], list[Problem]]:
+    records: list[PairRecord] = []
+    problems: list[Problem] = []
+    for item in items:
+        if isinstance(item, Problem):
+            problems.append(item)
+        else:
+            records.append(item)
     return records, problems
 
 
@@ -575,16 +604,9 @@ def _check_series(files: Sequence[Path]) -> None:
             raise FileNotFoundError(f"{folder} lacks {name} of {int(total)} files; copy it there")
 
 
-def parse_pairs(path: str | Path, progress: bool = False) -> tuple[list[PairRecord], list[Problem]]:
+def parse_pairs(path: str | Path) -> tuple[list[PairRecord], list[Problem]]:
     """Reads all records of a dataset without opening an image: those that parse, and the problems of those that do not."""
-    records: list[PairRecord] = []
-    problems: list[Problem] = []
-    sources = find_sources(path)
-    for source in tqdm(sources, desc="reading records", unit="file", leave=False, disable=not progress or len(sources) < 2):
-        more, found = source.read()
-        records += more
-        problems += found
-    return records, problems
+    return _sorted(item for source in find_sources(path) for item in items_of(source))
 
 
 def content_checksum(path: str | Path) -> str:

@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from focusdpo.data.checks import check_pair
 from focusdpo.data.dataset import PairDataset, PairSample
 from focusdpo.data.records import DatasetError, PairRecord, Problem
-from focusdpo.data.sources import find_sources
+from focusdpo.data.sources import find_sources, read_source
 
 
 class PairStream(IterableDataset[PairSample]):
@@ -80,7 +80,7 @@ class PairStream(IterableDataset[PairSample]):
     def _files(self) -> Iterator[list[PairRecord]]:
         """The records of each file, in the epoch's order."""
         for number in self._order(len(self._sources)):
-            records, problems = self._sources[number].read()
+            records, problems = read_source(self._sources[number])
             errors = [problem for problem in problems if problem.severity == "error"]
             if errors:
                 raise DatasetError(errors)

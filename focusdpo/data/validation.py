@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
-from focusdpo.data.checks import Check, CheckedPair, check_pair, compare_pairs
-from focusdpo.data.dataset import PairDataset, PairSizes
-from focusdpo.data.records import DatasetError, PairRecord, Problem
-from focusdpo.data.sources import parse_pairs
+from focusdpo.data.checks import Check, CheckedPair, Comparison, check_pair
+from focusdpo.data.dataset import PairSizes, SizeRules
+from focusdpo.data.headers import INDEX
+from focusdpo.data.records import DatasetError, PairRecord, Problem, collector_paused
+from focusdpo.data.sources import find_sources, items_of
 from focusdpo.text import printable
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,12 @@ logger = logging.getLogger(__name__)
 LOGGED = 10  # warnings, before training; all are in the report
 IMBALANCE = 10  # times as many references as the rarest class
 FEW = 20  # references, which say nothing about balance
+GROUP = 64  # pairs whose headers are read in one task
+READERS = 1  # thread: two would wait for each other more than for the disk. Images are decoded on all cores
+AHEAD = 32  # tasks, whose pairs are in memory
+
+T = TypeVar("T")
+S = TypeVar("S")
 
 
 def load_pairs(path: str | Path, check: Check = "full", progress: bool = True) -> list[PairRecord]:
@@ -37,46 +44,106 @@ def load_pairs(path: str | Path, check: Check = "full", progress: bool = True) -
         FileNotFoundError: there is no such dataset.
         DatasetError: with every error found, each with file, line, field and remedy.
     """
-    pairs, problems = check_pairs(path, check, progress)
-    errors, warnings = _split(problems)
+    checks = Checks(path, check, progress)
+    records = [pair.record for pair in checks]
+    errors, warnings = _split(checks.problems)
     if errors:
         raise DatasetError(errors)
     if warnings:
         lines = "\n".join(map(str, warnings[:LOGGED]))
         more = f"\nand {len(warnings) - LOGGED} more" if len(warnings) > LOGGED else ""
         logger.warning("%d warnings; `focusdpo data validate %s` lists all:\n%s%s", len(warnings), path, lines, more)
-    return [pair.record for pair in pairs]
+    return records
 
 
 def check_pairs(path: str | Path, check: Check, progress: bool) -> tuple[list[CheckedPair], list[Problem]]:
     """All pairs that parse, and all problems, sorted by file and line. FileNotFoundError where there is no dataset."""
-    records, problems = parse_pairs(path, progress)
-    with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda record: check_pair(record, check), records)
-        pairs = list(tqdm(found, total=len(records), desc="checking pairs", unit="pair", disable=not progress, leave=False))
-    for pair in pairs:
-        problems += pair.problems
-    problems += compare_pairs(pairs)
-    problems += _imbalance(pairs)
-    return pairs, sorted(problems, key=lambda p: (str(p.file), p.line))
+    checks = Checks(path, check, progress)
+    return list(checks), checks.problems
+
+
+class Checks:
+    """Goes through a dataset once, holding a few pairs at a time: iterating gives those that parse, checked, in their order.
+
+    Then `problems` has all that is wrong, by file and line, `classes` how often each class of a reference stands there, and
+    `unnamed` how many references have none.
+
+    Raises:
+        FileNotFoundError: there is no such dataset.
+    """
+
+    def __init__(self, path: str | Path, check: Check, progress: bool) -> None:
+        self._path, self._check, self._progress = path, check, progress
+        self._sources = find_sources(path)
+        self._problems: list[Problem] = []
+        self.classes: Counter[str] = Counter()
+        self.unnamed = 0
+
+    def __iter__(self) -> Iterator[CheckedPair]:
+        counts = [source.count() for source in self._sources] if self._progress else [None]
+        total = None if None in counts else sum(filter(None, counts))
+        bar = tqdm(total=total, desc="checking pairs", unit="pair", disable=not self._progress, leave=False)
+        comparison = Comparison()
+        only_headers = self._check == "headers"
+        pool = ThreadPoolExecutor(READERS if only_headers else None)
+        with collector_paused(only_headers), pool, bar, INDEX.kept(self._path):
+            for pairs in _ahead(pool, self._checked, self._groups()):
+                for pair in pairs:
+                    bar.update()
+                    self._problems += pair.problems
+                    self._problems += comparison.problems(pair)
+                    for reference in pair.record.references:
+                        if reference.class_name is None:
+                            self.unnamed += 1
+                        else:
+                            self.classes[reference.class_name] += 1
+                    yield pair
+
+    def _groups(self) -> Iterator[list[PairRecord]]:
+        """Records, some at a time: a task of its own for each would take longer than reading its headers."""
+        group: list[PairRecord] = []
+        size = GROUP if self._check == "headers" else 1
+        for item in (item for source in self._sources for item in items_of(source)):
+            if isinstance(item, Problem):
+                self._problems.append(item)
+                continue
+            group.append(item)
+            if len(group) == size:
+                yield group
+                group = []
+        yield group
+
+    def _checked(self, records: list[PairRecord]) -> list[CheckedPair]:
+        return [check_pair(record, self._check) for record in records]
+
+    @property
+    def problems(self) -> list[Problem]:
+        return sorted([*self._problems, *self._imbalance()], key=lambda p: (str(p.file), p.line))
+
+    def _imbalance(self) -> list[Problem]:
+        ranked = self.classes.most_common()
+        if sum(self.classes.values()) < FEW or len(ranked) < 2 or ranked[0][1] < IMBALANCE * ranked[-1][1]:
+            return []
+        (most, many), (least, few) = ranked[0], ranked[-1]
+        message = f"classes are out of balance: {many} references of {most}, {few} of {least}"
+        return [
+            Problem(self._sources[0].file, 1, "class_name", message, "add pairs of rare classes, or take some out", "warning")
+        ]
+
+
+def _ahead(pool: ThreadPoolExecutor, work: Callable[[T], S], items: Iterator[T]) -> Iterator[S]:
+    """What `work` makes of items, in their order, some of them ahead; a pool's own `map` would take in all of them at once."""
+    coming: deque[Future[S]] = deque()
+    for item in items:
+        coming.append(pool.submit(work, item))
+        if len(coming) == AHEAD:
+            yield coming.popleft().result()
+    while coming:
+        yield coming.popleft().result()
 
 
 def _split(problems: list[Problem]) -> tuple[list[Problem], list[Problem]]:
     return [p for p in problems if p.severity == "error"], [p for p in problems if p.severity == "warning"]
-
-
-def _classes(pairs: list[CheckedPair]) -> Counter[str]:
-    return Counter(r.class_name for pair in pairs for r in pair.record.references if r.class_name is not None)
-
-
-def _imbalance(pairs: list[CheckedPair]) -> list[Problem]:
-    ranked = _classes(pairs).most_common()
-    if sum(count for _, count in ranked) < FEW or len(ranked) < 2 or ranked[0][1] < IMBALANCE * ranked[-1][1]:
-        return []
-    (most, many), (least, few) = ranked[0], ranked[-1]
-    message = f"classes are out of balance: {many} references of {most}, {few} of {least}"
-    first = pairs[0].record
-    return [Problem(first.file, 1, "class_name", message, "add pairs of rare classes, or take some out", "warning")]
 
 
 @dataclass(frozen=True)
@@ -121,32 +188,37 @@ class Report:
         return "\n".join(map(printable, lines))
 
 
-def validate(
-    path: str | Path, check: Check, dataset: Callable[[Sequence[PairRecord]], PairDataset], progress: bool = True
-) -> Report:
-    """Everything there is to say about a dataset.
+def validate(path: str | Path, check: Check, rules: SizeRules, progress: bool = True) -> Report:
+    """Everything there is to say about a dataset, of any length.
 
     Args:
         path: what `find_sources` takes.
         check: "full" decodes every image, "headers" reads sizes only.
-        dataset: brings records to size, as a run would; by it layouts are counted.
+        rules: bring pairs to size, as a run would; by that layouts are counted.
         progress: show a progress bar.
 
     Raises:
         FileNotFoundError: there is no such dataset.
     """
-    pairs, problems = check_pairs(path, check, progress)
-    errors, warnings = _split(problems)
-    bad = {(p.file, p.line) for p in errors}
-    sound = [pair.record for pair in pairs if (pair.record.file, pair.record.line) not in bad]
-    try:
-        layouts = Counter(dataset(sound).sizes)
-    except DatasetError as error:  # of references that cannot be brought to size
-        errors = [*errors, *error.problems]
-        bad = {(p.file, p.line) for p in errors}
-        sound = [record for record in sound if (record.file, record.line) not in bad]
-        layouts = Counter(dataset(sound).sizes)
-    unnamed = sum(reference.class_name is None for pair in pairs for reference in pair.record.references)
+    checks = Checks(path, check, progress)
+    layouts: Counter[PairSizes] = Counter()
+    misfits: list[Problem] = []
+    for pair in checks:
+        if any(problem.severity == "error" for problem in pair.problems):
+            continue
+        record, sizes = pair.record, pair.sizes
+        found = rules.place(record, sizes["winner"], tuple(sizes[name] for name in record.image_fields if "[" in name))
+        if isinstance(found, list):
+            misfits += found
+        else:
+            layouts[found[1]] += 1
+    errors, warnings = _split(checks.problems)
     return Report(
-        str(path), len(sound), errors, warnings, dict(_classes(pairs).most_common()), unnamed, dict(layouts.most_common())
+        str(path),
+        sum(layouts.values()),
+        [*errors, *misfits],
+        warnings,
+        dict(checks.classes.most_common()),
+        checks.unnamed,
+        dict(layouts.most_common()),
     )

@@ -25,8 +25,8 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RES
 from PIL import Image
 from torch import Tensor
 
-from focusdpo.data.images import PATCH_SIZE, Size, centre_cut, to_pixels
-from focusdpo.data.references import ReferenceRule
+from focusdpo.data.images import PATCH_SIZE, Size
+from focusdpo.data.references import ReferenceRule, UnoReferences
 from focusdpo.models.base import Backbone, PromptEmbeddings, TokenLayout
 from focusdpo.models.uno_lora import has_unos_layers
 
@@ -60,30 +60,6 @@ def _grid(rows: int, columns: int, row_offset: int, column_offset: int, image: i
     ids[..., 1] = (torch.arange(rows) + row_offset)[:, None]
     ids[..., 2] = (torch.arange(columns) + column_offset)[None, :]
     return ids.reshape(rows * columns, 3)
-
-
-@dataclass(frozen=True)
-class UnoReferences(ReferenceRule):
-    """As `preprocess_ref` of bytedance/UNO, uno/flux/pipeline.py.
-
-    The longest side becomes 512 pixels, or 320 where there are several references; both sides are truncated, and cut to whole
-    tokens without a second scaling. It becomes RGB last: transparent parts are black where the file is scaled, and else have
-    whatever colour the file has under them.
-    """
-
-    name: ClassVar[str] = "flux"
-
-    def fit(self, size: Size, count: int) -> tuple[Size, Size]:
-        longest = 512 if count == 1 else 320
-        scale = longest / max(size)  # times a side, it may be rounded to just below a whole number, also in a square
-        width, height = (longest, int(scale * size[1])) if size[0] >= size[1] else (int(scale * size[0]), longest)
-        if min(width, height) < PATCH_SIZE:
-            message = f"{size[0]}x{size[1]} px would become {width}x{height} px"
-            raise ValueError(f"{message}; expected sides of at least {PATCH_SIZE} px, one token")
-        return (width, height), (width - width % PATCH_SIZE, height - height % PATCH_SIZE)
-
-    def resize(self, photo: Image.Image, scaled: Size, size: Size) -> Tensor:
-        return to_pixels(centre_cut(photo.resize(scaled, Image.Resampling.LANCZOS), size).convert("RGB"))
 
 
 @dataclass(frozen=True)

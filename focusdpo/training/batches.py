@@ -14,21 +14,20 @@ from torch.utils.data import DataLoader
 
 from focusdpo.data import (
     DatasetError,
-    LongestSide,
     PairBatch,
     PairDataset,
     PairRecord,
     Problem,
-    ReferenceRule,
     SizeBatches,
     collate,
     load_pairs,
 )
 from focusdpo.data.images import PATCH_SIZE
+from focusdpo.data.records import collector_paused
 from focusdpo.files import ReadableFile, checksum
-from focusdpo.models import BACKBONES
-from focusdpo.training.config import DataConfig, FocusConfig, TrainConfig, parse_ratios
+from focusdpo.training.config import DataConfig, FocusConfig, TrainConfig
 from focusdpo.training.draws import turns_at
+from focusdpo.training.layouts import size_rules
 from focusdpo.training.signals import leave_to_parent
 
 logger = logging.getLogger(__name__)
@@ -137,29 +136,13 @@ def _size(file: ReadableFile) -> int | None:
         return None
 
 
-def reference_rules(data: DataConfig, backbone: str) -> tuple[ReferenceRule, ReferenceRule]:
-    """How references of pairs with one, and with several, are brought to size."""
-    one, several = data.reference_resolution, data.reference_resolution_multiple
-    rule = BACKBONES[backbone].reference_rule if one is None else LongestSide(one)
-    return rule, rule if several is None else LongestSide(several)
-
-
 def dataset_of(records: Sequence[PairRecord], data: DataConfig, backbone: str) -> PairDataset:
     """Records under the sizes of a configuration, and the rules of a backbone where it leaves them to that.
 
     Raises:
         DatasetError: with every reference that cannot be brought to size.
     """
-    one, several = reference_rules(data, backbone)
-    return PairDataset(
-        records,
-        resolution=data.resolution,
-        reference_rule=one,
-        reference_rule_multiple=several,
-        prompt_rule=BACKBONES[backbone].prompt_rule,
-        buckets=parse_ratios("data.buckets", data.buckets),
-        reference_buckets=parse_ratios("data.reference_buckets", data.reference_buckets),
-    )
+    return PairDataset(records, **size_rules(data, backbone))
 
 
 def check_match_count(focus: FocusConfig, datasets: Sequence[PairDataset]) -> None:
@@ -226,7 +209,8 @@ class TrainingBatches:
         self.plan = SizeBatches(dataset, config.data.batch_size, shuffle=config.data.shuffle, seed=config.seed)
         self._shares: dict[int, list[list[list[int]]]] = {}
         self._pairs_before: tuple[int, list[int]] = (-1, [])  # an epoch, and the pairs before each of its rounds
-        self._rounds = len(self._share(0))  # of every epoch
+        with collector_paused():
+            self._rounds = len(self._share(0))  # of every epoch
         if accelerator.is_local_main_process:
             self._log_layouts()
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from focusdpo.settings import require as _require
-from focusdpo_kernels.checks import check_estimator
 
 
 def parse_ratios(name: str, texts: list[str] | None) -> list[tuple[int, int]] | None:
@@ -199,6 +198,8 @@ class FocusConfig:
             _require(self.match_count >= 0, "focus.match_count", self.match_count, "0 or more tokens")
         distinct = self.layers == "all" or 0 < len(set(self.layers)) == len(self.layers)
         _require(distinct, "focus.layers", self.layers, '"all", or at least one block, each once')
+        from focusdpo_kernels.checks import check_estimator  # with the kernels, which only what trains needs
+
         check_estimator(self.entropy_method, self.entropy_bins, self.entropy_sigma, "focus.entropy_")
 
 

@@ -11,7 +11,6 @@ import sys
 import time
 import warnings
 import zlib
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from PIL import Image, ImageFile
 from focusdpo.data import LongestSide, PairDataset, load_pairs
 from focusdpo.data.building.scenes import load_scenes
 from focusdpo.data.checks import check_pair
+from focusdpo.data.dataset import SizeRules
 from focusdpo.data.images import (
     MAX_PIXELS,
     ROOM,
@@ -40,7 +40,7 @@ from focusdpo.data.records import DatasetError, PairRecord, Reference
 from focusdpo.data.shards import image_suffix, write_shards
 from focusdpo.data.validation import validate
 
-SIZED = partial(PairDataset, resolution=64, reference_rule=LongestSide(64))
+SIZES = {"resolution": 64, "reference_rule": LongestSide(64)}
 TURNS = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -421,6 +421,6 @@ def test_a_dataset_with_32_bit_masks_trains(tmp_path):
     references = [{"image": "1.png", "mask": "m.tiff"}]
     record = {"prompt": "a", "references": references, "winner": "0.png", "loser": "1.png", "prior": "m.tiff"}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(record) + "\n")
-    assert not validate(tmp_path, "full", SIZED, progress=False).errors
-    sample = SIZED(load_pairs(tmp_path, progress=False))[0]
+    assert not validate(tmp_path, "full", SizeRules(**SIZES), progress=False).errors
+    sample = PairDataset(load_pairs(tmp_path, progress=False), **SIZES)[0]
     assert sample.prior[:32].all() and not sample.prior[32:].any() and not sample.reference_masks[0][32:].any()
