@@ -131,8 +131,7 @@ class Checkpoints:
             self._out.place(partial, final)  # of a resumed run that came by again, in the earlier one's place
             _to_disk(self._folder)
             self._out.remember(LAST_CHECKPOINT, final.name)
-            for old in complete_checkpoints(self._folder)[: -self._limit] if self._limit else []:
-                self._out.remove(old)  # the adapter's file first, without which it is no checkpoint
+            self._keep_to_limit()
         self._accelerator.wait_for_everyone()
         return final
 
@@ -180,6 +179,11 @@ class Checkpoints:
             target = free_name(target)
             later.rename(target)
             logger.warning("resume: %s lies beyond step %d, renamed to %s", later, step, target.name)
+        self._keep_to_limit()
+
+    def _keep_to_limit(self) -> None:
+        for old in complete_checkpoints(self._folder)[: -self._limit] if self._limit else []:
+            self._out.remove(old)  # the adapter's file first, without which it is no checkpoint
 
 
 def _files(folder: Path) -> list[str]:

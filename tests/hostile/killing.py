@@ -121,8 +121,8 @@ def _content(path: Path) -> bytes:
     content = path.read_bytes()
     if path.name == "manifest.jsonl":
         return b"\n".join(sorted(content.splitlines()))
-    if path.name == "config.yaml":
-        return re.sub(rb"resume: .*", b"", content)
+    if path.suffix in (".yaml", ".json"):  # settings of a start
+        return re.sub(rb'resume: .*|"?overwrite"?: \w+', b"", content)
     return re.sub(rb'"(pairs_per_second|peak_memory_mib)": [^,}]*', b"", content) if path.suffix == ".jsonl" else content
 
 
@@ -251,16 +251,54 @@ def make_finished_run(folder: Path) -> None:
     write_samples(folder / "run", [0, 10], 1)
 
 
+def make_photos(folder: Path) -> None:
+    """Three subjects in DreamBench's format, and UNO's lists of them."""
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    rng = np.random.default_rng(0)
+    root = folder / "photos"
+    for index in range(3):
+        (root / f"subject{index}").mkdir(parents=True)
+        for number in range(2):
+            photo = Image.fromarray(rng.integers(90, 110, (96, 96, 3), dtype=np.uint8))
+            colour = tuple(int(value) for value in rng.integers(0, 255, 3))
+            ImageDraw.Draw(photo).ellipse((25 + number, 20, 70, 75 - 2 * number), fill=colour)
+            photo.save(root / f"subject{index}" / f"{number:02d}.jpg")
+    (root / "prompts_and_classes.txt").write_text("subject_name,class\n" + "".join(f"subject{i},class0\n" for i in range(3)))
+    for name, groups in (("single", [[0], [1], [2]]), ("multi", [[0, 1], [1, 2]])):
+        items = [{"prompt": "it", "image_paths": [f"subject{subject}/01.jpg" for subject in group]} for group in groups]
+        (root / f"dreambench_{name}ip.json").write_text(json.dumps(items))
+
+
+def make_study(folder: Path) -> None:
+    """A manifest, two images for each of its prompts, and an encoder."""
+    from focusdpo.demo.scenes import write_dataset
+    from tests.tiny_vision import write_tiny_features
+
+    write_tiny_features(folder / "dino")
+    write_dataset(folder / "pairs", 2, 64, seed=0)
+    (folder / "images").mkdir()
+    for line in (1, 2):
+        for number, part in enumerate(("winner", "loser")):
+            shutil.copy(folder / "pairs" / f"{line - 1:04d}_{part}.png", folder / "images" / f"{line}_{number}.png")
+
+
 def page_is_whole(folder: Path) -> None:
-    """It and every picture that it names."""
+    """It and every thumbnail that it names."""
     page = folder / "out" / "page.html"
     text = page.read_text()
     if not text.rstrip().endswith("</html>"):
         raise SystemExit("half a page")
-    for image in re.findall(r'src="(page_files/[^"]+)"', text):
-        from PIL import Image
+    from PIL import Image
 
-        Image.open(folder / "out" / image).load()
+    data = json.loads(text.partition('id="data">')[2].partition("</script>")[0])
+    pictures = [picture for card in data["cards"] for picture in (*card["references"], *card["targets"])]
+    names = [name for picture in pictures for name in picture[4:] if name is not None]
+    if not names:
+        raise SystemExit("a page without thumbnails")
+    for name in names:
+        Image.open(folder / "out" / data["folder"] / name).load()
 
 
 def report_is_whole(folder: Path) -> None:
@@ -275,6 +313,39 @@ IMPORT = ["data", "import", "pairs/uno.json", "out", "--losers", "losers"]
 BUILD = ["data", "build", "--scenes", "scenes", "--output_dir", "out", "--resolution", "96"]
 SHOW = ["data", "show", "pairs", "--out", "out/page.html", "--size", "64", "--overwrite", "true"]
 VALIDATE = ["data", "validate", "pairs", "--json", "out/checked.json"]
+DREAMBENCH = ["data", "dreambench", "--root", "photos", "--output_dir", "out", "--resolution", "96"]
+EVALUATE = ["evaluate", "--images", "images", "--manifest", "pairs/pairs.jsonl", "--output_dir", "out", "--dino", "dino"]
+MASKS = [
+    "masks",
+    "--config",
+    "train.yaml",
+    "--out",
+    "out",
+    "--checkpoint",
+    "none",
+    "--layer_groups",
+    "1",
+    "--timesteps",
+    "[0.5]",
+]
+STRESS = [
+    "stress",
+    "--config",
+    "train.yaml",
+    "--checkpoint",
+    "none",
+    "--output_dir",
+    "out",
+    "--scenes",
+    "2",
+    "--resolution",
+    "64",
+]
+STRESS += ["--reference_resolution", "32", "--timesteps", "[0.5]", "--resamples", "100"]
+ABLATE = ["ablate", "--config", "train.yaml", "--output_dir", "out", "--variants", "base", "dpo", "--max_steps", "2"]
+ABLATE += ["--points", "1", "--seeds", "[0]", "--times", "[0.5]"]
+DEMO = ["demo", "--out", "out", "--pairs", "2", "--held_out", "1", "--steps", "2", "--resolution", "64", "--overlays", "1"]
+DEMO += ["--batch_size", "1", "--backend", "torch"]
 CONVERT = ["convert-lora", "lora.safetensors", "out", "--to", "peft", "--backbone", "flux"]
 CASES = {
     "shard": Case(make_pairs, SHARD, [*SHARD, "--overwrite", "true"]),
@@ -288,7 +359,13 @@ CASES = {
         ["report", "run", "--out", "out/page.html"],
         ["report", "run", "--out", "out/page.html", "--overwrite", "true"],
     ),
-    "train": Case(make_run, TRAIN, [*TRAIN, "--resume", "latest"], kills=24),
+    "dreambench": Case(make_photos, DREAMBENCH, DREAMBENCH, kills=8),
+    "evaluate": Case(make_study, EVALUATE, [*EVALUATE, "--overwrite", "true"], kills=8),
+    "masks": Case(make_run, MASKS, [*MASKS, "--overwrite", "true"], kills=5),
+    "stress": Case(make_run, STRESS, STRESS, kills=3),
+    "ablate": Case(make_run, ABLATE, ABLATE, kills=3),
+    "demo": Case(lambda folder: None, DEMO, [*DEMO, "--overwrite", "true"], kills=2),
+    "train": Case(make_run, TRAIN, [*TRAIN, "--resume", "latest"], kills=10),
 }
 
 
