@@ -102,9 +102,9 @@ CASES = {
     ),
     "another transformer": (
         another("transformer"),
-        ["model.path (transformer, its content): the checkpoint has 'x', got 'x'"],
+        ["model.path (transformer, all of it): the checkpoint has 'x', got 'x'"],
     ),
-    "another VAE": (another("vae"), ["model.path (vae, its content): the checkpoint has 'x', got 'x'"]),
+    "another VAE": (another("vae"), ["model.path (vae, all of it): the checkpoint has 'x', got 'x'"]),
     "fewer pairs": (
         lambda folder: edit_pairs(folder, lambda lines: lines[:3]),
         [
@@ -178,7 +178,7 @@ def rewrite_settings(config, edit):
     (checkpoint / CHECKSUMS_FILE).write_text(json.dumps(checksums))
 
 
-UNKNOWN = ("data.buckets", "data.max_crop", "loss.auto_beta", "data.train (number of pairs)", "model.path (vae, its content)")
+UNKNOWN = ("data.buckets", "data.max_crop", "loss.auto_beta", "data.train (number of pairs)", "model.path (vae, all of it)")
 
 
 def test_a_checkpoint_older_than_a_setting(copied):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +29,7 @@ from focusdpo_kernels import env
 
 logger = logging.getLogger(__name__)
 
+EARLIER = re.compile(r"model\.path \(\w+, its content\)")  # a hash of the first rows of each tensor alone
 BASE_LORA_CONTENT = "model.base_lora (its content)"
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -93,7 +95,7 @@ def model_contents(model: ModelConfig) -> dict[str, str | None]:
     """The parts of a run's model by their content, and the LoRA that is merged into it."""
     pipeline = pipeline_folder(model.path, model.revision)
     lora = None if model.base_lora is None else base_lora_checksum(model.base_lora)[:16]
-    parts = {f"model.path ({part}, its content)": fingerprint(pipeline, [part])[:16] for part in pipeline_parts(pipeline)}
+    parts = {f"model.path ({part}, all of it)": fingerprint(pipeline, [part])[:16] for part in pipeline_parts(pipeline)}
     return {**parts, BASE_LORA_CONTENT: lora}
 
 
@@ -156,6 +158,10 @@ class RunFolder:
         # A checkpoint may be older than a setting: then the run had what is now the default. Contents it lacks are unknown.
         defaults = compared_settings(TrainConfig(ModelConfig("-"), DataConfig("-"), "-")) | {BASE_LORA_CONTENT: None}
         saved = defaults | json.loads((self.checkpoint / SETTINGS_FILE).read_text())
+        unknown = [name for name in saved if EARLIER.fullmatch(name)]
+        if unknown:
+            logger.warning("resume: %s knows the model by a hash of an earlier version, which is not compared", self.checkpoint)
+        saved = {name: value for name, value in saved.items() if name not in unknown}
         now = json.loads(json.dumps({name: settings.get(name) for name in saved}))
         differing = differences("checkpoint", saved, now, lambda name, *_: name in FREE)
         if differing:

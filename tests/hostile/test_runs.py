@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from focusdpo import cli
 from focusdpo.data.building.builder import prepare_build
 from focusdpo.data.building.config import BuildConfig
 from focusdpo.demo.scenes import write_scenes
-from focusdpo.files import fingerprint
+from focusdpo.files import checksum, fingerprint
 from focusdpo.journals import read_metrics
 from focusdpo.training.checkpoints import complete_checkpoints, damage, find_checkpoint
 from focusdpo.training.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, TrainConfig
@@ -183,6 +184,25 @@ def test_newly_trained_tokens_are_another_text_encoder(tmp_path):
     assert len(seen) == 5
     (part / "model.safetensors").rename(part / "model-2.safetensors")
     assert fingerprint(tmp_path, ["text_encoder"]) not in seen
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on(config, tmp_path, caplog):
+    """It knows the model by another hash, and its folder has a marker instead of lists."""
+    train(config, max_steps=2)
+    run = tmp_path / "run"
+    settings = run / "checkpoints" / "step-000002" / "settings.json"
+    values = {name.replace("all of it", "its content"): value for name, value in json.loads(settings.read_text()).items()}
+    assert "model.path (transformer, its content)" in values
+    settings.write_text(json.dumps({**values, "model.path (transformer, its content)": "0123456789abcdef"}))
+    checksums = settings.with_name("checksums.json")
+    digests = json.loads(checksums.read_text()) | {"settings.json": checksum(settings)}
+    checksums.write_text(json.dumps(digests))
+    shutil.rmtree(run / ".focusdpo")
+    (run / ".focusdpo").write_text("Made by focusdpo; --overwrite may delete its files.\n")
+    assert train(config, resume="latest", max_steps=3).progress.step == 3
+    assert "knows the model by a hash of an earlier version" in caplog.text
+    with pytest.raises(ValueError, match="optim.lr: the checkpoint has 0.001, got 0.5"):
+        Trainer(dataclasses.replace(config, resume="latest", max_steps=4, optim=OptimConfig(lr=0.5)))
 
 
 def test_large_files_are_hashed_in_parts(tmp_path, monkeypatch):
