@@ -72,46 +72,57 @@ def thousand(tmp_path_factory):
 
 
 LOADING = """
-  const cards = [...page.querySelectorAll("article")];
-  const picture = (index) => cards[index].querySelector(".targets img");
-  const loaded = () => [...page.images].filter((image) => image.complete && image.naturalWidth).length;
-  seen.cards = cards.length;
+  const waiting = async (fits) => { for (let i = 0; i < 500 && !fits(); i++) await pause(); return fits(); };
+  const cards = () => [...page.querySelectorAll("article")];
+  const places = () => cards().map((card) => card.querySelector(".place").textContent);
+  const loaded = () => [...page.images].filter((image) => image.complete && image.naturalWidth);
   seen.count = page.getElementById("count").textContent;
-  for (let i = 0; i < 500 && !picture(0).complete; i++) await pause();
+  await waiting(() => cards()[0].querySelector(".targets img").complete);
   await pause(1000);
-  seen.images = page.images.length;
-  seen.loaded = loaded();
-  seen.far = picture(900).complete;
-  cards[900].scrollIntoView();
-  for (let i = 0; i < 500 && !picture(900).complete; i++) await pause();
-  seen.scrolled = picture(900).naturalWidth;
+  seen.cards = cards().length;
+  seen.loaded = loaded().length;
+  seen.height = page.documentElement.scrollHeight;
+  view.scrollTo({ top: page.documentElement.scrollHeight });
+  seen.end = await waiting(() => places().includes("pairs.jsonl:1000"));
+  view.scrollTo({ top: page.documentElement.scrollHeight });
+  seen.last = await waiting(() => cards().at(-1).querySelector(".targets img").naturalWidth);
+  seen.first = await waiting(() => !places().includes("pairs.jsonl:1"));
+  seen.cardsThere = cards().length;
+  seen.heightThere = page.documentElement.scrollHeight;
 """
 
 
 @browser
-def test_thousand_pairs_are_all_there_and_few_are_loaded(thousand, tmp_path):
-    seen, asked = in_browser(thousand, tmp_path, LOADING)
+@pytest.mark.parametrize("as_file", [False, True], ids=["served", "from the disk"])
+def test_thousand_pairs_of_which_those_near_the_sight_are_there(thousand, tmp_path, as_file):
+    seen, asked = in_browser(thousand, tmp_path, LOADING, as_file=as_file)
     assert "error" not in seen and seen["console"] == [], seen
-    assert (seen["cards"], seen["count"]) == (PAIRS, f"{PAIRS} pairs")
-    assert seen["images"] == len(list(thumbnails_of(thousand / "page.html").iterdir())) > 4 * PAIRS
-    assert 4 <= seen["loaded"] < seen["images"] / 10, "what is in sight is loaded, what is far below is not"
-    assert not seen["far"] and seen["scrolled"] == SIDE, "until one goes there"
-    asked = {name for name in asked if name.endswith(".webp")}
-    assert "000000_winner.webp" in asked and len(asked) < seen["images"] / 5
+    assert seen["count"] == f"{PAIRS} pairs"
+    images = len(list(thumbnails_of(thousand / "page.html").iterdir()))
+    assert images > 4 * PAIRS and 4 <= seen["loaded"] < images / 10, "what is in sight is loaded, what is far below is not"
+    assert 12 <= seen["cards"] < PAIRS / 5 and seen["cardsThere"] < PAIRS / 5, seen
+    assert seen["end"] and seen["last"] == SIDE and seen["first"], "those at the end when one goes there, then not the first"
+    assert 0.7 < seen["heightThere"] / seen["height"] < 1.4, "gaps are about as high as what they stand for"
+    if not as_file:
+        asked = {name for name in asked if name.endswith(".webp")}
+        assert {"000000_winner.webp", f"{PAIRS - 2:06}_winner.webp"} <= asked and len(asked) < images / 3
 
 
 CONTROLS = """
-  const cards = [...page.querySelectorAll("article")];
   const field = (id) => page.getElementById(id);
   const set = (id, value) => { field(id).value = value; field(id).dispatchEvent(new view.Event("input", { bubbles: true })); };
   const press = async (key, target) => {
     (target ?? page.activeElement).dispatchEvent(new view.KeyboardEvent("keydown", { key, bubbles: true, cancelable: true }));
     await pause();
   };
-  const shown = () => cards.filter((card) => card.getClientRects().length);
+  const shown = () => [...page.querySelectorAll("article")].filter((card) => card.getClientRects().length);
   const look = (name) => {
     const [count, hash] = [field("count").textContent, view.location.hash];
-    seen[name] = { cards: shown().length, count, hash, first: shown()[0]?.textContent };
+    view.dispatchEvent(new view.Event("beforeprint")); // paper has all
+    const places = new Set(shown().map((card) => card.querySelector(".place").textContent));
+    seen[name] = { cards: places.size, count, hash, first: shown()[0]?.textContent };
+    view.dispatchEvent(new view.Event("afterprint"));
+    seen[name].afterwards = shown().length;
   };
   const choose = async (name, values) => {
     await press("Escape");
@@ -143,11 +154,21 @@ CONTROLS = """
   await press("j");
   seen.typing = page.activeElement.id;
   page.activeElement.blur();
+  const place = () => page.activeElement.querySelector(".place")?.textContent;
   seen.steps = [];
   for (const key of "jjk") {
     await press(key);
-    seen.steps.push(page.activeElement.querySelector(".place").textContent);
+    seen.steps.push(place());
   }
+  for (let i = 0; i < 99; i++) await press("j");
+  seen.far = [place(), page.activeElement.getBoundingClientRect().top >= 0];
+  view.scrollTo({ top: 0 });
+  await pause(200);
+  await press("j");
+  seen.far.push(place());
+  page.activeElement.blur();
+  view.scrollTo({ top: 0 });
+  await pause(200);
   const outlined = () => getComputedStyle(page.querySelector("img.outlines")).display;
   seen.outlines = [outlined()];
   await press("o");
@@ -195,20 +216,67 @@ def test_filters_and_keys(thousand, tmp_path):
     assert options["error winner"] == "Error: winner (1)" and options["warning prior"] == f"Warning: prior ({PAIRS // 10})"
     assert (seen["searching"], seen["typing"]) == ("text", "text"), "a letter in the search field is no command"
     assert seen["steps"] == ["pairs.jsonl:1", "pairs.jsonl:2", "pairs.jsonl:1"]
+    assert seen["far"] == ["pairs.jsonl:100", True, "pairs.jsonl:101"], "from the card that was left, wherever one scrolls"
+    assert all(seen[name]["afterwards"] < PAIRS / 5 for name in expected)
     assert seen["outlines"] == ["block", "none"]
     assert seen["broken"].startswith("error winner no such file: ") and seen["missing"] == 2, "winner and difference"
+
+
+def data_of(page):
+    """What a page's script makes cards of."""
+    (found,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.S)
+    return json.loads(found)
 
 
 def test_page_is_whole_and_safe(tmp_path):
     """Without a browser: nothing is loaded from elsewhere, every thumbnail named is there, and markup in data is escaped."""
     page = tmp_path / "a #1.html"
     show(write_pairs(tmp_path / "pairs", 12), page, 32, overwrite=False)
-    text = page.read_text()
-    assert not re.search(r"(src|href)=\"(https?:|//|/)|@import|url\(", text)
-    named = {unquote(name) for name in re.findall(r'src="([^"]+)"', text)}
-    assert named == {str(file.relative_to(tmp_path)) for file in thumbnails_of(tmp_path / "a #1.html").iterdir()}
+    text, data = page.read_text(), data_of(page)
+    assert not re.search(r"(src|href)=\"(https?:|//|/)|@import|url\(", text) and "default-src 'none'" in text
+    pictures = [picture for card in data["cards"] for picture in (*card["references"], *card["targets"])]
+    named = {f"{unquote(data['folder'])}/{name}" for picture in pictures for name in picture[4:] if name is not None}
+    assert named == {str(file.relative_to(tmp_path)) for file in thumbnails_of(page).iterdir()}
     assert all(max(Image.open(tmp_path / name).size) <= 32 for name in named)
-    assert "<dog>" not in text and "&lt;dog&gt;" in text and text.count("<script>") == 1
+    assert "<dog>" not in text and "&lt;dog&gt;" in text and text.count("<script") == text.count("</script") == 2
+
+
+HOSTILE = "</script><script>throw 1</script><!--<script>\u2028 \"'&amp; \\u0041 \u202e"
+
+
+def write_hostile_pairs(folder):
+    """In a folder whose name is no UTF-8, with markup in all texts."""
+    pairs = write_pairs(folder / "pairs", 3)
+    lines = [json.loads(line) for line in (pairs / "pairs.jsonl").read_text().splitlines()]
+    lines[1]["prompt"] = lines[1]["references"][0]["class_name"] = HOSTILE
+    lines[2]["winner"] = f"{HOSTILE}.png"
+    (pairs / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return pairs.rename(folder / "a \udcff")
+
+
+TEXTS = """
+  const cards = [...page.querySelectorAll("article")];
+  seen.prompt = cards[1].querySelector("h2").textContent;
+  seen.caption = cards[1].querySelector("figcaption").textContent;
+  seen.problem = cards[2].querySelector("li").textContent;
+  seen.file = cards[0].querySelector(".place").title;
+  const subject = page.getElementById("subject");
+  subject.selectedIndex = [...subject.options].findIndex((option) => option.value.startsWith("<" + "/script>"));
+  subject.dispatchEvent(new view.Event("input", { bubbles: true }));
+  seen.count = page.getElementById("count").textContent;
+"""
+
+
+@browser
+def test_texts_are_texts(tmp_path):
+    folder = tmp_path / "shown"
+    folder.mkdir()
+    show(write_hostile_pairs(folder), folder / "page.html", 32, overwrite=False)
+    (tmp_path / "profile").mkdir()
+    seen, _ = in_browser(folder, tmp_path / "profile", TEXTS)
+    assert "error" not in seen and seen["console"] == [], seen
+    assert seen["prompt"] == f"pairs.jsonl:2 {HOSTILE}" and seen["caption"] == HOSTILE and seen["count"] == "1 of 3 pairs"
+    assert f"{HOSTILE}.png" in seen["problem"] and seen["file"].endswith("/a \\udcff/pairs.jsonl")
 
 
 def test_thumbnails_show_the_pair(tmp_path):
@@ -277,7 +345,7 @@ def test_overwrite_deletes_only_its_own(tmp_path):
         show(pairs, page, 32, overwrite=False)
     show(pairs, page, 32, overwrite=True)
     assert {file.name for file in thumbnails_of(page).iterdir()} < old
-    assert (tmp_path / "page_files" / "notes.txt").read_text() == "mine" and page.read_text().count("<article") == 1
+    assert (tmp_path / "page_files" / "notes.txt").read_text() == "mine" and len(data_of(page)["cards"]) == 1
 
 
 def test_out_has_to_be_a_page(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import uuid
 from collections import Counter, defaultdict
@@ -10,13 +11,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
 from PIL import Image, ImageChops, ImageFilter, ImageOps
 from tqdm.auto import tqdm
 
 from focusdpo.data.checks import CheckedPair
-from focusdpo.data.images import Size, read_image, read_mask
+from focusdpo.data.images import ROOM, Size, read_image, read_mask
 from focusdpo.data.records import Problem
 from focusdpo.data.validation import check_pairs
 from focusdpo.evaluation import pages
@@ -26,6 +29,8 @@ from focusdpo.folders import OutputFolder
 COMMAND = "data show"
 THUMBNAILS = "thumbnails"
 GAIN = 2  # of the difference, so that a faint one is seen
+BRIGHTER = [min(GAIN * value, 255) for value in range(256)] * 3  # of red, green and blue
+METHOD = 2  # of WebP's encoder, 0 to 6: half of the time of its default, 4, for files larger by a twentieth
 COMMON = "#ff2d95"  # a prior for all subjects; on hardly any photo
 SUBJECTS = (  # one for each of six subjects, where each has its own prior
     "#ffd400",
@@ -39,13 +44,16 @@ SUBJECTS = (  # one for each of six subjects, where each has its own prior
 
 @dataclass(frozen=True)
 class Picture:
-    """What a card shows in one place: a thumbnail and the outlines over it, or that there is none. Paths for the page."""
+    """What a card shows in one place: a thumbnail and the outlines over it, or that there is none. Names of files."""
 
     caption: str
     colour: str | None = None
     size: Size = (1, 1)
     image: str | None = None
     outlines: str | None = None
+
+    def as_json(self) -> list[Any]:
+        return [self.caption, self.colour, *self.size, self.image, self.outlines]
 
 
 @dataclass
@@ -97,7 +105,7 @@ def write_page(path: str | Path, page: Path, out: OutputFolder, size: int, progr
         thumbnails = out.path / f"{THUMBNAILS}-{uuid.uuid4().hex[:8]}"
         thumbnails.mkdir()
         ordered = _draw(pairs, problems, thumbnails, size, progress)
-        write_stamped(page, _render(str(path), ordered), COMMAND, errors="backslashreplace")
+        write_stamped(page, _render(str(path), thumbnails, ordered), COMMAND, errors="backslashreplace")
         for folder in earlier:
             out.remove(folder)
     return ordered
@@ -106,7 +114,7 @@ def write_page(path: str | Path, page: Path, out: OutputFolder, size: int, progr
 def _draw(pairs: list[CheckedPair], problems: list[Problem], folder: Path, size: int, progress: bool) -> list[Card]:
     """Writes the thumbnails; the cards by file and line."""
     with ThreadPoolExecutor() as pool:  # Pillow releases the interpreter while it decodes, scales and encodes
-        drawn = pool.map(lambda i, pair: _Drawer(i, pair, folder, size).card(), range(len(pairs)), pairs)
+        drawn = pool.map(lambda i, pair: _Drawer(i, pair, folder, size).draw(), range(len(pairs)), pairs)
         found = list(tqdm(drawn, total=len(pairs), desc="drawing pairs", unit="pair", disable=not progress, leave=False))
     cards = {(card.file, card.line): card for card in found}
     for problem in problems:
@@ -115,7 +123,7 @@ def _draw(pairs: list[CheckedPair], problems: list[Problem], folder: Path, size:
     return sorted(cards.values(), key=lambda card: (str(card.file), card.line))
 
 
-def _render(path: str, cards: list[Card]) -> str:
+def _render(path: str, folder: Path, cards: list[Card]) -> str:
     classes = Counter(name for card in cards for name in dict.fromkeys(card.classes))
     kinds = Counter(kind for card in cards for kind in card.kinds)
     fields: dict[str, list[str]] = defaultdict(list)
@@ -123,10 +131,40 @@ def _render(path: str, cards: list[Card]) -> str:
         severity, _, name = kind.partition(" ")
         if name:
             fields[severity].append(name)
-    values: dict[str, Any] = {"path": path, "cards": cards, "classes": classes.most_common(), "kinds": kinds, "fields": fields}
+    # The page makes elements of the few cards in sight: ten thousand at once would keep a browser busy for a minute.
+    data = {"folder": quote(f"{folder.parent.name}/{folder.name}"), "cards": [_as_json(card) for card in cards]}
+    values: dict[str, Any] = {
+        "path": path,
+        "count": len(cards),
+        "classes": classes.most_common(),
+        "kinds": kinds,
+        "fields": fields,
+    }
     loader = PackageLoader("focusdpo.evaluation", "page")
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template("page.html").render(values, gain=GAIN, stamp=stamp(COMMAND))
+    return environment.get_template("page.html").render(values, data=_in_script(data), stamp=stamp(COMMAND))
+
+
+def _as_json(card: Card) -> dict[str, Any]:
+    """What the page's script shows, and looks for, of a card."""
+    return {
+        "file": str(card.file),
+        "place": f"{card.file.name}:{card.line}",
+        "prompt": card.prompt,
+        "classes": card.classes,
+        "kinds": card.kinds,
+        "references": [picture.as_json() for picture in card.references],
+        "targets": [picture.as_json() for picture in card.targets],
+        "problems": [[p.severity, p.field, p.message, p.remedy] for p in card.problems],
+    }
+
+
+def _in_script(value: Any) -> Markup:
+    """JSON within a script element: nothing in it can end that, or begin a comment."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    # Halves of surrogate pairs, of names that are no UTF-8, show as the page's other texts have them: as \\udcff.
+    text = re.sub("[\ud800-\udfff]", lambda half: rf"\\u{ord(half[0]):04x}", text)
+    return Markup(text.replace("<", r"\u003c"))
 
 
 def _name(problem: Problem) -> str:
@@ -144,28 +182,41 @@ class _Drawer:
         self.folder = folder
         self.longest = size
 
+    def draw(self) -> Card:
+        areas = {name: width * height for name, (width, height) in self.sizes.items()}
+        # Winner, loser and their difference, and a file more.
+        with ROOM.hold(2 * areas.get("winner", 0) + areas.get("loser", 0) + max(areas.values(), default=0)):
+            return self.card()
+
     def card(self) -> Card:
         record = self.record
         references = []
         for i, reference in enumerate(record.references):
             caption = reference.class_name or f"reference {i + 1}"
             swatch = self.colour(i) if record.per_subject else None
-            references.append(
-                self.picture(f"references[{i}].image", caption, {f"references[{i}].mask": self.colour(i)}, swatch)
-            )
+            name, masks = f"references[{i}].image", {f"references[{i}].mask": self.colour(i)}
+            references.append(self.picture(name, caption, masks, self.read(name), swatch))
         priors = {name: self.colour(i) for i, name in enumerate(record.prior_fields)}
-        targets = (self.picture("winner", "winner", priors), self.picture("loser", "loser", {}), self.difference())
+        winner, loser = self.read("winner"), self.read("loser")
+        difference = self.difference(winner, loser)  # of the whole images, which become thumbnails
+        targets = (self.picture("winner", "winner", priors, winner), self.picture("loser", "loser", {}, loser), difference)
         classes = tuple(reference.class_name or "" for reference in record.references)
         return Card(record.file, record.line, record.prompt, classes, tuple(references), targets)
 
     def colour(self, subject: int) -> str:
         return SUBJECTS[subject] if self.record.per_subject else COMMON
 
-    def picture(self, name: str, caption: str, masks: dict[str, str], colour: str | None = None) -> Picture:
+    def read(self, name: str) -> Image.Image | None:
+        """None where it could not be read when it was checked."""
+        return read_image(self.record.image_fields[name]) if name in self.sizes else None
+
+    def picture(
+        self, name: str, caption: str, masks: dict[str, str], image: Image.Image | None, colour: str | None = None
+    ) -> Picture:
         """An image and the outlines of the masks over it, each in its colour."""
-        if name not in self.sizes:
+        if image is None:
             return Picture(caption, colour)
-        thumbnail = self.thumbnail(read_image(self.record.image_fields[name]))
+        thumbnail = self.thumbnail(image)
         stem = re.sub(r"\W+", "", name)
         fitting = {mask: paint for mask, paint in masks.items() if self.sizes.get(mask) == self.sizes[name]}
         outlines = None
@@ -174,12 +225,11 @@ class _Drawer:
             outlines = self.save(outlines_of(lines, thumbnail.size), f"{stem}_outlines", lossless=True)
         return Picture(caption, colour, thumbnail.size, self.save(thumbnail, stem, quality=80), outlines)
 
-    def difference(self) -> Picture:
+    def difference(self, winner: Image.Image | None, loser: Image.Image | None) -> Picture:
         caption = f"difference × {GAIN}"
-        if "winner" not in self.sizes or self.sizes["winner"] != self.sizes.get("loser"):
+        if winner is None or loser is None or winner.size != loser.size:
             return Picture(caption)
-        difference = ImageChops.difference(read_image(self.record.winner), read_image(self.record.loser))
-        thumbnail = self.thumbnail(difference.point(lambda value: min(GAIN * value, 255)))
+        thumbnail = self.thumbnail(ImageChops.difference(winner, loser).point(BRIGHTER))
         return Picture(caption, None, thumbnail.size, self.save(thumbnail, "difference", quality=80))
 
     def thumbnail(self, image: Image.Image) -> Image.Image:
@@ -188,8 +238,8 @@ class _Drawer:
 
     def save(self, image: Image.Image, name: str, **options: Any) -> str:
         file = self.folder / f"{self.prefix}_{name}.webp"
-        image.save(file, **options)
-        return f"{self.folder.parent.name}/{self.folder.name}/{file.name}"
+        image.save(file, method=METHOD, **options)
+        return file.name
 
 
 def outlines_of(masks: Iterable[tuple[Image.Image, str]], size: Size) -> Image.Image:

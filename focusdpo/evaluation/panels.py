@@ -128,10 +128,16 @@ BY_TIME = {
 
 def value_of(row: Mapping[str, float], line: str) -> float | None:
     """A panel's line in one row of metrics; None where the row does not have it."""
-    first, _, second = line.partition("-")
+    first, second = names_of(line)
     if first not in row or (second and second not in row):
         return None
     return row[first] - row[second] if second else row[first]
+
+
+def names_of(line: str) -> tuple[str, str]:
+    """The metric that a panel's line shows, and the one that is taken from it, or ""."""
+    first, _, second = line.partition("-")
+    return first, second
 
 
 def smooth(values: Floats, share: float = 0.05) -> Floats:

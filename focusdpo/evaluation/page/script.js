@@ -1,27 +1,106 @@
 "use strict";
 const [text, subject, problem, outlines, count] = ["text", "subject", "problem", "outlines", "count"].map((id) => document.getElementById(id));
 const form = document.querySelector("form");
-const cards = [...document.querySelectorAll("article")].map((element) => ({
-  element,
-  classes: JSON.parse(element.dataset.classes),
-  kinds: JSON.parse(element.dataset.kinds),
-  text: element.textContent.toLowerCase(),
-}));
+const list = document.getElementById("cards");
+const { folder, cards } = JSON.parse(document.getElementById("data").textContent);
+const CHUNK = 24; // cards; whole rows of one to four columns
+const NEAR = "1500px"; // above and below what is in sight
+const NO_IMAGE = "nothing to show";
+let shown = []; // the cards that fit the filters
+let chunks = []; // the elements of their chunks, of which those near the sight are filled
+let selection; // the filters that they fit
+
+function make(tag, properties, ...children) {
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...children.filter((child) => child !== null)); // as text, whatever markup it has
+  return element;
+}
+
+function figure([caption, colour, width, height, image, outlines]) {
+  const address = (name) => `${folder}/${name}`;
+  const stack = make("div", { className: "stack" });
+  if (image) stack.append(make("img", { loading: "lazy", width, height, alt: caption, src: address(image) }));
+  else stack.append(make("span", { className: "missing", textContent: NO_IMAGE }));
+  if (outlines) stack.append(make("img", { className: "outlines", loading: "lazy", alt: "", src: address(outlines) }));
+  const swatch = colour && make("i", { className: "swatch" });
+  if (swatch) swatch.style.background = colour;
+  const element = make("figure", {}, stack, make("figcaption", {}, swatch, caption));
+  element.style.setProperty("--ratio", width / height);
+  return element;
+}
+
+function complaint([severity, field, message, remedy]) {
+  const end = remedy ? ["; ", make("em", {}, remedy)] : [];
+  return make("li", { className: severity }, make("b", {}, severity), " ", make("code", {}, field), ` ${message}`, ...end);
+}
+
+function article(card) {
+  const { file, place, prompt, references, targets, problems } = card;
+  const heading = make("h2", {}, make("span", { className: "place", title: file }, place), ` ${prompt}`);
+  const pictures = (className, items) => make("div", { className }, ...items.map(figure));
+  const shows = targets.length > 0;
+  const row = shows ? make("div", { className: "pictures" }, pictures("references", references), pictures("targets", targets)) : null;
+  const faults = problems.length ? make("ul", {}, ...problems.map(complaint)) : null;
+  return Object.assign(make("article", { tabIndex: -1 }, heading, row, faults), { card });
+}
+
+// What is searched: all that a card shows.
+function words(card) {
+  const captions = [...card.references, ...card.targets].flatMap(([caption, , , , image]) => (image ? [caption] : [caption, NO_IMAGE]));
+  return (card.words ??= [card.place, card.prompt, ...captions, ...card.problems.flat()].join("\n").toLowerCase());
+}
+
+// A browser cannot lay out ten thousand cards at once: a chunk far from the sight is a gap as high as it was, or as others are.
+const near = new IntersectionObserver(
+  (entries) => entries.forEach(({ isIntersecting, target }) => (isIntersecting ? fill(target) : empty(target))),
+  { rootMargin: `${NEAR} 0px` },
+);
+const cardsOf = (chunk) => shown.slice(CHUNK * chunk.index, CHUNK * (chunk.index + 1));
+
+function fill(chunk) {
+  if (chunk.childElementCount) return;
+  chunk.replaceChildren(...cardsOf(chunk).map(article));
+  chunk.style.height = "";
+}
+
+function empty(chunk) {
+  if (!chunk.childElementCount || chunk.contains(document.activeElement)) return;
+  chunk.style.height = `${chunk.offsetHeight}px`;
+  chunk.replaceChildren();
+}
+
+function guessHeights() {
+  const known = chunks.find((chunk) => chunk.childElementCount);
+  if (!known) return;
+  const each = known.offsetHeight / cardsOf(known).length;
+  for (const chunk of chunks) if (!chunk.childElementCount) chunk.style.height = `${each * cardsOf(chunk).length}px`;
+}
+
+function lay() {
+  near.disconnect();
+  chunks = Array.from({ length: Math.ceil(shown.length / CHUNK) }, (_, index) => make("div", { className: "chunk", index }));
+  list.replaceChildren(...chunks);
+  if (chunks.length) fill(chunks[0]);
+  guessHeights();
+  for (const chunk of chunks) near.observe(chunk);
+}
 
 function show() {
-  const words = text.value.toLowerCase().split(/\s+/);
-  let shown = 0;
-  for (const card of cards) {
-    const fits =
+  document.body.classList.toggle("plain", !outlines.checked);
+  const chosen = JSON.stringify([text.value, subject.value, problem.value]);
+  if (chosen === selection) return;
+  if (selection !== undefined) scrollTo(0, 0);
+  selection = chosen;
+  const wanted = text.value.toLowerCase().split(/\s+/).filter(Boolean);
+  shown = cards.filter(
+    (card) =>
       (subject.value === "*" || card.classes.includes(subject.value)) &&
       (problem.value === "*" || card.kinds.includes(problem.value)) &&
-      words.every((word) => card.text.includes(word));
-    card.element.hidden = !fits;
-    shown += fits;
-  }
-  count.textContent = shown === cards.length ? `${shown} pairs` : `${shown} of ${cards.length} pairs`;
-  document.getElementById("nothing").hidden = shown > 0;
-  document.body.classList.toggle("plain", !outlines.checked);
+      wanted.every((word) => words(card).includes(word)),
+  );
+  count.textContent = shown.length === cards.length ? `${cards.length} pairs` : `${shown.length} of ${cards.length} pairs`;
+  document.getElementById("nothing").hidden = shown.length > 0;
+  lay();
 }
 
 // The filters are in the address, so that a selection can be kept, and a reload shows it again.
@@ -43,17 +122,26 @@ function restore() {
 }
 
 function step(by) {
-  const visible = cards.map((card) => card.element).filter((element) => !element.hidden);
   const top = document.querySelector("header").offsetHeight;
-  let next = visible.indexOf(document.activeElement) + by;
-  if (document.activeElement.tagName !== "ARTICLE") next = visible.findIndex((element) => element.getBoundingClientRect().top >= top);
-  visible[Math.max(0, Math.min(next, visible.length - 1))]?.focus();
+  const from = document.activeElement.card ?? [...list.querySelectorAll("article")].find((one) => one.getBoundingClientRect().top >= top)?.card;
+  const next = shown.indexOf(from) + (document.activeElement.card ? by : 0);
+  const index = Math.max(0, Math.min(next, shown.length - 1));
+  const chunk = chunks[Math.floor(index / CHUNK)];
+  if (!chunk) return;
+  fill(chunk);
+  chunk.children[index % CHUNK].focus();
 }
 
 form.addEventListener("input", keep);
 form.addEventListener("submit", (event) => event.preventDefault());
 form.addEventListener("reset", () => setTimeout(keep)); // the fields change after the event
 addEventListener("hashchange", restore);
+addEventListener("resize", guessHeights);
+addEventListener("beforeprint", () => {
+  near.disconnect(); // paper has all of the selection
+  chunks.forEach(fill);
+});
+addEventListener("afterprint", lay);
 addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   if (event.key === "Escape") {
