@@ -32,7 +32,8 @@ from focusdpo.folders import OutputFolder
 from focusdpo.journals import read_rows
 from focusdpo.training import health
 from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, ModelConfig, OptimConfig, SamplesConfig, TrainConfig
-from focusdpo.training.run_folder import WRITTEN, RunFolder, read_starts
+from focusdpo.training.run_files import WRITTEN, read_starts
+from focusdpo.training.run_folder import RunFolder
 from focusdpo.training.trainer import Trainer
 from tests.browser import browser, in_browser
 from tests.synthetic_run import NOT_A_NUMBER, SPIKE, write_run, write_samples

@@ -24,7 +24,7 @@ from focusdpo.evaluation.run_page.page import write_run_page
 from focusdpo.folders import PIPELINE_WRITTEN, OutputFolder, under
 from focusdpo.journals import read_metrics
 from focusdpo.training.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, SamplesConfig, TrainConfig
-from focusdpo.training.run_folder import WRITTEN
+from focusdpo.training.run_files import WRITTEN
 from focusdpo.training.samples import MASK_TIMES, masks_at
 from focusdpo.training.trainer import Trainer
 

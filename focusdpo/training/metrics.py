@@ -11,10 +11,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from focusdpo.loss import pair_accuracy
+from focusdpo.training.run_files import COVERAGE_BINS, TIME_BINS
 from focusdpo.training.step import StepResult
 
-TIME_BINS = 4  # of t, alike in width
-COVERAGE_BINS = 10  # of A
 BY_TIME, SHARE = "by_time/", "share"
 
 

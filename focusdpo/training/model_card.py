@@ -24,7 +24,7 @@ from focusdpo.journals import read_metrics, read_steps
 from focusdpo.models.lora_reading import LORA_FILE
 from focusdpo.text import code, code_block, markdown
 from focusdpo.training.config import DataConfig, ModelConfig, TrainConfig
-from focusdpo.training.run_folder import METRICS_FILE, SAMPLES_FOLDER, VALIDATION_FILE
+from focusdpo.training.run_files import METRICS_FILE, SAMPLES_FOLDER, VALIDATION_FILE
 
 PACKAGES = ("focusdpo", "torch", "diffusers", "peft", "transformers", "accelerate")
 METHODS = {

@@ -8,7 +8,7 @@ from typing import cast
 
 from focusdpo.settings_text import build, read_settings
 from focusdpo.training.config import TrainConfig
-from focusdpo.training.run_folder import CONFIG_FILE
+from focusdpo.training.run_files import CONFIG_FILE
 
 
 def read_run_config(name: str, run: str | Path) -> TrainConfig:

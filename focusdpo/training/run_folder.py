@@ -25,38 +25,22 @@ from focusdpo.settings import differences, flat
 from focusdpo.training.adapter import targets_of
 from focusdpo.training.checkpoints import LAST_CHECKPOINT, SETTINGS_FILE, find_checkpoint
 from focusdpo.training.config import DataConfig, ModelConfig, TrainConfig
+from focusdpo.training.run_files import (
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    LEFT_OUT_FILE,
+    REPORT_FILE,
+    WRITTEN,
+    read_starts,
+)
 from focusdpo_kernels import env
 
 logger = logging.getLogger(__name__)
 
 EARLIER = re.compile(r"model\.path \(\w+, its content\)")  # a hash of the first rows of each tensor alone
 BASE_LORA_CONTENT = "model.base_lora (its content)"
-CONFIG_FILE = "config.yaml"
-METRICS_FILE = "metrics.jsonl"
-VALIDATION_FILE = "validation.jsonl"
-ALARMS_FILE = "alarms.jsonl"
-ENVIRONMENT_FILE = "environment.json"
-REPORT_FILE = "report.html"
-LEFT_OUT_FILE = "left_out.jsonl"
 MAX_PROBLEMS = 5  # shown in a warning
-SAMPLES_FOLDER = "samples"
-CHECKPOINTS_FOLDER = "checkpoints"
-_STEP = rf"{CHECKPOINTS_FOLDER}/step-\d+(\.abandoned(-\d+)?)?"
-# What a run writes, see `focusdpo.folders`.
-WRITTEN = (
-    r"config\.yaml",
-    r"(metrics|validation|alarms|left_out)\.jsonl",
-    r"environment\.json",
-    rf"{_STEP}/(adapter\.safetensors|state\.pt|settings\.json|checksums\.json|random_states_\d+\.pkl)",
-    rf"{_STEP}/lora/pytorch_lora_weights\.safetensors",
-    rf"{_STEP}/deepspeed/**",
-    rf"{SAMPLES_FOLDER}/step-\d+/\d+(_sample|_masks)?\.png",
-    r"lora(_ema)?/(pytorch_lora_weights\.safetensors|README\.md|curves\.png|samples\.png)",
-    r"lora(_ema)?/peft/adapter_(config\.json|model\.safetensors)",
-    r"tensorboard/events\.out\.tfevents\..+",
-    r"wandb/(id|latest-run|wandb-resume\.json|debug(-\w+)?\.log)",
-    r"wandb/(offline-)?run-\d{8}_\d{6}-.+/**",
-)
 
 # What a resumed run may change: where things lie, how and how often it reports, how long it goes on. Settings, and sections.
 FREE = (
@@ -236,12 +220,3 @@ def _is_begun(out: OutputFolder) -> bool:
 
 def _is_in(path: Path, folder: Path) -> bool:
     return path.resolve().parent == folder.resolve()
-
-
-def read_starts(file: Path) -> list[dict[str, Any]]:
-    """The starts in an environment.json; none where there is no such file, or it is damaged."""
-    try:
-        starts: list[dict[str, Any]] = json.loads(file.read_text())
-        return [start for start in starts if isinstance(start["step"], int)]
-    except (FileNotFoundError, ValueError, TypeError, KeyError):
-        return []

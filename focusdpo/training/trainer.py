@@ -45,15 +45,8 @@ from focusdpo.training.model_card import write_model_card
 from focusdpo.training.optimizers import build_optimizer, step_size
 from focusdpo.training.policy import add_policy
 from focusdpo.training.reference_cache import ReferenceCache
-from focusdpo.training.run_folder import (
-    ALARMS_FILE,
-    CHECKPOINTS_FOLDER,
-    METRICS_FILE,
-    SAMPLES_FOLDER,
-    VALIDATION_FILE,
-    RunFolder,
-    settings_of,
-)
+from focusdpo.training.run_files import ALARMS_FILE, CHECKPOINTS_FOLDER, METRICS_FILE, SAMPLES_FOLDER, VALIDATION_FILE
+from focusdpo.training.run_folder import RunFolder, settings_of
 from focusdpo.training.samples import Samples
 from focusdpo.training.sharding import check_launch, is_deepspeed, load_parts_whole, prepare
 from focusdpo.training.signals import StopSignals

@@ -21,7 +21,7 @@ def prepare_report(config: ReportConfig) -> Callable[[], None]:
     from focusdpo.evaluation.pages import check_page
     from focusdpo.evaluation.run_page.page import write_run_page
     from focusdpo.training.run_config import read_run_config
-    from focusdpo.training.run_folder import REPORT_FILE
+    from focusdpo.training.run_files import REPORT_FILE
 
     folder = Path(config.run_dir)
     if not folder.exists():

@@ -19,7 +19,7 @@ from focusdpo.folders import OutputFolder
 from focusdpo.journals import read_metrics, read_rows
 from focusdpo.settings import flat
 from focusdpo.training.config import DataConfig, ModelConfig, TrainConfig
-from focusdpo.training.run_folder import ALARMS_FILE, LEFT_OUT_FILE, METRICS_FILE, WRITTEN
+from focusdpo.training.run_files import ALARMS_FILE, LEFT_OUT_FILE, METRICS_FILE, WRITTEN
 
 LORA_FILE = "lora/pytorch_lora_weights.safetensors"  # written when a run is through
 METHODS = {"focus": "FocusDPO", "prior": "Diffusion-DPO within the prior", "none": "Diffusion-DPO"}

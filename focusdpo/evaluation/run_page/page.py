@@ -18,13 +18,14 @@ from focusdpo.evaluation.run_page.figures import heat_map, panel_figure
 from focusdpo.evaluation.run_page.films import read_films
 from focusdpo.folders import step_folders
 from focusdpo.journals import read_metrics
-from focusdpo.training.metrics import COVERAGE_BINS, TIME_BINS
 from focusdpo.training.run_config import read_run_config
-from focusdpo.training.run_folder import (
+from focusdpo.training.run_files import (
     CONFIG_FILE,
+    COVERAGE_BINS,
     ENVIRONMENT_FILE,
     METRICS_FILE,
     SAMPLES_FOLDER,
+    TIME_BINS,
     VALIDATION_FILE,
     read_starts,
 )

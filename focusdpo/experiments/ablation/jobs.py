@@ -19,7 +19,7 @@ from focusdpo.files import write_whole
 from focusdpo.folders import step_folders, under
 from focusdpo.journals import Journal, read_metrics, up_to
 from focusdpo.training.config import HubConfig, SamplesConfig, TrainConfig
-from focusdpo.training.run_folder import SAMPLES_FOLDER, WRITTEN
+from focusdpo.training.run_files import SAMPLES_FOLDER, WRITTEN
 from focusdpo.training.trainer import Trainer
 
 RESULT_FILE = "result.json"
