@@ -50,7 +50,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
     """Gives the name to write a file under; it gets its own where nothing was raised, and is deleted otherwise."""
-    partial = partial_of(path)
+    # Others may be at the same file.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
         partial.replace(path)
@@ -68,6 +69,7 @@ def write_stamped(path: Path, text: str, command: str, errors: str = "strict") -
     content = text.encode("utf-8", errors)
     seal, empty = stamp(command).encode(), b"0" * 64
     digest = hashlib.sha256(content).hexdigest().encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, content.replace(seal, seal.replace(empty, digest), 1))
 
 

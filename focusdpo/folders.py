@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 OWN = ".focusdpo"  # in an output folder: a list for each command that wrote there, and the lock
 LEGACY = b"Made by focusdpo;"  # a file of that name began so in versions that kept no list
 BELOW = "**"  # last part of a pattern: whatever lies there, however deep
+LINK = ["link"]  # listed of a symbolic link, whatever it leads to
+WRITTEN = "written"  # a note: what stood in files that people edit
 PARTIAL = re.compile(r"\.(.+?)(\.\d+)?\.partial")  # see partial_of; the number is the process where several write
 # Up to how many bytes a file is listed with its hash: texts may be edited to others of the same length; images hardly can.
 HASHED = dict.fromkeys((".csv", ".html", ".json", ".jsonl", ".md", ".txt", ".yaml"), 2**20) | {".safetensors": 2**30}
@@ -73,8 +75,8 @@ class _Expected:
 class OutputFolder:
     """A folder that a command writes to, locked from `check` on until `release`, or until the process ends.
 
-    As a context manager it surrounds the work: `begin` before has made the folder ready, and what is there at the end is listed
-    unless the work raised.
+    As a context manager it surrounds the work: `begin` before has made the folder ready, and what is there at the end is
+    listed, as through unless the work raised.
 
     Args:
         setting: names the folder in messages.
@@ -107,8 +109,8 @@ class OutputFolder:
             value = json.loads(self._list_file.read_bytes())
             files, notes = value["files"], value["notes"]
             sound = isinstance(files, dict | None) and isinstance(notes, dict)
-            return value if sound else None
-        except (OSError, ValueError, KeyError, TypeError):
+            return value if sound and all(isinstance(written, list) for written in (files or {}).values()) else None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
     @property
@@ -120,13 +122,13 @@ class OutputFolder:
     def is_unfinished(self) -> bool:
         """Whether the command has begun to write here, and was not through."""
         value = self._read_list()
-        return value is not None and value["files"] is None
+        return value is not None and not value.get("through", value["files"] is not None)
 
     def is_as_written(self, *names: str) -> bool:
         """Whether the command was through when it last wrote here, and these files are there as it wrote them."""
         value = self._read_list()
         listed: dict[str, Any] = ({} if value is None else value["files"]) or {}
-        return bool(listed) and all(name in listed and self._is_same(name, listed[name]) for name in names)
+        return not self.is_unfinished and all(name in listed and self._is_same(name, listed[name]) for name in names)
 
     @property
     def is_legacy(self) -> bool:
@@ -139,6 +141,8 @@ class OutputFolder:
         try:
             if not written:
                 return path.is_dir()
+            if written == LINK:
+                return path.is_symlink()
             same = path.is_file() and path.stat().st_size == written[0]
             return same and (len(written) < 2 or checksum(path) == written[1])
         except OSError:
@@ -167,10 +171,6 @@ class OutputFolder:
             else:
                 is_own = found.kind == "partial" or (found.kind != "other" and claimed)
             (own if is_own else others).append(found)
-        known = {found.name for found in own} | {found.name for found in others}
-        for name, written in (listed or {}).items():  # of an earlier version's patterns
-            if name not in known and written and self._is_same(name, written):
-                own.append(_Found(name, "file"))
         return own, others
 
     # Before the work.
@@ -197,8 +197,9 @@ class OutputFolder:
         self._checked = _Expected(goes_on, frozenset(aside), frozenset(proven))
         try:
             own = self._refuse_others()
-            if own and not (overwrite or goes_on):
-                tops = ", ".join(dict.fromkeys(found.name.split("/")[0] for found in own))
+            whole = [found for found in own if found.kind != "partial"]
+            if whole and not (overwrite or goes_on):
+                tops = ", ".join(dict.fromkeys(found.name.split("/")[0] for found in whole))
                 raise FileExistsError(f"{self.setting}: {self.path} holds an earlier run ({tops}); {hint}")
         except OSError:
             self.release()
@@ -250,26 +251,36 @@ class OutputFolder:
         Raises:
             FileExistsError: as `check`, which may have been a while ago.
         """
-        self._lock.acquire(self.setting, self.command)
         own = self._refuse_others()
+        if self.is_legacy:
+            (self.path / OWN).unlink()
+        self._lock.acquire(self.setting, self.command)
         if clear:
             for found in own:
                 self._delete(found)
-        for name in self._checked.aside:
-            if (self.path / name).exists() and not self._claimed and self._is_changed(name):
-                kept = free_name(self.path / f"{name}.edited")
-                (self.path / name).rename(kept)
-                logger.info("%s: was changed since it was written; kept as %s", self.path / name, kept.name)
-        if not clear:
-            value = self._read_list()
-            self._notes = dict(value["notes"]) if value is not None else {}
+        else:
+            value = self._read_list() or {"files": {}, "notes": {}}
+            self._notes = dict(value["notes"])
+            known = self._notes.get(WRITTEN, {}) | (value["files"] or {})
+            self._notes[WRITTEN] = {name: known[name] for name in self._checked.aside if name in known}
+            for name in self._checked.aside:
+                self._keep_edited(name)
         self._lock.keep()
         self._claimed = True
         self._write_list(None)
 
-    def _is_changed(self, name: str) -> bool:
-        value = self._read_list()
-        return value is not None and bool(value["files"]) and not self.is_as_written(name)
+    def _keep_edited(self, name: str) -> None:
+        path, written = self.path / name, self._notes[WRITTEN].get(name)
+        if path.exists() and written is not None and not self._is_same(name, written):
+            kept = free_name(path.with_name(f"{path.name}.edited"))
+            path.rename(kept)
+            logger.info("%s: was changed since it was written; kept as %s", path, kept.name)
+
+    def has_written(self, name: str) -> None:
+        """Says that a file which people edit has just been written: until all is through, nothing else tells what was in it."""
+        path = self.path / name
+        self._notes.setdefault(WRITTEN, {})[name] = [path.stat().st_size, *self._hash(path)]
+        self._write_list(None)
 
     def remember(self, name: str, value: Any) -> None:
         """Keeps a note beside the list, for the next start; a JSON value."""
@@ -308,16 +319,18 @@ class OutputFolder:
             file.replace(target)
         shutil.rmtree(partial)
 
-    def finish(self) -> None:
-        """Lists what is there: the work is through."""
+    def finish(self, through: bool = True) -> None:
+        """Lists what is there: the work is through, or was stopped and may go on."""
         files: dict[str, list[Any]] = {}
         for found in self._fitting():
             path = self.path / found.name
             if found.kind == "tree":
                 files[found.name] = []
+            elif found.kind == "file" and path.is_symlink():
+                files[found.name] = LINK
             elif found.kind == "file" and path.is_file():
                 files[found.name] = [path.stat().st_size, *self._hash(path)]
-        self._write_list(files)
+        self._write_list(files, through)
         self._claimed = False
         self.release()
 
@@ -329,20 +342,16 @@ class OutputFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if kind is None:
-            self.finish()
-        else:
-            self.release()
+        self.finish(through=kind is None)
 
     @staticmethod
     def _hash(path: Path) -> list[str]:
         return [checksum(path)] if path.stat().st_size <= HASHED.get(path.suffix, 0) else []
 
-    def _write_list(self, files: Mapping[str, Sequence[Any]] | None) -> None:
-        if self.is_legacy:
-            (self.path / OWN).unlink()
+    def _write_list(self, files: Mapping[str, Sequence[Any]] | None, through: bool = False) -> None:
         self._list_file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self._list_file, {"command": self.command, "files": files, "notes": self._notes})
+        value = {"command": self.command, "through": through, "files": files, "notes": self._notes}
+        write_json(self._list_file, value)
 
     def _delete(self, found: _Found) -> None:
         path = self.path / found.name
@@ -401,7 +410,8 @@ def _walk(folder: Path, prefix: str, patterns: Sequence[Sequence[Any]]) -> Itera
                 elif rest and entry.is_dir():
                     below.append(rest)
                 else:  # a folder in a file's place, or the other way round, is nobody's output
-                    yield _Found(name, "other" if rest or entry.is_dir() else "file")
+                    is_file = entry.is_symlink() or not entry.is_dir()
+                    yield _Found(name, "file" if is_file and not rest else "other")
             elif partial and first.fullmatch(partial[1]):
                 yield _Found(name, "partial")
         if below:
@@ -440,7 +450,7 @@ class _Lock:
         self._end: Any = None
 
     def acquire(self, setting: str, command: str) -> None:
-        if int(os.environ.get("RANK", "0")):  # of a launch, the first process writes
+        if _follows():
             return
         file = self._own.resolve() / "lock"
         if self._lock is not None and file.exists():
@@ -503,6 +513,12 @@ def _unlock(process: int, lock: FileLock, own: Path, made: list[Path]) -> None:
     for path in reversed(made):
         with suppress(OSError):  # somebody has put something there
             path.rmdir()
+
+
+def _follows() -> bool:
+    """Whether this is another process of a launch than the first, which writes."""
+    rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    return rank.isdecimal() and size.isdecimal() and int(size) > 1 and int(rank) > 0
 
 
 def _now() -> str:

@@ -21,6 +21,9 @@ WINDOW = 50  # steps
 RISEN = 1.05  # of the reference's errors
 SATURATED = 0.05  # of the gradient that a pair has at a logit of 0
 STUCK = 1e-4  # from ln 2
+READ = (  # of every row
+    "loss", "gradient_factor", "error/policy_win", "error/policy_lose", "error/reference_win", "error/reference_lose",
+)  # fmt: skip
 # Shares of pairs that should be 0, and what it means where they are not.
 UNWANTED = {
     "focus/detail_unreachable": "have fewer matches than their prior has tokens: coverage cannot fall to tau, and details "
@@ -58,12 +61,17 @@ class Health:
         self._config = config
         self._callback = callback
         self._rows: deque[Row] = deque(maxlen=WINDOW)
+        self._read = READ + (("focus/coverage", "focus/detail_share") if config.focus.mask == "focus" else ())
         self._raised: set[str] = set()
         self._unwanted: set[str] = set()  # raised once in a run
 
     def restore(self, rows: Iterable[Row]) -> None:
         """Takes the rows before a resume, one after the other; what they raise was raised before."""
         for row in rows:
+            lost = [name for name in self._read if not isinstance(row.get(name), int | float)]
+            if lost:
+                logger.warning("the row of step %g has no number for %s, and is passed over", row["step"], ", ".join(lost))
+                continue
             self._rows.append(row)
             self._unwanted |= {name for name in UNWANTED if row.get(name, 0) > 0}
         self._raised = set(self._found())

@@ -147,8 +147,12 @@ def _other_tools(model: ModelConfig) -> str:
 
 def _table(rows: Sequence[dict[str, float]], pairs: int) -> str:
     first, last = rows[0], rows[-1]
+
+    def numbers(name: str) -> bool:  # a row may be damaged
+        return all(isinstance(row.get(name), int | float) for row in (first, last))
+
     lines = [f"| {pairs} pairs | step {first['step']:.0f} | step {last['step']:.0f} |", "|---|---|---|"]
-    lines += [f"| {label} | {first[name]:.4g} | {last[name]:.4g} |" for name, label in HELD_OUT.items() if name in last]
+    lines += [f"| {label} | {first[name]:.4g} | {last[name]:.4g} |" for name, label in HELD_OUT.items() if numbers(name)]
     return "\n".join(lines)
 
 

@@ -171,6 +171,7 @@ class RunFolder:
             page.unlink()  # of the earlier run
         self.out.tidy()
         write_whole(self.path / CONFIG_FILE, yaml.safe_dump(asdict(config), sort_keys=False))
+        self.out.has_written(CONFIG_FILE)
         file = self.path / LEFT_OUT_FILE
         rows = [{"file": str(p.file), "line": p.line, "field": p.field, "reason": p.message} for p in self.left_out]
         if rows:

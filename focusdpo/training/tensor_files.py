@@ -58,10 +58,10 @@ class TensorFiles:
         try:
             return _read(path)
         except DamagedError as error:
-            path.unlink(missing_ok=True)
-            raise DamagedError(
-                f"{self.name}: {path} was damaged ({error}) and is deleted; the same command makes it again"
-            ) from error
+            with suppress(OSError):  # of others, or read only: then it is to be deleted by hand
+                path.unlink(missing_ok=True)
+            gone = "deleted; the same command makes it again" if not path.exists() else "to be deleted by hand"
+            raise DamagedError(f"{self.name}: {path} was damaged ({error}) and is {gone}") from error
 
     def read_all(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors by name, whatever their keys; damaged files are left out, with a warning."""
@@ -158,6 +158,7 @@ def _header(path: Path, size: int) -> Header:
     try:
         header: Header = json.loads(text)
         ends = [value["data_offsets"][1] for name, value in header.items() if name != "__metadata__"]  # type: ignore[index]
+        _shapes(header)
         if 8 + length + max(ends, default=0) != size:
             raise DamagedError(f"it has {size} bytes, not {8 + length + max(ends, default=0)}")
         return header

@@ -238,10 +238,18 @@ class Trainer:
                 stopped = self._train(signals)
         except torch.OutOfMemoryError as error:
             raise torch.OutOfMemoryError(self._out_of_memory(first)) from error
-        finally:
-            self._out.release()
+        except BaseException:
+            self._leave()
+            raise
+        self._leave()
         if stopped:
             raise SystemExit(128 + (signals.received or signal.SIGTERM))
+
+    def _leave(self) -> None:
+        """Lists what a run has written that was stopped; one that is through has done so."""
+        if self.accelerator.is_main_process and self._out.is_unfinished:
+            self._out.finish(through=False)
+        self._out.release()
 
     def _out_of_memory(self, first: int) -> str:
         """What to tell a user whose batch did not fit; later steps fit before, so that theirs is another size of batch."""
@@ -266,6 +274,8 @@ class Trainer:
         if accelerator.is_main_process:
             metrics_file = Journal(self.folder / METRICS_FILE, up_to(self.progress.step))
             self._alarms_file = Journal(self.folder / ALARMS_FILE, up_to(self.progress.step))
+            if (self.folder / VALIDATION_FILE).exists():
+                Journal(self.folder / VALIDATION_FILE, up_to(self.progress.step)).close()
             self.health.restore(read_steps(self.folder / METRICS_FILE))
         start_trackers(accelerator, config, self.progress.step)
         bar = tqdm(

@@ -172,6 +172,60 @@ def test_what_people_edit_is_kept_when_work_goes_on(done):
     assert (done / "log.jsonl").read_text() == "damaged", "who goes on reads it"
 
 
+def test_edits_in_what_was_stopped_are_kept(tmp_path):
+    """Whether it was killed, when a note has the hash of what was written, or stopped, when all that is there is listed."""
+    out = folder_at(tmp_path)
+    out.check(False, HINT)
+    out.begin(clear=True)
+    write(tmp_path, OWN)
+    out.has_written("result.json")
+    out.release()  # as by a kill
+    for expected, content in (("result.json.edited", "[1]"), ("result.json.edited-2", "[2]")):
+        write(tmp_path, {"result.json": content})
+        out = folder_at(tmp_path)
+        out.check(False, HINT, goes_on=True, aside=("result.json",))
+        out.begin(clear=False)
+        assert (tmp_path / expected).read_text() == content
+        write(tmp_path, {"result.json": "{}"})
+        with pytest.raises(KeyboardInterrupt), out:
+            raise KeyboardInterrupt
+    write(tmp_path, {"images/7.png": "mine"})
+    again = folder_at(tmp_path)
+    assert again.is_unfinished
+    with pytest.raises(FileExistsError, match="images/7.png, which this command did not write"):
+        again.check(True, HINT)
+
+
+def test_links_that_a_tool_made_are_its_own(tmp_path):
+    """As W&B's link to the latest run's folder is."""
+    out = OutputFolder("out", tmp_path, "draw", (r"tool/(latest|log\.txt)", r"tool/run-\w+/**"))
+    for overwrite in (False, True):
+        out.check(overwrite, HINT)
+        out.begin(clear=True)
+        write(tmp_path, {"tool/run-a/log.txt": "a"})
+        (tmp_path / "tool" / "latest").symlink_to("run-a")
+        (tmp_path / "tool" / "log.txt").symlink_to("run-a/log.txt")
+        out.finish()
+    write(tmp_path, {"tool/run-a/log.txt": "more, after the end"})
+    out.check(True, HINT)
+    out.begin(clear=True)
+    assert not (tmp_path / "tool").exists()
+
+
+def test_a_list_of_somebody_else_reaches_nowhere(tmp_path):
+    work(tmp_path / "out")
+    write(tmp_path, {"victim": "abc"})
+    file = tmp_path / "out" / ".focusdpo" / "draw.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "files": {**content["files"], "../victim": [3], "notes.txt": [3]}}))
+    write(tmp_path / "out", {"notes.txt": "abc"})
+    work(tmp_path / "out", overwrite=True)
+    assert (tmp_path / "victim").exists() and (tmp_path / "out" / "notes.txt").exists()
+    file.write_text(json.dumps({**content, "files": {"result.json": 3}}))
+    with pytest.raises(FileExistsError, match="which this command did not write"):
+        work(tmp_path / "out", overwrite=True)
+
+
 def test_refusing_leaves_no_folder(tmp_path):
     out = folder_at(tmp_path / "a" / "b")
     out.check(False, HINT)

@@ -66,7 +66,7 @@ def prepare_build(config: BuildConfig) -> Callable[[], None]:
     if goes_on:
         _check_same(read_begun("output_dir", folder / SETTINGS), settings, folder)
     out = OutputFolder("output_dir", folder, "data build", WRITTEN)
-    out.check(config.overwrite, "delete it with --overwrite true, or name another folder", goes_on, aside=(FILE_NAME,))
+    out.check(config.overwrite, "delete it with --overwrite true, or name another folder", goes_on, aside=(FILE_NAME, REJECTED))
 
     def work() -> None:
         out.begin(clear=not goes_on)

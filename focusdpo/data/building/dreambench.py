@@ -94,7 +94,9 @@ def prepare_dreambench(config: DreamBenchConfig) -> Callable[[], None]:
     together = _subjects_together(root, classes)
     resumable = not config.overwrite and all(_holds(out / name, lines) for name, lines in written.items())
     folder = OutputFolder("output_dir", out, "data dreambench", WRITTEN)
-    folder.check(config.overwrite, "delete it with --overwrite true, or name another folder", resumable)
+    # One that was killed before it built any pair begins anew.
+    composing = folder.is_unfinished and not (out / "pairs").exists()
+    folder.check(config.overwrite or composing, "delete it with --overwrite true, or name another folder", resumable)
     pairs = BuildConfig(
         scenes=str(out / "scenes.jsonl"),
         output_dir=str(out / "pairs"),

@@ -75,8 +75,9 @@ def facts(
 
 def _state(folder: Path, config: TrainConfig, run: BinnedRun) -> Fact:
     steps = f"{run.last:,} of {config.max_steps:,} steps"
-    if run.last >= config.max_steps and (folder / LORA_FILE).is_file():
-        if _is_whole(folder):
+    out = OutputFolder("run_dir", folder, "train", WRITTEN)
+    if run.last >= config.max_steps and (folder / LORA_FILE).is_file() and not out.is_unfinished:
+        if _is_whole(out):
             return Fact("state", "finished", steps, "good")
         return Fact("state", "finished, but its LoRA is damaged", f"{LORA_FILE} is not what the run wrote", "bad")
     if run.last == 0:
@@ -86,15 +87,14 @@ def _state(folder: Path, config: TrainConfig, run: BinnedRun) -> Fact:
     return Fact("state", f"running, or stopped at step {run.last:,}", f"{steps}; last written {written:%Y-%m-%d %H:%M} UTC")
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_whole(out: OutputFolder) -> bool:
     """Whether the LoRA is as long as it says of itself, and, where the run listed its files, what was written."""
     try:
-        if not tensor_shapes(folder / LORA_FILE):
+        if not tensor_shapes(out.path / LORA_FILE):
             return False
     except (OSError, SafetensorError):
         return False
-    out = OutputFolder("run_dir", folder, "train", WRITTEN)
-    return out.is_unfinished or not out.has_list or out.is_as_written(LORA_FILE)
+    return not out.has_list or out.is_as_written(LORA_FILE)
 
 
 def _pairs(folder: Path, config: TrainConfig, starts: Sequence[dict[str, Any]]) -> Fact:

@@ -65,7 +65,8 @@ def prepare_ablation(
     if goes_on:
         check_begun("ablation", folder, read_begun("output_dir", known), json.loads(json.dumps(settings)), _is_longer)
     out = OutputFolder("output_dir", folder, "ablate", WRITTEN)
-    out.check(config.overwrite, "delete it with --overwrite true, or name another folder", goes_on)
+    hint = "delete it with --overwrite true, or name another folder"
+    out.check(config.overwrite, hint, goes_on, aside=(TABLE_FILE, PAGE_FILE, RESULTS_FILE))
     taken = {**(measures or {}), **yardsticks.MEASURES}
 
     def work() -> None:

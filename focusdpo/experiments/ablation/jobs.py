@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +22,8 @@ from focusdpo.journals import Journal, read_metrics, up_to
 from focusdpo.training.config import HubConfig, SamplesConfig, TrainConfig
 from focusdpo.training.run_files import SAMPLES_FOLDER, WRITTEN
 from focusdpo.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 RESULT_FILE = "result.json"
 JUDGED_FILE = "judged.jsonl"
@@ -51,7 +54,7 @@ class Job:
 
     @property
     def is_done(self) -> bool:
-        return (self.folder / RESULT_FILE).is_file()
+        return read_result(self) is not None
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,21 @@ def work_on(job: Job) -> Result:
             torch.cuda.empty_cache()
         job.folder.mkdir(parents=True, exist_ok=True)
         write_whole(job.folder / RESULT_FILE, json.dumps(vars(result)))
-    return Result(**json.loads((job.folder / RESULT_FILE).read_text()))
+    done = read_result(job)
+    assert done is not None  # just written
+    return done
+
+
+def read_result(job: Job) -> Result | None:
+    """What a job gave; None where it is not done, or its file is damaged, which is said: the job is done again."""
+    file = job.folder / RESULT_FILE
+    try:
+        return Result(**json.loads(file.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        logger.warning("%s is damaged (%s), the run is judged again", file, error)
+        return None
 
 
 def _train(job: Job) -> Result:

@@ -29,7 +29,7 @@ def run_jobs(jobs: Sequence[Job], workers: int | None) -> list[Result]:
     Raises:
         Exception: what a job raised. Jobs that had begun are waited for, and no other is begun; results are on disk, and a new
             start goes on from there.
-        RuntimeError: a worker was killed, and the others with it; they go on from their checkpoints.
+        ChildProcessError: a worker was killed, and the others with it; they go on from their checkpoints.
     """
     devices = 0 if not jobs or jobs[0].config.cpu else torch.cuda.device_count()
     open_jobs = [job for job in jobs if not job.is_done]
@@ -59,7 +59,7 @@ def _spread(jobs: Sequence[Job], count: int, devices: int, bar: tqdm[Any]) -> No
             bar.update()
     except BrokenProcessPool as error:
         message = "ablation: a worker was killed or could not begin, perhaps for want of memory; fewer --workers need less. "
-        raise RuntimeError(message + "The same command goes on from what is there") from error
+        raise ChildProcessError(message + "The same command goes on from what is there") from error
     except BaseException:
         stop.set()
         logger.info("ablation: waiting for the runs that have begun; no other is begun")

@@ -41,7 +41,7 @@ def take_place(places: Queue[int], devices: int, workers: int, stop: Event) -> N
     if not devices:
         torch.set_num_threads(max((os.cpu_count() or 1) // workers, 1))
     elif torch.cuda.device_count() != 1:
-        raise RuntimeError("a worker sees several GPUs: CUDA was initialised before it was given its own")
+        raise ChildProcessError("a worker sees several GPUs: CUDA was initialised before it was given its own")
 
 
 def run_job(job: Job) -> None:
@@ -50,7 +50,7 @@ def run_job(job: Job) -> None:
 
     assert _stop is not None
     if _stop.is_set():
-        raise RuntimeError("not begun, as another run has failed or was interrupted")
+        raise ChildProcessError("not begun, as another run has failed or was interrupted")
     try:
         work_on(job)
     except BaseException:

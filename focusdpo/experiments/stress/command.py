@@ -65,7 +65,7 @@ def prepare_stress(config: StressConfig) -> Callable[[], None]:
     if goes_on:
         check_begun("test", folder, read_begun("output_dir", known), settings)
     out = OutputFolder("output_dir", folder, "stress", WRITTEN)
-    out.check(config.overwrite, "delete it with --overwrite true, or name another folder", goes_on)
+    out.check(config.overwrite, "delete it with --overwrite true, or name another folder", goes_on, aside=(RESULTS_FILE,))
     measured: dict[Path, Arrays] = {}
     if goes_on:
         files = [file for kind in KINDS for file in _measured(config, kind)]
