@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 from pathlib import Path
@@ -193,11 +194,11 @@ def test_command_refuses_by_name(uno_file, tmp_path, monkeypatch):
 
     def fails(file, content):
         file.open("wb").write(b"half")
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", fails)
-        with pytest.raises(SystemExit, match="out_dir: disk full"):
+        with pytest.raises(SystemExit, match="out_dir: .*No space left on device"):
             convert(uno_file, out, "--overwrite", "true")
     assert (out / WEIGHTS).read_bytes() == before
     assert {path.name for path in out.iterdir()} == {".focusdpo", WEIGHTS}

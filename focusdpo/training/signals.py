@@ -35,7 +35,8 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             # Under nohup SIGHUP is to stay without effect.
-            heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            heard = [number for number in SIGNALS if number != signal.SIGHUP or not ignored]
             self._before = {number: signal.signal(number, self._note) for number in heard}
         return self
 
