@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import glob
 import hashlib
 import json
 import math
@@ -48,15 +49,34 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[Path]:
-    """Gives the name to write a file under; it gets its own where nothing was raised, and is deleted otherwise."""
-    # Others may be at the same file.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+def writing(path: Path, shared: bool = False) -> Iterator[Path]:
+    """Gives the name to write a file under; it gets its own where nothing was raised, and is deleted otherwise.
+
+    Args:
+        path: the file.
+        shared: whether other processes may write it at the same time; what killed ones have left is deleted.
+    """
+    partial = partial_of(path)
+    if shared:
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+            if not _lives(left.name.split(".")[-2]):
+                left.unlink(missing_ok=True)
     try:
         yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _lives(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OverflowError, PermissionError):
+        return True
+    return True
 
 
 def stamp(command: str) -> str:
@@ -70,7 +90,8 @@ def write_stamped(path: Path, text: str, command: str, errors: str = "strict") -
     seal, empty = stamp(command).encode(), b"0" * 64
     digest = hashlib.sha256(content).hexdigest().encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, content.replace(seal, seal.replace(empty, digest), 1))
+    with writing(path, shared=True) as partial:
+        partial.write_bytes(content.replace(seal, seal.replace(empty, digest), 1))
 
 
 def is_stamped(path: Path, command: str) -> bool:

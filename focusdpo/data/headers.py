@@ -131,7 +131,7 @@ class HeaderIndex:
         arrays["headers"] = np.frombuffer(json.dumps(rows).encode(), np.uint8)
         with suppress(OSError):  # no home, a full disk: the next start reads them again
             file.parent.mkdir(parents=True, exist_ok=True)
-            with writing(file) as partial, partial.open("wb") as stream:
+            with writing(file, shared=True) as partial, partial.open("wb") as stream:
                 np.savez(stream, **arrays)  # type: ignore[arg-type]  # names are no keywords of its own
 
 
