@@ -46,7 +46,7 @@ def test_workers_share_the_gpus(visible, expected, monkeypatch):
     assert found == expected
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     places.put(0)
-    with pytest.raises(RuntimeError, match="a worker sees several GPUs"):
+    with pytest.raises(ChildProcessError, match="a worker sees several GPUs"):
         worker.take_place(places, devices=2, workers=2, stop=threading.Event())
 
 
