@@ -470,11 +470,8 @@ class _Lock:
                 f"{setting}: {self._own.parent} is being written by {_holder(self._own)}; wait for it, stop it, or name "
                 "another folder"
             ) from error
-        except NotImplementedError:
-            logger.warning("%s: %s cannot be locked; see that no other process writes there", setting, self._own.parent)
-            return
-        except OSError as error:
-            if error.errno in NO_LOCKS:
+        except (NotImplementedError, OSError) as error:
+            if isinstance(error, NotImplementedError) or error.errno in NO_LOCKS:
                 logger.warning("%s: %s cannot be locked; see that no other process writes there", setting, self._own.parent)
                 return
             self._unmake()

@@ -31,6 +31,7 @@ from focusdpo.data.records import FIELDS, FILE_NAME, PairRecord, Problem, Record
 from focusdpo.data.shards import TarMember, list_samples
 from focusdpo.extras import require_package
 from focusdpo.files import ReadableFile, checksum
+from focusdpo.text import printable
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # what makes a folder of images a dataset
 BLOCK = 16 * 2**20  # bytes of a parquet column that are decoded at once
@@ -287,7 +288,7 @@ class Table:
             if len(set(columns)) < len(columns):
                 raise ValueError("two columns have one name")
             total = self._opened.metadata.num_rows
-            with tqdm(total=total, desc=self.file.name, unit="row", leave=False, disable=total < 10_000) as bar:
+            with tqdm(total=total, desc=printable(self.file.name), unit="row", leave=False, disable=total < 10_000) as bar:
                 for group, (row, after) in enumerate(itertools.pairwise(self._opened.starts)):
                     yield from self._large(group, row + 1, columns)
                     table = None if self.file.name in METADATA else self

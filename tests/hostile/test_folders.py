@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 
 from focusdpo import cli
 from focusdpo.folders import OutputFolder, free_name, step_folders, under
-from focusdpo.training.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, SamplesConfig, TrainConfig
+from focusdpo.training.config import SamplesConfig
 from focusdpo.training.run_folder import finished_at
 from focusdpo.training.trainer import Trainer
 
@@ -311,26 +311,10 @@ def test_another_process_waits_outside_until_death(tmp_path, kind):
 
 
 @pytest.fixture
-def config(tiny_flux, tiny_pairs, tmp_path):
-    return TrainConfig(
-        model=ModelConfig(path=str(tiny_flux), dtype="fp32", max_sequence_length=16, gradient_checkpointing=False),
-        data=DataConfig(
-            train=str(tiny_pairs),
-            validation=str(tiny_pairs),
-            resolution=64,
-            reference_resolution=32,
-            num_workers=0,
-            check="headers",
-        ),
-        output_dir=str(tmp_path / "run"),
-        lora=LoraConfig(rank=2, alpha=2, target_modules=["to_q"]),
-        optim=OptimConfig(lr=1e-3),
-        samples=SamplesConfig(every=2, count=1, steps=1),
-        max_steps=4,
-        mixed_precision="no",
-        checkpoint_every=2,
-        cpu=True,
-    )
+def sampled(config):
+    """The run with a held-out pair that is sampled."""
+    config.data.validation = config.data.train
+    return dataclasses.replace(config, samples=SamplesConfig(every=2, count=1, steps=1))
 
 
 def train(config, **changes):
@@ -338,7 +322,8 @@ def train(config, **changes):
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_a_run_keeps_what_is_not_its_own(config, tmp_path):
+def test_a_run_keeps_what_is_not_its_own(sampled, tmp_path):
+    config = sampled
     run = tmp_path / "run"
     train(config)
     assert finished_at(dataclasses.replace(config, resume="latest")) == 4

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from focusdpo.evaluation.metrics.encoders import Encoder
 from focusdpo.files import hash_of
+from focusdpo.text import printable
 from focusdpo.training.tensor_files import TensorFiles
 
 T = TypeVar("T")
@@ -43,7 +44,9 @@ def embed(
     batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
     left = [batch for batch in ([key for key in batch if key not in found] for batch in batches) if batch]
     with (
-        tqdm(total=len(keys), initial=len(found), desc=f"encoding with {encoder.name}", unit="item", leave=False) as progress,
+        tqdm(
+            total=len(keys), initial=len(found), desc=f"encoding with {printable(encoder.name)}", unit="item", leave=False
+        ) as progress,
         ThreadPoolExecutor(4) as pool,
     ):
         for batch, loaded in _ahead(pool, left, lambda key: read(items[key])):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from focusdpo.experiments.microcosm.autoencoder import restore
 from focusdpo.experiments.microcosm.classifier import IdentityClassifier
 from focusdpo.experiments.microcosm.config import MicrocosmConfig
 from focusdpo.experiments.microcosm.judging import IMAGES_FILE, MEASURES
-from focusdpo.experiments.microcosm.stages import STAGES_WRITTEN, Stages
+from focusdpo.experiments.microcosm.stages import RUN_FILE, STAGES_WRITTEN, Stages
 from focusdpo.extras import require_package
 from focusdpo.files import write_json
 from focusdpo.folders import OutputFolder, read_begun, under
@@ -66,11 +67,13 @@ def prepare_microcosm(config: MicrocosmConfig) -> Callable[[], None]:
     if goes_on:
         _check_settings(folder, read_begun("out", known), settings)
     out = OutputFolder("out", folder, "microcosm", WRITTEN)
-    out.check(config.overwrite, "delete it with --overwrite true, or name another folder", goes_on)
+    out.check(config.overwrite, "delete it with --overwrite true, or name another folder", goes_on, aside=(RUN_FILE,))
     stages.check()
-    if goes_on and stages.are_done:
-        stages.write_run()
-        prepare_ablation(config.ablation)  # refuses now what it would refuse when its work begins
+    if goes_on and stages.are_done:  # refuse now what would be refused when the ablation begins
+        with TemporaryDirectory() as place:
+            run = Path(place) / RUN_FILE
+            stages.write_run(run)
+            prepare_ablation(replace(config.ablation, config=str(run)))
 
     def work() -> None:
         out.begin(clear=not goes_on)

@@ -42,7 +42,7 @@ from focusdpo.training.config import (
 )
 from focusdpo_kernels.backend import resolve_backend
 
-FACTS_FILE = "facts.json"
+FACTS_FILE, RUN_FILE = "facts.json", "train.yaml"
 LEARNT = ("autoencoder", "classifier", "model")  # what is trained before the preferences
 RESULTS = ("autoencoder", "classifier.safetensors", "model")  # of each
 # What the stages write, see `focusdpo.folders`.
@@ -114,7 +114,7 @@ class Stages:
         self._stage("model", self._flow)
         for name, count, seed in (("train", self.size.pairs, 1), ("held_out", self.size.held_out, HELD_OUT_SEED + 1)):
             self._stage(f"pairs/{name}/{FILE_NAME}", partial(self._pairs, count, seed))
-        self.write_run()
+        self.write_run(self.folder / RUN_FILE)
 
     @property
     def are_done(self) -> bool:
@@ -122,9 +122,9 @@ class Stages:
         pairs = (f"pairs/{part}/{FILE_NAME}" for part in ("train", "held_out"))
         return all((self.folder / name).exists() for name in (*RESULTS, *pairs))
 
-    def write_run(self) -> None:
+    def write_run(self, file: Path) -> None:
         """What the ablation takes for its run; anew at each start, as the folder may have been moved."""
-        write_whole(self.folder / "train.yaml", yaml.safe_dump(asdict(self.train_config()), sort_keys=False))
+        write_whole(file, yaml.safe_dump(asdict(self.train_config()), sort_keys=False))
 
     def _stage(self, name: str, work: Callable[[Path], Outcome]) -> None:
         """Does a stage unless its result is there, and notes how long it took and what it says of itself.
