@@ -99,16 +99,17 @@ class HeaderIndex:
         with self._lock:
             self._merge()
             self._used[:] = False
-            self._load(file)
+            loaded = self._load(file)
             before = len(self._keys)
         yield
         with self._lock:
             self._merge()
             used = int(self._used.sum())
-            if used >= FEWEST and (len(self._keys) > before or used < before):
+            if used >= FEWEST and (len(self._keys) > before or used != loaded):
                 self._save(file)
 
-    def _load(self, file: Path) -> None:
+    def _load(self, file: Path) -> int:
+        """Takes in what was kept; of how many files."""
         try:
             with np.load(file) as arrays:  # takes no pickles, and a zip's parts have checksums
                 keys, numbers = arrays["keys"].astype(np.uint64), arrays["numbers"].astype(np.uint32)
@@ -117,13 +118,14 @@ class HeaderIndex:
             mine = np.array([self._number(header) for header in headers], np.uint32)
             numbers = mine[numbers]
         except FileNotFoundError:
-            return
+            return 0
         except (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, zipfile.BadZipFile) as error:
             logger.info("%s cannot be read (%s), headers are read anew", file, error)
-            return
+            return 0
         self._keys, first = np.unique(np.concatenate([self._keys, keys]), return_index=True)
         self._numbers = np.concatenate([self._numbers, numbers])[first]
         self._used = np.zeros(len(self._keys), np.bool_)
+        return len(keys)
 
     def _save(self, file: Path) -> None:
         rows = [(*header.size, *dataclasses.astuple(header)[1:]) for header in self._headers]

@@ -80,6 +80,13 @@ def test_headers_are_read_once(tmp_path, opened):
     seen = opened()
     assert load_pairs(folder, "headers", progress=False) == first and seen == []
     (kept,) = (tmp_path / "cache").glob("headers-*.npz")
+    # What is as it was is not written again, also where another dataset was read before.
+    other = write(tmp_path / "other", 12)
+    written = kept.stat().st_mtime_ns
+    opened()
+    load_pairs(other, "headers", progress=False)
+    load_pairs(folder, "headers", progress=False)
+    assert kept.stat().st_mtime_ns == written
     # Another file's headers are not taken for its own: content, name with the time kept, replaced by another of its size.
     state = (folder / "a0.png").stat()
     Image.new("RGB", (48, 32)).save(folder / "a0.png")
