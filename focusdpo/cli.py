@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -9,8 +10,10 @@ import re
 import select
 import signal
 import sys
+import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +44,7 @@ from focusdpo.experiments.masks import MasksConfig, prepare_masks
 from focusdpo.experiments.microcosm.config import MicrocosmConfig
 from focusdpo.experiments.stress.command import prepare_stress
 from focusdpo.experiments.stress.config import StressConfig
+from focusdpo.launch import ElsewhereError, Launch, is_follower, is_launched
 from focusdpo.list_models import ModelsConfig, prepare_list
 from focusdpo.settings_text import item_of, options, read_option, read_settings
 from focusdpo.text import MessageFormatter, message_lines
@@ -57,7 +61,13 @@ def _train(config: TrainConfig) -> Work:
     from focusdpo.training.run_folder import finished_at
     from focusdpo.training.trainer import Trainer
 
-    finished = finished_at(config)
+    if not Launch.current().is_main:
+        import diffusers
+        import transformers
+
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+    finished = Launch.join().from_main("the run is looked at", lambda: finished_at(config))
     if finished is not None:
         message = "%s has finished at step %d of max_steps=%d; a larger --max_steps goes on"
         return lambda: logger.info(message, config.output_dir, finished, config.max_steps)
@@ -250,6 +260,7 @@ set_loader("settings", _load_json, (ValueError,))
 
 
 # What failures of the machine say that have no class of their own, as others' code reads and writes: torch, safetensors.
+CONNECTION = re.compile(r"Connection (closed by peer|reset)|\bNCCL\b|gloo|Gloo|ProcessGroup")
 WORKER = re.compile(r"^DataLoader (worker \(pid|timed out)")
 DISK = re.compile(r"No space left on device|[Dd]isk quota exceeded|File too large|enforce fail at inline_container")
 SYSTEM = re.compile(r"\(os error \d+\)")
@@ -269,8 +280,10 @@ def failure(error: Exception, config: Any = None) -> str | None:
     told = ((torch, "OutOfMemoryError"), (hub, "UploadError"))
     if WORKER.search(text):
         text += "; as a rule for lack of memory, of which a smaller data.num_workers takes less"
+    elif type(error).__name__ in ("RuntimeError", "DistBackendError", "DistNetworkError") and CONNECTION.search(text):
+        return f"another process was lost ({text.splitlines()[0]}); what it said, or the launcher says of it, has the reason"
     elif not (
-        isinstance(error, ValueError | OSError | FloatingPointError | MemoryError | ModuleNotFoundError)
+        isinstance(error, ElsewhereError | ValueError | OSError | FloatingPointError | MemoryError | ModuleNotFoundError)
         or any(module is not None and isinstance(error, getattr(module, kind)) for module, kind in told)
         or (type(error).__name__ in ("RuntimeError", "SafetensorError") and (DISK.search(text) or SYSTEM.search(text)))
     ):
@@ -289,10 +302,12 @@ def main(argv: list[str] | None = None) -> None:
     one; 141 where nobody reads the output any more.
     """
     words = sys.argv[1:] if argv is None else argv
-    name, config = _command_of(words), None
+    name, config, launch = _command_of(words), None, Launch()
     try:
         try:
-            name, config = parse_config(words)
+            launch = _join(name)
+            with _one_refusal(launch):
+                name, config = parse_config(words)
             _log_to_terminal()
             work = COMMANDS[name].prepare(config)
             with logging_redirect_tqdm():  # a warning does not tear the progress bar
@@ -306,9 +321,58 @@ def main(argv: list[str] | None = None) -> None:
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             sys.exit(128 + signal.SIGPIPE)
         text = failure(error, config)
+        if not _is_the_reason(launch, error, text or f"{type(error).__name__}: {error}"):
+            sys.exit(1)
         if text is None:
             raise
         sys.exit(_error(name, text))
+
+
+def _join(name: str) -> Launch:
+    """The launch that this process belongs to; ValueError where the command is one for a single process."""
+    if name == "train":
+        launch = Launch.join()
+        if not launch.is_main:  # the others say the same, and what one alone has to say it raises
+            os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+            logging.disable(logging.WARNING)
+            warnings.simplefilter("ignore")
+        return launch
+    if is_follower():
+        sys.exit(1)  # the first process says why
+    if is_launched():
+        raise ValueError("a launcher has started several processes, and this command runs in one; start it without launcher")
+    return Launch()
+
+
+@contextmanager
+def _one_refusal(launch: Launch) -> Iterator[None]:
+    """Has one process of a launch say what is wrong with the command line, which all of them read."""
+    if launch.size == 1:
+        yield
+        return
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            yield
+    except SystemExit as end:
+        text = end.code if isinstance(end.code, str) else said.getvalue()
+        if end.code and not launch.fail(text.strip()):
+            sys.exit(1)
+        sys.stderr.write(said.getvalue())
+        raise
+
+
+def _is_the_reason(launch: Launch, error: Exception, text: str) -> bool:
+    """Whether a failure is to be told here: not where another process failed before, which the launcher tells."""
+    if launch.size == 1:
+        return True
+    if not isinstance(error, ElsewhereError):
+        # Connections break before the word of who broke them is there.
+        elsewhere = launch.failure(3.0 if CONNECTION.search(str(error)) else 0.0)
+        if elsewhere is None:
+            return launch.fail(text)
+    launch.fail("")
+    return "TORCHELASTIC_ERROR_FILE" not in os.environ
 
 
 def _error(name: str, text: object) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import glob
 import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -186,14 +185,18 @@ def _name(file: Path, pipeline: Path) -> str:
 
 
 def _digest_of(file: Path) -> str:
-    stat = file.stat()
-    return _digest(file.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    """SHA-256 of a file, in hexadecimal; of a large one, of its parts, hashed side by side."""
+    return _remembered("parts", file, _hash_parts)
 
 
-@functools.cache
-def _digest(file: Path, *state: int) -> str:
-    """SHA-256 of a file that is as `state` says, in hexadecimal; of a large one, of its parts, hashed side by side."""
-    if state[0] <= PART:
+def remembered_checksum(file: Path) -> str:
+    """`checksum` of a file that this process reads once, while it stays as it is."""
+    return _remembered("sha256", file, checksum)
+
+
+def _hash_parts(file: Path) -> str:
+    size = file.stat().st_size
+    if size <= PART:
         return checksum(file)
 
     def digest_of(start: int) -> str:
@@ -202,4 +205,16 @@ def _digest(file: Path, *state: int) -> str:
             return hashlib.sha256(stream.read(PART)).hexdigest()
 
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
-        return hash_of(*pool.map(digest_of, range(0, state[0], PART)))
+        return hash_of(*pool.map(digest_of, range(0, size, PART)))
+
+
+# By kind, place, size and times of a file. Processes of one machine give each other what they have: see `Launch`.
+KNOWN_DIGESTS: dict[str, str] = {}
+
+
+def _remembered(kind: str, file: Path, compute: Callable[[Path], str]) -> str:
+    stat = file.stat()
+    key = f"{kind} {file.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+    if key not in KNOWN_DIGESTS:
+        KNOWN_DIGESTS[key] = compute(file)
+    return KNOWN_DIGESTS[key]

@@ -14,6 +14,8 @@ import os
 import re
 import shutil
 import socket
+import time
+import uuid
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -26,6 +28,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from focusdpo.files import checksum, write_json
+from focusdpo.launch import Launch
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +43,8 @@ HASHED = dict.fromkeys((".csv", ".html", ".json", ".jsonl", ".md", ".txt", ".yam
 NAMED = 5  # files in a message
 # A pipeline that diffusers saved under the name model, as patterns.
 PIPELINE_WRITTEN = (r"model/model_index\.json", r"model/[a-z_0-9]+/[\w.-]+\.(json|jinja|model|safetensors|txt)")
+SHOWN = ".seen-by-all-"  # begins the name of a file that tells whether all processes of a launch see one folder
+SEEN_WITHIN = 10.0  # seconds: network file systems show others' files late
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -84,15 +89,16 @@ class OutputFolder:
         command: that writes. Other commands have lists of their own in the same folder.
         patterns: regular expressions of the files that it writes, relative to the folder, with "/" between parts alone. A last
             part "**" stands for all that lies in a folder, which another tool may have written for it.
+        leads: whether this is the process of a launch that locks the folder; others ask it for leave, and lock nothing.
     """
 
-    def __init__(self, setting: str, path: Path, command: str, patterns: Sequence[str]) -> None:
+    def __init__(self, setting: str, path: Path, command: str, patterns: Sequence[str], leads: bool = True) -> None:
         self.setting = setting
         self.path = path
         self.command = command
         self._parts = [[re.compile(part) if part != BELOW else BELOW for part in each.split("/")] for each in patterns]
         self._whole = [re.compile(each.replace(BELOW, ".+")) for each in patterns]
-        self._lock = _Lock(path)
+        self._lock = _Lock(path) if leads else None
         self._claimed = False
         self._notes: dict[str, Any] = {}
         self._checked = _Expected()
@@ -175,6 +181,16 @@ class OutputFolder:
 
     # Before the work.
 
+    def lock(self) -> None:
+        """Keeps other processes out from now on; `check` does so too.
+
+        Raises:
+            NotADirectoryError, PermissionError, BlockingIOError: as `check`.
+        """
+        self._check_place()
+        if self._lock is not None:
+            self._lock.acquire(self.setting, self.command)
+
     def check(
         self, overwrite: bool, hint: str, goes_on: bool = False, aside: Sequence[str] = (), proven: Sequence[str] = ()
     ) -> None:
@@ -192,8 +208,7 @@ class OutputFolder:
             NotADirectoryError, PermissionError: it can be no folder, or not be written to.
             BlockingIOError: another process writes there.
         """
-        self._check_place()
-        self._lock.acquire(self.setting, self.command)
+        self.lock()
         self._checked = _Expected(goes_on, frozenset(aside), frozenset(proven))
         try:
             own = self._refuse_others()
@@ -242,6 +257,35 @@ class OutputFolder:
 
     # The work.
 
+    def check_shared(self, launch: Launch) -> None:
+        """Refuses a folder that is not the same one for all processes of a launch: the first one writes a file to it.
+
+        Raises:
+            FileNotFoundError: in a process that does not see it; ElsewhereError in the others.
+        """
+        if launch.size == 1:
+            return
+        own = self.path / OWN
+        folder = own if own.is_dir() else self.path
+        name = launch.from_main("the output folder was made", lambda: self._show(folder))
+        seen = _comes(self.path / name)
+        launch.wait("the output folder was looked at")
+        if launch.is_main:
+            (self.path / name).unlink(missing_ok=True)
+        if not seen:
+            raise FileNotFoundError(
+                f"{self.setting}: {self.path.absolute()} does not hold what process 0 has just written to its own; name a "
+                "folder on a disk that all machines share, by its absolute path"
+            )
+
+    def _show(self, folder: Path) -> str:
+        """Writes an empty file of a new name, relative to the folder."""
+        for left in folder.glob(f"{SHOWN}*"):  # by a launch that was killed
+            left.unlink(missing_ok=True)
+        file = folder / f"{SHOWN}{uuid.uuid4().hex}"
+        file.touch()
+        return file.relative_to(self.path).as_posix()
+
     def begin(self, clear: bool) -> None:
         """Makes the folder ready: nothing is refused after that.
 
@@ -254,7 +298,8 @@ class OutputFolder:
         own = self._refuse_others()
         if self.is_legacy:
             (self.path / OWN).unlink()
-        self._lock.acquire(self.setting, self.command)
+        if self._lock is not None:
+            self._lock.acquire(self.setting, self.command)
         if clear:
             for found in own:
                 self._delete(found)
@@ -265,7 +310,8 @@ class OutputFolder:
             self._notes[WRITTEN] = {name: known[name] for name in self._checked.aside if name in known}
             for name in self._checked.aside:
                 self._keep_edited(name)
-        self._lock.keep()
+        if self._lock is not None:
+            self._lock.keep()
         self._claimed = True
         self._write_list(None)
 
@@ -336,7 +382,8 @@ class OutputFolder:
 
     def release(self) -> None:
         """Lets other processes write there."""
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
     def __enter__(self) -> OutputFolder:
         return self
@@ -430,6 +477,18 @@ def _names_below(folder: Path, name: str) -> Iterator[str]:
         yield from (f"{below}/{file}" for file in files)
 
 
+def _comes(file: Path) -> bool:
+    """Whether a file that another process has written is there, or comes."""
+    until = time.monotonic() + SEEN_WITHIN
+    while not file.exists():
+        if time.monotonic() > until:
+            return False
+        with suppress(OSError):
+            os.listdir(file.parent)  # has a network file system ask anew
+        time.sleep(0.1)
+    return True
+
+
 def _prune(folder: Path) -> None:
     """Deletes empty folders in a folder, and it."""
     for place, _, _ in os.walk(folder, topdown=False):
@@ -450,8 +509,6 @@ class _Lock:
         self._end: Any = None
 
     def acquire(self, setting: str, command: str) -> None:
-        if _follows():
-            return
         file = self._own.resolve() / "lock"
         if self._lock is not None and file.exists():
             return
@@ -510,12 +567,6 @@ def _unlock(process: int, lock: FileLock, own: Path, made: list[Path]) -> None:
     for path in reversed(made):
         with suppress(OSError):  # somebody has put something there
             path.rmdir()
-
-
-def _follows() -> bool:
-    """Whether this is another process of a launch than the first, which writes."""
-    rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
-    return rank.isdecimal() and size.isdecimal() and int(size) > 1 and int(rank) > 0
 
 
 def _now() -> str:

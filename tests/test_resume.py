@@ -22,7 +22,7 @@ from focusdpo.journals import read_metrics
 from focusdpo.training.checkpoints import complete_checkpoints
 from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from focusdpo.training.determinism import repeatable
-from focusdpo.training.signals import StopSignals
+from focusdpo.training.signals import GRACE, StopSignals
 from focusdpo.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
@@ -101,7 +101,7 @@ def test_a_signal_saves_the_running_step(config, tmp_path, number):
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + number, errors[-3000:]
-    assert f"{number.name}: finishing this step and saving it" in errors and "Traceback" not in errors
+    assert f"{number.name}: stopping after this batch, with all steps saved" in errors and "Traceback" not in errors
     (checkpoint,) = complete_checkpoints(tmp_path / "stopped" / "checkpoints")
     steps = len(read_metrics(metrics))
     assert checkpoint.name == f"step-{steps:06d}" and 2 <= steps < 8
@@ -118,10 +118,14 @@ def interruptible():
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_a_second_signal_stops_at_once():
+def test_a_second_signal_stops_at_once(monkeypatch):
+    """But for one that a launcher passes on in the same moment."""
     with StopSignals() as signals:
         signal.raise_signal(signal.SIGINT)
         assert signals.received == signal.SIGINT
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.raise_signal(number)
+        monkeypatch.setitem(GRACE, signal.SIGINT, 0)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

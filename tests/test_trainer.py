@@ -71,8 +71,8 @@ def test_resume_gives_the_same_bits(config, tmp_path, monkeypatch):
     interrupted = Trainer(config)
     log = interrupted._log
 
-    def killed(row, file):
-        log(row, file)
+    def killed(row):
+        log(row)
         if interrupted.progress.step == 5:
             raise KeyboardInterrupt
 

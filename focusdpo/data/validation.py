@@ -16,7 +16,7 @@ from focusdpo.data.checks import Check, CheckedPair, Comparison, check_pair
 from focusdpo.data.dataset import PairSizes, SizeRules
 from focusdpo.data.headers import INDEX
 from focusdpo.data.records import DatasetError, PairRecord, Problem, collector_paused
-from focusdpo.data.sources import find_sources, items_of
+from focusdpo.data.sources import find_sources, items_of, read_source
 from focusdpo.text import printable
 
 logger = logging.getLogger(__name__)
@@ -33,12 +33,12 @@ S = TypeVar("S")
 
 
 def load_pairs(path: str | Path, check: Check = "full", progress: bool = True) -> list[PairRecord]:
-    """The records of a dataset, all of which are fit for training. Warnings are logged.
+    """The records of a dataset, all of which are fit for training.
 
     Args:
         path: what `find_sources` takes: pairs.jsonl or its folder, shards, tables.
         check: "full" decodes every image, "headers" reads sizes only.
-        progress: show a progress bar.
+        progress: show a progress bar, and log warnings.
 
     Raises:
         FileNotFoundError: there is no such dataset.
@@ -49,10 +49,28 @@ def load_pairs(path: str | Path, check: Check = "full", progress: bool = True) -
     errors, warnings = _split(checks.problems)
     if errors:
         raise DatasetError(errors)
-    if warnings:
+    if warnings and progress:
         lines = "\n".join(map(str, warnings[:LOGGED]))
         more = f"\nand {len(warnings) - LOGGED} more" if len(warnings) > LOGGED else ""
         logger.warning("%d warnings; `focusdpo data validate %s` lists all:\n%s%s", len(warnings), path, lines, more)
+    return records
+
+
+def read_pairs(path: str | Path) -> list[PairRecord]:
+    """The records of a dataset that another process of this machine has just checked: no image is looked at.
+
+    Raises:
+        FileNotFoundError, DatasetError: it is not what it was.
+    """
+    records: list[PairRecord] = []
+    problems: list[Problem] = []
+    with collector_paused(), INDEX.kept(path):
+        for source in find_sources(path):
+            found = read_source(source)
+            records += found[0]
+            problems += found[1]
+    if problems:
+        raise DatasetError(problems)
     return records
 
 

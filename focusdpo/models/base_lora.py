@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from focusdpo.files import checksum, hash_of
+from focusdpo.files import checksum, hash_of, remembered_checksum
 from focusdpo.models.lora_keys import PEFT_PREFIX, first
 from focusdpo.models.lora_names import FAMILIES
 from focusdpo.models.lora_reading import Lora, find_lora_file, lora_shapes, read_lora
@@ -21,7 +21,7 @@ def base_lora_checksum(path: str) -> str:
     file = find_lora_file(NAME, path)
     config = file.parent / CONFIG_FILE  # has alpha, where the LoRA is PEFT's
     is_peft = config.is_file() and any(key.startswith(PEFT_PREFIX) for key in lora_shapes(NAME, file))
-    return hash_of(checksum(file), checksum(config)) if is_peft else checksum(file)
+    return hash_of(remembered_checksum(file), checksum(config)) if is_peft else remembered_checksum(file)
 
 
 def check_base_lora(path: str, backbone: str | None = None) -> None:

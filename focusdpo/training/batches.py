@@ -20,11 +20,14 @@ from focusdpo.data import (
     Problem,
     SizeBatches,
     collate,
+    leave_out_misfits,
     load_pairs,
 )
 from focusdpo.data.images import PATCH_SIZE
 from focusdpo.data.records import collector_paused
+from focusdpo.data.validation import read_pairs
 from focusdpo.files import ReadableFile, checksum
+from focusdpo.launch import Launch
 from focusdpo.training.config import DataConfig, FocusConfig, TrainConfig
 from focusdpo.training.draws import turns_at
 from focusdpo.training.layouts import size_rules
@@ -37,13 +40,57 @@ MAX_EXAMPLES = 3  # of pairs that are not held out, likewise
 MAX_COMPARED = 1000  # winners and losers whose contents are read for that, some seconds
 
 
-def load_records(config: TrainConfig) -> tuple[list[PairRecord], list[PairRecord]]:
-    """Checked training and held-out records; DatasetError lists the problems of both."""
+def load_datasets(config: TrainConfig, launch: Launch) -> tuple[list[PairDataset], list[Problem]]:
+    """Training and held-out pairs under the sizes of a run, checked by the first process of each machine for its others.
+
+    Returns:
+        The two datasets, and why pairs were left out of them; other processes of a machine are not told why.
+
+    Raises:
+        FileNotFoundError, DatasetError: in the first process of a machine; ElsewhereError in all others.
+    """
+    datasets: list[PairDataset] = []
+    left_out: list[Problem] = []
+
+    def sized(records: Sequence[PairRecord]) -> PairDataset:
+        datasets.append(dataset_of(records, config.data, config.model.backbone))
+        return datasets[-1]
+
+    def check() -> list[list[int] | None]:
+        return [_fitting(sized(records), config.data, left_out, launch) for records in load_records(config, launch)]
+
+    kept = launch.once_a_machine("the pairs are checked", check)
+    if not datasets:
+        paths = config.data.train, config.data.validation
+        for path, indices in zip(paths, kept, strict=True):
+            dataset = sized([] if path is None else read_pairs(path))
+            if indices is not None:
+                dataset.keep(indices)
+    return datasets, left_out
+
+
+def _fitting(dataset: PairDataset, data: DataConfig, left_out: list[Problem], launch: Launch) -> list[int] | None:
+    """The indices of the pairs that fit a bucket, the others are taken out; None where all do."""
+    records = dataset.records
+    problems = leave_out_misfits(dataset, data.max_crop, launch.is_main)
+    left_out += problems
+    kept = {id(record) for record in dataset.records}
+    return [index for index, record in enumerate(records) if id(record) in kept] if problems else None
+
+
+def load_records(config: TrainConfig, launch: Launch | None = None) -> tuple[list[PairRecord], list[PairRecord]]:
+    """Checked training and held-out records; DatasetError lists the problems of both.
+
+    Args:
+        config: of the run.
+        launch: whose first process alone shows progress and warns; None is this process alone.
+    """
+    is_main = launch is None or launch.is_main
     records: list[list[PairRecord]] = []
     problems: list[Problem] = []
     for path in (config.data.train, config.data.validation):
         try:
-            records.append(load_pairs(path, config.data.check) if path is not None else [])
+            records.append(load_pairs(path, config.data.check, is_main) if path is not None else [])
         except DatasetError as error:
             problems += error.problems
             records.append([])
@@ -54,7 +101,8 @@ def load_records(config: TrainConfig) -> tuple[list[PairRecord], list[PairRecord
         problems += [Problem(r.file, r.line, "prior", message, remedy) for r in flat]
     if problems:
         raise DatasetError(problems)
-    _warn_of_shared_images(*records)
+    if is_main:
+        _warn_of_shared_images(*records)
     return records[0], records[1]
 
 
@@ -211,7 +259,7 @@ class TrainingBatches:
         self._pairs_before: tuple[int, list[int]] = (-1, [])  # an epoch, and the pairs before each of its rounds
         with collector_paused():
             self._rounds = len(self._share(0))  # of every epoch
-        if accelerator.is_local_main_process:
+        if accelerator.is_main_process:
             self._log_layouts()
 
     def _log_layouts(self) -> None:
@@ -225,6 +273,7 @@ class TrainingBatches:
             lines.append(f"  {rest} of {len(layouts) - MAX_LAYOUTS} other layouts")
         summary = f"{pairs} pairs in {len(layouts)} layouts; an epoch has {len(batches)} batches"
         logger.info("%s, %d of them smaller than data.batch_size=%d\n%s", summary, smaller, full, "\n".join(lines))
+        self._log_step()
         if pairs / len(batches) < 0.5 * full:
             logger.warning(
                 "data.batch_size is %d, but a batch holds %.1f pairs on average: only pairs of equal image sizes share one, "
@@ -233,6 +282,16 @@ class TrainingBatches:
                 pairs / len(batches),
                 len(layouts),
             )
+
+    def _log_step(self) -> None:
+        """Says how many pairs a step has, where that is not what the settings alone say: learning rates are meant for one."""
+        processes, config = self._accelerator.num_processes, self._config
+        size, accumulated = config.data.batch_size, config.gradient_accumulation
+        if processes > 1:
+            logger.info(
+                "a step has up to %d pairs: %d processes, data.batch_size=%d, gradient_accumulation=%d",
+                processes * size * accumulated, processes, size, accumulated,
+            )  # fmt: skip
 
     def start(self, position: int) -> Generator[tuple[PairBatch, float]]:
         """Endless batches of this process from a position, each with the factor of its loss.

@@ -6,7 +6,8 @@ Every image and every prompt has a file of its own (`training/tensor_files.py`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +20,14 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from focusdpo.data import Encodings, PairDataset, Placement
+from focusdpo.data import Encodings, PairDataset, PairRecord, Placement
 from focusdpo.data.images import PATCH_SIZE, read_photo
 from focusdpo.files import ReadableFile, checksum, fingerprint, hash_of
+from focusdpo.launch import Launch
 from focusdpo.models import Backbone
 from focusdpo.models.base import pipeline_folder, pipeline_parts
 from focusdpo.training.config import TrainConfig
-from focusdpo.training.tensor_files import TensorFiles
+from focusdpo.training.tensor_files import SHOWN, TensorFiles
 
 FORMAT = 3  # of the files; another one where an image is brought to size, or encoded, in another way
 
@@ -83,9 +85,12 @@ class EncodingCache:
 
     Args:
         config: the run; `data.cache` names the folder.
+        accelerator, launch: of the run, whose processes share the work.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, launch: Launch) -> None:
+        self._accelerator = accelerator
+        self._launch = launch
         data, model = config.data, config.model
         assert data.cache is not None
         self._files = TensorFiles("data.cache", Path(data.cache))
@@ -99,8 +104,24 @@ class EncodingCache:
         self._items: dict[str, _Image | _Prompt] = {}
         self._contents: dict[ReadableFile, str] = {}
 
-    def reader(self, dataset: PairDataset) -> EncodingReader:
-        """What reads a dataset's encodings by index, once `fill` has run."""
+    def readers(self, datasets: Sequence[PairDataset]) -> list[EncodingReader]:
+        """What reads each dataset's encodings by index, once `fill` has run."""
+        self._hash_images([record for dataset in datasets for record in dataset.records])
+        return [self._reader(dataset) for dataset in datasets]
+
+    def _hash_images(self, records: Sequence[PairRecord]) -> None:
+        """Of each image's content, shared among the processes."""
+        rank, processes = self._launch.rank, self._launch.size
+        files = list(dict.fromkeys(file for record in records for file in record.image_fields.values()))
+        mine = files[rank::processes]
+        with self._launch.together("images are hashed"), ThreadPoolExecutor() as pool:
+            shown = self._launch.is_main and len(files) >= SHOWN
+            bar = tqdm(pool.map(checksum, mine), total=len(mine), desc="hashing images", unit="file", disable=not shown)
+            contents = list(bar)
+        order = [file for other in range(processes) for file in files[other::processes]]
+        self._contents = dict(zip(order, gather_object(contents), strict=True))
+
+    def _reader(self, dataset: PairDataset) -> EncodingReader:
         pairs = []
         for record, placed in zip(dataset.records, dataset.placements, strict=True):
             files = [reference.image for reference in record.references]
@@ -111,32 +132,34 @@ class EncodingCache:
             pairs.append((self._add(winner), self._add(loser), [self._add(r) for r in references], self._add(prompt)))
         return EncodingReader(self._files, pairs)
 
-    def fill(self, accelerator: Accelerator, load: Callable[[], Backbone]) -> None:
+    def fill(self, load: Callable[[], Backbone]) -> None:
         """Encodes what is not there yet, shared among the processes; all of them call it.
 
+        The run's autocast applies, as it does in a step that encodes for itself.
+
         Args:
-            accelerator: of the run; its autocast applies, as it does in a step that encodes for itself.
             load: loads a backbone that can encode; called only where there is something to encode.
 
         Raises:
             FileNotFoundError: another process wrote elsewhere: the folder is not the same for all.
         """
-        rank, processes = accelerator.process_index, accelerator.num_processes
-        # Looked for in shares, then shared anew: an interrupted process would else have all its work left, and others none.
-        mine = {key: self._items[key].fits for key in list(self._items)[rank::processes]}
-        missing = self._files.missing(mine, progress=accelerator.is_local_main_process)
-        missing = gather_object(missing)[rank::processes]
-        if missing:
-            backbone = load()
-            backbone.to(accelerator.device)
-            bar = tqdm(missing, desc="encoding", unit="item", disable=not accelerator.is_local_main_process)
-            with torch.no_grad(), accelerator.autocast():
-                for key in bar:
-                    self._files.write(key, self._items[key].encode(backbone))
-            del backbone
-            clear_device_cache(garbage_collection=True)
-        accelerator.wait_for_everyone()
-        self._files.check_written(list(self._items))
+        accelerator, launch = self._accelerator, self._launch
+        with launch.together("images and prompts are encoded"):
+            # Looked for in shares, then shared anew: an interrupted process would else have all its work left, others none.
+            with launch.together("encodings are looked for"):
+                share = {key: self._items[key].fits for key in list(self._items)[launch.rank :: launch.size]}
+                lacking = self._files.missing(share, progress=launch.is_main)
+            missing = gather_object(lacking)[launch.rank :: launch.size]
+            if missing:
+                backbone = load()
+                backbone.to(accelerator.device)
+                bar = tqdm(missing, desc="encoding", unit="item", disable=not launch.is_main)
+                with torch.no_grad(), accelerator.autocast():
+                    for key in bar:
+                        self._files.write(key, self._items[key].encode(backbone))
+                del backbone
+                clear_device_cache(garbage_collection=True)
+        launch.once_a_machine("encodings are looked for", lambda: self._files.check_written(list(self._items)))
 
     def _add(self, item: _Image | _Prompt) -> str:
         """The key of an item, which is remembered."""
@@ -151,9 +174,4 @@ class EncodingCache:
         """Of what decides an image's pixels."""
         placement = image.placement
         way = (placement.rule.name, *placement.cut, *placement.scaled, *placement.size)
-        return hash_of(self._content(image.file), *way)
-
-    def _content(self, file: ReadableFile) -> str:
-        if file not in self._contents:
-            self._contents[file] = checksum(file)
-        return self._contents[file]
+        return hash_of(self._contents[image.file], *way)

@@ -31,6 +31,7 @@ from torch import nn
 
 from focusdpo.files import checksum, partial_of
 from focusdpo.folders import OutputFolder, free_name, step_folders
+from focusdpo.launch import Launch
 from focusdpo.models import Backbone
 from focusdpo.training.adapter import adapter_state, load_adapter_state
 from focusdpo.training.sharding import is_deepspeed, split_like, split_optimizer_state, whole
@@ -60,20 +61,21 @@ class Progress:
         self.step = 0
         self.batches = 0
         self.skipped_in_a_row = 0
+        self.owes = True  # what comes after the step: its evaluation, its samples
         self.beta: float | None = None  # where loss.auto_beta has brought it
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        vars(self).update({"owes": False} | state)  # earlier versions saved after all of that
 
 
 class Checkpoints:
     """Writes and reads the checkpoints of a run.
 
     Args:
-        accelerator: of the run.
+        accelerator, launch: of the run.
         out: the run's folder.
         folder: where checkpoints go, in it.
         backbone: whose transformer carries the adapter.
@@ -84,6 +86,7 @@ class Checkpoints:
     def __init__(
         self,
         accelerator: Accelerator,
+        launch: Launch,
         out: OutputFolder,
         folder: Path,
         backbone: Backbone,
@@ -91,6 +94,7 @@ class Checkpoints:
         limit: int | None = None,
     ) -> None:
         self._accelerator = accelerator
+        self._launch = launch
         self._out = out
         self._folder = folder
         self._backbone = backbone
@@ -111,7 +115,7 @@ class Checkpoints:
         if is_main:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        self._accelerator.wait_for_everyone()
+        self._launch.wait("the checkpoint's folder is made")
         adapter = adapter_state(self._transformer)
         state = {name: whole(part.state_dict()) for name, part in parts.items()}
         if is_main:
@@ -122,7 +126,7 @@ class Checkpoints:
         if is_deepspeed(self._accelerator):
             self._backbone.transformer.save_checkpoint(str(partial), DEEPSPEED_FOLDER, exclude_frozen_parameters=True)
         save_accelerator_state(str(partial), [], [], [], [], self._accelerator.process_index, self._accelerator.step)
-        self._accelerator.wait_for_everyone()
+        self._launch.wait("the checkpoint's parts are written")
         if is_main:
             checksums = {name: checksum(partial / name) for name in _files(partial)}
             (partial / CHECKSUMS_FILE).write_text(json.dumps(checksums, indent=1))
@@ -132,7 +136,7 @@ class Checkpoints:
             _to_disk(self._folder)
             self._out.remember(LAST_CHECKPOINT, final.name)
             self._keep_to_limit()
-        self._accelerator.wait_for_everyone()
+        self._launch.wait("the checkpoint is written")
         return final
 
     def load(self, checkpoint: Path, parts: Mapping[str, Stateful], parameters: Sequence[nn.Parameter]) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from focusdpo.data import PairBatch, PairDataset
-from focusdpo.files import checksum, fingerprint, hash_of
+from focusdpo.files import ReadableFile, checksum, fingerprint, hash_of
+from focusdpo.launch import Launch
 from focusdpo.models.base import pipeline_folder
 from focusdpo.models.base_lora import base_lora_checksum
 from focusdpo.training.batches import in_rounds, load_batches
@@ -37,10 +38,12 @@ class ReferenceCache:
         config: the run.
         dataset: the training pairs, with their encodings.
         step: computes what is missing; its transformer is the one that is trained, whose adapter is switched off.
-        accelerator: of the run.
+        accelerator, launch: of the run, whose processes share the work.
     """
 
-    def __init__(self, config: TrainConfig, dataset: PairDataset, step: PreferenceStep, accelerator: Accelerator) -> None:
+    def __init__(
+        self, config: TrainConfig, dataset: PairDataset, step: PreferenceStep, accelerator: Accelerator, launch: Launch
+    ) -> None:
         data, model, loss, focus = config.data, config.model, config.loss, config.focus
         assert data.reference_cache is not None and isinstance(dataset.encodings, EncodingReader)
         self._files = TensorFiles("data.reference_cache", Path(data.reference_cache))
@@ -49,6 +52,8 @@ class ReferenceCache:
         self._pair_keys = dataset.encodings.keys
         self._step = step
         self._accelerator = accelerator
+        self._launch = launch
+        self._masks: dict[ReadableFile, str] = {}  # of references, by their contents
         self._has_scores = focus.mask == "focus" and focus.feature_source == "reference"
         lora = None if model.base_lora is None else base_lora_checksum(model.base_lora)
         # What the prompts' encoders and the VAE contribute is in the pairs' keys.
@@ -72,25 +77,33 @@ class ReferenceCache:
         Raises:
             FileNotFoundError: another process wrote elsewhere: the folder is not the same for all.
         """
-        rank, processes = self._accelerator.process_index, self._accelerator.num_processes
+        launch = self._launch
         wanted = [(index, draw) for draw in sorted(pairs) for index in sorted(pairs[draw])]
-        share = {self._key(*item): item for item in wanted[rank::processes]}
-        fits = {key: self._fits(index) for key, (index, _) in share.items()}
-        missing = self._files.missing(fits, progress=self._accelerator.is_local_main_process)
-        mine = [items[rank] for items in in_rounds(gather_object([share[key] for key in missing]), processes)]
+        with launch.together("the reference's predictions are computed"):
+            with launch.together("the reference's predictions are looked for"):
+                share = {self._key(*item): item for item in wanted[launch.rank :: launch.size]}
+                fits = {key: self._fits(index) for key, (index, _) in share.items()}
+                missing = self._files.missing(fits, progress=launch.is_main)
+            rounds = in_rounds(gather_object([share[key] for key in missing]), launch.size)
+            self._compute_all([items[launch.rank] for items in rounds])
+        launch.once_a_machine(
+            "the reference's predictions are looked for",
+            lambda: self._files.check_written([self._key(*item) for item in wanted]),
+        )
+
+    def _compute_all(self, items: Sequence[tuple[int, int]]) -> None:
+        """Computes and writes the predictions of pairs at their draws; a split model has all processes do so side by side."""
         self._step.backbone.transformer.eval()
-        loader = load_batches(self._dataset, [[index] for index, _ in mine], self._config.data.num_workers, self._accelerator)
+        loader = load_batches(self._dataset, [[index] for index, _ in items], self._config.data.num_workers, self._accelerator)
         bar = tqdm(
-            zip(mine, loader, strict=True),
-            total=len(mine),
+            zip(items, loader, strict=True),
+            total=len(items),
             desc="reference predictions",
             unit="pair",
-            disable=not self._accelerator.is_local_main_process or not mine,
+            disable=not self._launch.is_main or not items,
         )
         for (index, draw), batch in bar:
             self._files.write(self._key(index, draw), self._compute(batch.to(self._accelerator.device), draw))
-        self._accelerator.wait_for_everyone()
-        self._files.check_written([self._key(*item) for item in wanted])
 
     def _compute(self, batch: PairBatch, draw: int) -> dict[str, Tensor]:
         with torch.no_grad(), self._accelerator.autocast():
@@ -113,8 +126,13 @@ class ReferenceCache:
 
     def _key(self, index: int, draw: int) -> str:
         masks = [reference.mask for reference in self._dataset.records[index].references if self._has_scores]
-        contents = ["" if mask is None else checksum(mask) for mask in masks]
+        contents = ["" if mask is None else self._content(mask) for mask in masks]
         return hash_of(self._settings, *self._pair_keys(index), *contents, self._config.seed, index, draw)
+
+    def _content(self, mask: ReadableFile) -> str:
+        if mask not in self._masks:
+            self._masks[mask] = checksum(mask)
+        return self._masks[mask]
 
     def _fits(self, index: int) -> Callable[[dict[str, list[int]]], bool]:
         references = len(self._dataset.records[index].references)

@@ -15,8 +15,9 @@ import yaml
 from focusdpo.data import PairDataset
 from focusdpo.data.records import Problem
 from focusdpo.data.sources import content_checksum
-from focusdpo.files import fingerprint, hash_of, is_stamped, write_json, write_whole
+from focusdpo.files import KNOWN_DIGESTS, fingerprint, hash_of, is_stamped, write_json, write_whole
 from focusdpo.folders import OutputFolder, step_folders
+from focusdpo.launch import Launch
 from focusdpo.models import BACKBONES
 from focusdpo.models.base import pipeline_folder, pipeline_parts
 from focusdpo.models.base_lora import base_lora_checksum
@@ -44,7 +45,8 @@ MAX_PROBLEMS = 5  # shown in a warning
 
 # What a resumed run may change: where things lie, how and how often it reports, how long it goes on. Settings, and sections.
 FREE = (
-    "output_dir", "resume", "overwrite", "max_steps", "checkpoint_every", "checkpoints_total_limit", "validate_every",
+    "output_dir", "resume", "overwrite", "max_steps", "collective_timeout", "checkpoint_every",
+    "checkpoints_total_limit", "validate_every",
     "deterministic", "cpu", "backend", "model.path", "model.revision", "model.base_lora", "data.train", "data.validation",
     "data.check", "data.cache", "data.reference_cache", "data.num_workers",
     "samples", "push_to_hub", "trackers", "project", "run_name",
@@ -75,6 +77,30 @@ def settings_of(config: TrainConfig, processes: int, train_set: PairDataset) -> 
     }
 
 
+def shared_settings(config: TrainConfig, launch: Launch, train_set: PairDataset) -> dict[str, Any]:
+    """`settings_of` a run for all processes of its launch: the first one of each machine reads what has to be read.
+
+    Raises:
+        ValueError: a machine has another model or other pairs than the first one.
+    """
+
+    held_out = "data.validation (its content)"
+
+    def read() -> list[Any]:
+        settings, path = settings_of(config, launch.size, train_set), config.data.validation
+        compared = settings | {held_out: None if path is None or launch.size == 1 else content_checksum(path)}
+        return [settings, compared, KNOWN_DIGESTS]
+
+    settings, compared, digests = launch.once_a_machine("model and pairs are hashed", read)
+    KNOWN_DIGESTS.update(digests)
+    first = launch.gather("model and pairs are hashed", compared if launch.is_local_main else None)[0]
+    differing = differences("first machine", first, json.loads(json.dumps(compared)) if launch.size > 1 else first)
+    if differing:
+        lines = "\n  ".join(differing)
+        raise ValueError(f"this machine is to train something else than the first one:\n  {lines}\nuse the same files on all")
+    return dict(settings)
+
+
 def model_contents(model: ModelConfig) -> dict[str, str | None]:
     """The parts of a run's model by their content, and the LoRA that is merged into it."""
     pipeline = pipeline_folder(model.path, model.revision)
@@ -98,16 +124,52 @@ class RunFolder:
     left_out: list[Problem] = field(default_factory=list)
 
     @classmethod
-    def prepare(cls, config: TrainConfig) -> RunFolder:
+    def prepare(cls, config: TrainConfig, launch: Launch | None = None) -> RunFolder:
         """Decides whether the run may start.
 
+        Args:
+            config: of the run.
+            launch: whose first process decides, and locks the folder, for all; None is this process alone.
+
         Raises:
+            ElsewhereError: in other processes of the launch, where the first one raised one of these.
+            FileNotFoundError: also where another process of the launch does not see the folder of the first.
             FileExistsError, NotADirectoryError, PermissionError: the folder holds something that may not be overwritten, or
                 cannot be written to.
             BlockingIOError: another process writes there.
             FileNotFoundError, ValueError: the checkpoint to resume is not there, or damaged.
         """
+        launch = launch or Launch()
+        run = cls(output_folder(config, leads=False), None)
+
+        def decide() -> tuple[str | None, bool]:
+            nonlocal run
+            run = cls._decide(config)
+            return None if run.checkpoint is None else str(run.checkpoint), run.goes_on
+
+        checkpoint, run.goes_on = launch.from_main("the output folder was looked at", decide)
+        try:
+            run.out.check_shared(launch)
+            run.checkpoint = None if checkpoint is None else Path(checkpoint)
+            if run.checkpoint is not None and not (run.checkpoint / SETTINGS_FILE).is_file():
+                raise FileNotFoundError(f"resume: {run.checkpoint.absolute()} is not there for all processes of the launch")
+        except BaseException:
+            run.out.release()
+            raise
+        return run
+
+    @classmethod
+    def _decide(cls, config: TrainConfig) -> RunFolder:
         out = output_folder(config)
+        out.lock()  # before anything that another process may be writing is looked at
+        try:
+            return cls._of(out, config)
+        except BaseException:
+            out.release()
+            raise
+
+    @classmethod
+    def _of(cls, out: OutputFolder, config: TrainConfig) -> RunFolder:
         checkpoints = out.path / CHECKPOINTS_FOLDER
         if not config.resume:
             out.check(
@@ -191,9 +253,9 @@ class RunFolder:
         write_json(file, starts)
 
 
-def output_folder(config: TrainConfig) -> OutputFolder:
-    """The folder of a run, whatever it holds."""
-    return OutputFolder("output_dir", Path(config.output_dir), "train", WRITTEN)
+def output_folder(config: TrainConfig, leads: bool = True) -> OutputFolder:
+    """The folder of a run, whatever it holds; `leads` as there."""
+    return OutputFolder("output_dir", Path(config.output_dir), "train", WRITTEN, leads)
 
 
 def finished_at(config: TrainConfig) -> int | None:

@@ -22,6 +22,7 @@ from focusdpo.evaluation.overlays import MaskAtTime, draw_overlays
 from focusdpo.evaluation.sheets import read_picture, sample_sheet
 from focusdpo.files import partial_of
 from focusdpo.folders import OutputFolder, step_folders
+from focusdpo.launch import Launch
 from focusdpo.models import BACKBONES, Backbone
 from focusdpo.training.batches import dataset_of
 from focusdpo.training.config import TrainConfig
@@ -93,15 +94,23 @@ class Samples:
                 self._out.remove(path)
 
     @torch.no_grad()
-    def draw(self, number: int, step: PreferenceStep, accelerator: Accelerator) -> None:
+    def draw(
+        self,
+        number: int,
+        step: PreferenceStep,
+        accelerator: Accelerator,
+        launch: Launch,
+        on_step: Callable[[], object] = lambda: None,
+    ) -> None:
         """Makes the samples of a step of the run, if it has any; all processes call it, and share the pairs.
 
         Args:
             number: of the optimiser step.
             step: the preference step.
-            accelerator: of the run.
+            accelerator, launch: of the run.
+            on_step: called after each step of the sampler, equally often in all processes; what it raises ends the drawing.
         """
-        rank, processes, count = accelerator.process_index, accelerator.num_processes, len(self._pairs)
+        rank, processes, count = launch.rank, launch.size, len(self._pairs)
         if not count:
             return
         module = step.backbone.pipeline.transformer
@@ -113,24 +122,31 @@ class Samples:
             desc="sampling",
             unit="step",
             leave=False,
-            disable=not accelerator.is_local_main_process,
+            disable=not launch.is_main,
         )
+
+        def on_sampler() -> None:
+            bar.update()
+            on_step()
+
         drawn = []
-        for index in (i * processes + rank for i in range(rounds)):
-            batch = collate([self._pairs[index % count]]).to(accelerator.device)
-            with accelerator.autocast():
-                tokens, grid = self._sample(index % count, batch, step, bar.update)
-                masks = masks_at(step, batch, MASK_TIMES, self._settings.seed)
-            page = io.BytesIO()
-            if masks:
-                draw_overlays(batch, masks, page, f"step {number}: {batch.prompts[0]}")
-            drawn.append(_Drawn(index, self._decode(tokens, grid, step.backbone), page.getvalue()))
-        bar.close()
+        with bar:
+            for index in (i * processes + rank for i in range(rounds)):
+                batch = collate([self._pairs[index % count]]).to(accelerator.device)
+                with accelerator.autocast():
+                    tokens, grid = self._sample(index % count, batch, step, on_sampler)
+                    masks = masks_at(step, batch, MASK_TIMES, self._settings.seed)
+                page = io.BytesIO()
+                if masks:
+                    draw_overlays(batch, masks, page, f"step {number}: {batch.prompts[0]}")
+                drawn.append(_Drawn(index, self._decode(tokens, grid, step.backbone), page.getvalue()))
         module.train(was_training)
+        launch.wait("samples are drawn")
         drawn = [one for one in gather_object(drawn) if one.index < count]
-        if accelerator.is_main_process:
+        if launch.is_main:
             pages = self._write(number, drawn)
             log_images(accelerator, {f"samples/{name}": np.asarray(page) for name, page in pages.items()}, number)
+        launch.wait("samples are written")
 
     def _sample(
         self, index: int, batch: PairBatch, step: PreferenceStep, on_step: Callable[[], object]

@@ -1,16 +1,23 @@
-"""Leaving cleanly: SIGTERM (a scheduler takes the machine back), SIGHUP (a terminal closes) and Ctrl-C let the step finish."""
+"""Leaving cleanly: SIGTERM (a scheduler takes the machine back), SIGHUP (a terminal closes) and Ctrl-C."""
 
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
+
+from focusdpo.launch import Launch
 
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# Seconds in which further signals are the same stop: a scheduler sends one to every process of a job, and the launcher, which
+# gets it too, passes it on. Who presses Ctrl-C again means it.
+GRACE = {signal.SIGTERM: 30.0, signal.SIGHUP: 30.0, signal.SIGINT: 2.0}
 
 
 def leave_to_parent(worker: int) -> None:
@@ -22,14 +29,24 @@ def leave_to_parent(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class StopSignals:
-    """Context manager that notes the first signal in `received` instead of letting it end the process; a second one does.
+class StopError(Exception):
+    """Raised where a run is to stop: in all processes of its launch at the same place."""
 
-    Outside the main thread, where Python handles no signals, it does nothing.
+
+class StopSignals:
+    """Context manager that notes the first signal in `received` instead of letting it end the process.
+
+    Another one, after the time in which it counts as the same, ends it. Outside the main thread, where Python handles no
+    signals, it does nothing.
+
+    Args:
+        launch: whose processes stop together.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, launch: Launch | None = None) -> None:
         self.received: signal.Signals | None = None
+        self._launch = launch or Launch()
+        self._since = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -40,10 +57,21 @@ class StopSignals:
             self._before = {number: signal.signal(number, self._note) for number in heard}
         return self
 
+    def check(self) -> None:
+        """StopError where a process of the launch was told to stop; all of them call this equally often."""
+        if self._launch.stops_here(self.received is not None):
+            raise StopError
+
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
-        self._restore()
-        logger.warning("%s: finishing this step and saving it; once more stops at once", self.received.name)
+        received, now = signal.Signals(number), time.monotonic()
+        if self.received is None:
+            self.received, self._since = received, now
+            if self._launch.is_main:
+                again = f"once more after {GRACE[received]:.0f} s stops at once"
+                logger.warning("%s: stopping after this batch, with all steps saved; %s", received.name, again)
+        elif now - self._since > GRACE[received]:
+            self._restore()
+            os.kill(os.getpid(), number)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

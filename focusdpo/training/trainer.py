@@ -6,28 +6,29 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from focusdpo.data import PairBatch, PairDataset, SizeBatches, leave_out_misfits
+from focusdpo.data import PairBatch, PairDataset, SizeBatches
 from focusdpo.journals import Journal, read_steps, up_to
+from focusdpo.launch import Launch
 from focusdpo.models.sizes import Architecture
 from focusdpo.training.adapter import adapter_state
 from focusdpo.training.batches import (
     TrainingBatches,
     check_match_count,
-    dataset_of,
     in_rounds,
     load_batches,
-    load_records,
+    load_datasets,
     sizes_vary,
 )
 from focusdpo.training.cache import EncodingCache
@@ -46,10 +47,10 @@ from focusdpo.training.optimizers import build_optimizer, step_size
 from focusdpo.training.policy import add_policy
 from focusdpo.training.reference_cache import ReferenceCache
 from focusdpo.training.run_files import ALARMS_FILE, CHECKPOINTS_FOLDER, METRICS_FILE, SAMPLES_FOLDER, VALIDATION_FILE
-from focusdpo.training.run_folder import RunFolder, settings_of
+from focusdpo.training.run_folder import RunFolder, shared_settings
 from focusdpo.training.samples import Samples
 from focusdpo.training.sharding import check_launch, is_deepspeed, load_parts_whole, prepare
-from focusdpo.training.signals import StopSignals
+from focusdpo.training.signals import StopError, StopSignals
 from focusdpo.training.step import PreferenceStep, StepResult
 from focusdpo.training.tracking import check_trackers, start_trackers
 from focusdpo_kernels.backend import resolve_backend
@@ -85,51 +86,59 @@ class Trainer:
         self.config = config
         self._evaluation = evaluation
         self._on_alarm = on_alarm
-        run = RunFolder.prepare(config)
-        self._out = run.out  # of which the main process is the one writer
-        self.folder = run.path
-        try:
-            self._prepare(run)
-        except BaseException:
-            self._out.release()
-            raise
+        self.launch = Launch.join()
+        self.launch.timeout = config.collective_timeout
+        with self.launch.together("the run is prepared"):
+            run = RunFolder.prepare(config, self.launch)
+            self._out = run.out  # of which the main process is the one writer
+            self.folder = run.path
+            try:
+                self._prepare(run)
+            except BaseException:
+                self._out.release()
+                raise
 
     def _prepare(self, run: RunFolder) -> None:
         """All that comes before the first step."""
-        config = self.config
-        check_files_and_packages(config)
-        train, validation = load_records(config)
+        config, launch = self.config, self.launch
+        # What machines may differ in comes before the first collective operation, in which a failure is hard to see.
+        with launch.together("files and settings are checked"):
+            launch.once_a_machine("files and packages are checked", lambda: check_files_and_packages(config))
+            datasets, left_out = load_datasets(config, launch)
+            self.train_set, self.validation_set = datasets
+            settings = shared_settings(config, launch, self.train_set)
+            run.check_settings(settings)
+            check_match_count(config.focus, datasets)
         self.accelerator = Accelerator(
             cpu=config.cpu,
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.gradient_accumulation,
             project_config=ProjectConfiguration(project_dir=str(self.folder), logging_dir=str(self.folder)),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.collective_timeout))],
         )
-        check_launch(self.accelerator, config)
-        load_parts_whole(self.accelerator)
-        if self.accelerator.is_main_process:
-            check_trackers(config)
-            check_hub(config.push_to_hub)
-        kernels = resolve_backend(config.backend, torch.empty(0, device=self.accelerator.device))
-        self.train_set, self.validation_set = datasets = [
-            dataset_of(records, config.data, config.model.backbone) for records in (train, validation)
-        ]
-        left_out = [problem for dataset in datasets for problem in leave_out_misfits(dataset, config.data.max_crop)]
-        if self.accelerator.is_main_process:
+        with launch.together("the launch is checked"):
+            if self.accelerator.num_processes != launch.size:
+                came = f"{self.accelerator.num_processes} processes without LOCAL_RANK, RANK and WORLD_SIZE for each"
+                raise ValueError(f"the launcher: got {came}; expected `accelerate launch` or torchrun, which set them")
+            check_launch(self.accelerator, config)
+            load_parts_whole(self.accelerator)
+            if launch.is_main:
+                check_trackers(config)
+                check_hub(config.push_to_hub)
+            kernels = resolve_backend(config.backend, torch.empty(0, device=self.accelerator.device))
+        if launch.is_main:
             run.report_left_out(left_out)
-        settings = settings_of(config, self.accelerator.num_processes, self.train_set)
-        run.check_settings(settings)
-        check_match_count(config.focus, datasets)
         self.samples = Samples(
             config, self.validation_set.records, run.out, self.folder / SAMPLES_FOLDER, lambda: load_backbone(config, "vae")
         )
         self.batches = TrainingBatches(self.train_set, config, self.accelerator)
         if config.data.cache is not None:
-            cache = EncodingCache(config)
-            for dataset in (*datasets, *self.samples.datasets):
-                dataset.encodings = cache.reader(dataset)
+            cache = EncodingCache(config, self.accelerator, launch)
+            encoded = (*datasets, *self.samples.datasets)
+            for dataset, reader in zip(encoded, cache.readers(encoded), strict=True):
+                dataset.encodings = reader
             with self._explained("images and prompts were encoded", encoding=True):
-                cache.fill(self.accelerator, lambda: load_backbone(config, "encoders"))
+                cache.fill(lambda: load_backbone(config, "encoders"))
         with self._explained("the model was loaded"):
             self.backbone = load_backbone(config, "all" if config.data.cache is None else "transformer")
         self.module = self.backbone.transformer
@@ -149,8 +158,9 @@ class Trainer:
         )
         limit = config.checkpoints_total_limit
         self.checkpoints = Checkpoints(
-            self.accelerator, run.out, self.folder / CHECKPOINTS_FOLDER, self.backbone, settings, limit
+            self.accelerator, launch, run.out, self.folder / CHECKPOINTS_FOLDER, self.backbone, settings, limit
         )
+        launch.wait("the model is loaded")
         with self._explained(f"the model was moved to {self.accelerator.device}"):
             self.optimizer = prepare(self.accelerator, self.backbone, optimizer, config)
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
@@ -160,17 +170,20 @@ class Trainer:
             with self._explained("adapter and optimiser were restored"):
                 self.checkpoints.load(run.checkpoint, self._stateful, self.parameters)
             logger.info("resumed from %s at step %d", run.checkpoint, self.progress.step)
+        # Of the last checkpoint, or without any the first, which is made anew.
+        self._saved = self.progress.step if run.checkpoint is None or run.goes_on else -1
         if self.progress.beta is not None:
             self.step.beta = self.progress.beta
         self.references = None
         if config.data.reference_cache is not None:
             with self._explained("the reference's predictions were computed"), repeatable(config.deterministic):
                 self.references = self._fill_references()
-        if self.accelerator.is_main_process:
+        launch.wait("the run is ready")
+        if launch.is_main:
             run.start(config)
             run.record_start(
                 self.progress.step,
-                processes=self.accelerator.num_processes,
+                processes=launch.size,
                 device=str(self.accelerator.device),
                 kernels=kernels,
                 training_pairs=len(self.train_set),
@@ -178,10 +191,10 @@ class Trainer:
             )
             self.checkpoints.tidy(self.progress.step)
             self.samples.tidy(self.progress.step)
-        self.accelerator.wait_for_everyone()
         self.health = Health(config, self._hear)
         self._alarms_file: Journal | None = None  # of the main process, while it trains
-        self._pairs_of_step: list[int] = []
+        self._of_step: list[tuple[list[int], torch.Tensor]] = []  # pairs and logits [B] of the batches of the running step
+        self._signals = StopSignals(launch)
         self._running: tuple[PairDataset, list[int]] | None = None  # the batch, until it is through
 
     @property
@@ -193,10 +206,6 @@ class Trainer:
         if self.ema is not None:
             parts["ema"] = self.ema
         return parts
-
-    @property
-    def _is_local_main(self) -> bool:
-        return bool(self.accelerator.is_local_main_process)
 
     def _run_step(self, batch: PairBatch) -> StepResult:
         """The step of a training batch. What it draws depends on seed, position and process alone, as a resume needs it."""
@@ -215,7 +224,7 @@ class Trainer:
 
     def _fill_references(self) -> ReferenceCache:
         """Computes the reference's predictions for all that this run is going to draw."""
-        cache = ReferenceCache(self.config, self.train_set, self.step, self.accelerator)
+        cache = ReferenceCache(self.config, self.train_set, self.step, self.accelerator, self.launch)
         end = self.config.max_steps * self.config.gradient_accumulation
         wanted: dict[int, set[int]] = {}
         for epoch, pairs in self.batches.pairs_of_epochs(self.progress.batches, end).items():
@@ -228,22 +237,25 @@ class Trainer:
 
         Raises:
             UploadError: `push_to_hub` failed, after all else was done.
-            SystemExit: after SIGTERM or Ctrl-C, with the usual exit status; the step that was running is saved.
+            SystemExit: after SIGTERM, SIGHUP or Ctrl-C, with the usual exit status; all steps are saved.
+            ElsewhereError: another process of the launch failed.
             torch.OutOfMemoryError: says where; in the first step also what takes the memory, and what to change.
         """
+        with self.launch.failing():
+            stopped = self._train_explained()
+        if stopped:
+            raise SystemExit(128 + (self._signals.received or signal.SIGTERM))
+
+    def _train_explained(self) -> bool:
         config, first = self.config, self.progress.step
         try:
             # Loaders have processes, which pass over signals: they are to end before this one does.
-            with StopSignals() as signals, repeatable(config.deterministic), ExitStack() as self._open:
-                stopped = self._train(signals)
+            with self._signals, repeatable(config.deterministic), ExitStack() as self._open:
+                return self._train()
         except torch.OutOfMemoryError as error:
             raise torch.OutOfMemoryError(self._out_of_memory(first)) from error
-        except BaseException:
+        finally:
             self._leave()
-            raise
-        self._leave()
-        if stopped:
-            raise SystemExit(128 + (signals.received or signal.SIGTERM))
 
     def _leave(self) -> None:
         """Lists what a run has written that was stopped; one that is through has done so."""
@@ -267,37 +279,75 @@ class Trainer:
         """Adds to an out-of-memory error before the first step what was going on, and what to change."""
         return explained(doing, lambda: run_advice(self.config, self.train_set, encoding))
 
-    def _train(self, signals: StopSignals) -> bool:
-        """The loop; whether it was stopped before `max_steps`."""
+    def _train(self) -> bool:
+        """The loop; whether it was stopped before all was done."""
         config, accelerator = self.config, self.accelerator
-        metrics_file = None
-        if accelerator.is_main_process:
-            metrics_file = Journal(self.folder / METRICS_FILE, up_to(self.progress.step))
+        self._metrics_file: Journal | None = None
+        if self.launch.is_main:
+            self._metrics_file = Journal(self.folder / METRICS_FILE, up_to(self.progress.step))
             self._alarms_file = Journal(self.folder / ALARMS_FILE, up_to(self.progress.step))
             if (self.folder / VALIDATION_FILE).exists():
                 Journal(self.folder / VALIDATION_FILE, up_to(self.progress.step)).close()
             self.health.restore(read_steps(self.folder / METRICS_FILE))
         start_trackers(accelerator, config, self.progress.step)
+        self.launch.wait("trackers are started")
         bar = tqdm(
-            total=config.max_steps, initial=self.progress.step, desc="training", unit="step", disable=not self._is_local_main
+            total=config.max_steps,
+            initial=self.progress.step,
+            desc="training",
+            unit="step",
+            disable=not self.launch.is_main,
         )
-        if self.progress.step == 0:
-            self._validate()
-            self.samples.draw(0, self.step, accelerator)
-        averager, started = Averager(accelerator), time.perf_counter()
         accuracy = Smoothed()  # of a batch it is one of few values
-        batches = self.batches.start(self.progress.batches)  # which `train` closes
-        self._open.callback(batches.close)
-        self.module.train()
         stopped = False
-        while self.progress.step < config.max_steps and not stopped:
+        try:
+            if self.progress.owes:
+                self._end_step()
+            batches = self.batches.start(self.progress.batches)  # which `train` closes
+            self._open.callback(batches.close)
+            self.module.train()
+            while self.progress.step < config.max_steps:
+                row = self._take_step(batches)
+                bar.update()
+                bar.set_postfix(loss=f"{row['loss']:.4f}", accuracy=f"{accuracy.add(row['accuracy']):.2f}")
+                self._end_step()
+        except StopError:
+            stopped = True
+            self._save()
+            if self.launch.is_main:
+                logger.info("stopped at step %d of %d; --resume latest goes on", self.progress.step, config.max_steps)
+        bar.close()
+        if self._metrics_file is not None:
+            self._metrics_file.close()
+        if self._alarms_file is not None:
+            self._alarms_file.close()
+        if not stopped:
+            self._save_loras()
+        accelerator.end_training()
+        if self.launch.is_main and not stopped:
+            self._out.finish()
+            # Last, when nothing can be lost any more.
+            upload(config.push_to_hub, self.folder / "lora")
+        return stopped
+
+    def _take_step(self, batches: Iterator[tuple[PairBatch, float]]) -> dict[str, float]:
+        """One optimiser step; its row of the metrics. A stop between its batches leaves all as it was before the first."""
+        config, accelerator = self.config, self.accelerator
+        averager, started, first = Averager(accelerator), time.perf_counter(), self.progress.batches
+        self._of_step = []
+        gradient_norm = None
+        while gradient_norm is None:
+            try:
+                self._signals.check()
+            except StopError:
+                self.progress.batches = first  # what the others have added up is computed again
+                raise
             batch, factor = next(batches)
-            self._pairs_of_step += batch.indices
             self._running = self.train_set, batch.indices
             with accelerator.accumulate(self.backbone.transformer):
                 result = self._run_step(batch)
+                self._of_step.append((batch.indices, result.output.logits.detach()))
                 accelerator.backward(result.output.loss * factor)
-                gradient_norm = None
                 if accelerator.sync_gradients:
                     gradient_norm = float(accelerator.clip_grad_norm_(self.parameters, config.optim.max_grad_norm))
                     if not self._is_finite(gradient_norm):
@@ -309,48 +359,44 @@ class Trainer:
             self._running = None
             averager.add(step_metrics(result), len(batch.prompts))
             self.progress.batches += 1
-            if gradient_norm is None:
-                continue
-            self._pairs_of_step = []
-            self.progress.step += 1
-            row = averager.result()
-            elapsed = time.perf_counter() - started
-            row |= {
-                "gradient_norm": gradient_norm,
-                "learning_rate": step_size(self.optimizer, self.scheduler.get_last_lr()[0]),
-                "beta": self.step.beta,
-                "skipped_in_a_row": self.progress.skipped_in_a_row,
-                "pairs_per_second": row["pairs"] / elapsed,
-                "peak_memory_mib": peak_memory_mib(accelerator.device),
-            }
-            self.scheduler.step()
-            self._adapt_beta(row["gradient_factor"])
-            self._log(row, metrics_file)
-            bar.update()
-            bar.set_postfix(loss=f"{row['loss']:.4f}", accuracy=f"{accuracy.add(row['accuracy']):.2f}")
-            last = self.progress.step == config.max_steps
-            stopped = not last and self._is_stopped(signals)
-            # Evaluation first: a checkpoint then never precedes a row that belongs before it.
-            if last or (config.validate_every and self.progress.step % config.validate_every == 0):
-                self._validate()
-            if last or (config.samples.every and self.progress.step % config.samples.every == 0):
-                self.samples.draw(self.progress.step, self.step, accelerator)
-            if last or stopped or (config.checkpoint_every and self.progress.step % config.checkpoint_every == 0):
-                self.checkpoints.save(self.progress.step, self._stateful)
-            started = time.perf_counter()
-        bar.close()
-        if metrics_file is not None:
-            metrics_file.close()
-        if self._alarms_file is not None:
-            self._alarms_file.close()
-        if not stopped:
-            self._save_loras()
-        accelerator.end_training()
-        if metrics_file is not None and not stopped:
-            self._out.finish()
-            # Last, when nothing can be lost any more.
-            upload(config.push_to_hub, self.folder / "lora")
-        return stopped
+        self.progress.step += 1
+        row = averager.result()
+        row |= {
+            "gradient_norm": gradient_norm,
+            "learning_rate": step_size(self.optimizer, self.scheduler.get_last_lr()[0]),
+            "beta": self.step.beta,
+            "skipped_in_a_row": self.progress.skipped_in_a_row,
+            "pairs_per_second": row["pairs"] / (time.perf_counter() - started),
+            "peak_memory_mib": peak_memory_mib(accelerator.device),
+        }
+        self.scheduler.step()
+        self._adapt_beta(row["gradient_factor"])
+        self._log(row)
+        return row
+
+    def _end_step(self) -> None:
+        """What comes after a step, and before the first; where a stop comes between, after the resume.
+
+        Evaluation and samples come before the checkpoint, which then never precedes a row that belongs before it. A stop does
+        not wait for them: its checkpoint says that they are owed.
+        """
+        config, step = self.config, self.progress.step
+        self.progress.owes = True
+        self._signals.check()
+        last = step == config.max_steps
+        if step == 0 or last or (config.validate_every and step % config.validate_every == 0):
+            self._validate()
+        if step == 0 or last or (config.samples.every and step % config.samples.every == 0):
+            self.samples.draw(step, self.step, self.accelerator, self.launch, self._signals.check)
+        self.progress.owes = False
+        if step and (last or (config.checkpoint_every and step % config.checkpoint_every == 0)):
+            self._save(again=True)
+
+    def _save(self, again: bool = False) -> None:
+        """Writes the checkpoint of the last step, unless nothing was computed since there is one."""
+        if again or self.progress.step > self._saved:
+            self.checkpoints.save(self.progress.step, self._stateful)
+            self._saved = self.progress.step
 
     def _save_loras(self) -> None:
         self._save_lora("lora")
@@ -359,12 +405,12 @@ class Trainer:
             self.ema.copy_to(self.parameters)
             self._save_lora("lora_ema")
             self.ema.restore(self.parameters)
-        if self.accelerator.is_main_process:
+        if self.launch.is_main:
             write_model_card(self.config, self.folder, self.train_set, self.validation_set)
 
     def _save_lora(self, name: str) -> None:
         state = adapter_state(self.module)  # of all processes
-        if self.accelerator.is_main_process:
+        if self.launch.is_main:
             self.backbone.save_lora(self.folder / name, state)
 
     def _adapt_beta(self, factor: float) -> None:
@@ -375,12 +421,6 @@ class Trainer:
         beta = self.step.beta * math.exp(BETA_RATE * (factor - target))
         self.step.beta = self.progress.beta = min(max(beta, start / BETA_RANGE), start * BETA_RANGE)
 
-    def _is_stopped(self, signals: StopSignals) -> bool:
-        """Whether any process was told to stop: then all do, after the same step."""
-        if signals.received is not None:
-            self.accelerator.set_trigger()
-        return bool(self.accelerator.check_trigger())
-
     def _is_finite(self, gradient_norm: float) -> bool:
         """Whether a step may be taken; a step without a finite gradient is skipped, and too many in a row stop the run."""
         if math.isfinite(gradient_norm):
@@ -388,13 +428,14 @@ class Trainer:
             return True
         self.progress.skipped_in_a_row += 1
         step = self.progress.step + 1
-        records = [self.train_set.records[index] for index in self._pairs_of_step]
-        lines = ", ".join(f"{record.file}:{record.line}" for record in records)
-        alarm = Alarm("non_finite_gradient", step, f"skipped, the gradient norm is {gradient_norm}; its pairs: {lines}")
-        if self.accelerator.is_main_process:
-            self.health.report(alarm)
-        else:  # another process has other pairs
-            logger.warning("step %d, process %d: %s", step, self.accelerator.process_index, alarm.message)
+        pairs = [pair for of_process in self.launch.gather("pairs are named", self._pairs_of_step()) for pair in of_process]
+        lines = ", ".join(place for place, _ in pairs)
+        spoilt = [place for place, is_finite in pairs if not is_finite]
+        message = f"skipped, the gradient norm is {gradient_norm}; its pairs: {lines}"
+        if 0 < len(spoilt) < len(pairs):
+            message += f"; without a finite loss: {', '.join(spoilt)}"
+        if self.launch.is_main:
+            self.health.report(Alarm("non_finite_gradient", step, message))
         if self.progress.skipped_in_a_row >= MAX_SKIPPED:
             sound = all(bool(parameter.detach().isfinite().all()) for parameter in self.parameters)
             raise FloatingPointError(
@@ -405,16 +446,25 @@ class Trainer:
             )
         return False
 
+    def _pairs_of_step(self) -> list[tuple[str, bool]]:
+        """This process's pairs of the running step by file and line, and whether the loss of each is finite."""
+        records = self.train_set.records
+        return [
+            (f"{records[index].file}:{records[index].line}", is_finite)
+            for indices, logits in self._of_step
+            for index, is_finite in zip(indices, logits.isfinite().tolist(), strict=True)
+        ]
+
     def _hear(self, alarm: Alarm) -> None:
         if self._alarms_file is not None:
             self._alarms_file.write(asdict(alarm))
         if self._on_alarm is not None:
             self._on_alarm(alarm)
 
-    def _log(self, row: dict[str, float], metrics_file: Journal | None) -> None:
+    def _log(self, row: dict[str, float]) -> None:
         self.accelerator.log(row, step=self.progress.step)
-        if metrics_file is not None:
-            metrics_file.write({"step": self.progress.step, **row})
+        if self._metrics_file is not None:
+            self._metrics_file.write({"step": self.progress.step, **row})
             self.health.update({"step": self.progress.step, **row})
 
     @torch.no_grad()
@@ -422,13 +472,14 @@ class Trainer:
         """Metrics of the held-out pairs, at the same times and noise whenever it is called."""
         dataset, accelerator = self.validation_set, self.accelerator
         plan = SizeBatches(dataset, self.config.data.batch_size, shuffle=False, seed=0).epoch(0)
-        rank, processes = accelerator.process_index, accelerator.num_processes
+        rank, processes = self.launch.rank, self.launch.size
         averager = Averager(accelerator)
         was_training = self.module.training
         self.module.eval()
         mine = [batches[rank] for batches in in_rounds(plan, processes)]
         loader = load_batches(dataset, mine, self.config.data.num_workers, accelerator)
         for place, batch in zip(range(rank, len(mine) * processes, processes), loader, strict=True):
+            self._signals.check()
             generator = torch.Generator().manual_seed(VALIDATION_SEED + place)
             self._running = dataset, batch.indices
             turns = turns_at(sum(map(len, plan[: place % len(plan)])), 0, len(batch.prompts))
@@ -446,7 +497,7 @@ class Trainer:
             return None
         row = self.evaluate()
         self.accelerator.log({f"validation/{name}": value for name, value in row.items()}, step=self.progress.step)
-        if self.accelerator.is_main_process:
+        if self.launch.is_main:
             file = Journal(self.folder / VALIDATION_FILE, up_to(self.progress.step - 1))
             file.write({"step": self.progress.step, **row})
             file.close()

@@ -73,7 +73,7 @@ def test_a_signal_to_the_whole_process_group(config, tmp_path, number):
     os.killpg(process.pid, number)
     errors = process.communicate(timeout=120)[1]
     assert process.returncode == 128 + number, errors[-3000:]
-    assert f"{number.name}: finishing this step and saving it" in errors and "Traceback" not in errors
+    assert f"{number.name}: stopping after this batch, with all steps saved" in errors and "Traceback" not in errors
     (checkpoint,) = complete_checkpoints(tmp_path / "run" / "checkpoints")
     assert damage(checkpoint) is None and checkpoint.name == f"step-{len(read_metrics(metrics)):06d}"
     assert wait_for_the_end_of(process.pid), "its loaders are gone as well"

@@ -139,7 +139,7 @@ def _train(job: Job) -> Result:
 def _judge_untrained(job: Job) -> Result:
     trainer = _trainer(replace(job.config, overwrite=True))
     try:
-        trainer.samples.draw(0, trainer.step, trainer.accelerator)
+        trainer.samples.draw(0, trainer.step, trainer.accelerator, trainer.launch)
         values = _judged(job, trainer)
     finally:
         trainer.accelerator.free_memory()

@@ -1,0 +1,392 @@
+"""The processes of one launch, on one machine or several: they wait for each other, share what one found, and fail together.
+
+All of it goes through the store at which torch.distributed meets, by MASTER_ADDR and MASTER_PORT, and not through collectives:
+it works before there is a process group, whoever waits knows for whom, and may do so for as long as the others live. A thread
+of each process gives signs of life meanwhile, and ends a process whose main thread hangs in a collective that others left.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+logger = logging.getLogger(__name__)
+
+JOINING = 600.0  # seconds in which the processes of a launch have to come together
+BEAT = 1.0  # seconds between signs of life
+PATIENCE = 30.0  # seconds after which a waiting process says for whom it waits, then in twice the time
+LEAVING = 10.0  # seconds that a process has to leave by itself once another one has failed
+STOPPING = 30.0  # seconds to save what is running once the launcher is gone
+HEARD = 5.0  # seconds that a failing process waits for the others to hear of it
+
+T = TypeVar("T")
+
+
+class ElsewhereError(RuntimeError):
+    """Another process of the launch has failed; the message has its number, its machine and its reason."""
+
+
+def is_launched() -> bool:
+    """Whether this is one of several processes, by what launchers set: nothing is joined yet."""
+    return _places() is not None
+
+
+def is_follower() -> bool:
+    """Whether it is another one than the first."""
+    return _places() is not None and os.environ["RANK"] != "0"
+
+
+def _places() -> tuple[int, int] | None:
+    """Rank and number of processes, where a launcher started several; as accelerate looks for it."""
+    names = ("LOCAL_RANK", "RANK", "WORLD_SIZE")
+    values = [os.environ.get(name, "") for name in names]
+    if not all(value.isdecimal() for value in values) or int(values[2]) < 2:
+        return None
+    return int(values[1]), int(values[2])
+
+
+class Launch:
+    """A process among those of its launch. All of them make the same calls in the same order.
+
+    Args:
+        rank, size: number of this process, and of all.
+        local_rank: its number on its machine.
+        store: a torch.distributed Store that all of them see; None where there is one process.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, store: Any = None) -> None:
+        self.rank, self.size, self.local_rank = rank, size, local_rank
+        self.timeout = JOINING  # seconds without a sign of life after which a process counts as dead
+        self._host = socket.gethostname()
+        self._machine = f"{self._host}/{os.environ.get('GROUP_RANK', '')}"  # launchers number machines, names may be alike
+        self._store = store
+        self._meetings = 0
+        self._beats: dict[int, tuple[bytes, float]] = {}  # the last sign of life of others, and when it was first seen
+        self._calls = 0  # of stops_here
+        self._stop_at: int | None = None  # as all have agreed
+        self._closed = threading.Event()
+        if store is not None:
+            store.set(f"host/{rank}", self._host)
+            self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+            threading.Thread(target=self._pulse, name="launch", daemon=True).start()
+
+    _current: Launch | None = None
+
+    @classmethod
+    def join(cls) -> Launch:
+        """The launch of this process; where it has several, their first meeting.
+
+        Raises:
+            ConnectionError: they did not come together in ten minutes.
+        """
+        if cls._current is None:
+            cls._current = cls._join()
+        return cls._current
+
+    @classmethod
+    def current(cls) -> Launch:
+        """The launch if it was joined, or else this process alone."""
+        return cls._current or cls()
+
+    @classmethod
+    def _join(cls) -> Launch:
+        places = _places()
+        if places is None:
+            return cls()
+        import atexit
+
+        from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+        from torch.distributed.rendezvous import rendezvous
+
+        try:
+            store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=JOINING)))
+        except (RuntimeError, ValueError) as error:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise ConnectionError(
+                f"process {places[0]} of {places[1]} did not meet the others at {where} within {JOINING:.0f} s; see that all "
+                f"machines were started, each with its own number, and reach that address ({error})"
+            ) from error
+        # A launcher that starts its processes again may keep the store.
+        store = PrefixStore(f"focusdpo/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        launch = cls(rank, size, int(os.environ["LOCAL_RANK"]), store)
+        atexit.register(launch.close)
+        return launch
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the first process of all: the one that writes, logs and shows bars."""
+        return self.rank == 0
+
+    @property
+    def is_local_main(self) -> bool:
+        """Whether this is the first process of its machine."""
+        return self.local_rank == 0
+
+    # What all do together.
+
+    def wait(self, what: str) -> None:
+        """Waits until all processes have come here.
+
+        Args:
+            what: they then have done, for messages.
+
+        Raises:
+            ElsewhereError: one of them failed, or is dead.
+        """
+        if self._store is None:
+            return
+        key = self._next()
+        self._arrive(key)
+        self._wait_for(f"{key}/all", what, key, range(self.size))
+
+    def gather(self, what: str, value: Any) -> list[Any]:
+        """A JSON value of each process, by rank; waits as `wait` does."""
+        if self._store is None:
+            return [value]
+        key = self._next()
+        self._ask(lambda store: store.set(f"{key}/value/{self.rank}", json.dumps(value)))
+        self._arrive(key)
+        self._wait_for(f"{key}/all", what, key, range(self.size))
+        return [json.loads(self._get(f"{key}/value/{rank}")) for rank in range(self.size)]
+
+    def from_main(self, what: str, compute: Callable[[], T]) -> T:
+        """What `compute`, called in the first process alone, returns there: a JSON value.
+
+        Raises:
+            ElsewhereError: it failed there; the first process raises its own error.
+        """
+        return self._from_one(what, compute, self.is_main, "main", [0])
+
+    def once_a_machine(self, what: str, compute: Callable[[], T]) -> T:
+        """What `compute`, called in the first process of each machine, returns there: a JSON value; raises as `from_main`."""
+        first = max(self.rank - self.local_rank, 0)
+        return self._from_one(what, compute, self.is_local_main, f"machine/{self._machine}", [first])
+
+    def _from_one(self, what: str, compute: Callable[[], T], mine: bool, place: str, whom: Sequence[int]) -> T:
+        if self._store is None:
+            return compute()
+        key = f"{self._next()}/{place}"
+        if not mine:
+            self._wait_for(key, what, None, whom)
+            value: T = json.loads(self._get(key))
+            return value
+        with self.failing():
+            value = compute()
+        self._ask(lambda store: store.set(key, json.dumps(value)))
+        return value
+
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """Work that all processes do: who is through waits for the others, and one that fails has all others fail with it."""
+        with self.failing():
+            yield
+        self.wait(what)
+
+    @contextmanager
+    def failing(self) -> Iterator[None]:
+        """Work of this process; if it fails, all others are told why."""
+        try:
+            yield
+        except ElsewhereError:
+            raise
+        except BaseException as error:
+            self.fail(str(error) or type(error).__name__)
+            raise
+
+    def stops_here(self, wanted: bool) -> bool:
+        """Whether to stop: all processes get True at the same one of their calls, soon after one of them wanted to.
+
+        Nobody waits for that. Each says how many calls it has come to before it looks whether a stop is wanted; so who sees
+        that first knows, of what the others have said by then, a call that none of them has passed.
+
+        Args:
+            wanted: whether this process wants to stop.
+        """
+        if self._store is None:
+            return wanted
+        self._calls += 1
+        self._ask(lambda store: store.set(f"calls/{self.rank}", str(self._calls)))
+        if wanted:
+            self._ask(lambda store: store.set("stop", "1"))
+        if self._stop_at is None and self._ask(lambda store: store.check(["stop"])):
+            others = [rank for rank in range(self.size) if rank != self.rank]
+            passed = [int(self._get(f"calls/{rank}")) for rank in others if self._has(f"calls/{rank}")]
+            agreed = str(max([self._calls, *(each + 1 for each in passed)]))
+            self._stop_at = int(self._ask(lambda store: store.compare_set("stop/at", "", agreed)))
+        return self._stop_at is not None and self._calls >= self._stop_at
+
+    # Failing and leaving.
+
+    def fail(self, reason: str) -> bool:
+        """Tells all processes why this one ends, and waits a moment until they have heard it.
+
+        Returns:
+            Whether this is the reason that all end for; False where another process failed first.
+        """
+        if self._store is None:
+            return True
+        mine = json.dumps({"rank": self.rank, "text": f"process {self.rank} on {self._host}: {reason}"})
+        try:
+            first = json.loads(self._ask(lambda store: store.compare_set("failed", "", mine)))
+            self._tell_launcher(first["text"])
+            until = time.monotonic() + HEARD
+            waiting = {rank for rank in range(self.size) if rank != self.rank}
+            while waiting and time.monotonic() < until:
+                waiting = {rank for rank in waiting if not (self._has(f"heard/{rank}") or self._has(f"left/{rank}"))}
+                time.sleep(0.05)
+        except ElsewhereError:
+            return True
+        return bool(first["rank"] == self.rank)
+
+    def failure(self, seconds: float = 0.0) -> str | None:
+        """Why another process ends, if one does; waits so long for its word, which may come after its connections broke."""
+        until = time.monotonic() + seconds
+        while self._store is not None:
+            try:
+                found = self._found_failure()
+            except ElsewhereError as error:
+                return str(error)
+            if found is not None and found["rank"] != self.rank:
+                return str(found["text"])
+            if time.monotonic() >= until:
+                return None
+            time.sleep(0.1)
+        return None
+
+    def close(self) -> None:
+        """Leaves: the others need not wait for a sign of this process any more."""
+        if self._store is None or self._closed.is_set():
+            return
+        self._closed.set()
+        with suppress(ElsewhereError):
+            self._ask(lambda store: store.set(f"left/{self.rank}", "1"))
+            # The first process may be where the store is.
+            until = time.monotonic() + HEARD
+            while self.is_main and time.monotonic() < until and not all(self._has(f"left/{r}") for r in range(self.size)):
+                time.sleep(0.05)
+
+    # The store.
+
+    def _next(self) -> str:
+        self._meetings += 1
+        return f"meeting/{self._meetings}"
+
+    def _arrive(self, key: str) -> None:
+        self._ask(lambda store: store.set(f"{key}/{self.rank}", "1"))
+        if self._ask(lambda store: store.add(f"{key}/count", 1)) == self.size:
+            self._ask(lambda store: store.set(f"{key}/all", "1"))
+
+    def _ask(self, question: Callable[[Any], Any]) -> Any:
+        """What the store answers; never a question that it would wait for, as the thread asks too."""
+        try:
+            return question(self._store)
+        except RuntimeError as error:  # torch.distributed's own errors among them
+            raise ElsewhereError(f"process 0 on {os.environ.get('MASTER_ADDR')} cannot be reached any more: {error}") from error
+
+    def _has(self, key: str) -> bool:
+        return bool(self._ask(lambda store: store.check([key])))
+
+    def _get(self, key: str) -> bytes:
+        value: bytes = self._ask(lambda store: store.get(key))
+        return value
+
+    def _found_failure(self) -> dict[str, Any] | None:
+        return dict(json.loads(self._get("failed"))) if self._has("failed") else None
+
+    def _wait_for(self, key: str, what: str, meeting: str | None, whom: Sequence[int]) -> None:
+        """Until the store has a key that others set: those of `whom` who have not come to a meeting."""
+        began = time.monotonic()
+        told, pause, looked = PATIENCE, 0.002, began
+        while not self._has(key):
+            found = self._found_failure()
+            if found is not None:
+                raise ElsewhereError(found["text"])
+            now = time.monotonic()
+            if now - looked >= BEAT:
+                looked = now
+                missing = [rank for rank in whom if rank != self.rank and not (meeting and self._has(f"{meeting}/{rank}"))]
+                self._look_for(missing, now)
+                if now - began >= told:
+                    told *= 2
+                    names = ", ".join(map(self._name, missing[:5])) + (f" and {len(missing) - 5} more" if missing[5:] else "")
+                    if self.is_main:
+                        logger.info("waiting for %s: %s", names, what)
+            time.sleep(pause)
+            pause = min(1.5 * pause, 0.1)
+
+    def _look_for(self, ranks: Sequence[int], now: float) -> None:
+        """ElsewhereError where one of them has given no sign of life for too long."""
+        for rank in ranks:
+            beat = self._get(f"alive/{rank}") if self._has(f"alive/{rank}") else b""
+            if rank not in self._beats or self._beats[rank][0] != beat:
+                self._beats[rank] = beat, now
+                continue
+            reason = f"{self._name(rank)} has given no sign of life for {self.timeout:.0f} s (collective_timeout)"
+            if self._has(f"left/{rank}"):
+                reason = f"{self._name(rank)} has ended without a word"
+            elif now - self._beats[rank][1] <= self.timeout:
+                continue
+            self.fail(reason)
+            raise ElsewhereError(reason)
+
+    def _name(self, rank: int) -> str:
+        host = f" on {self._get(f'host/{rank}').decode()}" if self._has(f"host/{rank}") else ""
+        return f"process {rank}{host}"
+
+    # The thread.
+
+    def _pulse(self) -> None:
+        """Signs of life; and the end of this process, where the launcher or another one has ended and it does not notice."""
+        lost = 0
+        while not self._closed.wait(BEAT):
+            if self._parent is not None and os.getppid() != self._parent:
+                self._end_without_launcher()
+            try:
+                self._ask(lambda store: store.add(f"alive/{self.rank}", 1))
+                if self._has("left/0"):
+                    self._ask(lambda store: store.set(f"left/{self.rank}", "1"))
+                    return
+                found = self._found_failure()
+                if found is not None:
+                    self._ask(lambda store: store.set(f"heard/{self.rank}", "1"))
+                lost = 0
+            except ElsewhereError as error:
+                lost += 1
+                found = {"text": str(error)} if lost >= HEARD / BEAT else None
+            if found is not None:
+                if not self._closed.wait(LEAVING):
+                    self._tell_launcher(found["text"])
+                    _exit(found["text"])
+                return
+
+    def _end_without_launcher(self) -> None:
+        """As the launcher's own word to stop, and where that does not help the end."""
+        logger.warning("process %d: the launcher has ended, and so does this process", self.rank)
+        os.kill(os.getpid(), signal.SIGTERM)
+        if not self._closed.wait(STOPPING):
+            _exit("the launcher has ended")
+
+    @staticmethod
+    def _tell_launcher(text: str) -> None:
+        """Has torchrun, and accelerate's launcher, which uses it, say the reason in their last words."""
+        file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        if file and not os.path.exists(file):
+            with suppress(OSError):
+                Path(file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
+
+
+def _exit(reason: str) -> None:
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        print(f"focusdpo: {reason}", file=sys.stderr, flush=True)
+    os._exit(1)
