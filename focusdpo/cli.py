@@ -44,7 +44,7 @@ from focusdpo.experiments.masks import MasksConfig, prepare_masks
 from focusdpo.experiments.microcosm.config import MicrocosmConfig
 from focusdpo.experiments.stress.command import prepare_stress
 from focusdpo.experiments.stress.config import StressConfig
-from focusdpo.launch import ElsewhereError, Launch, is_follower, is_launched
+from focusdpo.launch import ElsewhereError, Launch, is_follower, is_launched, lost_connection
 from focusdpo.list_models import ModelsConfig, prepare_list
 from focusdpo.settings_text import item_of, options, read_option, read_settings
 from focusdpo.text import MessageFormatter, message_lines
@@ -260,7 +260,6 @@ set_loader("settings", _load_json, (ValueError,))
 
 
 # What failures of the machine say that have no class of their own, as others' code reads and writes: torch, safetensors.
-CONNECTION = re.compile(r"Connection (closed by peer|reset)|\bNCCL\b|gloo|Gloo|ProcessGroup")
 WORKER = re.compile(r"^DataLoader (worker \(pid|timed out)")
 DISK = re.compile(r"No space left on device|[Dd]isk quota exceeded|File too large|enforce fail at inline_container")
 SYSTEM = re.compile(r"\(os error \d+\)")
@@ -280,8 +279,8 @@ def failure(error: Exception, config: Any = None) -> str | None:
     told = ((torch, "OutOfMemoryError"), (hub, "UploadError"))
     if WORKER.search(text):
         text += "; as a rule for lack of memory, of which a smaller data.num_workers takes less"
-    elif type(error).__name__ in ("RuntimeError", "DistBackendError", "DistNetworkError") and CONNECTION.search(text):
-        return f"another process was lost ({text.splitlines()[0]}); what it said, or the launcher says of it, has the reason"
+    elif lost := lost_connection(error):
+        return lost
     elif not (
         isinstance(error, ElsewhereError | ValueError | OSError | FloatingPointError | MemoryError | ModuleNotFoundError)
         or any(module is not None and isinstance(error, getattr(module, kind)) for module, kind in told)
@@ -368,7 +367,7 @@ def _is_the_reason(launch: Launch, error: Exception, text: str) -> bool:
         return True
     if not isinstance(error, ElsewhereError):
         # Connections break before the word of who broke them is there.
-        elsewhere = launch.failure(3.0 if CONNECTION.search(str(error)) else 0.0)
+        elsewhere = launch.failure(3.0 if lost_connection(error) else 0.0)
         if elsewhere is None:
             return launch.fail(text)
     launch.fail("")

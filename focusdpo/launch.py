@@ -1,8 +1,8 @@
 """The processes of one launch, on one machine or several: they wait for each other, share what one found, and fail together.
 
-All of it goes through the store at which torch.distributed meets, by MASTER_ADDR and MASTER_PORT, and not through collectives:
-it works before there is a process group, whoever waits knows for whom, and may do so for as long as the others live. A thread
-of each process gives signs of life meanwhile, and ends a process whose main thread hangs in a collective that others left.
+All of it goes through a store of torch.distributed, which the first process keeps, and not through collectives: it works before
+there is a process group, whoever waits knows for whom, and may do so for as long as the others live. A thread of each process
+gives signs of life meanwhile, and ends a process whose main thread hangs in a collective that others left.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -24,17 +25,34 @@ from typing import Any, TypeVar
 logger = logging.getLogger(__name__)
 
 JOINING = 600.0  # seconds in which the processes of a launch have to come together
+REACHED = 20.0  # seconds in which the first process is to be reached directly
 BEAT = 1.0  # seconds between signs of life
 PATIENCE = 30.0  # seconds after which a waiting process says for whom it waits, then in twice the time
 LEAVING = 10.0  # seconds that a process has to leave by itself once another one has failed
 STOPPING = 30.0  # seconds to save what is running once the launcher is gone
 HEARD = 5.0  # seconds that a failing process waits for the others to hear of it
 
+# What the libraries under torch.distributed say where another process is gone; their errors have no class of their own.
+LOST = re.compile(r"Connection (closed by peer|reset)|\bNCCL\b|gloo|Gloo|ProcessGroup")
+
 T = TypeVar("T")
 
 
 class ElsewhereError(RuntimeError):
     """Another process of the launch has failed; the message has its number, its machine and its reason."""
+
+
+def lost_connection(error: BaseException) -> str | None:
+    """What to say of an error that collectives raise where another process does not come, or is gone; None of others."""
+    text = str(error)
+    if not isinstance(error, RuntimeError) or not LOST.search(text):
+        return None
+    return f"another process was lost ({_first_line(error)}); what it said, or the launcher says of it, has the reason"
+
+
+def _first_line(error: BaseException) -> str:
+    """Of errors that torch.distributed raises, whose other lines are its own stack."""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def is_launched() -> bool:
@@ -111,14 +129,15 @@ class Launch:
 
         try:
             store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=JOINING)))
+            # A launcher that starts its processes again may keep the store.
+            store = PrefixStore(f"focusdpo/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            store = _own_store(store, rank, size)
         except (RuntimeError, ValueError) as error:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise ConnectionError(
                 f"process {places[0]} of {places[1]} did not meet the others at {where} within {JOINING:.0f} s; see that all "
-                f"machines were started, each with its own number, and reach that address ({error})"
+                f"machines were started, each with its own number, and reach that address ({_first_line(error)})"
             ) from error
-        # A launcher that starts its processes again may keep the store.
-        store = PrefixStore(f"focusdpo/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         launch = cls(rank, size, int(os.environ["LOCAL_RANK"]), store)
         atexit.register(launch.close)
         return launch
@@ -201,7 +220,7 @@ class Launch:
         except ElsewhereError:
             raise
         except BaseException as error:
-            self.fail(str(error) or type(error).__name__)
+            self.fail(lost_connection(error) or str(error) or type(error).__name__)
             raise
 
     def stops_here(self, wanted: bool) -> bool:
@@ -292,7 +311,8 @@ class Launch:
         try:
             return question(self._store)
         except RuntimeError as error:  # torch.distributed's own errors among them
-            raise ElsewhereError(f"process 0 on {os.environ.get('MASTER_ADDR')} cannot be reached any more: {error}") from error
+            where = f"process 0 on {os.environ.get('MASTER_ADDR')}"
+            raise ElsewhereError(f"{where} cannot be reached any more: {_first_line(error)}") from error
 
     def _has(self, key: str) -> bool:
         return bool(self._ask(lambda store: store.check([key])))
@@ -332,7 +352,7 @@ class Launch:
             if rank not in self._beats or self._beats[rank][0] != beat:
                 self._beats[rank] = beat, now
                 continue
-            reason = f"{self._name(rank)} has given no sign of life for {self.timeout:.0f} s (collective_timeout)"
+            reason = f"{self._name(rank)} has given no sign of life for {self.timeout:g} s (collective_timeout)"
             if self._has(f"left/{rank}"):
                 reason = f"{self._name(rank)} has ended without a word"
             elif now - self._beats[rank][1] <= self.timeout:
@@ -383,7 +403,34 @@ class Launch:
         file = os.environ.get("TORCHELASTIC_ERROR_FILE")
         if file and not os.path.exists(file):
             with suppress(OSError):
-                Path(file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
+                found = {"py_callstack": text, "timestamp": str(int(time.time()))}
+                Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": found}}))
+
+
+def _own_store(store: Any, rank: int, size: int) -> Any:
+    """A store in the first process: the launcher's may end with the launcher, which many signals of one stop can bring about.
+
+    Where not all processes reach it, through a firewall as a rule, it stays the launcher's.
+    """
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    def made(port: int, is_main: bool) -> Any:
+        seconds = timedelta(seconds=REACHED)
+        address = os.environ["MASTER_ADDR"]
+        return TCPStore(address, port, None, is_main, seconds, wait_for_workers=False)
+
+    own = None
+    if rank == 0:
+        with suppress(RuntimeError):
+            own = made(0, True)
+        store.set("port", str(own.port) if own is not None else "0")
+    else:
+        port = int(store.get("port"))
+        with suppress(RuntimeError):
+            own = made(port, False) if port else None
+    store.set(f"reached/{rank}", str(int(own is not None)))
+    reached = all(store.get(f"reached/{each}") == b"1" for each in range(size))
+    return own if reached else store
 
 
 def _exit(reason: str) -> None:

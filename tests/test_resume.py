@@ -20,9 +20,18 @@ from safetensors.torch import load_file
 
 from focusdpo.journals import read_metrics
 from focusdpo.training.checkpoints import complete_checkpoints
-from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from focusdpo.training.config import (
+    DataConfig,
+    FocusConfig,
+    LoraConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    SamplesConfig,
+    TrainConfig,
+)
 from focusdpo.training.determinism import repeatable
-from focusdpo.training.signals import GRACE, StopSignals
+from focusdpo.training.signals import GRACE, StopError, StopSignals
 from focusdpo.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
@@ -107,6 +116,68 @@ def test_a_signal_saves_the_running_step(config, tmp_path, number):
     assert checkpoint.name == f"step-{steps:06d}" and 2 <= steps < 8
     assert not (tmp_path / "stopped" / "lora").exists(), "the run is not done"
     assert_same(train(dataclasses.replace(config, resume="latest")), expected)
+
+
+def everything(config):
+    """What a run has left, as far as it follows from its settings alone: metrics, evaluations, samples, the last checkpoint."""
+    folder = Path(config.output_dir)
+    (checkpoint,) = complete_checkpoints(folder / "checkpoints")[-1:]
+    state = torch.load(checkpoint / "state.pt", weights_only=True)
+    pictures = {str(path.relative_to(folder)): path.read_bytes() for path in sorted((folder / "samples").rglob("*_sample.png"))}
+    held_out = [{k: v for k, v in row.items() if k != "step"} for row in read_metrics(folder / "validation.jsonl")]
+    steps = [row["step"] for row in read_metrics(folder / "validation.jsonl")]
+    return written(config), steps, held_out, pictures, checkpoint.name, state["progress"]
+
+
+def test_a_stop_at_any_batch_changes_nothing(config, tiny_pairs, tmp_path, monkeypatch):
+    """In the midst of an accumulation, an evaluation or a sample: saved at once, and what was owed is made up for."""
+    config.data = dataclasses.replace(config.data, validation=str(tiny_pairs), resolution=48, reference_resolution_multiple=16)
+    config.focus = FocusConfig(mask="prior")  # whose masks take no time to draw
+    config = dataclasses.replace(config, max_steps=4, validate_every=2, samples=SamplesConfig(every=2, count=1, steps=2))
+    train(config)
+    expected = everything(config)
+    check = StopSignals.check
+    numbers = iter(range(10**6))
+    monkeypatch.setattr(StopSignals, "check", lambda self: next(numbers) and check(self))
+    train(dataclasses.replace(config, output_dir=str(tmp_path / "counted")))
+    points = next(numbers) - 1
+    assert points > 40
+    owed = 0
+    for point in range(1, points, 7):
+        left = point
+
+        def stop(self):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise StopError
+
+        config.output_dir = str(tmp_path / f"stopped-{point}")
+        monkeypatch.setattr(StopSignals, "check", stop)
+        with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
+            train(config)
+        for checkpoint in complete_checkpoints(Path(config.output_dir) / "checkpoints"):
+            owed += torch.load(checkpoint / "state.pt", weights_only=True)["progress"]["owes"]
+        assert not (Path(config.output_dir) / "lora").exists(), "the run is not done"
+        monkeypatch.setattr(StopSignals, "check", check)
+        train(dataclasses.replace(config, resume="latest"))
+        actual = everything(config)
+        assert_same(actual[0], expected[0])
+        assert actual[1:] == expected[1:], point
+    assert owed >= 2, "some stops came between a step and what comes after it"
+
+
+def test_a_stop_saves_what_a_run_has_taken_over(config, tmp_path):
+    """A checkpoint of another run, before any step of its own: the new folder would else begin at step 0."""
+    config.optim = OptimConfig(lr=1e-3)
+    train(dataclasses.replace(config, max_steps=2))
+    other = str(tmp_path / "run" / "checkpoints" / "step-000002")
+    config = dataclasses.replace(config, output_dir=str(tmp_path / "new"), resume=other)
+    trainer = Trainer(config)
+    trainer._signals.received = signal.SIGTERM
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert [path.name for path in complete_checkpoints(tmp_path / "new" / "checkpoints")] == ["step-000002"]
 
 
 @pytest.fixture

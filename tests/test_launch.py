@@ -1,0 +1,243 @@
+"""How the processes of a launch wait for each other, share, stop and fail: each a thread here, with a store of its own kind."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from torch.distributed import HashStore
+
+from focusdpo import launch as launches
+from focusdpo.launch import ElsewhereError, Launch
+
+
+@pytest.fixture
+def store(monkeypatch):
+    """A store; signs of life come fast."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    monkeypatch.setattr(launches, "BEAT", 0.05)
+    monkeypatch.setattr(launches, "HEARD", 1.0)
+    return HashStore()
+
+
+def run(store, work, size=3, locals=1):
+    """What `work` returns or raises in each process; `locals` of them are on a machine."""
+    made = []
+
+    def process(rank):
+        launch = Launch(rank, size, rank % locals, store)
+        launch._machine = str(rank // locals)
+        made.append(launch)
+        try:
+            return work(launch)
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(size) as pool:
+        results = list(pool.map(process, range(size)))
+    for launch in sorted(made, key=lambda one: -one.rank):
+        launch.close()
+    return results
+
+
+def test_one_process_needs_nobody():
+    launch = Launch()
+    launch.wait("nothing")
+    assert launch.gather("a value", 3) == [3]
+    assert launch.from_main("a value", lambda: 4) == launch.once_a_machine("a value", lambda: 4) == 4
+    assert launch.fail("it ends") and launch.failure() is None and launch.is_main and launch.is_local_main
+    assert [launch.stops_here(False), launch.stops_here(True)] == [False, True]
+
+
+def test_all_wait_for_the_last(store):
+    came, left = [], []
+
+    def work(launch):
+        time.sleep(0.1 * launch.rank)
+        came.append(launch.rank)
+        launch.wait("all are here")
+        left.append(launch.rank)
+        return len(came)
+
+    assert run(store, work) == [3, 3, 3] and sorted(left) == [0, 1, 2]
+
+
+def test_values_are_gathered_by_rank(store):
+    def work(launch):
+        return [launch.gather("a value", [launch.rank, round_]) for round_ in range(5)]
+
+    assert run(store, work, 5) == [[[[rank, round_] for rank in range(5)] for round_ in range(5)]] * 5
+
+
+def test_work_is_done_once(store):
+    done = []
+
+    def work(launch):
+        def compute(where):
+            done.append((where, launch.rank))
+            return {"of": launch.rank}
+
+        return (
+            launch.from_main("one does", lambda: compute("all"))["of"],
+            launch.once_a_machine("one does", lambda: compute("machine"))["of"],
+        )
+
+    assert run(store, work, 6, locals=2) == [(0, 0), (0, 0), (0, 2), (0, 2), (0, 4), (0, 4)]
+    assert sorted(done) == [("all", 0), ("machine", 0), ("machine", 2), ("machine", 4)]
+
+
+@pytest.mark.parametrize("how", ["together", "from_main", "once_a_machine", "failing"])
+def test_one_fails_for_all(store, how):
+    """With its own error there, and its words elsewhere."""
+
+    def spoil():
+        raise ValueError("no such dataset: pairs")
+
+    def work(launch):
+        fails = launch.rank == 0
+        if how == "together":
+            with launch.together("data is looked at"):
+                if fails:
+                    spoil()
+        elif how == "failing":
+            if fails:
+                with launch.failing():
+                    spoil()
+            launch.wait("all are here")
+        else:
+            getattr(launch, how)("data is looked at", spoil)
+
+    first, *others = run(store, work, 3, locals=3)
+    assert type(first) is ValueError
+    assert all(type(one) is ElsewhereError for one in others)
+    assert {str(one) for one in others} == {f"process 0 on {launches.socket.gethostname()}: no such dataset: pairs"}
+
+
+def test_the_first_reason_is_that_of_all(store):
+    def work(launch):
+        time.sleep(0.1 * (2 - launch.rank))
+        return launch.fail(f"reason {launch.rank}"), launch.failure()
+
+    results = run(store, work)
+    assert [first for first, _ in results] == [False, False, True]
+    assert results[0][1].endswith("reason 2") and results[2][1] is None
+
+
+def test_who_ends_without_a_word_is_missed(store):
+    def work(launch):
+        if launch.rank == 1:
+            return launch.close()
+        return launch.wait("all are here")
+
+    first, _, last = run(store, work)
+    assert str(first) == str(last) or {type(first), type(last)} == {ElsewhereError}
+    assert "process 1 on" in str(first) and "has ended without a word" in str(first)
+
+
+def test_who_is_dead_is_missed(store, monkeypatch):
+    """Its thread died with it; whoever only takes long lives."""
+
+    def work(launch):
+        launch.timeout = 0.5
+        if launch.rank == 1:
+            launch._closed.set()
+            time.sleep(2)
+            return None
+        return launch.wait("all are here")
+
+    began = time.monotonic()
+    first, _, last = run(store, work)
+    assert time.monotonic() - began < 10
+    assert type(first) is type(last) is ElsewhereError
+    host = launches.socket.gethostname()
+    assert str(first).endswith(f"process 1 on {host} has given no sign of life for 0.5 s (collective_timeout)")
+
+
+def test_who_takes_longer_than_the_timeout_is_waited_for(store):
+    def work(launch):
+        launch.timeout = 0.3
+        time.sleep(1.5 * launch.rank)
+        launch.wait("all are here")
+        return launch.rank
+
+    assert run(store, work, 2) == [0, 1]
+
+
+def test_it_is_said_for_whom_one_waits(store, monkeypatch, caplog):
+    monkeypatch.setattr(launches, "PATIENCE", 0.2)
+    caplog.set_level("INFO")
+
+    def work(launch):
+        time.sleep(1.0 * launch.rank)
+        launch.wait("images and prompts are encoded")
+
+    run(store, work, 2)
+    said = [record.message for record in caplog.records if "waiting" in record.message]
+    assert said and all(line.startswith("waiting for process 1 on ") for line in said)
+    assert said[0].endswith(": images and prompts are encoded") and len(said) <= 3, "at growing intervals"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_all_stop_at_the_same_call(store, seed):
+    """However far one is ahead of the others, and though nobody waits for the agreement. Barriers are the work's own."""
+    drawn = random.Random(seed)
+    size, every = 4, 3
+    wanting = drawn.sample(range(size), drawn.choice([1, 1, 2, size]))
+    when = {rank: drawn.randrange(1, 30) for rank in wanting}
+    pauses = [[drawn.random() * 0.004 for _ in range(60)] for _ in range(size)]
+    barrier = threading.Barrier(size, timeout=20)
+
+    def work(launch):
+        for call in range(1, 60):
+            if launch.stops_here(call >= when.get(launch.rank, 1000)):
+                return call
+            time.sleep(pauses[launch.rank][call])
+            if call % every == 0:  # as the gradients of a step are averaged
+                barrier.wait()
+        return None
+
+    (stopped,) = set(run(store, work, size))
+    assert min(when.values()) <= stopped <= max(min(when.values()) + every, 1), "soon after the first wanted to"
+
+
+def test_a_process_that_hangs_ends_when_another_failed(store, monkeypatch, tmp_path):
+    ended = []
+    monkeypatch.setattr(launches, "LEAVING", 0.2)
+    monkeypatch.setattr(launches, "_exit", ended.append)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+
+    def work(launch):
+        if launch.rank == 1:
+            launch.fail("the disk is full")
+            launch.close()
+        else:
+            time.sleep(1)  # in a collective
+
+    run(store, work, 2)
+    assert len(ended) == 1 and ended[0].endswith("the disk is full")
+    told = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert told["message"] == ended[0] and abs(int(told["extraInfo"]["timestamp"]) - time.time()) < 60
+
+
+@pytest.mark.parametrize(
+    ("environment", "launched", "follows"),
+    [
+        ({}, False, False),
+        ({"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2"}, True, True),
+        ({"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"}, True, False),
+        ({"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}, False, False),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, False, False),  # of a pod, which starts its own launcher
+        ({"LOCAL_RANK": "-1", "RANK": "x", "WORLD_SIZE": ""}, False, False),
+    ],
+)
+def test_what_launchers_set(monkeypatch, environment, launched, follows):
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert (launches.is_launched(), launches.is_follower()) == (launched, follows)
