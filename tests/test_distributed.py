@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from focusdpo.data import LongestSide, PairDataset, SizeBatches, load_pairs
 from focusdpo.data.images import read_image
+from focusdpo.demo.tiny_flux import VAE, build_flux, transformer_config
 from focusdpo.journals import read_metrics
 from focusdpo.models.lora_reading import LORA_FILE
 from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, ModelConfig, OptimConfig, SamplesConfig, TrainConfig
@@ -61,17 +62,17 @@ def config(tiny_flux, tiny_pairs, tmp_path_factory):
     )
 
 
-def launch(config, world):
-    """Runs the worker in two processes and gives their standard error."""
+def launch(config, world, *options, script="distributed_worker.py"):
+    """Runs a worker in two processes and gives their standard error; options are accelerate's."""
     file = Path(config.output_dir).with_suffix(".yaml")
     file.write_text(yaml.safe_dump(dataclasses.asdict(config)))
     settings = ROOT / "configs" / f"accelerate-8x80gb-{LAUNCH_FILES[world]}.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(settings)]
-    command += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
+    command += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0", *options]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     environment |= {"WORLD": world, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"  # for ninja
-    worker = [str(Path(__file__).with_name("distributed_worker.py")), "--config", str(file)]
+    worker = [str(Path(__file__).with_name(script)), "--config", str(file)]
     process = subprocess.Popen(
         [*command, *worker], stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment, start_new_session=True
     )
@@ -180,6 +181,32 @@ def test_fsdp2_trains_as_one_process_and_resumes(config, single):
     assert sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file()) < base / 4
 
 
+def test_fsdp2_reads_the_model_in_one_process(config, tmp_path):
+    """The other never holds more than its half, has the same weights, and text encoders that are whole."""
+    sizes = {**transformer_config((2, 2)), "num_attention_heads": 64}
+    pipeline = build_flux(0, sizes, VAE)
+    pipeline.save_pretrained(tmp_path / "model")
+    size = sum(p.nbytes for p in pipeline.transformer.parameters())
+    assert size > 300e6
+    model = dataclasses.replace(config.model, path=str(tmp_path / "model"))
+    config = dataclasses.replace(config, model=model, output_dir=str(tmp_path / "run"))
+    # What a launch file may say, and transformers would leave text encoders without weights for.
+    launch(config, "fsdp", "--fsdp_cpu_ram_efficient_loading", "true", script="loading_worker.py")
+    first, second = (torch.load(tmp_path / "run" / f"rank{number}.pt") for number in range(2))
+    assert second["taken"] < 0.65 * size, "half of the weights, and a layer on its way"
+    assert first["taken"] < 1.7 * size
+    for process in (first, second):
+        assert process["left_out"] == [False] and process["encoders"] == first["encoders"]
+        assert process["persistent"]
+        assert process["buffers"]["kept"].tolist() == [1.0] * 3
+        assert process["buffers"]["derived"].tolist() == [[3, 3]] * 2
+        assert process["sums"] == first["sums"]
+    for name, value in pipeline.transformer.named_parameters():
+        layer, kind = name.rsplit(".", 1)
+        adapted = f"{layer}.base_layer.{kind}"
+        assert first["sums"][adapted if adapted in first["sums"] else name] == value.double().sum()
+
+
 @needs_deepspeed
 @pytest.mark.parametrize("world", ["zero2", "zero3"])
 def test_deepspeed_trains_as_one_process(config, single, world):
@@ -201,7 +228,6 @@ class Launched:
     class Plugin:
         fsdp_version = 2
         activation_checkpointing = False
-        cpu_ram_efficient_loading = False
 
     def __init__(self, kind, **plugin):
         self.distributed_type = kind
@@ -231,8 +257,6 @@ def test_what_cannot_be_split_is_refused(config, kind, changes, message):
 def test_launch_settings_that_are_refused(config):
     with pytest.raises(ValueError, match="fsdp_version: got 1; expected 2"):
         check_launch(Launched("FSDP", fsdp_version=1), config)
-    with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading: got true; expected false"):
-        check_launch(Launched("FSDP", cpu_ram_efficient_loading=True), config)
     with pytest.raises(ValueError, match="fsdp_activation_checkpointing: got true; expected false, model.gradient_checkp"):
         check_launch(Launched("FSDP", activation_checkpointing=True), config)
 

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from focusdpo.data import PairBatch, PairDataset, SizeBatches, leave_out_misfits
 from focusdpo.journals import Journal, read_steps, up_to
+from focusdpo.models.base import Parts
 from focusdpo.models.sizes import Architecture
 from focusdpo.training.adapter import adapter_state
 from focusdpo.training.batches import (
@@ -48,7 +49,7 @@ from focusdpo.training.reference_cache import ReferenceCache
 from focusdpo.training.run_files import ALARMS_FILE, CHECKPOINTS_FOLDER, METRICS_FILE, SAMPLES_FOLDER, VALIDATION_FILE
 from focusdpo.training.run_folder import RunFolder, settings_of
 from focusdpo.training.samples import Samples
-from focusdpo.training.sharding import check_launch, is_deepspeed, load_parts_whole, prepare
+from focusdpo.training.sharding import check_launch, is_deepspeed, load_parts_whole, place_of_transformer, prepare
 from focusdpo.training.signals import StopSignals
 from focusdpo.training.step import PreferenceStep, StepResult
 from focusdpo.training.tracking import check_trackers, start_trackers
@@ -129,9 +130,11 @@ class Trainer:
             for dataset in (*datasets, *self.samples.datasets):
                 dataset.encodings = cache.reader(dataset)
             with self._explained("images and prompts were encoded", encoding=True):
-                cache.fill(self.accelerator, lambda: load_backbone(config, "encoders"))
+                cache.fill(self.accelerator, lambda: load_backbone(config, "encoders", self.accelerator.device))
         with self._explained("the model was loaded"):
-            self.backbone = load_backbone(config, "all" if config.data.cache is None else "transformer")
+            parts: Parts = "all" if config.data.cache is None else "transformer"
+            place = place_of_transformer(self.accelerator, config)
+            self.backbone = load_backbone(config, parts, self.accelerator.device, transformer_device=place)
         self.module = self.backbone.transformer
         with self._explained("the model was made ready"):
             add_policy(self.backbone, config, run.checkpoint, self.accelerator.device)
