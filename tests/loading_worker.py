@@ -48,6 +48,7 @@ encoders = [part for name, part in trainer.backbone.pipeline.components.items() 
 torch.save(
     {
         "taken": taken,
+        "held": sum(p.to_local().nbytes for p in trainer.module.parameters()),
         "left_out": left_out,
         "persistent": "kept" in state and "derived" not in state,
         "buffers": dict(trainer.module.named_buffers()),
