@@ -30,6 +30,7 @@ from focusdpo.models.sizes import META, Architecture
 from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, ModelConfig, OptimConfig, SamplesConfig, TrainConfig
 from focusdpo.training.memory import estimate, launched
 from focusdpo.training.sharding import check_launch, split_like, whole
+from focusdpo.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 LAUNCH_FILES = {"ddp": "ddp", "unsynced": "ddp", "fsdp": "fsdp2", "zero2": "zero2", "zero3": "zero3"}
@@ -152,6 +153,36 @@ def test_ddp_trains_as_one_process(config, single):
     sizes = PairDataset(load_pairs(config.data.train), resolution=96, reference_rule=LongestSide(48))
     expected = [len(batch) for batch in SizeBatches(sizes, 2, shuffle=True, seed=0).epoch(0)[:2]]
     assert left(config)[0][0]["pairs"] == sum(expected), "metrics are over the pairs of both"
+
+
+HYBRID = [
+    *("--config_file", str(ROOT / "configs" / "accelerate-4nodes-fsdp2.yaml"), "--num_processes", "4"),
+    *("--num_machines", "1", "--main_process_ip", "127.0.0.1"),
+    *("--parallelism_config_dp_replicate_size", "2", "--parallelism_config_dp_shard_size", "2"),
+]
+
+
+@pytest.mark.parametrize(("world", "count", "options"), [("ddp", 3, ["--num_processes", "3"]), ("fsdp", 4, HYBRID)])
+def test_more_than_two_processes_train_as_one(config, tmp_path, world, count, options):
+    """To rounding: sums of three take another order. The four are two machines' with two parts of the model each."""
+    data = dataclasses.replace(config.data, validation=None)
+    config = dataclasses.replace(config, data=data, samples=SamplesConfig(), max_steps=1)
+    one = dataclasses.replace(config, output_dir=str(tmp_path / "one"), gradient_accumulation=count)
+    Trainer(one).train()
+    config = dataclasses.replace(config, output_dir=str(tmp_path / "several"))
+    launch(config, world, *options)
+    (row,), processes = left(config)
+    ((expected,), _) = left(one)
+    for name in ("pairs", "loss", "margin", "gradient_norm", "error/policy_win", "focus/coverage"):
+        assert row[name] == pytest.approx(expected[name], rel=2e-5, abs=2e-5)
+    assert len(processes) == count and {tuple(p["split"]) for p in processes} == {
+        ("Tensor",) if world == "ddp" else ("DTensor",)
+    }
+    for process in processes[1:]:
+        assert all(torch.equal(value, processes[0]["adapter"][name]) for name, value in process["adapter"].items())
+    loras = [load_file(Path(run.output_dir) / "lora" / LORA_FILE) for run in (config, one)]
+    for name, value in loras[0].items():
+        torch.testing.assert_close(value, loras[1][name], rtol=0, atol=2e-5)
 
 
 def test_gradients_that_are_not_averaged_are_noticed(config, single):
