@@ -28,6 +28,8 @@ class ModelsConfig:
         mixed_precision: Autocast of the forward pass.
         max_sequence_length: Text tokens of a prompt.
         gradient_checkpointing: Recompute activations in the backward pass.
+        processes: Processes on one machine, each with a GPU of its own; from two on the memory that they need together is
+            listed too.
     """
 
     resolution: int = 512
@@ -42,9 +44,11 @@ class ModelsConfig:
     mixed_precision: Literal["no", "bf16"] = "bf16"
     max_sequence_length: int = 512
     gradient_checkpointing: bool = True
+    processes: int = 1
 
     def __post_init__(self) -> None:
         require(self.references >= 1, "references", self.references, "at least 1")
+        require(self.processes >= 1, "processes", self.processes, "at least 1")
         match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", self.photo)
         require(match is not None, "photo", self.photo, "width and height in pixels, such as 1024x1024")
         assert match is not None
@@ -68,7 +72,7 @@ def prepare_list(config: ModelsConfig) -> Callable[[], None]:
     from focusdpo.data.images import PATCH_SIZE
     from focusdpo.models import BACKBONES, TokenLayout
     from focusdpo.models.sizes import RELEASED, parameters, released
-    from focusdpo.training.memory import DTYPES, GIB, estimate
+    from focusdpo.training.memory import DTYPES, GIB, estimate, launched
 
     side = config.resolution // PATCH_SIZE
     dtype = DTYPES[config.dtype]
@@ -83,6 +87,7 @@ def prepare_list(config: ModelsConfig) -> Callable[[], None]:
 
     parts = ["weights", "text, VAE", "adapter", "kept", "block", "temporaries", "tokens", "total"]
     models = [["model", "backbone", "parameters", "LoRA", "taps", "channels", "references", *parts]]
+    launches = [["model", "backbone", "files", "host, DDP", "host, FSDP2", "GPU, DDP", "GPU, FSDP2", "gathered"]]
     for name in RELEASED:
         architecture = released(name)
         layout, pairs = layouts[architecture.backbone.name], config.batch_size
@@ -102,6 +107,10 @@ def prepare_list(config: ModelsConfig) -> Callable[[], None]:
                 *(f"{size / GIB:.2f}" for size in (*sizes, part.tokens, part.total)),
             ]
         )
+        if config.processes > 1:
+            of = launched(architecture, config.model, config.lora, part, config.optimizer, config.processes)
+            values = [of.files, of.host_ddp, of.host_fsdp2, part.total - part.companions, of.device_fsdp2, of.gathered]
+            launches.append([name, backbone.name, *("-" if value is None else f"{value / GIB:.2f}" for value in values)])
     pipelines = [["backbone", "pipelines"]]
     pipelines += [
         [name, ", ".join(pipeline.__name__ for pipeline in backbone.pipelines)] for name, backbone in BACKBONES.items()
@@ -116,6 +125,11 @@ def prepare_list(config: ModelsConfig) -> Callable[[], None]:
         f"{_table(pipelines)}\n\nEstimate in GiB for {target},\n{photos} (references: their tokens),\n"
         f"LoRA rank {config.rank}, {weights}, gradient checkpointing {checkpointing}\n\n{_table(models)}"
     )
+    if config.processes > 1:
+        text += (
+            f"\n\n{config.processes} processes on one machine, in GiB (host: memory of all processes together; files: pages of "
+            f"the model's files,\nonce, which may be dropped; GPU: memory of each, with data.cache)\n\n{_table(launches)}"
+        )
     return lambda: print(text)
 
 

@@ -22,10 +22,15 @@ from safetensors.torch import load_file
 
 from focusdpo.data import LongestSide, PairDataset, SizeBatches, load_pairs
 from focusdpo.data.images import read_image
+from focusdpo.demo.tiny_flux import VAE, build_flux, transformer_config
 from focusdpo.journals import read_metrics
+from focusdpo.models import Flux1, TokenLayout
 from focusdpo.models.lora_reading import LORA_FILE
+from focusdpo.models.sizes import META, Architecture
 from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, ModelConfig, OptimConfig, SamplesConfig, TrainConfig
+from focusdpo.training.memory import estimate, launched
 from focusdpo.training.sharding import check_launch, split_like, whole
+from focusdpo.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 LAUNCH_FILES = {"ddp": "ddp", "unsynced": "ddp", "fsdp": "fsdp2", "zero2": "zero2", "zero3": "zero3"}
@@ -61,17 +66,17 @@ def config(tiny_flux, tiny_pairs, tmp_path_factory):
     )
 
 
-def launch(config, world):
-    """Runs the worker in two processes and gives their standard error."""
+def launch(config, world, *options, script="distributed_worker.py"):
+    """Runs a worker in two processes and gives their standard error; options are accelerate's."""
     file = Path(config.output_dir).with_suffix(".yaml")
     file.write_text(yaml.safe_dump(dataclasses.asdict(config)))
     settings = ROOT / "configs" / f"accelerate-8x80gb-{LAUNCH_FILES[world]}.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(settings)]
-    command += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
+    command += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0", *options]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     environment |= {"WORLD": world, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"  # for ninja
-    worker = [str(Path(__file__).with_name("distributed_worker.py")), "--config", str(file)]
+    worker = [str(Path(__file__).with_name(script)), "--config", str(file)]
     process = subprocess.Popen(
         [*command, *worker], stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment, start_new_session=True
     )
@@ -150,6 +155,36 @@ def test_ddp_trains_as_one_process(config, single):
     assert left(config)[0][0]["pairs"] == sum(expected), "metrics are over the pairs of both"
 
 
+HYBRID = [
+    *("--config_file", str(ROOT / "configs" / "accelerate-4nodes-fsdp2.yaml"), "--num_processes", "4"),
+    *("--num_machines", "1", "--main_process_ip", "127.0.0.1"),
+    *("--parallelism_config_dp_replicate_size", "2", "--parallelism_config_dp_shard_size", "2"),
+]
+
+
+@pytest.mark.parametrize(("world", "count", "options"), [("ddp", 3, ["--num_processes", "3"]), ("fsdp", 4, HYBRID)])
+def test_more_than_two_processes_train_as_one(config, tmp_path, world, count, options):
+    """To rounding: sums of three take another order. The four are two machines' with two parts of the model each."""
+    data = dataclasses.replace(config.data, validation=None)
+    config = dataclasses.replace(config, data=data, samples=SamplesConfig(), max_steps=1)
+    one = dataclasses.replace(config, output_dir=str(tmp_path / "one"), gradient_accumulation=count)
+    Trainer(one).train()
+    config = dataclasses.replace(config, output_dir=str(tmp_path / "several"))
+    launch(config, world, *options)
+    (row,), processes = left(config)
+    ((expected,), _) = left(one)
+    for name in ("pairs", "loss", "margin", "gradient_norm", "error/policy_win", "focus/coverage"):
+        assert row[name] == pytest.approx(expected[name], rel=2e-5, abs=2e-5)
+    assert len(processes) == count and {tuple(p["split"]) for p in processes} == {
+        ("Tensor",) if world == "ddp" else ("DTensor",)
+    }
+    for process in processes[1:]:
+        assert all(torch.equal(value, processes[0]["adapter"][name]) for name, value in process["adapter"].items())
+    loras = [load_file(Path(run.output_dir) / "lora" / LORA_FILE) for run in (config, one)]
+    for name, value in loras[0].items():
+        torch.testing.assert_close(value, loras[1][name], rtol=0, atol=2e-5)
+
+
 def test_gradients_that_are_not_averaged_are_noticed(config, single):
     """What the test above would say of a loop that calls the unwrapped model, as DPO loops have done in silence."""
     config = dataclasses.replace(config, output_dir=config.output_dir + "-unsynced")
@@ -180,6 +215,39 @@ def test_fsdp2_trains_as_one_process_and_resumes(config, single):
     assert sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file()) < base / 4
 
 
+def test_fsdp2_reads_the_model_in_one_process(config, tmp_path):
+    """The other never holds more than its half, has the same weights, and text encoders that are whole."""
+    sizes = {**transformer_config((2, 2)), "num_attention_heads": 64}
+    pipeline = build_flux(0, sizes, VAE)
+    pipeline.save_pretrained(tmp_path / "model")
+    size = sum(p.nbytes for p in pipeline.transformer.parameters())
+    assert size > 300e6
+    model = dataclasses.replace(config.model, path=str(tmp_path / "model"))
+    config = dataclasses.replace(config, model=model, output_dir=str(tmp_path / "run"))
+    # What a launch file may say, and transformers would leave text encoders without weights for.
+    launch(config, "fsdp", "--fsdp_cpu_ram_efficient_loading", "true", script="loading_worker.py")
+    first, second = (torch.load(tmp_path / "run" / f"rank{number}.pt") for number in range(2))
+    assert second["taken"] < 0.65 * size, "half of the weights, and a layer on its way"
+    # Here the parts stay in host memory too, which a GPU would have.
+    backbone = Flux1.from_pretrained(config.model.path, dtype=torch.float32, parts="transformer", transformer_device=META)
+    architecture = Architecture.of(backbone)
+    part = estimate(architecture, config.model, config.lora, "no", TokenLayout((6, 6), ((3, 3),)), 1)
+    need = launched(architecture, config.model, config.lora, part, "adamw", 2)
+    assert first["taken"] + second["taken"] == pytest.approx(need.host_fsdp2 + size, rel=0.15)
+    for process in (first, second):
+        assert process["held"] == pytest.approx((size + part.adapter_weights) / 2, rel=1e-3)
+    for process in (first, second):
+        assert process["left_out"] == [False] and process["encoders"] == first["encoders"]
+        assert process["persistent"]
+        assert process["buffers"]["kept"].tolist() == [1.0] * 3
+        assert process["buffers"]["derived"].tolist() == [[3, 3]] * 2
+        assert process["sums"] == first["sums"]
+    for name, value in pipeline.transformer.named_parameters():
+        layer, kind = name.rsplit(".", 1)
+        adapted = f"{layer}.base_layer.{kind}"
+        assert first["sums"][adapted if adapted in first["sums"] else name] == value.double().sum()
+
+
 @needs_deepspeed
 @pytest.mark.parametrize("world", ["zero2", "zero3"])
 def test_deepspeed_trains_as_one_process(config, single, world):
@@ -201,7 +269,6 @@ class Launched:
     class Plugin:
         fsdp_version = 2
         activation_checkpointing = False
-        cpu_ram_efficient_loading = False
 
     def __init__(self, kind, **plugin):
         self.distributed_type = kind
@@ -231,8 +298,6 @@ def test_what_cannot_be_split_is_refused(config, kind, changes, message):
 def test_launch_settings_that_are_refused(config):
     with pytest.raises(ValueError, match="fsdp_version: got 1; expected 2"):
         check_launch(Launched("FSDP", fsdp_version=1), config)
-    with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading: got true; expected false"):
-        check_launch(Launched("FSDP", cpu_ram_efficient_loading=True), config)
     with pytest.raises(ValueError, match="fsdp_activation_checkpointing: got true; expected false, model.gradient_checkp"):
         check_launch(Launched("FSDP", activation_checkpointing=True), config)
 

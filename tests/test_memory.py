@@ -22,7 +22,7 @@ from focusdpo.models import Backbone, Flux1, Flux2, QwenEditPlus, TokenLayout
 from focusdpo.models.sizes import Architecture, released
 from focusdpo.training import checkpoints
 from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, ModelConfig, OptimConfig, TrainConfig
-from focusdpo.training.memory import advice, estimate
+from focusdpo.training.memory import Estimate, Launched, advice, estimate, launched
 from focusdpo.training.step import PreferenceStep
 from focusdpo.training.trainer import Trainer
 
@@ -293,8 +293,9 @@ def test_models_counts_references_in_each_backbones_own_size(capsys):
 
 
 def test_models_lists_the_released_sizes(capsys):
-    cli.main(["models", "--resolution", "1024", "--references", "2", "--reference_resolution", "320", "--rank", "32"])
-    text = capsys.readouterr().out
+    size = ["--resolution", "1024", "--references", "2", "--reference_resolution", "320", "--rank", "32"]
+    cli.main(["models", *size, "--processes", "8"])
+    text, several = capsys.readouterr().out.split("\n\n8 processes on one machine")
     assert "FluxPipeline, FluxKontextPipeline" in text and "4096 tokens of 16x16 px" in text
     rows = {line[:20].strip(): line[20:].split() for line in text.splitlines() if line.endswith(tuple("0123456789"))}
     # Parameters as published; FLUX.1's LoRA by hand: 57 blocks of q, k, v, the 19 double ones' to_out, 2 * 3072 * 32 each.
@@ -312,11 +313,43 @@ def test_models_lists_the_released_sizes(capsys):
         references, *parts, total = map(float, row[5:])
         assert references == 2 * 20 * 20, "two of 320 px, whatever the backbone"
         assert total == pytest.approx(math.fsum(parts), abs=0.04)
+    row = next(line for line in several.splitlines() if line.startswith("FLUX.1 dev"))
+    check_several(row.split()[3:], rows["FLUX.1 dev"])
+
+
+def check_several(row, alone):
+    """Eight processes with FLUX.1, by hand, from what one takes."""
+    files, ddp, fsdp2, device_ddp, device_fsdp2, gathered = map(float, row)
+    weights, companions, adapter = map(float, alone[6:9])
+    width, adapted, gib = 3072, 2 * 3072 * 32, 2**30  # parameters of the two matrices of an adapted layer
+    trained = 4 * (57 * 3 + 19) * adapted / gib
+    assert files == pytest.approx(weights + companions, abs=0.02)
+    assert (ddp, fsdp2) == (pytest.approx(8 * 3 * trained, abs=0.01), pytest.approx(weights + 8 * trained, abs=0.01))
+    assert device_ddp == pytest.approx(float(alone[-1]) - companions, abs=0.02)
+    # Modulation, attention with its norms, and MLP, of both streams; a single block has one of each.
+    double = 2 * (36 * width**2 + 30 * width + 4 * 128) + 4 * 4 * adapted
+    single = 2 * (15 * width**2 + 15 * width + 2 * 128) + 4 * 3 * adapted
+    outside = weights + trained - (19 * double + 38 * single) / gib
+    assert gathered == pytest.approx(outside + 3 * double / gib, abs=0.02)
+    assert device_fsdp2 == pytest.approx(device_ddp - (weights + adapter) * 7 / 8 + gathered, abs=0.03)
+
+
+def test_several_processes_are_refused_what_fsdp2_refuses():
+    architecture, part = released("FLUX.1 dev"), Estimate(6, 5, 4, 4, 8, 3, 2, 1, 1)
+    plain = launched(architecture, ModelConfig(""), LoraConfig(), part, "adamw", 2)
+    prodigy = launched(architecture, ModelConfig(""), LoraConfig(), part, "prodigy", 2)
+    nf4 = launched(architecture, ModelConfig("", quantization="nf4"), LoraConfig(), part, "adamw", 2)
+    weights = plain.files - 5
+    assert (plain.host_ddp, plain.host_fsdp2) == (2 * 12, weights + 2 * 4)
+    assert plain.gathered is not None and plain.device_fsdp2 == (6 + 16) // 2 + plain.gathered + 3 + 2 + 1 + 1
+    assert prodigy == Launched(plain.files, 2 * 12, None, None, None)
+    assert nf4 == Launched(plain.files, 2 * (weights + 12), None, None, None), "each process reads all of it"
 
 
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
+        (["--processes", "0"], "processes: got 0; expected at least 1"),
         (["--references", "0"], "references: got 0; expected at least 1"),
         (["--photo", "1024"], "photo: got '1024'; expected width and height in pixels, such as 1024x1024"),
         (["--photo", "900x100"], "photo: got 900x100; flux2 cannot bring it to size: Aspect ratio too extreme"),

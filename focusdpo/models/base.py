@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, cast
 
+import diffusers
 import numpy as np
 import torch
+from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from peft.utils import get_peft_model_state_dict
@@ -106,6 +108,24 @@ class PromptEmbeddings:
         return PromptEmbeddings({k: pad_sequence([one.tensors[k][0] for one in single], batch_first=True) for k in names})
 
 
+def _device_map(device: torch.device | None) -> str | None:
+    """What diffusers is told of a device; it takes a kind, and means the process's current device of that kind."""
+    return None if device is None or device.type == "cpu" else device.type
+
+
+def _transformer(kind: Any, path: str, revision: str | None, dtype: torch.dtype, device: torch.device | None) -> nn.Module:
+    """A pipeline's transformer by itself: see `Backbone.from_pretrained`."""
+    if device is None or device.type != "meta":
+        place = _device_map(device)
+        loaded = kind.from_pretrained(path, subfolder="transformer", revision=revision, torch_dtype=dtype, device_map=place)
+        return cast(nn.Module, loaded)
+    config = kind.load_config(path, subfolder="transformer", revision=revision)
+    # Buffers, and what a model keeps in plain attributes, are made by its code: Qwen-Image's frequencies are in no file.
+    with init_empty_weights(include_buffers=False):
+        transformer = kind.from_config(config)
+    return cast(nn.Module, transformer.to(dtype))
+
+
 class Backbone(abc.ABC):
     """A pretrained image model that takes reference images as extra tokens.
 
@@ -146,6 +166,8 @@ class Backbone(abc.ABC):
         guidance: float = 1.0,
         max_sequence_length: int = 512,
         parts: Parts = "all",
+        device: torch.device | None = None,
+        transformer_device: torch.device | None = None,
     ) -> Self:
         """Loads a folder of one of `pipelines`, local or from the hub.
 
@@ -157,6 +179,10 @@ class Backbone(abc.ABC):
             max_sequence_length: text tokens that a prompt is padded or cut to, where the pipeline does that.
             parts: "encoders" loads VAE and text encoders without the transformer, "transformer" the transformer without them,
                 "vae" the VAE alone.
+            device: where VAE and text encoders go as their files are read. On the CPU, or with None, they stay parts of the
+                files, whose pages the processes of a machine share, as far as the files have `dtype`.
+            transformer_device: the same for the transformer. On the meta device it has shapes and no weights, and nothing of
+                its files is read but the config.
 
         Raises:
             ValueError: the folder holds another kind of pipeline.
@@ -173,7 +199,11 @@ class Backbone(abc.ABC):
             "vae": ["transformer", *(name for name in encoders(index) if name != "vae")],
         }[parts]
         given = cls._parts(path, revision) | dict.fromkeys(left_out)
-        pipeline = DiffusionPipeline.from_pretrained(path, revision=revision, dtype=dtype, **given)
+        place = _device_map(device)
+        if "transformer" not in left_out and _device_map(transformer_device) != place:
+            kind = getattr(diffusers, index["transformer"][1])
+            given["transformer"] = _transformer(kind, path, revision, dtype, transformer_device)
+        pipeline = DiffusionPipeline.from_pretrained(path, revision=revision, dtype=dtype, device_map=place, **given)
         return cls(pipeline, guidance, max_sequence_length)
 
     @classmethod

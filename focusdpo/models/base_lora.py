@@ -59,9 +59,12 @@ def merge_base_lora(pipeline: Any, path: str, scale: float) -> list[str]:
     lora = read_lora(NAME, path, next((family.backbones[0] for family in FAMILIES if family.transformer == kind), None))
     layers = _matching_layers(pipeline.transformer, lora, f"{NAME}: {find_lora_file(NAME, path)}")
     for name, layer in layers.items():
+        if layer.weight.is_meta:  # of a process that gets its weights from another
+            continue
         update = lora.layers[name]
-        a, b = (value.to(layer.weight.device, torch.float32) for value in (update.a, update.b))
-        layer.weight.copy_(layer.weight.float() + scale * update.scale * (b @ a))
+        # On the CPU wherever the layer is: another device may sum in another order, and a run may go on on another one.
+        a, b = (value.to("cpu", torch.float32) for value in (update.a, update.b))
+        layer.weight.copy_(layer.weight.cpu().float() + scale * update.scale * (b @ a))
     return list(layers)
 
 

@@ -51,6 +51,17 @@ def add_adapter(backbone: Backbone, config: LoraConfig, seed: int) -> list[nn.Pa
     return parameters
 
 
+def give_memory(transformer: nn.Module) -> None:
+    """Puts trainable parameters that are on the meta device on the CPU, as zeros.
+
+    accelerate tells an optimiser's parameters apart by their addresses, of which those on the meta device have none.
+    """
+    for module in transformer.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta and parameter.requires_grad:
+                setattr(module, name, nn.Parameter(torch.zeros_like(parameter, device="cpu")))
+
+
 def _check_target(target: str, modules: dict[str, nn.Module]) -> None:
     """PEFT takes every module whose name ends so, whatever its kind."""
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]

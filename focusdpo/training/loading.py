@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from focusdpo.models import BACKBONES, Backbone
 from focusdpo.models.base import Parts, check_pipeline_path
 from focusdpo.models.base_lora import check_base_lora
@@ -32,8 +34,13 @@ def check_files_and_packages(config: TrainConfig) -> None:
             TensorFiles(f"data.{name}", Path(folder)).check()
 
 
-def load_backbone(config: TrainConfig, parts: Parts) -> Backbone:
-    """Loads a run's pipeline, or parts of it; ValueError where it cannot be."""
+def load_backbone(
+    config: TrainConfig,
+    parts: Parts,
+    device: torch.device | None = None,
+    transformer_device: torch.device | None = None,
+) -> Backbone:
+    """Loads a run's pipeline, or parts of it, as `Backbone.from_pretrained` does; ValueError where it cannot be."""
     model = config.model
     try:
         return BACKBONES[model.backbone].from_pretrained(
@@ -43,6 +50,8 @@ def load_backbone(config: TrainConfig, parts: Parts) -> Backbone:
             guidance=model.guidance,
             max_sequence_length=model.max_sequence_length,
             parts=parts,
+            device=device,
+            transformer_device=transformer_device,
         )
     except OSError as error:
         raise ValueError(f"model.path: {model.path} cannot be loaded: {error}") from error

@@ -18,6 +18,21 @@
 Not in it: fragmentation, libraries' workspaces, DDP's buckets (the adapter's gradients once more), what `model.compile` saves,
 and of `model.quantization` a layer's weights in full precision. Attention and RMS norm are taken to be PyTorch's fused kernels,
 as on a GPU. tests/test_memory.py holds it against the peaks that were measured (benchmarks/results).
+
+`launched` says what several processes on one machine need, each with a device of its own, beyond what a process takes to run
+at all. Files of weights are mapped: their pages stand in memory once, and the kernel drops them where it needs room. What the
+processes hold themselves, all together, is
+
+    host, DDP    processes x (adapter + optimiser's state)
+    host, FSDP2  the larger of that and frozen weights + processes x adapter
+    GPU, FSDP2   (frozen weights + adapter with gradients and optimiser's state) / processes + gathered + kept activations
+                 + recomputed block + temporaries + tokens
+
+Adapter and optimiser's state are what every process has of a checkpoint that is written or read; the frozen weights are those
+of the process that reads them for all, and nearly nothing where its files have `model.dtype` and no base LoRA is merged, since
+their pages then serve. Where the files have another dtype each process converts a tensor at a time on top. Quantised weights
+are read into host memory by each process. Gathered are the parameters outside of the blocks, which stay whole during a step,
+and the largest block three times: FSDP2 keeps the buffer that a block came in until the next one is there.
 """
 
 from __future__ import annotations
@@ -145,6 +160,61 @@ def estimate(
         recomputed_block=block,
         temporaries=max(live.peak - kept - block, 0),
         tokens=compared,
+    )
+
+
+@dataclass(frozen=True)
+class Launched:
+    """Bytes that several processes on one machine need; None where a launch refuses the settings.
+
+    Args:
+        files: pages of the model's files, once for all processes.
+        host_ddp: memory of all processes under DDP, without these pages.
+        host_fsdp2: the same under FSDP2.
+        gathered: parameters that are whole on a device at once under FSDP2.
+        device_fsdp2: memory on each device under FSDP2, with `data.cache`.
+    """
+
+    files: int
+    host_ddp: int
+    host_fsdp2: int | None
+    gathered: int | None
+    device_fsdp2: int | None
+
+
+def launched(
+    architecture: Architecture, model: ModelConfig, lora: LoraConfig, part: Estimate, optimizer: str, processes: int
+) -> Launched:
+    """What `processes` on one machine need.
+
+    Args:
+        architecture: the backbone's.
+        model: as for `estimate`.
+        lora: the adapter.
+        part: the estimate of a step of one process.
+        optimizer: `optim.optimizer`.
+        processes: their number.
+    """
+    dtype = DTYPES[model.dtype]
+    backbone = architecture.build(dtype, model.max_sequence_length)
+    weights = sum(p.nbytes for p in backbone.transformer.parameters())
+    files = weights + part.companions
+    state = processes * (part.adapter_weights + part.optimizer_state)
+    if model.quantization is not None:
+        return Launched(files, processes * weights + state, None, None, None)
+    if optimizer != "adamw":
+        return Launched(files, state, None, None, None)
+    add_adapter(backbone, lora, seed=0)
+    blocks = [sum(p.nbytes for p in backbone.transformer.get_submodule(path).parameters()) for path in backbone.tap_paths()]
+    gathered = weights + part.adapter_weights - sum(blocks) + 3 * max(blocks)
+    adapter = part.adapter_weights + part.adapter_gradients + part.optimizer_state
+    alone = part.total - part.companions - part.frozen_weights - adapter
+    return Launched(
+        files,
+        state,
+        max(weights + processes * part.adapter_weights, state),
+        gathered,
+        -(-(part.frozen_weights + adapter) // processes) + gathered + alone,
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from focusdpo.models import Backbone
 from focusdpo.models.base_lora import merge_base_lora
 from focusdpo.models.quantization import quantize
-from focusdpo.training.adapter import add_adapter
+from focusdpo.training.adapter import add_adapter, give_memory
 from focusdpo.training.checkpoints import find_checkpoint, load_adapter
 from focusdpo.training.config import TrainConfig
 from focusdpo.training.loading import check_files_and_packages, load_backbone
@@ -20,7 +20,8 @@ def add_policy(backbone: Backbone, config: TrainConfig, checkpoint: Path | None,
     """Turns a freshly loaded backbone into the policy: merges the base LoRA, quantises, adds the adapter.
 
     Args:
-        backbone: as its pipeline has it.
+        backbone: as its pipeline has it. A transformer on the meta device stays there; its adapter has memory, and values only
+            once they come from another process.
         config: of the run.
         checkpoint: whose adapter; None takes a fresh one, which changes nothing yet.
         device: where quantised weights are made.
@@ -30,6 +31,7 @@ def add_policy(backbone: Backbone, config: TrainConfig, checkpoint: Path | None,
     if config.model.quantization is not None:
         quantize(backbone, config.model.quantization, device)
     add_adapter(backbone, config.lora, config.seed)
+    give_memory(backbone.transformer)
     if checkpoint is not None:
         load_adapter(checkpoint, backbone.transformer)
 
@@ -61,7 +63,8 @@ def load_step(config: TrainConfig, checkpoint: Path | None) -> PreferenceStep:
     """
     check_files_and_packages(config)
     device = torch.device("cpu" if config.cpu or not torch.cuda.is_available() else "cuda")
-    backbone = load_backbone(config, "all")
+    whole = device if config.model.quantization is None else None  # quantised layers go there one by one
+    backbone = load_backbone(config, "all", device, transformer_device=whole)
     add_policy(backbone, config, checkpoint, device)
     backbone.to(device)
     backbone.transformer.eval()

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast_object_list, disable_fsdp_ram_efficient_loading, gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 from focusdpo.models import Backbone
+from focusdpo.models.sizes import META
 from focusdpo.training.config import TrainConfig
 
 
@@ -55,11 +56,6 @@ def check_launch(accelerator: Accelerator, config: TrainConfig) -> None:
         raise ValueError(
             f"accelerate's fsdp_version: got {plugin.fsdp_version}; expected 2 (configs/accelerate-8x80gb-fsdp2.yaml)"
         )
-    if plugin.cpu_ram_efficient_loading:
-        raise ValueError(
-            "accelerate's fsdp_cpu_ram_efficient_loading: got true; expected false, text encoders would be incomplete in all "
-            "processes but the first"
-        )
     if plugin.activation_checkpointing:
         raise ValueError(
             "accelerate's fsdp_activation_checkpointing: got true; expected false, model.gradient_checkpointing does the same"
@@ -67,11 +63,30 @@ def check_launch(accelerator: Accelerator, config: TrainConfig) -> None:
 
 
 def load_parts_whole(accelerator: Accelerator) -> None:
-    """Has pretrained parts loaded as they are: transformers splits every text encoder where it knows of ZeRO-3."""
+    """Has pretrained parts loaded as they are.
+
+    transformers splits every text encoder where it knows of ZeRO-3, and leaves it without weights in all processes but the
+    first where accelerate says `fsdp_cpu_ram_efficient_loading`. Of the transformer `prepare` takes care.
+    """
     if is_deepspeed(accelerator):
         from transformers.integrations import unset_hf_deepspeed_config
 
         unset_hf_deepspeed_config()
+    elif is_split(accelerator):
+        disable_fsdp_ram_efficient_loading()
+
+
+def place_of_transformer(accelerator: Accelerator, config: TrainConfig) -> torch.device | None:
+    """Where a process reads the transformer to; None is host memory.
+
+    Under FSDP2 one process of the whole launch reads it, and `prepare` gives the others their parts. What is quantised, or
+    split by DeepSpeed, is read by every process into host memory and goes to the device piece by piece.
+    """
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return None if accelerator.is_main_process else META
+    if is_deepspeed(accelerator) or config.model.quantization is not None:
+        return None
+    return accelerator.device
 
 
 def prepare(accelerator: Accelerator, backbone: Backbone, optimizer: torch.optim.Optimizer, config: TrainConfig) -> Any:
@@ -96,8 +111,45 @@ def prepare(accelerator: Accelerator, backbone: Backbone, optimizer: torch.optim
         # the rotary embeddings in bf16, and add gradients up in it.
         plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
         plugin.transformer_cls_names_to_wrap = sorted({type(module.get_submodule(p)).__name__ for p in backbone.tap_paths()})
+        plugin.cpu_ram_efficient_loading = True  # whatever the launch file says: the others have no weights
+        _check_alike(module)
+        with _buffers_apart(module):
+            backbone.transformer, prepared = accelerator.prepare(module, optimizer)
+        for buffer in module.buffers():
+            torch.distributed.broadcast(buffer, src=0)
+        return prepared
     backbone.transformer, prepared = accelerator.prepare(module, optimizer)
     return prepared
+
+
+def _check_alike(module: nn.Module) -> None:
+    """ValueError, in all processes, where one has another model than the first, whose weights it would wait for in vain."""
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    mine = {name: (list(tensor.shape), str(tensor.dtype)) for name, tensor in tensors}
+    first = broadcast_object_list([mine])[0]
+    differing = min((name for name in mine.keys() | first.keys() if mine.get(name) != first.get(name)), default=None)
+    described = differing and f"{differing} is {mine.get(differing)} there and {first.get(differing)} in process 0"
+    for number, text in enumerate(gather_object([described])):
+        if text is not None:
+            raise ValueError(
+                f"model.path: process {number} has another model than process 0: {text}; expected the same files everywhere"
+            )
+
+
+@contextmanager
+def _buffers_apart(module: nn.Module) -> Iterator[None]:
+    """Inside, no buffer counts as part of the module's state: accelerate takes all of that to be split."""
+    kept = [
+        (part, name)
+        for part in module.modules()
+        for name, _ in part.named_buffers(recurse=False)
+        if name not in part._non_persistent_buffers_set
+    ]
+    for part, name in kept:
+        part.register_buffer(name, part.get_buffer(name), persistent=False)
+    yield
+    for part, name in kept:
+        part.register_buffer(name, part.get_buffer(name))
 
 
 def whole(tree: Any) -> Any:

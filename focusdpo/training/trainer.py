@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from focusdpo.data import PairBatch, PairDataset, SizeBatches
 from focusdpo.journals import Journal, read_steps, up_to
 from focusdpo.launch import Launch
+from focusdpo.models.base import Parts
 from focusdpo.models.sizes import Architecture
 from focusdpo.training.adapter import adapter_state
 from focusdpo.training.batches import (
@@ -49,7 +50,7 @@ from focusdpo.training.reference_cache import ReferenceCache
 from focusdpo.training.run_files import ALARMS_FILE, CHECKPOINTS_FOLDER, METRICS_FILE, SAMPLES_FOLDER, VALIDATION_FILE
 from focusdpo.training.run_folder import RunFolder, shared_settings
 from focusdpo.training.samples import Samples
-from focusdpo.training.sharding import check_launch, is_deepspeed, load_parts_whole, prepare
+from focusdpo.training.sharding import check_launch, is_deepspeed, load_parts_whole, place_of_transformer, prepare
 from focusdpo.training.signals import StopError, StopSignals
 from focusdpo.training.step import PreferenceStep, StepResult
 from focusdpo.training.tracking import check_trackers, start_trackers
@@ -138,9 +139,11 @@ class Trainer:
             for dataset, reader in zip(encoded, cache.readers(encoded), strict=True):
                 dataset.encodings = reader
             with self._explained("images and prompts were encoded", encoding=True):
-                cache.fill(lambda: load_backbone(config, "encoders"))
+                cache.fill(lambda: load_backbone(config, "encoders", self.accelerator.device))
         with self._explained("the model was loaded"):
-            self.backbone = load_backbone(config, "all" if config.data.cache is None else "transformer")
+            parts: Parts = "all" if config.data.cache is None else "transformer"
+            place = place_of_transformer(self.accelerator, config)
+            self.backbone = load_backbone(config, parts, self.accelerator.device, transformer_device=place)
         self.module = self.backbone.transformer
         with self._explained("the model was made ready"):
             add_policy(self.backbone, config, run.checkpoint, self.accelerator.device)
