@@ -18,6 +18,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
+from focusdpo.launch import Launch
 from focusdpo.models import Backbone
 from focusdpo.models.sizes import META
 from focusdpo.training.config import TrainConfig
@@ -30,6 +31,22 @@ def is_deepspeed(accelerator: Accelerator) -> bool:
 def is_split(accelerator: Accelerator) -> bool:
     """Whether a process may hold a part of the model only."""
     return is_deepspeed(accelerator) or bool(accelerator.distributed_type == DistributedType.FSDP)
+
+
+def check_devices(launch: Launch, cpu: bool) -> None:
+    """Refuses a launch whose processes have not all a GPU of their own, or none: ValueError, before they meet on these."""
+    if launch.size == 1 or cpu:
+        return
+    gpus = torch.cuda.device_count()
+    with_gpu = launch.gather("GPUs are counted", gpus > 0)
+    if 0 < gpus <= launch.local_rank:
+        raise ValueError(
+            f"the launcher: got process {launch.local_rank + 1} of this machine, which has {gpus} GPUs; start one for each"
+        )
+    if gpus == 0 and any(with_gpu):
+        raise ValueError(
+            f"this process sees no GPU, and {sum(with_gpu)} of {launch.size} processes have one; expected all or none"
+        )
 
 
 def check_launch(accelerator: Accelerator, config: TrainConfig) -> None:

@@ -50,7 +50,14 @@ from focusdpo.training.reference_cache import ReferenceCache
 from focusdpo.training.run_files import ALARMS_FILE, CHECKPOINTS_FOLDER, METRICS_FILE, SAMPLES_FOLDER, VALIDATION_FILE
 from focusdpo.training.run_folder import RunFolder, shared_settings
 from focusdpo.training.samples import Samples
-from focusdpo.training.sharding import check_launch, is_deepspeed, load_parts_whole, place_of_transformer, prepare
+from focusdpo.training.sharding import (
+    check_devices,
+    check_launch,
+    is_deepspeed,
+    load_parts_whole,
+    place_of_transformer,
+    prepare,
+)
 from focusdpo.training.signals import StopError, StopSignals
 from focusdpo.training.step import PreferenceStep, StepResult
 from focusdpo.training.tracking import check_trackers, start_trackers
@@ -104,6 +111,7 @@ class Trainer:
         config, launch = self.config, self.launch
         # What machines may differ in comes before the first collective operation, in which a failure is hard to see.
         with launch.together("files and settings are checked"):
+            check_devices(launch, config.cpu)
             launch.once_a_machine("files and packages are checked", lambda: check_files_and_packages(config))
             datasets, left_out = load_datasets(config, launch)
             self.train_set, self.validation_set = datasets
