@@ -135,9 +135,7 @@ def simulated(folder, config, processes):
         TrainingBatches(
             dataset(folder),
             config,
-            SimpleNamespace(
-                num_processes=processes, process_index=rank, device=torch.device("cpu"), is_local_main_process=rank == 0
-            ),
+            SimpleNamespace(num_processes=processes, process_index=rank, device=torch.device("cpu"), is_main_process=rank == 0),
         )
         for rank in range(processes)
     ]

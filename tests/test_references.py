@@ -9,6 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers.utils import load_image
 from PIL import Image, ImageOps
 
@@ -19,6 +20,7 @@ from focusdpo.data.validation import validate
 from focusdpo.demo.tiny_flux import write_tiny_flux
 from focusdpo.demo.tiny_flux2 import write_tiny_flux2
 from focusdpo.demo.tiny_qwen import write_tiny_qwen
+from focusdpo.launch import Launch
 from focusdpo.models import BACKBONES
 from focusdpo.training.batches import dataset_of
 from focusdpo.training.cache import EncodingCache
@@ -417,12 +419,12 @@ def test_the_cache_tells_rules_of_one_size_apart(tmp_path, tiny_flux):
     """A cut-out of a size that FLUX.2 leaves alone, and a number leaves alone, has other colours in its clear parts."""
     folder = write_pair(tmp_path / "pair", cut_out(64, 80))
     config = TrainConfig(ModelConfig(str(tiny_flux), "flux2"), DataConfig(str(folder), cache=str(tmp_path / "cache")), "-")
-    cache = EncodingCache(config)
+    cache = EncodingCache(config, Accelerator(cpu=True), Launch())
     keys, pixels = [], []
     for number in (None, 80):
         data = dataset(folder, "flux2", reference_resolution=number)
         assert data.sizes[0].references == ((64, 80),)
-        keys.append(cache.reader(data).keys(0))
+        keys.append(cache.readers([data])[0].keys(0))
         pixels.append(data[0].references[0])
     assert not torch.equal(*pixels)
     assert [a == b for a, b in zip(*keys, strict=True)] == [True, True, False, True], "winner, loser, reference, prompt"

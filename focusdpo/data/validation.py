@@ -32,13 +32,14 @@ T = TypeVar("T")
 S = TypeVar("S")
 
 
-def load_pairs(path: str | Path, check: Check = "full", progress: bool = True) -> list[PairRecord]:
+def load_pairs(path: str | Path, check: Check = "full", progress: bool = True, warn: bool = True) -> list[PairRecord]:
     """The records of a dataset, all of which are fit for training.
 
     Args:
         path: what `find_sources` takes: pairs.jsonl or its folder, shards, tables.
         check: "full" decodes every image, "headers" reads sizes only.
-        progress: show a progress bar, and log warnings.
+        progress: show a progress bar.
+        warn: log warnings.
 
     Raises:
         FileNotFoundError: there is no such dataset.
@@ -49,7 +50,7 @@ def load_pairs(path: str | Path, check: Check = "full", progress: bool = True) -
     errors, warnings = _split(checks.problems)
     if errors:
         raise DatasetError(errors)
-    if warnings and progress:
+    if warnings and warn:
         lines = "\n".join(map(str, warnings[:LOGGED]))
         more = f"\nand {len(warnings) - LOGGED} more" if len(warnings) > LOGGED else ""
         logger.warning("%d warnings; `focusdpo data validate %s` lists all:\n%s%s", len(warnings), path, lines, more)

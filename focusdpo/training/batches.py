@@ -90,7 +90,7 @@ def load_records(config: TrainConfig, launch: Launch | None = None) -> tuple[lis
     problems: list[Problem] = []
     for path in (config.data.train, config.data.validation):
         try:
-            records.append(load_pairs(path, config.data.check, is_main) if path is not None else [])
+            records.append(load_pairs(path, config.data.check, is_main, is_main) if path is not None else [])
         except DatasetError as error:
             problems += error.problems
             records.append([])

@@ -115,6 +115,8 @@ class Trainer:
             launch.once_a_machine("files and packages are checked", lambda: check_files_and_packages(config))
             datasets, left_out = load_datasets(config, launch)
             self.train_set, self.validation_set = datasets
+            if launch.is_main:
+                run.report_left_out(left_out)
             settings = shared_settings(config, launch, self.train_set)
             run.check_settings(settings)
             check_match_count(config.focus, datasets)
@@ -135,8 +137,6 @@ class Trainer:
                 check_trackers(config)
                 check_hub(config.push_to_hub)
             kernels = resolve_backend(config.backend, torch.empty(0, device=self.accelerator.device))
-        if launch.is_main:
-            run.report_left_out(left_out)
         self.samples = Samples(
             config, self.validation_set.records, run.out, self.folder / SAMPLES_FOLDER, lambda: load_backbone(config, "vae")
         )
