@@ -28,7 +28,7 @@ JOINING = 600.0  # seconds in which the processes of a launch have to come toget
 REACHED = 20.0  # seconds in which the first process is to be reached directly
 BEAT = 1.0  # seconds between signs of life
 PATIENCE = 30.0  # seconds after which a waiting process says for whom it waits, then in twice the time
-LEAVING = 10.0  # seconds that a process has to leave by itself once another one has failed
+LEAVING = 30.0  # seconds that a process has to leave by itself once another one has failed: it may be writing
 STOPPING = 30.0  # seconds to save what is running once the launcher is gone
 HEARD = 5.0  # seconds that a failing process waits for the others to hear of it
 

@@ -423,6 +423,7 @@ class Trainer:
         state = adapter_state(self.module)  # of all processes
         if self.launch.is_main:
             self.backbone.save_lora(self.folder / name, state)
+        self.launch.wait("the LoRA is written")
 
     def _adapt_beta(self, factor: float) -> None:
         """Raises beta while pairs have more gradient than `loss.auto_beta` wants, and lowers it while they have less."""
