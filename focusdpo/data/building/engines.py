@@ -1,12 +1,10 @@
-"""Runs the stages over all drafts: in this process, in several, or as actors on a Ray cluster. All give the same pairs."""
+"""Runs the stages over all drafts, here or in several processes; ray_engine.py does it on Ray, with the same pairs."""
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -85,41 +83,6 @@ class _Drafts(Dataset[dict[str, Any]]):
         return self._worker(self._drafts[index]).outcome()
 
 
-def run_plain(steps: Sequence[Step], drafts: Sequence[Draft], workers: int) -> Iterator[dict[str, Any]]:
+def run_plain(steps: Sequence[Step], drafts: Sequence[Draft], workers: int) -> Generator[dict[str, Any]]:
     """Here, or in `workers` processes: they end when this one is killed. Yields each draft's outcome."""
     yield from DataLoader(_Drafts(drafts, Worker(steps)), batch_size=None, num_workers=0 if workers == 1 else workers)
-
-
-class _RayWorker:
-    """Stages as an actor of Ray Data; a row holds a pickled draft."""
-
-    def __init__(self, steps: Sequence[Step]) -> None:
-        self._worker = Worker(steps)
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {"draft": pickle.dumps(self._worker(pickle.loads(row["draft"])))}
-
-
-def run_ray(steps: Sequence[Step], drafts: Sequence[Draft], workers: int) -> Iterator[dict[str, Any]]:
-    """On the Ray cluster that this process belongs to, or on one that it starts here. Yields each draft's outcome.
-
-    Neighbouring stages on the same device share an actor; there are `workers` actors of each such group. One for a GPU takes a
-    whole GPU. The folders of scenes and output have to be the same on every node.
-    """
-    import ray
-    import ray.data
-
-    started = not ray.is_initialized()
-    if started:
-        ray.init(log_to_driver=False)
-    try:
-        rows = [{"draft": pickle.dumps(draft)} for draft in drafts]
-        data = ray.data.from_items(rows, override_num_blocks=min(len(rows), max(4 * workers, len(rows) // 16)))
-        for device, group in groupby(steps, key=lambda step: step.device):
-            gpu = {} if device == "cpu" else {"num_gpus": 1}
-            data = data.map(_RayWorker, fn_constructor_args=(list(group),), concurrency=workers, num_cpus=1, **gpu)
-        for row in data.iter_rows():
-            yield pickle.loads(row["draft"]).outcome()
-    finally:
-        if started:
-            ray.shutdown()
