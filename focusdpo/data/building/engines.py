@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
-
-import cv2
-from torch.utils.data import DataLoader, Dataset
 
 from focusdpo.data.building.captioning import CaptionModel, ClassNames
 from focusdpo.data.building.config import BuildConfig, DisruptionConfig
@@ -20,6 +18,7 @@ from focusdpo.data.building.loading import Load
 from focusdpo.data.building.scenes import Scene
 from focusdpo.data.building.segmentation import GivenMasks, GrabCut, Sam
 from focusdpo.data.building.writing import Write
+from focusdpo.workers import Pool
 
 
 @dataclass(frozen=True)
@@ -66,23 +65,26 @@ class Worker:
 
     def __call__(self, draft: Draft) -> Draft:
         if self._stages is None:
-            cv2.setNumThreads(1)  # the workers are what runs at once
             self._stages = [step.make() for step in self._steps]
         return run_stages(self._stages, draft)
 
 
-class _Drafts(Dataset[dict[str, Any]]):
-    def __init__(self, drafts: Sequence[Draft], worker: Worker) -> None:
-        self._drafts = drafts
-        self._worker = worker
-
-    def __len__(self) -> int:
-        return len(self._drafts)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._worker(self._drafts[index]).outcome()
+def outcome_of(worker: Worker, draft: Draft) -> dict[str, Any]:
+    """What the manifest keeps of a draft."""
+    return worker(draft).outcome()
 
 
 def run_plain(steps: Sequence[Step], drafts: Sequence[Draft], workers: int) -> Generator[dict[str, Any]]:
-    """Here, or in `workers` processes: they end when this one is killed. Yields each draft's outcome."""
-    yield from DataLoader(_Drafts(drafts, Worker(steps)), batch_size=None, num_workers=0 if workers == 1 else workers)
+    """Here, or in `workers` processes. Yields each draft's outcome when it is done.
+
+    Raises:
+        ChildProcessError: a process was killed.
+    """
+    work = partial(outcome_of, Worker(steps))
+    count = min(workers, len(drafts))
+    if count <= 1:
+        yield from map(work, drafts)
+        return
+    with Pool(count, work, attrgetter("name")) as pool:
+        for _, outcome in pool.run(drafts, tell_silence=True):
+            yield outcome
