@@ -22,13 +22,15 @@ import cv2
 
 from focusdpo import workers
 from focusdpo.data import load_pairs
+from focusdpo.data.building.builder import prepare_build
 from focusdpo.data.building.config import BuildConfig
 from focusdpo.data.building.draft import Draft
 from focusdpo.data.building.engines import run_plain, steps
 from focusdpo.data.building.scenes import load_scenes
 from focusdpo.demo.scenes import write_scenes
+from focusdpo.journals import Journal
 from tests.hostile.killing import make_photos
-from tests.processes import assert_gone, workers_of
+from tests.processes import assert_gone, started, workers_of
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.timeout(150)
@@ -51,16 +53,15 @@ def command(scenes, tmp_path):
     return {words[0]: [*start, *words, "--workers", "2"] for words in (build, dreambench)}
 
 
-def begin(command, manifest):
-    """A command that has begun to build, and its workers."""
-    parent = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+def begun(parent, manifest):
+    """The workers of a command, once it builds."""
     until = time.monotonic() + 60
     while not (manifest.exists() and manifest.read_bytes().count(b"\n") > 3):
-        assert parent.poll() is None and time.monotonic() < until, parent.communicate()[1][-3000:]
+        assert parent.poll() is None and time.monotonic() < until
         time.sleep(0.02)
     processes = workers_of(parent.pid)
     assert len(processes) == 2
-    return parent, processes
+    return processes
 
 
 @pytest.mark.parametrize(
@@ -71,9 +72,10 @@ def test_workers_end_with_their_parent(command, tmp_path, name, number):
     manifest = tmp_path / "build" / "manifest.jsonl"
     if name == "dreambench":  # which has used OpenCV's threads to compose its scenes
         manifest = tmp_path / "dreambench" / "pairs" / "manifest.jsonl"
-    parent, processes = begin(command[name], manifest)
-    with parent:
+    with started(command[name], cwd=ROOT) as parent:
+        processes = begun(parent, manifest)
         parent.send_signal(number)
+        parent.wait(30)
     assert parent.returncode == -number
     assert_gone(processes, 2.0)
     done = manifest.read_bytes()
@@ -86,10 +88,10 @@ def test_workers_end_with_their_parent(command, tmp_path, name, number):
 
 
 def test_a_killed_worker_is_one_line(command, tmp_path):
-    parent, processes = begin(command["build"], tmp_path / "build" / "manifest.jsonl")
-    with parent:
+    with started(command["build"], cwd=ROOT, stderr=subprocess.PIPE) as parent:
+        processes = begun(parent, tmp_path / "build" / "manifest.jsonl")
         processes[0].kill()
-        said = parent.stderr.read()
+        said = parent.communicate(timeout=60)[1]
     assert parent.returncode == 1
     message = (
         f"focusdpo data build: error: workers: process {processes[0].pid} was killed by SIGKILL while it worked at 0000000-"
@@ -97,6 +99,21 @@ def test_a_killed_worker_is_one_line(command, tmp_path):
     assert message in said and "fewer workers need less; the same command goes on from what is there" in said
     assert "Traceback" not in said
     assert_gone(processes, 2.0)
+
+
+def test_an_interrupted_build_has_no_workers_left(scenes, tmp_path, monkeypatch):
+    """Also where its traceback is kept, as a notebook does."""
+    config = BuildConfig(str(scenes), str(tmp_path / "out"), resolution=64, reference_resolution=64, workers=2)
+    work = prepare_build(config)
+
+    def interrupted(*arguments, **options):
+        assert workers_of(os.getpid())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt) as error:
+        work()
+    assert error.tb and not workers_of(os.getpid())
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,7 +34,7 @@ from focusdpo.data.building.dreambench import DreamBenchConfig, prepare_dreamben
 from focusdpo.data.building.engines import Step
 from focusdpo.data.building.ray_engine import run_ray
 from focusdpo.demo.scenes import write_scenes
-from tests.processes import assert_gone
+from tests.processes import assert_gone, started
 from tests.ray_stages import Broken, Killed, WaitFor
 from tests.test_building import build, small, tree
 
@@ -140,7 +139,7 @@ def test_a_cluster_of_its_own(scenes, tmp_path, temporary, cluster, other):
             return "Ray: on a cluster of its own, with " in log.read_text()
         return manifest.exists() and manifest.read_bytes()
 
-    with log.open("w") as stream, subprocess.Popen(command, cwd=ROOT, env=environment, stderr=stream) as parent:
+    with log.open("w") as stream, started(command, cwd=ROOT, env=environment, stderr=stream) as parent:
         until = time.monotonic() + 60
         while not has_begun():
             assert parent.poll() is None and time.monotonic() < until, log.read_text()[-3000:]
@@ -148,6 +147,7 @@ def test_a_cluster_of_its_own(scenes, tmp_path, temporary, cluster, other):
         processes = psutil.Process(parent.pid).children(recursive=True)
         assert {"gcs_server", "raylet"} <= {process.name() for process in processes}
         parent.send_signal(signal.SIGTERM if other == "a stale address" else signal.SIGINT)
+        parent.wait(30)
     assert parent.returncode == (128 + signal.SIGTERM if other == "a stale address" else 128 + signal.SIGINT)
     assert_gone(processes, 3.0)
     assert ray.get(ray.put(1)) == 1, "and the other cluster is as it was"

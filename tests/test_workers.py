@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -15,7 +16,7 @@ import pytest
 
 from focusdpo import workers
 from focusdpo.workers import Pool, WorkerDiedError, threads_of
-from tests.processes import assert_gone
+from tests.processes import assert_gone, started
 from tests.worker_tasks import Threads, note_place, work
 
 pytest.importorskip("cv2", reason="needs the extra build: pip install 'focusdpo[build]'")
@@ -84,6 +85,28 @@ def test_those_that_have_begun_may_finish(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"first"}, "and no other was begun"
 
 
+def test_results_that_came_with_a_failure_are_given_out_and_no_other_task(tmp_path):
+    tasks = [("fail", 0.3), ("sleep", 0), ("sleep", 0.1), ("touch", tmp_path / "file")]
+    with Pool(2, work) as pool:
+        results = pool.run(tasks)
+        assert next(results)[0] == tasks[1]
+        time.sleep(1)  # until both have answered
+        assert next(results)[0] == tasks[2]
+        with pytest.raises(ZeroDivisionError):
+            next(results)
+        pool.finish()
+    assert not list(tmp_path.iterdir())
+
+
+def test_signals_to_the_whole_group_are_for_the_parent():
+    with Pool(1, work) as pool:
+        results = pool.run([("sleep", 0), ("sleep", 0.5)])
+        process = next(results)[1]
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(process, number)
+        assert next(results)[1] == process
+
+
 def test_silence_is_told_at_growing_intervals(monkeypatch, caplog):
     monkeypatch.setattr(workers, "SILENCE", 0.3)
     with Pool(2, work) as pool:
@@ -96,7 +119,7 @@ def test_silence_is_told_at_growing_intervals(monkeypatch, caplog):
 
 SCRIPT = """
 from focusdpo.workers import Pool
-from tests.processes import assert_gone
+from tests.processes import assert_gone, started
 from tests.worker_tasks import work
 with Pool(2, work) as pool:  # with no guard for processes that would import this again
     print(*(worker.process.pid for worker in pool._workers), flush=True)
@@ -110,9 +133,7 @@ with Pool(2, work) as pool:  # with no guard for processes that would import thi
 def test_they_end_with_their_parent_in_the_midst_of_a_task(tmp_path, number):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    with subprocess.Popen(
-        [sys.executable, str(script)], env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
-    ) as parent:
+    with started([sys.executable, str(script)], env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE) as parent:
         processes = [psutil.Process(int(number)) for number in parent.stdout.readline().split()]
         assert parent.stdout.readline() == "at work\n"
         parent.send_signal(number)
@@ -122,12 +143,11 @@ def test_they_end_with_their_parent_in_the_midst_of_a_task(tmp_path, number):
 def test_ctrl_c_ends_all_without_a_word_from_the_workers(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    with subprocess.Popen(
+    with started(
         [sys.executable, str(script)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
         start_new_session=True,
     ) as parent:
         processes = [psutil.Process(int(number)) for number in parent.stdout.readline().split()]

@@ -23,6 +23,9 @@ def work(task):
         os._exit(value)
     elif kind == "raise":
         raise value
+    elif kind == "fail":
+        time.sleep(value)
+        raise ZeroDivisionError
     elif kind == "odd":
         raise OddError("odd", 2)
     elif kind == "touch":
