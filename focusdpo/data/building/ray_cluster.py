@@ -21,7 +21,13 @@ VARIABLE = "RAY_ADDRESS"
 LOCAL = "local"  # an address: a cluster of its own
 ANSWER = 60.0  # seconds that a cluster may take to let a process join
 CONNECT = 10.0  # seconds that its port may take
-PROBE = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='ERROR')"
+# Tries to join; the alarm ends it also where nobody waits for it any more.
+PROBE = """
+import signal, sys
+signal.alarm(int(sys.argv[2]) + 1)
+import ray
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+"""
 
 
 def named_cluster(ray_address: str | None) -> tuple[str, str] | None:
@@ -47,7 +53,8 @@ def check_cluster(ray_address: str | None) -> None:
     try:
         _reach(address)
         # Ray tries for minutes, and cannot be interrupted: so another process tries first.
-        subprocess.run([sys.executable, "-c", PROBE, address], check=True, capture_output=True, text=True, timeout=ANSWER)
+        command = [sys.executable, "-P", "-c", PROBE, address, f"{ANSWER:.0f}"]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=ANSWER)
         return
     except subprocess.TimeoutExpired:
         why = f"no answer within {ANSWER:.0f} s"
