@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, default=512)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    cv2.setNumThreads(1)
     print(device_name(torch.device("cpu")))
     with tempfile.TemporaryDirectory() as folder:
         scenes = write_scenes(Path(folder) / "scenes", options.scenes, options.resolution, seed=0)

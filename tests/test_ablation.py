@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +29,7 @@ from focusdpo.features import pool_mask
 from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, ModelConfig, OptimConfig, SamplesConfig, TrainConfig
 from focusdpo.training.trainer import VALIDATION_SEED, Trainer
 from tests.backbones import pair_batch
+from tests.processes import workers_of
 
 
 @pytest.fixture
@@ -308,7 +309,7 @@ def test_after_a_failure_no_other_run_begins(run, settings, tmp_path):
     jobs[0] = dataclasses.replace(jobs[0], config=broken)
     with pytest.raises(FileNotFoundError, match="none"):
         run_jobs(jobs, workers=2)
-    assert not multiprocessing.active_children()
+    assert not workers_of(os.getpid())
     assert sum(job.folder.exists() for job in jobs[2:]) <= 2 and not jobs[-1].folder.exists()
 
 

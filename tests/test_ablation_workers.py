@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import queue
 import subprocess
 import sys
-import threading
 from types import SimpleNamespace
 
 import pytest
@@ -31,23 +29,18 @@ print(sorted({"peft", "diffusers", "transformers", "bitsandbytes", "torchao", "a
 
 @pytest.mark.parametrize(("visible", "expected"), [(None, ["0", "1", "0"]), ("5,GPU-7a", ["5", "GPU-7a", "5"])])
 def test_workers_share_the_gpus(visible, expected, monkeypatch):
-    monkeypatch.setattr(worker, "_end_with_parent", lambda: None)
-    monkeypatch.setattr(worker, "_stop", None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    places = queue.Queue()
     found = []
     for place in range(3):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if visible:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        places.put(place)
-        worker.take_place(places, devices=2, workers=3, stop=threading.Event())
+        worker.take_place(place, devices=2)
         found.append(os.environ["CUDA_VISIBLE_DEVICES"])
     assert found == expected
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    places.put(0)
     with pytest.raises(ChildProcessError, match="a worker sees several GPUs"):
-        worker.take_place(places, devices=2, workers=2, stop=threading.Event())
+        worker.take_place(0, devices=2)
 
 
 def test_a_worker_for_each_gpu(monkeypatch):

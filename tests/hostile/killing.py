@@ -127,7 +127,10 @@ def _content(path: Path) -> bytes:
 
 
 def main(name: str, root: Path) -> None:
+    import cv2
+
     torch.set_num_threads(1)
+    cv2.setNumThreads(1)  # its pool of threads would not come along into a fork
     case = CASES[name]
     template = root / "template"
     template.mkdir()

@@ -7,6 +7,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tqdm.auto import tqdm
 
 from focusdpo.data.building.config import BuildConfig
 from focusdpo.data.building.draft import Draft
+from focusdpo.data.building.ray_cluster import check_cluster
 from focusdpo.data.building.scenes import FILE_NAME as SCENES_FILE
 from focusdpo.data.building.scenes import Scene, load_scenes
 from focusdpo.data.records import FILE_NAME
@@ -39,7 +41,7 @@ WRITTEN = (
 )
 
 # What a build that goes on may change: where things lie and what they run on.
-FREE = ("scenes", "output_dir", "overwrite", "engine", "workers", "device")
+FREE = ("scenes", "output_dir", "overwrite", "engine", "workers", "ray_address", "device")
 
 
 def prepare_build(config: BuildConfig) -> Callable[[], None]:
@@ -49,11 +51,12 @@ def prepare_build(config: BuildConfig) -> Callable[[], None]:
         ModuleNotFoundError: an optional dependency is missing; names the extra.
         FileNotFoundError, ValueError: scenes, models or settings are not fit.
         FileExistsError, NotADirectoryError: the folder holds something that may not be replaced.
+        ConnectionError: the Ray cluster that is named does not answer.
     """
     require_package("cv2", "data build", "build")
     require_package("imagehash", "data build", "build")
     if config.engine == "ray":
-        require_package("ray.data", "engine=ray", "ray")
+        check_cluster(config.ray_address)
     for group in ("segmentation", "captioning", "disruption", "gates"):
         for name in ("path", "detector"):
             folder = getattr(getattr(config, group), name, None)
@@ -96,8 +99,14 @@ def _check_same(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> Non
 
 
 def build(config: BuildConfig, scenes: Sequence[Scene], settings: dict[str, Any], out: OutputFolder) -> None:
-    """Builds what the manifest lacks, and writes the dataset into a folder that is ready."""
-    from focusdpo.data.building.engines import run_plain, run_ray, steps  # imports OpenCV
+    """Builds what the manifest lacks, and writes the dataset into a folder that is ready.
+
+    Raises:
+        ChildProcessError: workers were killed.
+        ValueError: there are too few GPUs for the workers, or no draft became a pair.
+    """
+    from focusdpo.data.building.engines import run_plain, steps  # imports OpenCV
+    from focusdpo.data.building.ray_engine import run_ray
 
     folder = out.path
     write_whole(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
@@ -113,12 +122,17 @@ def build(config: BuildConfig, scenes: Sequence[Scene], settings: dict[str, Any]
         logger.info("%d of %d drafts were done before", len(drafts) - len(left), len(drafts))
     started = time.perf_counter()
     manifest = Journal(folder / MANIFEST)
-    run = {"plain": run_plain, "ray": run_ray}[config.engine]
-    outcomes = run(steps(config, scenes), left, config.workers) if left else iter(())
-    for outcome in tqdm(outcomes, total=len(left), desc="building pairs", unit="pair", leave=False):
-        manifest.write(outcome, to_disk=True)
-        done[outcome["name"]] = outcome
-    manifest.close()
+    pipeline = steps(config, scenes)
+    if config.engine == "ray":
+        running = run_ray(pipeline, left, config.workers, config.ray_address)
+    else:
+        running = run_plain(pipeline, left, config.workers)
+    with closing(manifest), closing(running) as outcomes:  # whatever is raised, workers end here
+        for outcome in tqdm(outcomes, total=len(left), desc="building pairs", unit="pair", leave=False):
+            manifest.write(outcome, to_disk=True)
+            done[outcome["name"]] = outcome
+    if config.engine == "ray":
+        out.tidy()  # what actors have left that were killed and begun again
     seconds = time.perf_counter() - started
     finish(out, [done[draft.name] for draft in drafts], config, len(left), seconds)
 

@@ -154,8 +154,10 @@ class BuildConfig:
         reference_resolution: Longest side of a reference in pixels.
         pairs_per_scene: How many pairs are built of a scene, each with choices of its own.
         seed: Of every random choice.
-        engine: "plain" runs here, "ray" on a Ray cluster, or on one that it starts here.
-        workers: Processes, or with ray the actors of each group of stages.
+        engine: "plain" runs here, "ray" on a Ray cluster.
+        workers: Processes, which share the cores; with ray as many actors for each kind of device.
+        ray_address: The Ray cluster to join: host:port, ray://host:port, or "auto" for the one of this machine. "local" starts
+            one of its own, as does null where the variable RAY_ADDRESS names none.
         overwrite: Delete what an earlier build left in output_dir, and start anew.
     """
 
@@ -171,6 +173,7 @@ class BuildConfig:
     seed: int = 0
     engine: Literal["plain", "ray"] = "plain"
     workers: int = 1
+    ray_address: str | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -179,6 +182,12 @@ class BuildConfig:
         for name in ("pairs_per_scene", "workers"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.seed >= 0, "seed", self.seed, "at least 0")
+        no_address = self.engine == "ray" or self.ray_address is None
+        require(no_address and self.ray_address != "", "ray_address", self.ray_address, "null, or with engine=ray an address")
+        for group in ("segmentation", "captioning", "disruption", "gates"):
+            device = getattr(self, group).device
+            free = self.engine != "ray" or device in ("cpu", "cuda")
+            require(free, f"{group}.device", device, "cpu or cuda with engine=ray, which gives each worker a GPU of its own")
 
 
 def _model(group: str, name: str, of_model: str, path: str | None) -> None:

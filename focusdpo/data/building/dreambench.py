@@ -19,6 +19,7 @@ from focusdpo.data.building import builder
 from focusdpo.data.building.builder import prepare_build
 from focusdpo.data.building.config import BuildConfig, DisruptionConfig
 from focusdpo.data.building.dreambench_scenes import COMPOSED, as_stored, composed_scenes, photo_scenes, photos, relative
+from focusdpo.data.building.ray_cluster import check_cluster
 from focusdpo.extras import require_package
 from focusdpo.files import write_whole
 from focusdpo.folders import OutputFolder, under
@@ -50,6 +51,7 @@ class DreamBenchConfig:
         seed: Of every random choice.
         engine: "plain" or "ray", as for `focusdpo data build`.
         workers: Processes or actors.
+        ray_address: The Ray cluster to join, as for `focusdpo data build`.
         overwrite: Delete what an earlier run left in output_dir.
     """
 
@@ -62,6 +64,7 @@ class DreamBenchConfig:
     seed: int = 0
     engine: Literal["plain", "ray"] = "plain"
     workers: int = 1
+    ray_address: str | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -75,8 +78,11 @@ def prepare_dreambench(config: DreamBenchConfig) -> Callable[[], None]:
         FileNotFoundError: a list or photos are missing.
         ValueError: a list is not in UNO's format.
         FileExistsError, NotADirectoryError: the folder holds something that may not be replaced.
+        ConnectionError: the Ray cluster that is named does not answer.
     """
     require_package("cv2", "data dreambench", "build")
+    if config.engine == "ray" and config.pairs_per_scene:
+        check_cluster(config.ray_address)
     root, out = Path(config.root), Path(config.output_dir)
     classes = read_classes(root)
     written: dict[str, list[dict[str, Any]]] = {}
@@ -107,6 +113,7 @@ def prepare_dreambench(config: DreamBenchConfig) -> Callable[[], None]:
         seed=config.seed,
         engine=config.engine,
         workers=config.workers,
+        ray_address=config.ray_address,
     )
 
     if resumable and (out / "scenes.jsonl").exists():

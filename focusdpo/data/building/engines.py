@@ -1,17 +1,13 @@
-"""Runs the stages over all drafts: in this process, in several, or as actors on a Ray cluster. All give the same pairs."""
+"""Runs the stages over all drafts, here or in several processes; ray_engine.py does it on Ray, with the same pairs."""
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
-
-import cv2
-from torch.utils.data import DataLoader, Dataset
 
 from focusdpo.data.building.captioning import CaptionModel, ClassNames
 from focusdpo.data.building.config import BuildConfig, DisruptionConfig
@@ -22,6 +18,7 @@ from focusdpo.data.building.loading import Load
 from focusdpo.data.building.scenes import Scene
 from focusdpo.data.building.segmentation import GivenMasks, GrabCut, Sam
 from focusdpo.data.building.writing import Write
+from focusdpo.workers import Pool
 
 
 @dataclass(frozen=True)
@@ -68,58 +65,26 @@ class Worker:
 
     def __call__(self, draft: Draft) -> Draft:
         if self._stages is None:
-            cv2.setNumThreads(1)  # the workers are what runs at once
             self._stages = [step.make() for step in self._steps]
         return run_stages(self._stages, draft)
 
 
-class _Drafts(Dataset[dict[str, Any]]):
-    def __init__(self, drafts: Sequence[Draft], worker: Worker) -> None:
-        self._drafts = drafts
-        self._worker = worker
-
-    def __len__(self) -> int:
-        return len(self._drafts)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._worker(self._drafts[index]).outcome()
+def outcome_of(worker: Worker, draft: Draft) -> dict[str, Any]:
+    """What the manifest keeps of a draft."""
+    return worker(draft).outcome()
 
 
-def run_plain(steps: Sequence[Step], drafts: Sequence[Draft], workers: int) -> Iterator[dict[str, Any]]:
-    """Here, or in `workers` processes: they end when this one is killed. Yields each draft's outcome."""
-    yield from DataLoader(_Drafts(drafts, Worker(steps)), batch_size=None, num_workers=0 if workers == 1 else workers)
+def run_plain(steps: Sequence[Step], drafts: Sequence[Draft], workers: int) -> Generator[dict[str, Any]]:
+    """Here, or in `workers` processes. Yields each draft's outcome when it is done.
 
-
-class _RayWorker:
-    """Stages as an actor of Ray Data; a row holds a pickled draft."""
-
-    def __init__(self, steps: Sequence[Step]) -> None:
-        self._worker = Worker(steps)
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {"draft": pickle.dumps(self._worker(pickle.loads(row["draft"])))}
-
-
-def run_ray(steps: Sequence[Step], drafts: Sequence[Draft], workers: int) -> Iterator[dict[str, Any]]:
-    """On the Ray cluster that this process belongs to, or on one that it starts here. Yields each draft's outcome.
-
-    Neighbouring stages on the same device share an actor; there are `workers` actors of each such group. One for a GPU takes a
-    whole GPU. The folders of scenes and output have to be the same on every node.
+    Raises:
+        ChildProcessError: a process was killed.
     """
-    import ray
-    import ray.data
-
-    started = not ray.is_initialized()
-    if started:
-        ray.init(log_to_driver=False)
-    try:
-        rows = [{"draft": pickle.dumps(draft)} for draft in drafts]
-        data = ray.data.from_items(rows, override_num_blocks=min(len(rows), max(4 * workers, len(rows) // 16)))
-        for device, group in groupby(steps, key=lambda step: step.device):
-            gpu = {} if device == "cpu" else {"num_gpus": 1}
-            data = data.map(_RayWorker, fn_constructor_args=(list(group),), concurrency=workers, num_cpus=1, **gpu)
-        for row in data.iter_rows():
-            yield pickle.loads(row["draft"]).outcome()
-    finally:
-        if started:
-            ray.shutdown()
+    work = partial(outcome_of, Worker(steps))
+    count = min(workers, len(drafts))
+    if count <= 1:
+        yield from map(work, drafts)
+        return
+    with Pool(count, work, attrgetter("name")) as pool:
+        for _, outcome in pool.run(drafts, tell_silence=True):
+            yield outcome

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.queues import Queue
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +12,7 @@ from tqdm.auto import tqdm
 
 from focusdpo.experiments.ablation.jobs import Job, Result, work_on
 from focusdpo.experiments.ablation.worker import run_job, take_place
+from focusdpo.workers import Pool, WorkerDiedError
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +35,7 @@ def run_jobs(jobs: Sequence[Job], workers: int | None) -> list[Result]:
     bar = tqdm(total=len(jobs), initial=len(jobs) - len(open_jobs), desc="ablation", unit="run")
     if count <= 1:
         for job in open_jobs:
-            bar.set_postfix_str(f"{job.change.name}, seed {job.seed}")
+            bar.set_postfix_str(_name(job))
             work_on(job)
             bar.update()
     else:
@@ -47,23 +45,17 @@ def run_jobs(jobs: Sequence[Job], workers: int | None) -> list[Result]:
 
 
 def _spread(jobs: Sequence[Job], count: int, devices: int, bar: tqdm[Any]) -> None:
-    context = multiprocessing.get_context("spawn")
-    places: Queue[int] = context.Queue()
-    for place in range(count):
-        places.put(place)
-    stop = context.Event()
-    pool = ProcessPoolExecutor(count, context, take_place, (places, devices, count, stop))
-    try:
-        for future in as_completed([pool.submit(run_job, job) for job in jobs]):
-            future.result()
-            bar.update()
-    except BrokenProcessPool as error:
-        message = "ablation: a worker was killed or could not begin, perhaps for want of memory; fewer --workers need less. "
-        raise ChildProcessError(message + "The same command goes on from what is there") from error
-    except BaseException:
-        stop.set()
-        logger.info("ablation: waiting for the runs that have begun; no other is begun")
-        raise
-    finally:
-        # Once only: a second shutdown forgets what the first was to cancel.
-        pool.shutdown(wait=True, cancel_futures=True)
+    with Pool(count, run_job, _name, partial(take_place, devices=devices), hears_signals=True) as pool:
+        try:
+            for _ in pool.run(jobs):
+                bar.update()
+        except WorkerDiedError:
+            raise
+        except BaseException:
+            logger.info("ablation: waiting for the runs that have begun; no other is begun")
+            pool.finish()
+            raise
+
+
+def _name(job: Job) -> str:
+    return f"{job.change.name}, seed {job.seed}"
