@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,7 @@ from focusdpo.experiments.masks import MasksConfig, prepare_masks
 from focusdpo.experiments.microcosm.config import MicrocosmConfig
 from focusdpo.experiments.stress.command import prepare_stress
 from focusdpo.experiments.stress.config import StressConfig
-from focusdpo.launch import ElsewhereError, Launch, is_follower, is_launched, lost_connection
+from focusdpo.launch import ElsewhereError, Launch, is_follower, is_launched, lost_connection, tell_launcher
 from focusdpo.list_models import ModelsConfig, prepare_list
 from focusdpo.settings_text import item_of, options, read_option, read_settings
 from focusdpo.text import MessageFormatter, message_lines
@@ -61,14 +61,16 @@ def _train(config: TrainConfig) -> Work:
     from focusdpo.training.run_folder import finished_at
     from focusdpo.training.trainer import Trainer
 
-    if not Launch.current().is_main:
+    launch = Launch.join()
+    if not launch.is_main:
         import diffusers
         import transformers
 
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
-    finished = Launch.join().from_main("the run is looked at", lambda: finished_at(config))
+    finished = launch.from_main("the run is looked at", lambda: finished_at(config))
     if finished is not None:
+        launch.wait("the run is looked at")  # the first process may take the store along
         message = "%s has finished at step %d of max_steps=%d; a larger --max_steps goes on"
         return lambda: logger.info(message, config.output_dir, finished, config.max_steps)
     return Trainer(config).train
@@ -314,7 +316,8 @@ def main(argv: list[str] | None = None) -> None:
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt:
-        print(f"\nfocusdpo {name}: interrupted", file=sys.stderr)
+        if launch.is_main:
+            print(f"\nfocusdpo {name}: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
@@ -336,10 +339,12 @@ def _join(name: str) -> Launch:
             logging.disable(logging.WARNING)
             warnings.simplefilter("ignore")
         return launch
-    if is_follower():
-        sys.exit(1)  # the first process says why
     if is_launched():
-        raise ValueError("a launcher has started several processes, and this command runs in one; start it without launcher")
+        text = "a launcher has started several processes, and this command runs in one; start it without launcher"
+        tell_launcher(f"focusdpo {name}: error: {text}")
+        if is_follower():
+            sys.exit(1)
+        raise ValueError(text)
     return Launch()
 
 
@@ -349,15 +354,17 @@ def _one_refusal(launch: Launch) -> Iterator[None]:
     if launch.size == 1:
         yield
         return
-    said = io.StringIO()
+    helped, said = io.StringIO(), io.StringIO()
     try:
-        with redirect_stderr(said):
+        with redirect_stdout(helped), redirect_stderr(said):
             yield
     except SystemExit as end:
         text = end.code if isinstance(end.code, str) else said.getvalue()
         if end.code and not launch.fail(text.strip()):
             sys.exit(1)
-        sys.stderr.write(said.getvalue())
+        if end.code or launch.is_main:
+            sys.stdout.write(helped.getvalue())
+            sys.stderr.write(said.getvalue())
         raise
 
 
@@ -365,12 +372,13 @@ def _is_the_reason(launch: Launch, error: Exception, text: str) -> bool:
     """Whether a failure is to be told here: not where another process failed before, which the launcher tells."""
     if launch.size == 1:
         return True
+    elsewhere: str | None = str(error)
     if not isinstance(error, ElsewhereError):
         # Connections break before the word of who broke them is there.
         elsewhere = launch.failure(3.0 if lost_connection(error) else 0.0)
         if elsewhere is None:
             return launch.fail(text)
-    launch.fail("")
+    launch.pass_on(elsewhere or text)
     return "TORCHELASTIC_ERROR_FILE" not in os.environ
 
 

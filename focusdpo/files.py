@@ -8,14 +8,16 @@ import json
 import math
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from safetensors import safe_open
 
+COMES = 65.0  # seconds in which a network file system shows what others wrote: Linux keeps for a minute what was not there
 PART = 2**26  # bytes of a large file that are hashed at once
 
 
@@ -29,6 +31,18 @@ def checksum(file: ReadableFile) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def comes(file: Path) -> bool:
+    """Whether a file that another process has written is there, or comes within a minute, as on a network file system."""
+    until = time.monotonic() + COMES
+    while not file.exists():
+        if time.monotonic() > until:
+            return False
+        with suppress(OSError):
+            os.listdir(file.parent)  # which asks anew where it can
+        time.sleep(0.1)
+    return True
 
 
 def partial_of(path: Path) -> Path:

@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import socket
-import time
 import uuid
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from focusdpo.files import checksum, write_json
+from focusdpo.files import checksum, comes, write_json
 from focusdpo.launch import Launch
 
 logger = logging.getLogger(__name__)
@@ -44,7 +43,6 @@ NAMED = 5  # files in a message
 # A pipeline that diffusers saved under the name model, as patterns.
 PIPELINE_WRITTEN = (r"model/model_index\.json", r"model/[a-z_0-9]+/[\w.-]+\.(json|jinja|model|safetensors|txt)")
 SHOWN = ".seen-by-all-"  # begins the name of a file that tells whether all processes of a launch see one folder
-SEEN_WITHIN = 10.0  # seconds: network file systems show others' files late
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -268,7 +266,7 @@ class OutputFolder:
         own = self.path / OWN
         folder = own if own.is_dir() else self.path
         name = launch.from_main("the output folder was made", lambda: self._show(folder))
-        seen = _comes(self.path / name)
+        seen = comes(self.path / name)
         launch.wait("the output folder was looked at")
         if launch.is_main:
             (self.path / name).unlink(missing_ok=True)
@@ -475,18 +473,6 @@ def _names_below(folder: Path, name: str) -> Iterator[str]:
     for place, _, files in os.walk(path):
         below = Path(place).relative_to(folder).as_posix()
         yield from (f"{below}/{file}" for file in files)
-
-
-def _comes(file: Path) -> bool:
-    """Whether a file that another process has written is there, or comes."""
-    until = time.monotonic() + SEEN_WITHIN
-    while not file.exists():
-        if time.monotonic() > until:
-            return False
-        with suppress(OSError):
-            os.listdir(file.parent)  # has a network file system ask anew
-        time.sleep(0.1)
-    return True
 
 
 def _prune(folder: Path) -> None:

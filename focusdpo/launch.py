@@ -1,14 +1,16 @@
 """The processes of one launch, on one machine or several: they wait for each other, share what one found, and fail together.
 
-All of it goes through a store of torch.distributed, which the first process keeps, and not through collectives: it works before
-there is a process group, whoever waits knows for whom, and may do so for as long as the others live. A thread of each process
-gives signs of life meanwhile, and ends a process whose main thread hangs in a collective that others left.
+All of it goes through a store of torch.distributed, which the first process keeps, and not through collectives: it works
+before there is a process group, whoever waits knows for whom, and may do so for as long as the others live. Two threads of each
+process stand behind that: one gives signs of life and hears what others say, the other ends the process where its launcher has
+ended, or where another process has and the main thread hangs in a collective.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -29,11 +31,15 @@ REACHED = 20.0  # seconds in which the first process is to be reached directly
 BEAT = 1.0  # seconds between signs of life
 PATIENCE = 30.0  # seconds after which a waiting process says for whom it waits, then in twice the time
 LEAVING = 30.0  # seconds that a process has to leave by itself once another one has failed: it may be writing
-STOPPING = 30.0  # seconds to save what is running once the launcher is gone
 HEARD = 5.0  # seconds that a failing process waits for the others to hear of it
+SILENT = 120.0  # seconds without a sign of life after which a process counts as dead, or collective_timeout if that is less
+PART = 2**20  # characters that are sent at once; the store takes no more than 8 MiB
+LONGEST = 20_000  # characters of a reason
 
 # What the libraries under torch.distributed say where another process is gone; their errors have no class of their own.
-LOST = re.compile(r"Connection (closed by peer|reset)|\bNCCL\b|gloo|Gloo|ProcessGroup")
+LOST = re.compile(
+    r"Connection (closed by peer|reset by peer)|[Tt]imed out waiting|collective operation timeout|remote process exited"
+)
 
 T = TypeVar("T")
 
@@ -44,15 +50,33 @@ class ElsewhereError(RuntimeError):
 
 def lost_connection(error: BaseException) -> str | None:
     """What to say of an error that collectives raise where another process does not come, or is gone; None of others."""
-    text = str(error)
-    if not isinstance(error, RuntimeError) or not LOST.search(text):
+    if not isinstance(error, RuntimeError):
         return None
-    return f"another process was lost ({_first_line(error)}); what it said, or the launcher says of it, has the reason"
+    line = next((line.strip() for line in str(error).splitlines() if LOST.search(line)), None)
+    return (
+        None if line is None else f"another process was lost ({line}); what it said, or the launcher says of it, has the reason"
+    )
 
 
 def _first_line(error: BaseException) -> str:
     """Of errors that torch.distributed raises, whose other lines are its own stack."""
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _reason(error: BaseException) -> str:
+    """What an error says; of those that are not about what a user gave, their class as well."""
+    if lost := lost_connection(error):
+        return lost
+    return str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
+
+
+def tell_launcher(text: str) -> None:
+    """Has torchrun, and accelerate's launcher, which uses it, say the reason in their last words."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file and not os.path.exists(file):
+        with suppress(OSError):
+            found = {"py_callstack": text, "timestamp": str(int(time.time()))}
+            Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": found}}))
 
 
 def is_launched() -> bool:
@@ -81,23 +105,32 @@ class Launch:
         rank, size: number of this process, and of all.
         local_rank: its number on its machine.
         store: a torch.distributed Store that all of them see; None where there is one process.
+        parent: process id of the launcher, without which this process ends; None does not look.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, store: Any = None) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, store: Any = None, parent: int | None = None) -> None:
         self.rank, self.size, self.local_rank = rank, size, local_rank
         self.timeout = JOINING  # seconds without a sign of life after which a process counts as dead
         self._host = socket.gethostname()
         self._machine = f"{self._host}/{os.environ.get('GROUP_RANK', '')}"  # launchers number machines, names may be alike
         self._store = store
+        self._rendezvous: Any = None  # the launcher's store, which some launchers have the first process serve
         self._meetings = 0
-        self._beats: dict[int, tuple[bytes, float]] = {}  # the last sign of life of others, and when it was first seen
         self._calls = 0  # of stops_here
         self._stop_at: int | None = None  # as all have agreed
+        self._failed = False  # this process
+        self._heard: str | None = None  # why another one ends
+        self._unheard = 0  # beats since the store last answered
+        self._hears = store is not None  # whether it is asked
         self._closed = threading.Event()
+        self._threads: list[threading.Thread] = []
         if store is not None:
             store.set(f"host/{rank}", self._host)
-            self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-            threading.Thread(target=self._pulse, name="launch", daemon=True).start()
+            self._threads.append(threading.Thread(target=self._pulse, name="launch-pulse", daemon=True))
+        if store is not None or parent is not None:
+            self._threads.append(threading.Thread(target=self._watch, args=(parent,), name="launch-watch", daemon=True))
+        for thread in self._threads:
+            thread.start()
 
     _current: Launch | None = None
 
@@ -120,8 +153,11 @@ class Launch:
     @classmethod
     def _join(cls) -> Launch:
         places = _places()
+        # accelerate starts a single process without torchrun, and sets this for it.
+        is_launched = any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"))
+        parent = os.getppid() if is_launched else None
         if places is None:
-            return cls()
+            return cls(parent=parent)
         import atexit
 
         from torch.distributed import PrefixStore  # type: ignore[attr-defined]
@@ -130,15 +166,16 @@ class Launch:
         try:
             store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=JOINING)))
             # A launcher that starts its processes again may keep the store.
-            store = PrefixStore(f"focusdpo/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-            store = _own_store(store, rank, size)
+            rendezvous_store = PrefixStore(f"focusdpo/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            store = _own_store(rendezvous_store, rank, size)
         except (RuntimeError, ValueError) as error:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise ConnectionError(
                 f"process {places[0]} of {places[1]} did not meet the others at {where} within {JOINING:.0f} s; see that all "
                 f"machines were started, each with its own number, and reach that address ({_first_line(error)})"
             ) from error
-        launch = cls(rank, size, int(os.environ["LOCAL_RANK"]), store)
+        launch = cls(rank, size, int(os.environ["LOCAL_RANK"]), store, parent)
+        launch._rendezvous = rendezvous_store
         atexit.register(launch.close)
         return launch
 
@@ -174,10 +211,10 @@ class Launch:
         if self._store is None:
             return [value]
         key = self._next()
-        self._ask(lambda store: store.set(f"{key}/value/{self.rank}", json.dumps(value)))
+        self._put(f"{key}/value/{self.rank}", value)
         self._arrive(key)
         self._wait_for(f"{key}/all", what, key, range(self.size))
-        return [json.loads(self._get(f"{key}/value/{rank}")) for rank in range(self.size)]
+        return [self._take(f"{key}/value/{rank}") for rank in range(self.size)]
 
     def from_main(self, what: str, compute: Callable[[], T]) -> T:
         """What `compute`, called in the first process alone, returns there: a JSON value.
@@ -198,11 +235,11 @@ class Launch:
         key = f"{self._next()}/{place}"
         if not mine:
             self._wait_for(key, what, None, whom)
-            value: T = json.loads(self._get(key))
+            value: T = self._take(key)
             return value
         with self.failing():
             value = compute()
-        self._ask(lambda store: store.set(key, json.dumps(value)))
+        self._put(key, value)
         return value
 
     @contextmanager
@@ -214,13 +251,13 @@ class Launch:
 
     @contextmanager
     def failing(self) -> Iterator[None]:
-        """Work of this process; if it fails, all others are told why."""
+        """Work of this process; if it fails, all others are told why, and end: there is no second try."""
         try:
             yield
         except ElsewhereError:
             raise
         except BaseException as error:
-            self.fail(lost_connection(error) or str(error) or type(error).__name__)
+            self.fail(_reason(error))
             raise
 
     def stops_here(self, wanted: bool) -> bool:
@@ -235,9 +272,9 @@ class Launch:
         if self._store is None:
             return wanted
         self._calls += 1
-        self._ask(lambda store: store.set(f"calls/{self.rank}", str(self._calls)))
+        self._set(f"calls/{self.rank}", str(self._calls))
         if wanted:
-            self._ask(lambda store: store.set("stop", "1"))
+            self._set("stop", "1")
         if self._stop_at is None and self._ask(lambda store: store.check(["stop"])):
             others = [rank for rank in range(self.size) if rank != self.rank]
             passed = [int(self._get(f"calls/{rank}")) for rank in others if self._has(f"calls/{rank}")]
@@ -251,22 +288,44 @@ class Launch:
         """Tells all processes why this one ends, and waits a moment until they have heard it.
 
         Returns:
-            Whether this is the reason that all end for; False where another process failed first.
+            Whether this is the reason that all end for, or the only one that is known here; False where another process failed
+            first.
         """
         if self._store is None:
             return True
-        mine = json.dumps({"rank": self.rank, "text": f"process {self.rank} on {self._host}: {reason}"})
+        if len(reason) > LONGEST:
+            reason = f"{reason[:LONGEST]} ..."
+        text = f"process {self.rank} on {self._host}: {reason}"
         try:
-            first = json.loads(self._ask(lambda store: store.compare_set("failed", "", mine)))
-            self._tell_launcher(first["text"])
-            until = time.monotonic() + HEARD
-            waiting = {rank for rank in range(self.size) if rank != self.rank}
-            while waiting and time.monotonic() < until:
-                waiting = {rank for rank in waiting if not (self._has(f"heard/{rank}") or self._has(f"left/{rank}"))}
-                time.sleep(0.05)
+            first = self._declare(self.rank, text)
+            is_first = bool(first["rank"] == self.rank)
+            tell_launcher(first["text"])
+            if not self._failed:
+                self._failed = True
+                self._wait_until_heard()
+            return is_first
         except ElsewhereError:
-            return True
-        return bool(first["rank"] == self.rank)
+            tell_launcher(self._heard or text)
+            return self._heard is None
+
+    def _declare(self, rank: int, text: str) -> dict[str, Any]:
+        """Puts down why the launch fails, and returns what was put down first."""
+        mine = json.dumps({"rank": rank, "text": text})
+        return dict(json.loads(self._ask(lambda store: store.compare_set("failed", "", mine))))
+
+    def pass_on(self, reason: str) -> None:
+        """Tells the launcher why this process ends: another one does."""
+        tell_launcher(reason)
+        with suppress(ElsewhereError):
+            self._wait_until_heard()
+
+    def _wait_until_heard(self) -> None:
+        """The end of a process has the launcher end all of its machine, and the store may be in one of them."""
+        until = time.monotonic() + HEARD
+        waiting = {rank for rank in range(self.size) if rank != self.rank}
+        while waiting and time.monotonic() < until:
+            waiting = {rank for rank in waiting if not (self._has(f"heard/{rank}") or self._has(f"left/{rank}"))}
+            time.sleep(0.05)
 
     def failure(self, seconds: float = 0.0) -> str | None:
         """Why another process ends, if one does; waits so long for its word, which may come after its connections broke."""
@@ -285,11 +344,15 @@ class Launch:
 
     def close(self) -> None:
         """Leaves: the others need not wait for a sign of this process any more."""
-        if self._store is None or self._closed.is_set():
+        if self._closed.is_set():
             return
         self._closed.set()
+        for thread in self._threads:
+            thread.join(2 * BEAT)
+        if self._store is None:
+            return
         with suppress(ElsewhereError):
-            self._ask(lambda store: store.set(f"left/{self.rank}", "1"))
+            self._set(f"left/{self.rank}", "1")
             # The first process may be where the store is.
             until = time.monotonic() + HEARD
             while self.is_main and time.monotonic() < until and not all(self._has(f"left/{r}") for r in range(self.size)):
@@ -302,9 +365,9 @@ class Launch:
         return f"meeting/{self._meetings}"
 
     def _arrive(self, key: str) -> None:
-        self._ask(lambda store: store.set(f"{key}/{self.rank}", "1"))
+        self._set(f"{key}/{self.rank}", "1")
         if self._ask(lambda store: store.add(f"{key}/count", 1)) == self.size:
-            self._ask(lambda store: store.set(f"{key}/all", "1"))
+            self._set(f"{key}/all", "1")
 
     def _ask(self, question: Callable[[Any], Any]) -> Any:
         """What the store answers; never a question that it would wait for, as the thread asks too."""
@@ -312,7 +375,21 @@ class Launch:
             return question(self._store)
         except RuntimeError as error:  # torch.distributed's own errors among them
             where = f"process 0 on {os.environ.get('MASTER_ADDR')}"
-            raise ElsewhereError(f"{where} cannot be reached any more: {_first_line(error)}") from error
+            raise ElsewhereError(self._heard or f"{where} cannot be reached any more: {_first_line(error)}") from error
+
+    def _put(self, key: str, value: Any) -> None:
+        """Sends a JSON value in parts; the key itself comes last."""
+        text = json.dumps(value)
+        parts = [text[start : start + PART] for start in range(0, len(text), PART)]
+        for number, part in enumerate(parts):
+            self._set(f"{key}/part/{number}", part)
+        self._set(key, str(len(parts)))
+
+    def _take(self, key: str) -> Any:
+        return json.loads(b"".join(self._get(f"{key}/part/{number}") for number in range(int(self._get(key)))))
+
+    def _set(self, key: str, value: str) -> None:
+        self._ask(lambda store: store.set(key, value))
 
     def _has(self, key: str) -> bool:
         return bool(self._ask(lambda store: store.check([key])))
@@ -336,7 +413,10 @@ class Launch:
             if now - looked >= BEAT:
                 looked = now
                 missing = [rank for rank in whom if rank != self.rank and not (meeting and self._has(f"{meeting}/{rank}"))]
-                self._look_for(missing, now)
+                for rank in missing:
+                    if self._has(f"left/{rank}"):
+                        self.fail(reason := f"{self._name(rank)} has ended without a word")
+                        raise ElsewhereError(reason)
                 if now - began >= told:
                     told *= 2
                     names = ", ".join(map(self._name, missing[:5])) + (f" and {len(missing) - 5} more" if missing[5:] else "")
@@ -345,66 +425,69 @@ class Launch:
             time.sleep(pause)
             pause = min(1.5 * pause, 0.1)
 
-    def _look_for(self, ranks: Sequence[int], now: float) -> None:
-        """ElsewhereError where one of them has given no sign of life for too long."""
-        for rank in ranks:
-            beat = self._get(f"alive/{rank}") if self._has(f"alive/{rank}") else b""
-            if rank not in self._beats or self._beats[rank][0] != beat:
-                self._beats[rank] = beat, now
-                continue
-            reason = f"{self._name(rank)} has given no sign of life for {self.timeout:g} s (collective_timeout)"
-            if self._has(f"left/{rank}"):
-                reason = f"{self._name(rank)} has ended without a word"
-            elif now - self._beats[rank][1] <= self.timeout:
-                continue
-            self.fail(reason)
-            raise ElsewhereError(reason)
-
     def _name(self, rank: int) -> str:
         host = f" on {self._get(f'host/{rank}').decode()}" if self._has(f"host/{rank}") else ""
         return f"process {rank}{host}"
 
-    # The thread.
+    # The threads.
 
     def _pulse(self) -> None:
-        """Signs of life; and the end of this process, where the launcher or another one has ended and it does not notice."""
-        lost = 0
+        """Gives signs of life, and hears of failures; in the first process, looks for the others' signs."""
+        beats: dict[int, tuple[bytes, int]] = {}  # of others: the last one, and for how many of ours there was no new one
         while not self._closed.wait(BEAT):
-            if self._parent is not None and os.getppid() != self._parent:
-                self._end_without_launcher()
             try:
                 self._ask(lambda store: store.add(f"alive/{self.rank}", 1))
-                if self._has("left/0"):
-                    self._ask(lambda store: store.set(f"left/{self.rank}", "1"))
-                    return
+                if self._has("left/0") and not self.is_main:
+                    break
                 found = self._found_failure()
                 if found is not None:
-                    self._ask(lambda store: store.set(f"heard/{self.rank}", "1"))
-                lost = 0
+                    self._set(f"heard/{self.rank}", "1")
+                    self._heard = found["text"] if found["rank"] != self.rank else None
+                elif self.is_main:
+                    self._look_at(beats)
+                self._unheard = 0
             except ElsewhereError as error:
-                lost += 1
-                found = {"text": str(error)} if lost >= HEARD / BEAT else None
-            if found is not None:
-                if not self._closed.wait(LEAVING):
-                    self._tell_launcher(found["text"])
-                    _exit(found["text"])
+                self._heard = self._heard or str(error)
+                break
+        self._hears = False
+
+    def _look_at(self, beats: dict[int, tuple[bytes, int]]) -> None:
+        for rank in range(1, self.size):
+            beat = self._get(f"alive/{rank}") if self._has(f"alive/{rank}") else b""
+            last, missed = beats.get(rank, (beat, 0))
+            beats[rank] = beat, missed + 1 if beat == last else 0
+            silent = min(self.timeout, SILENT)
+            if beats[rank][1] * BEAT > silent and not self._has(f"left/{rank}"):
+                self._heard = f"{self._name(rank)} has given no sign of life for {silent:g} s"
+                self._declare(rank, self._heard)
                 return
 
-    def _end_without_launcher(self) -> None:
-        """As the launcher's own word to stop, and where that does not help the end."""
-        logger.warning("process %d: the launcher has ended, and so does this process", self.rank)
-        os.kill(os.getpid(), signal.SIGTERM)
-        if not self._closed.wait(STOPPING):
-            _exit("the launcher has ended")
+    def _watch(self, parent: int | None) -> None:
+        """Ends this process, after a while, where its launcher or another process has ended; asks the store nothing."""
+        deadline, reason = math.inf, ""
+        while not self._closed.wait(BEAT):
+            self._unheard += self._hears
+            now = time.monotonic()
+            if deadline < now:
+                tell_launcher(reason)
+                _exit(reason)
+                return
+            if deadline < math.inf or self._failed:  # who failed itself ends by itself
+                continue
+            if parent is not None and os.getppid() != parent:
+                logger.warning("process %d: the launcher has ended, and so does this process", self.rank)
+                os.kill(os.getpid(), signal.SIGTERM)  # as the launcher's own word to stop
+                deadline, reason = now + max(self.timeout, LEAVING), "the launcher has ended"
+            elif self._heard is not None:
+                deadline, reason = now + LEAVING, self._heard
+            elif self._unheard * BEAT > self.timeout:
+                deadline, reason = now, f"process 0 has given no answer for {self.timeout:g} s (collective_timeout)"
 
-    @staticmethod
-    def _tell_launcher(text: str) -> None:
-        """Has torchrun, and accelerate's launcher, which uses it, say the reason in their last words."""
-        file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-        if file and not os.path.exists(file):
-            with suppress(OSError):
-                found = {"py_callstack": text, "timestamp": str(int(time.time()))}
-                Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": found}}))
+
+def _exit(reason: str) -> None:
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        print(f"focusdpo: {reason}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _own_store(store: Any, rank: int, size: int) -> Any:
@@ -431,9 +514,3 @@ def _own_store(store: Any, rank: int, size: int) -> Any:
     store.set(f"reached/{rank}", str(int(own is not None)))
     reached = all(store.get(f"reached/{each}") == b"1" for each in range(size))
     return own if reached else store
-
-
-def _exit(reason: str) -> None:
-    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
-        print(f"focusdpo: {reason}", file=sys.stderr, flush=True)
-    os._exit(1)

@@ -1,7 +1,8 @@
 """Started by tests/test_several_processes.py as processes of a launch: `focusdpo train`, spoilt as CASE says.
 
 CASE is "nan" (a pair of rank 1 has no finite loss), "hangs" (rank 1 does not come to its second step), "dies" (rank 1 is killed
-there), "slow" (every batch and evaluation takes long), "counts" (what each process decodes and hashes is noted), or nothing.
+there), "slow" (every batch and evaluation takes long), "counts" (what each process decodes and hashes
+is noted, and rank 0 loads its encoders for longer than a collective waits), or nothing.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from pathlib import Path
 
 import torch
 
+from focusdpo import files
 from focusdpo.cli import main
 from focusdpo.data import validation
 from focusdpo.training import cache, step, trainer
 
 case, rank = os.environ.get("CASE", ""), int(os.environ["RANK"])
 compare, take_step, run_step = step.PreferenceStep.compare, trainer.Trainer._take_step, trainer.Trainer._run_step
+
+files.COMES = 1.0
 
 
 def note(name: str) -> None:
@@ -62,5 +66,13 @@ elif case == "counts":
     check_pair, checksum = validation.check_pair, cache.checksum
     validation.check_pair = lambda *args: (note("checked"), check_pair(*args))[1]
     cache.checksum = functools.wraps(checksum)(lambda file: (note("hashed"), checksum(file))[1])
+    load_backbone = trainer.load_backbone
+
+    def late(config, parts, *args, **kwargs):
+        if parts == "encoders" and rank == 0:
+            time.sleep(1.2 * config.collective_timeout)
+        return load_backbone(config, parts, *args, **kwargs)
+
+    trainer.load_backbone = late
 
 main(["train", *sys.argv[1:]])

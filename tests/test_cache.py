@@ -317,5 +317,6 @@ def test_what_cannot_be_is_refused_before_the_model(config, encoded):
 
 def test_a_folder_that_is_not_shared_is_named(config, monkeypatch):
     monkeypatch.setattr(TensorFiles, "write", lambda self, key, tensors: None)
+    monkeypatch.setattr("focusdpo.files.COMES", 0.2)
     with pytest.raises(FileNotFoundError, match="data.cache: .* name a folder that all processes share"):
         trainer(config)

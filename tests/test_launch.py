@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
-from torch.distributed import HashStore
+import torch.distributed as dist
 
 from focusdpo import launch as launches
+from focusdpo.data_commands import ShardConfig, prepare_shards
+from focusdpo.demo.scenes import write_dataset
 from focusdpo.launch import ElsewhereError, Launch
+from focusdpo.training.batches import load_datasets
+from focusdpo.training.config import DataConfig, ModelConfig, TrainConfig
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -22,7 +36,7 @@ def store(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
     monkeypatch.setattr(launches, "BEAT", 0.05)
     monkeypatch.setattr(launches, "HEARD", 1.0)
-    return HashStore()
+    return dist.HashStore()
 
 
 def run(store, work, size=3, locals=1):
@@ -115,7 +129,7 @@ def test_one_fails_for_all(store, how):
     first, *others = run(store, work, 3, locals=3)
     assert type(first) is ValueError
     assert all(type(one) is ElsewhereError for one in others)
-    assert {str(one) for one in others} == {f"process 0 on {launches.socket.gethostname()}: no such dataset: pairs"}
+    assert {str(one) for one in others} == {f"process 0 on {socket.gethostname()}: no such dataset: pairs"}
 
 
 def test_the_first_reason_is_that_of_all(store):
@@ -154,8 +168,8 @@ def test_who_is_dead_is_missed(store, monkeypatch):
     first, _, last = run(store, work)
     assert time.monotonic() - began < 10
     assert type(first) is type(last) is ElsewhereError
-    host = launches.socket.gethostname()
-    assert str(first).endswith(f"process 1 on {host} has given no sign of life for 0.5 s (collective_timeout)")
+    host = socket.gethostname()
+    assert str(first).endswith(f"process 1 on {host} has given no sign of life for 0.5 s")
 
 
 def test_who_takes_longer_than_the_timeout_is_waited_for(store):
@@ -224,6 +238,27 @@ def test_a_process_that_hangs_ends_when_another_failed(store, monkeypatch, tmp_p
     assert told["message"] == ended[0] and abs(int(told["extraInfo"]["timestamp"]) - time.time()) < 60
 
 
+@pytest.mark.parametrize("reached", [True, False])
+def test_the_store_is_that_of_the_first_process_where_all_reach_it(monkeypatch, reached):
+    """Which a launcher does not take along when it dies; a firewall may let its port alone through."""
+    own = dist.TCPStore
+
+    def behind_a_firewall(address, port, size, is_main, *args, **kwargs):
+        if not is_main:
+            raise dist.DistNetworkError("the client socket has timed out")
+        return own(address, port, size, is_main, *args, **kwargs)
+
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    launchers = dist.HashStore()
+    if not reached:
+        monkeypatch.setattr(dist, "TCPStore", behind_a_firewall)
+    with ThreadPoolExecutor(3) as pool:
+        stores = list(pool.map(lambda rank: launches._own_store(launchers, rank, 3), range(3)))
+    assert [store is launchers for store in stores] == [not reached] * 3
+    stores[2].set("a", "b")
+    assert [store.get("a") for store in stores] == [b"b"] * 3
+
+
 @pytest.mark.parametrize(
     ("environment", "launched", "follows"),
     [
@@ -241,3 +276,111 @@ def test_what_launchers_set(monkeypatch, environment, launched, follows):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert (launches.is_launched(), launches.is_follower()) == (launched, follows)
+
+
+# Processes of their own, which found each other as srun or mpirun has them do it: the first one serves the store.
+JOINED = """
+import json, os, signal, sys, time
+from focusdpo import launch
+launch.SILENT, launch.LEAVING, launch.HEARD, rank = 3.0, 1.0, 2.0, int(os.environ["RANK"])
+joined = launch.Launch.join()
+joined.timeout = 3.0
+"""
+CASES = {
+    # Two that meet, one after a while, and exchange more than the store takes at once.
+    "meet": """
+time.sleep(2 * rank)
+print(sum(map(len, joined.gather("texts", "x" * (9 * 2**20)))), joined.from_main("a number", lambda: 7), flush=True)
+""",
+    "a long reason": """
+try:
+    with joined.together("data is looked at"):
+        if rank:
+            raise ValueError("no such image; " * 10**6)
+except Exception as error:
+    print(type(error).__name__, len(str(error)), flush=True)
+""",
+    "the first stands still": """
+joined.wait("all are here")
+if rank == 0:
+    os.kill(os.getpid(), signal.SIGSTOP)
+joined.wait("the checkpoint is written")
+""",
+    "the second is killed": """
+joined.wait("all are here")
+if rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(60)  # in a collective
+""",
+    "the first is killed": """
+joined.wait("all are here")
+if rank == 0:
+    time.sleep(1)
+    os.kill(os.getpid(), signal.SIGKILL)
+try:
+    joined.wait("the checkpoint is written")
+except launch.ElsewhereError as error:
+    print(error, joined.fail("it has no other reason"))
+""",
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_processes(case, tmp_path):
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = str(one.getsockname()[1])
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "ACCELERATE"))}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    told = [tmp_path / f"told-{rank}" for rank in range(2)]
+    processes = []
+    for rank in range(2):
+        own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        if case != "meet":
+            own["TORCHELASTIC_ERROR_FILE"] = str(told[rank])
+        command = [sys.executable, "-c", JOINED + CASES[case]]
+        processes.append(subprocess.Popen(command, env=own, stdout=subprocess.PIPE, text=True, cwd=ROOT))
+    try:
+        if case == "the first stands still":
+            processes[1].wait(60)
+            processes[0].kill()
+        said = [process.communicate(timeout=60)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    status = [process.returncode for process in processes]
+    reasons = [json.loads(file.read_text())["message"]["message"] if file.exists() else None for file in told]
+    host = socket.gethostname()
+    if case == "meet":
+        assert status == [0, 0] and said == [f"{2 * 9 * 2**20} 7\n"] * 2
+    elif case == "a long reason":
+        assert said[1] == f"ValueError {15 * 10**6}\n" and said[0].startswith("ElsewhereError 20")
+        assert reasons[1].startswith(f"process 1 on {host}: no such image; no such image")
+    elif case == "the first stands still":
+        assert status[1] == 1 and reasons[1] == "process 0 has given no answer for 3 s (collective_timeout)"
+    elif case == "the second is killed":
+        assert status == [1, -signal.SIGKILL] and reasons[0] == f"process 1 on {host} has given no sign of life for 3 s"
+    else:
+        assert said[1].startswith("process 0 on 127.0.0.1 cannot be reached any more: ")
+        assert reasons[1] is not None and reasons[1] in said[1], "not nothing, where nobody else has a word"
+
+
+def test_pairs_are_read_once_a_machine(store, tmp_path):
+    """Those with something to warn of as well; and nothing of it stays."""
+    shard = write_shard(tmp_path / "shards" / "pairs-000000.tar")
+    config = TrainConfig(ModelConfig("model"), DataConfig(str(shard), resolution=48, check="full"), str(tmp_path / "run"))
+    before = set(Path(tempfile.gettempdir()).glob("focusdpo-pairs-*"))
+    results = run(store, lambda launch: load_datasets(config, launch), 4, locals=2)
+    assert [len(datasets[0]) for datasets, _ in results] == [2] * 4
+    assert len({str(datasets[0].sizes) for datasets, _ in results}) == 1
+    assert set(Path(tempfile.gettempdir()).glob("focusdpo-pairs-*")) == before
+
+
+def write_shard(file):
+    """Two pairs, and a file that is none of them."""
+    pairs = write_dataset(file.parent / "loose", 2, 48, seed=0)
+    prepare_shards(ShardConfig(str(pairs), str(file.parent)))()
+    (shard,) = file.parent.glob("*.tar")
+    with tarfile.open(shard, "a") as archive:
+        archive.addfile(tarfile.TarInfo("README"))
+    return shard

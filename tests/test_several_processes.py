@@ -132,7 +132,11 @@ def last_words(said):
 
 
 def test_work_is_shared_and_said_once(config, tmp_path):
-    """On one machine: pairs are checked once, images hashed once, and one process shows progress and warns."""
+    """On one machine: pairs are checked once, images hashed once, and one process shows progress and warns.
+
+    Nor does it matter that one of them takes longer to encode than a collective waits.
+    """
+    config.collective_timeout = 10.0
     config.data = dataclasses.replace(config.data, cache=str(tmp_path / "cache"), validation=config.data.train)
     with Launched(config, tmp_path / "work", case="counts") as one:
         status, said = one.end()
@@ -250,7 +254,7 @@ def test_the_guilty_pair_is_named(config, tmp_path):
 @pytest.mark.parametrize("case", ["hangs", "dies"])
 def test_collectives_give_up(config, tmp_path, case):
     """After collective_timeout where a process does not come, at once where it is dead; the end is one line and no trace."""
-    config.collective_timeout = 4.0
+    config.collective_timeout = 10.0
     with Launched(config, tmp_path / case, case=case) as one:
         one.until(lambda: len(rows(config)) >= 1, "the first step")
         began = time.monotonic()
@@ -270,4 +274,4 @@ def test_other_commands_are_for_one_process(tmp_path):
     command += ["-m", "focusdpo", "data", "validate", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LONG)
     assert done.returncode != 0
-    assert done.stderr.count("focusdpo data validate: error: a launcher has started several processes") == 1
+    assert last_words(done.stderr).startswith("focusdpo data validate: error: a launcher has started several processes")

@@ -16,7 +16,7 @@ from focusdpo.data.checks import Check, CheckedPair, Comparison, check_pair
 from focusdpo.data.dataset import PairSizes, SizeRules
 from focusdpo.data.headers import INDEX
 from focusdpo.data.records import DatasetError, PairRecord, Problem, collector_paused
-from focusdpo.data.sources import find_sources, items_of, read_source
+from focusdpo.data.sources import find_sources, items_of
 from focusdpo.text import printable
 
 logger = logging.getLogger(__name__)
@@ -54,24 +54,6 @@ def load_pairs(path: str | Path, check: Check = "full", progress: bool = True, w
         lines = "\n".join(map(str, warnings[:LOGGED]))
         more = f"\nand {len(warnings) - LOGGED} more" if len(warnings) > LOGGED else ""
         logger.warning("%d warnings; `focusdpo data validate %s` lists all:\n%s%s", len(warnings), path, lines, more)
-    return records
-
-
-def read_pairs(path: str | Path) -> list[PairRecord]:
-    """The records of a dataset that another process of this machine has just checked: no image is looked at.
-
-    Raises:
-        FileNotFoundError, DatasetError: it is not what it was.
-    """
-    records: list[PairRecord] = []
-    problems: list[Problem] = []
-    with collector_paused(), INDEX.kept(path):
-        for source in find_sources(path):
-            found = read_source(source)
-            records += found[0]
-            problems += found[1]
-    if problems:
-        raise DatasetError(problems)
     return records
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import inspect
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -109,8 +110,13 @@ class PromptEmbeddings:
 
 
 def _device_map(device: torch.device | None) -> str | None:
-    """What diffusers is told of a device; it takes a kind, and means the process's current device of that kind."""
-    return None if device is None or device.type == "cpu" else device.type
+    """What diffusers is told of a device; it takes a kind, and means the process's current device of that kind.
+
+    transformers means the one of the process's number, which is not there where each process sees a GPU of its own alone.
+    """
+    if device is None or device.type == "cpu":
+        return None
+    return None if int(os.environ.get("LOCAL_RANK", 0)) > (device.index or 0) else device.type
 
 
 def _transformer(kind: Any, path: str, revision: str | None, dtype: torch.dtype, device: torch.device | None) -> nn.Module:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import pickle
+import tempfile
 from collections.abc import Generator, Hashable, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -25,7 +28,6 @@ from focusdpo.data import (
 )
 from focusdpo.data.images import PATCH_SIZE
 from focusdpo.data.records import collector_paused
-from focusdpo.data.validation import read_pairs
 from focusdpo.files import ReadableFile, checksum
 from focusdpo.launch import Launch
 from focusdpo.training.config import DataConfig, FocusConfig, TrainConfig
@@ -41,7 +43,7 @@ MAX_COMPARED = 1000  # winners and losers whose contents are read for that, some
 
 
 def load_datasets(config: TrainConfig, launch: Launch) -> tuple[list[PairDataset], list[Problem]]:
-    """Training and held-out pairs under the sizes of a run, checked by the first process of each machine for its others.
+    """Training and held-out pairs under the sizes of a run, read and checked by the first process of each machine.
 
     Returns:
         The two datasets, and why pairs were left out of them; other processes of a machine are not told why.
@@ -49,33 +51,34 @@ def load_datasets(config: TrainConfig, launch: Launch) -> tuple[list[PairDataset
     Raises:
         FileNotFoundError, DatasetError: in the first process of a machine; ElsewhereError in all others.
     """
-    datasets: list[PairDataset] = []
+    loaded: list[PairDataset] = []
     left_out: list[Problem] = []
+    file: Path | None = None
 
-    def sized(records: Sequence[PairRecord]) -> PairDataset:
-        datasets.append(dataset_of(records, config.data, config.model.backbone))
-        return datasets[-1]
+    def load() -> str:
+        """Where the others find what was read."""
+        nonlocal file
+        for records in load_records(config, launch):
+            loaded.append(dataset_of(records, config.data, config.model.backbone))
+            left_out.extend(leave_out_misfits(loaded[-1], config.data.max_crop, launch.is_main))
+        if launch.size == 1:
+            return ""
+        number, name = tempfile.mkstemp(prefix="focusdpo-pairs-")  # for this user's eyes
+        file = Path(name)
+        with os.fdopen(number, "wb") as stream, collector_paused():
+            pickle.dump(loaded, stream, pickle.HIGHEST_PROTOCOL)
+        return name
 
-    def check() -> list[list[int] | None]:
-        return [_fitting(sized(records), config.data, left_out, launch) for records in load_records(config, launch)]
-
-    kept = launch.once_a_machine("the pairs are checked", check)
-    if not datasets:
-        paths = config.data.train, config.data.validation
-        for path, indices in zip(paths, kept, strict=True):
-            dataset = sized([] if path is None else read_pairs(path))
-            if indices is not None:
-                dataset.keep(indices)
-    return datasets, left_out
-
-
-def _fitting(dataset: PairDataset, data: DataConfig, left_out: list[Problem], launch: Launch) -> list[int] | None:
-    """The indices of the pairs that fit a bucket, the others are taken out; None where all do."""
-    records = dataset.records
-    problems = leave_out_misfits(dataset, data.max_crop, launch.is_main)
-    left_out += problems
-    kept = {id(record) for record in dataset.records}
-    return [index for index, record in enumerate(records) if id(record) in kept] if problems else None
+    try:
+        name = launch.once_a_machine("pairs are checked", load)
+        if not loaded:
+            with open(name, "rb") as stream, collector_paused():
+                loaded = pickle.load(stream)
+        launch.wait("pairs are read")
+    finally:
+        if file is not None:
+            file.unlink(missing_ok=True)
+    return loaded, left_out
 
 
 def load_records(config: TrainConfig, launch: Launch | None = None) -> tuple[list[PairRecord], list[PairRecord]]:

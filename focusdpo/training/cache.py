@@ -114,10 +114,11 @@ class EncodingCache:
         rank, processes = self._launch.rank, self._launch.size
         files = list(dict.fromkeys(file for record in records for file in record.image_fields.values()))
         mine = files[rank::processes]
-        with self._launch.together("images are hashed"), ThreadPoolExecutor() as pool:
-            shown = self._launch.is_main and len(files) >= SHOWN
+        shown = self._launch.is_main and len(files) >= SHOWN
+        with ThreadPoolExecutor() as pool:
             bar = tqdm(pool.map(checksum, mine), total=len(mine), desc="hashing images", unit="file", disable=not shown)
             contents = list(bar)
+        self._launch.wait("images are hashed")
         order = [file for other in range(processes) for file in files[other::processes]]
         self._contents = dict(zip(order, gather_object(contents), strict=True))
 
@@ -144,21 +145,21 @@ class EncodingCache:
             FileNotFoundError: another process wrote elsewhere: the folder is not the same for all.
         """
         accelerator, launch = self._accelerator, self._launch
-        with launch.together("images and prompts are encoded"):
-            # Looked for in shares, then shared anew: an interrupted process would else have all its work left, others none.
-            with launch.together("encodings are looked for"):
-                share = {key: self._items[key].fits for key in list(self._items)[launch.rank :: launch.size]}
-                lacking = self._files.missing(share, progress=launch.is_main)
-            missing = gather_object(lacking)[launch.rank :: launch.size]
-            if missing:
-                backbone = load()
-                backbone.to(accelerator.device)
-                bar = tqdm(missing, desc="encoding", unit="item", disable=not launch.is_main)
-                with torch.no_grad(), accelerator.autocast():
-                    for key in bar:
-                        self._files.write(key, self._items[key].encode(backbone))
-                del backbone
-                clear_device_cache(garbage_collection=True)
+        # Looked for in shares, then shared anew: an interrupted process would else have all its work left, others none.
+        share = {key: self._items[key].fits for key in list(self._items)[launch.rank :: launch.size]}
+        lacking = self._files.missing(share, progress=launch.is_main)
+        launch.wait("encodings are looked for")
+        missing = gather_object(lacking)[launch.rank :: launch.size]
+        if missing:
+            backbone = load()
+            backbone.to(accelerator.device)
+            bar = tqdm(missing, desc="encoding", unit="item", disable=not launch.is_main)
+            with torch.no_grad(), accelerator.autocast():
+                for key in bar:
+                    self._files.write(key, self._items[key].encode(backbone))
+            del backbone
+            clear_device_cache(garbage_collection=True)
+        launch.wait("images and prompts are encoded")
         launch.once_a_machine("encodings are looked for", lambda: self._files.check_written(list(self._items)))
 
     def _add(self, item: _Image | _Prompt) -> str:

@@ -397,8 +397,8 @@ class TrainConfig:
         seed: Seed of the adapter, the order of the pairs, times and noise.
         deterministic: Take only algorithms that always give the same bits, so that a resumed run comes to the same numbers on
             a GPU.
-        collective_timeout: Seconds after which processes give up waiting for each other: in a collective operation of training,
-            and before and between them for a process without a sign of life.
+        collective_timeout: Seconds after which processes give up waiting for each other in a collective operation of the
+            training. Before and between these they wait as long as the others live.
         checkpoint_every: Optimiser steps between checkpoints; 0 writes one at the end only.
         checkpoints_total_limit: How many checkpoints are kept, the latest; none keeps all.
         validate_every: Optimiser steps between evaluations of the held-out pairs; 0 evaluates at the end only.
@@ -443,7 +443,7 @@ class TrainConfig:
         _require(self.gradient_accumulation >= 1, "gradient_accumulation", self.gradient_accumulation, "at least 1")
         _require(0 <= self.seed < 2**32, "seed", self.seed, "0 <= seed < 2^32")
         seconds, name = self.collective_timeout, "collective_timeout"
-        _require(1 <= seconds <= 1e7, name, seconds, "1 to 1e7 seconds")
+        _require(10 <= seconds <= 1e7, name, seconds, "10 to 1e7 seconds")
         _require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 or more")
         limit = self.checkpoints_total_limit
         _require(limit is None or limit >= 1, "checkpoints_total_limit", limit, "at least 1, or null to keep all")

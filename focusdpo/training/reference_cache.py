@@ -79,13 +79,13 @@ class ReferenceCache:
         """
         launch = self._launch
         wanted = [(index, draw) for draw in sorted(pairs) for index in sorted(pairs[draw])]
-        with launch.together("the reference's predictions are computed"):
-            with launch.together("the reference's predictions are looked for"):
-                share = {self._key(*item): item for item in wanted[launch.rank :: launch.size]}
-                fits = {key: self._fits(index) for key, (index, _) in share.items()}
-                missing = self._files.missing(fits, progress=launch.is_main)
-            rounds = in_rounds(gather_object([share[key] for key in missing]), launch.size)
-            self._compute_all([items[launch.rank] for items in rounds])
+        share = {self._key(*item): item for item in wanted[launch.rank :: launch.size]}
+        fits = {key: self._fits(index) for key, (index, _) in share.items()}
+        missing = self._files.missing(fits, progress=launch.is_main)
+        launch.wait("the reference's predictions are looked for")
+        rounds = in_rounds(gather_object([share[key] for key in missing]), launch.size)
+        self._compute_all([items[launch.rank] for items in rounds])
+        launch.wait("the reference's predictions are computed")
         launch.once_a_machine(
             "the reference's predictions are looked for",
             lambda: self._files.check_written([self._key(*item) for item in wanted]),

@@ -8,12 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list, disable_fsdp_ram_efficient_loading, gather_object
+from accelerate.utils import (
+    DistributedType,
+    broadcast_object_list,
+    disable_fsdp_ram_efficient_loading,
+    gather_object,
+    parse_flag_from_env,
+)
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
@@ -34,19 +42,25 @@ def is_split(accelerator: Accelerator) -> bool:
 
 
 def check_devices(launch: Launch, cpu: bool) -> None:
-    """Refuses a launch whose processes have not all a GPU of their own, or none: ValueError, before they meet on these."""
-    if launch.size == 1 or cpu:
+    """Refuses a launch in which some processes have a GPU and others none: ValueError, before they meet on these."""
+    if launch.size == 1 or cpu or parse_flag_from_env("ACCELERATE_USE_CPU"):
         return
     gpus = torch.cuda.device_count()
-    with_gpu = launch.gather("GPUs are counted", gpus > 0)
-    if 0 < gpus <= launch.local_rank:
+    with_gpu = sum(launch.gather("GPUs are counted", gpus > 0))
+    if gpus == 0 and with_gpu:
+        raise ValueError(f"this process sees no GPU, and {with_gpu} of {launch.size} processes see one; expected all or none")
+    if 1 < gpus <= launch.local_rank:  # one that is seen may be another one in each process
         raise ValueError(
-            f"the launcher: got process {launch.local_rank + 1} of this machine, which has {gpus} GPUs; start one for each"
+            f"the launcher: got process {launch.local_rank + 1} of a machine that has {gpus} GPUs; expected one for each"
         )
-    if gpus == 0 and any(with_gpu):
-        raise ValueError(
-            f"this process sees no GPU, and {sum(with_gpu)} of {launch.size} processes have one; expected all or none"
-        )
+
+
+def limit_waits(accelerator: Accelerator, seconds: float) -> None:
+    """Has the groups that a model is split over wait as long as that of all processes: a mesh makes them with defaults."""
+    mesh = getattr(accelerator, "torch_device_mesh", None)
+    if mesh is not None:
+        for name in mesh.mesh_dim_names:
+            _set_pg_timeout(timedelta(seconds=seconds), mesh.get_group(name))
 
 
 def check_launch(accelerator: Accelerator, config: TrainConfig) -> None:

@@ -23,6 +23,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from focusdpo.files import comes
+
 logger = logging.getLogger(__name__)
 
 Fits = Callable[[dict[str, list[int]]], bool]  # of shapes by name
@@ -122,6 +124,8 @@ class TensorFiles:
     def check_written(self, keys: list[str]) -> None:
         """After all processes have written: FileNotFoundError where one wrote elsewhere."""
         lost = [key for key in keys if not self.path(key).is_file()]
+        if lost and comes(self.path(lost[0])):  # late, and so may the others have been
+            lost = [key for key in lost if not comes(self.path(key))]
         if lost:
             message = f"{len(lost)} of {len(keys)} files are not in {self.folder} after all were written"
             raise FileNotFoundError(f"{self.name}: {message}; name a folder that all processes share")

@@ -54,6 +54,7 @@ from focusdpo.training.sharding import (
     check_devices,
     check_launch,
     is_deepspeed,
+    limit_waits,
     load_parts_whole,
     place_of_transformer,
     prepare,
@@ -75,7 +76,7 @@ class Trainer:
     """Trains an adapter on preference pairs.
 
     Everything that can be refused is refused here or before: configuration, output folder and data are looked at first, the
-    model is loaded last.
+    model is loaded last. In a launch of several processes what one raises ends all of them: there is no second try.
 
     Args:
         config: all settings.
@@ -132,6 +133,7 @@ class Trainer:
                 came = f"{self.accelerator.num_processes} processes without LOCAL_RANK, RANK and WORLD_SIZE for each"
                 raise ValueError(f"the launcher: got {came}; expected `accelerate launch` or torchrun, which set them")
             check_launch(self.accelerator, config)
+            limit_waits(self.accelerator, config.collective_timeout)
             load_parts_whole(self.accelerator)
             if launch.is_main:
                 check_trackers(config)
