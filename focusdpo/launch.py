@@ -120,6 +120,7 @@ class Launch:
         self._stop_at: int | None = None  # as all have agreed
         self._failed = False  # this process
         self._heard: str | None = None  # why another one ends
+        self._lost: str | None = None  # why the store cannot be asked any more
         self._unheard = 0  # beats since the store last answered
         self._hears = store is not None  # whether it is asked
         self._closed = threading.Event()
@@ -447,7 +448,7 @@ class Launch:
                     self._look_at(beats)
                 self._unheard = 0
             except ElsewhereError as error:
-                self._heard = self._heard or str(error)
+                self._lost = str(error)
                 break
         self._hears = False
 
@@ -478,8 +479,8 @@ class Launch:
                 logger.warning("process %d: the launcher has ended, and so does this process", self.rank)
                 os.kill(os.getpid(), signal.SIGTERM)  # as the launcher's own word to stop
                 deadline, reason = now + max(self.timeout, LEAVING), "the launcher has ended"
-            elif self._heard is not None:
-                deadline, reason = now + LEAVING, self._heard
+            elif found := self._heard or self._lost:
+                deadline, reason = now + LEAVING, found
             elif self._unheard * BEAT > self.timeout:
                 deadline, reason = now, f"process 0 has given no answer for {self.timeout:g} s (collective_timeout)"
 

@@ -68,6 +68,8 @@ class Launched:
             command += ["--main_process_port", port, "--mixed_precision", "no"]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
         environment |= {"OMP_NUM_THREADS": "1", "CASE": case, "NOTES": str(place), "PYTHONPATH": str(ROOT)}
+        if case == "hangs":  # which hears no signal either
+            environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "5"
         self.log = (place / "log").open("w+")
         command += [WORKER, "--config", str(file), *words]
         self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, cwd=cwd, env=environment)
