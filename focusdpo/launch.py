@@ -348,7 +348,7 @@ class Launch:
         if self._closed.is_set():
             return
         self._closed.set()
-        for thread in self._threads:
+        for thread in self._threads:  # one that is in torch's code at the end of the interpreter would abort the process
             thread.join(2 * BEAT)
         if self._store is None:
             return

@@ -300,6 +300,18 @@ try:
 except Exception as error:
     print(type(error).__name__, len(str(error)), flush=True)
 """,
+    # Which the launcher then ends, and the store with it.
+    "the first fails": """
+try:
+    with joined.together("data is looked at"):
+        if rank == 0:
+            raise ValueError("no such dataset")
+        time.sleep(1.5)
+except ValueError:
+    os._exit(1)
+except launch.ElsewhereError as error:
+    print(error, flush=True)
+""",
     "the first stands still": """
 joined.wait("all are here")
 if rank == 0:
@@ -353,6 +365,8 @@ def test_processes(case, tmp_path):
     host = socket.gethostname()
     if case == "meet":
         assert status == [0, 0] and said == [f"{2 * 9 * 2**20} 7\n"] * 2
+    elif case == "the first fails":
+        assert status == [1, 0] and said[1] == f"process 0 on {host}: no such dataset\n"
     elif case == "a long reason":
         assert said[1] == f"ValueError {15 * 10**6}\n" and said[0].startswith("ElsewhereError 20")
         assert reasons[1].startswith(f"process 1 on {host}: no such image; no such image")
