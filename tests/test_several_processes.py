@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -54,7 +55,7 @@ def free_port():
 class Launched:
     """A launcher and its processes, in a session of their own; what they say goes to files."""
 
-    def __init__(self, config, place, machine=None, port=None, case="", cwd=ROOT, words=()):
+    def __init__(self, config, place, machine=None, port=None, case="", cwd=ROOT, network=None):
         place.mkdir(exist_ok=True)
         self.notes = place
         file = place / "train.yaml"
@@ -64,14 +65,18 @@ class Launched:
         else:
             settings = str(ROOT / "configs" / "accelerate-4nodes.yaml")
             command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", settings, "--num_machines", "2"]
-            command += ["--num_processes", "2", "--machine_rank", str(machine), "--main_process_ip", "127.0.0.1"]
+            address = "127.0.0.1" if network is None else ADDRESSES[0]
+            command += ["--num_processes", "2", "--machine_rank", str(machine), "--main_process_ip", address]
             command += ["--main_process_port", port, "--mixed_precision", "no"]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
         environment |= {"OMP_NUM_THREADS": "1", "CASE": case, "NOTES": str(place), "PYTHONPATH": str(ROOT)}
         if case == "hangs":  # which hears no signal either
             environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "5"
         self.log = (place / "log").open("w+")
-        command += [WORKER, "--config", str(file), *words]
+        if network is not None:
+            command = ["ip", "netns", "exec", network, *command]
+            environment["GLOO_SOCKET_IFNAME"] = "cable"
+        command += [WORKER, "--config", str(file)]
         self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, cwd=cwd, env=environment)
 
     def __enter__(self):
@@ -120,6 +125,32 @@ class Launched:
         while not condition():
             assert time.monotonic() < until and self.process.poll() is None, f"{what} did not happen:\n{self.said()[-3000:]}"
             time.sleep(0.02)
+
+
+ADDRESSES = "10.77.0.1", "10.77.0.2"
+
+
+@pytest.fixture
+def networks():
+    """Names of two network namespaces with an address each, and a cable between them."""
+    names = [f"focusdpo-{os.getpid()}-{number}" for number in range(2)]
+
+    def ip(*words):
+        return subprocess.run(["ip", *words], capture_output=True, text=True)
+
+    try:
+        if shutil.which("ip") is None or any(ip("netns", "add", name).returncode for name in names):
+            pytest.skip("network namespaces need ip, and the right to make them")
+        ends = [["name", "cable", "netns", name] for name in names]
+        assert ip("link", "add", *ends[0], "type", "veth", "peer", *ends[1]).returncode == 0
+        for name, address in zip(names, ADDRESSES, strict=True):
+            ip("-n", name, "link", "set", "lo", "up")
+            ip("-n", name, "link", "set", "cable", "up")
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", "cable")
+        yield names
+    finally:
+        for name in names:
+            ip("netns", "del", name)
 
 
 def rows(config):
@@ -189,6 +220,24 @@ def test_a_folder_that_is_not_shared_is_found_before_the_model(config, tmp_path)
         assert status != 0 and f"output_dir: {there}/run does not hold what process 0 has just written" in last_words(said)
         assert "Loading pipeline" not in said
     assert not any(here.iterdir()) and not any(there.iterdir()), "nothing is left of it"
+
+
+def test_machines_that_lose_each_other(config, tmp_path, networks):
+    """Each with an address of its own, in mid-run: a cable is pulled, on which nobody says goodbye."""
+    config = dataclasses.replace(config, max_steps=5000, checkpoint_every=0, collective_timeout=10.0)
+    port = free_port()
+    first = Launched(config, tmp_path / "0", 0, port, network=networks[0])
+    second = Launched(config, tmp_path / "1", 1, port, network=networks[1])
+    with first, second:
+        first.until(lambda: len(rows(config)) >= 3, "three steps")
+        subprocess.run(["ip", "-n", networks[1], "link", "set", "cable", "down"], check=True)
+        ended = [first.end(60), second.end(60)]
+        for each in (first, second):
+            each.all_end(40)
+    for status, said in ended:
+        words = last_words(said)
+        known = "another process was lost (", "has given no answer for 10 s", "cannot be reached any more"
+        assert status != 0 and any(text in words for text in known), words
 
 
 def test_one_stop_however_often_it_is_said(config, tmp_path):
