@@ -267,7 +267,7 @@ class OutputFolder:
         folder = own if own.is_dir() else self.path
         name = launch.from_main("the output folder was made", lambda: self._show(folder))
         seen = comes(self.path / name)
-        launch.wait("the output folder was looked at")
+        launch.wait(f"{self.setting} is looked for, which all processes have to see, for a minute at most")
         if launch.is_main:
             (self.path / name).unlink(missing_ok=True)
         if not seen:

@@ -118,6 +118,7 @@ class Launch:
         self._meetings = 0
         self._calls = 0  # of stops_here
         self._stop_at: int | None = None  # as all have agreed
+        self._is_orphan = False  # the launcher has ended
         self._failed = False  # this process
         self._heard: str | None = None  # why another one ends
         self._lost: str | None = None  # why the store cannot be asked any more
@@ -164,17 +165,29 @@ class Launch:
         from torch.distributed import PrefixStore  # type: ignore[attr-defined]
         from torch.distributed.rendezvous import rendezvous
 
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         try:
             store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=JOINING)))
             # A launcher that starts its processes again may keep the store.
             rendezvous_store = PrefixStore(f"focusdpo/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-            store = _own_store(rendezvous_store, rank, size)
+            # Whoever is started twice, or comes to another launch's port, is not to be taken for one of this.
+            mine = f"process {os.getpid()} on {socket.gethostname()}"
+            there = rendezvous_store.compare_set(f"is/{rank}", "", mine).decode()
+            store = _own_store(rendezvous_store, rank, size) if there == mine else None
         except (RuntimeError, ValueError) as error:
-            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise ConnectionError(
+            text = (
                 f"process {places[0]} of {places[1]} did not meet the others at {where} within {JOINING:.0f} s; see that all "
                 f"machines were started, each with its own number, and reach that address ({_first_line(error)})"
-            ) from error
+            )
+            tell_launcher(text)
+            raise ConnectionError(text) from error
+        if store is None:
+            text = (
+                f"number {rank} of the launch at {where} is {there} already; it was started twice, or another launch goes on "
+                "there: wait for it, stop it, or give this one another port"
+            )
+            tell_launcher(text)
+            raise ConnectionError(text)
         launch = cls(rank, size, int(os.environ["LOCAL_RANK"]), store, parent)
         launch._rendezvous = rendezvous_store
         atexit.register(launch.close)
@@ -275,13 +288,21 @@ class Launch:
         self._calls += 1
         self._set(f"calls/{self.rank}", str(self._calls))
         if wanted:
-            self._set("stop", "1")
+            told = "was told to stop" if not self._is_orphan else "has lost its launcher"
+            self._set("stop", f"process {self.rank} on {self._host} {told}")
         if self._stop_at is None and self._ask(lambda store: store.check(["stop"])):
             others = [rank for rank in range(self.size) if rank != self.rank]
             passed = [int(self._get(f"calls/{rank}")) for rank in others if self._has(f"calls/{rank}")]
             agreed = str(max([self._calls, *(each + 1 for each in passed)]))
             self._stop_at = int(self._ask(lambda store: store.compare_set("stop/at", "", agreed)))
         return self._stop_at is not None and self._calls >= self._stop_at
+
+    @property
+    def why_stopped(self) -> str:
+        """What the processes stop for, once `stops_here` was true."""
+        if self._store is None:
+            return "the launcher has ended" if self._is_orphan else "it was told to"
+        return self._get("stop").decode()
 
     # Failing and leaving.
 
@@ -477,6 +498,7 @@ class Launch:
                 continue
             if parent is not None and os.getppid() != parent:
                 logger.warning("process %d: the launcher has ended, and so does this process", self.rank)
+                self._is_orphan = True
                 os.kill(os.getpid(), signal.SIGTERM)  # as the launcher's own word to stop
                 deadline, reason = now + max(self.timeout, LEAVING), "the launcher has ended"
             elif found := self._heard or self._lost:

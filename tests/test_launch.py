@@ -66,6 +66,7 @@ def test_one_process_needs_nobody():
     assert launch.from_main("a value", lambda: 4) == launch.once_a_machine("a value", lambda: 4) == 4
     assert launch.fail("it ends") and launch.failure() is None and launch.is_main and launch.is_local_main
     assert [launch.stops_here(False), launch.stops_here(True)] == [False, True]
+    assert launch.why_stopped == "it was told to"
 
 
 def test_all_wait_for_the_last(store):
@@ -335,6 +336,36 @@ except launch.ElsewhereError as error:
     print(error, joined.fail("it has no other reason"))
 """,
 }
+
+
+def test_who_is_started_twice_is_refused_and_does_no_harm():
+    """As a machine of a running launch once more, or one of another launch at the same port."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = str(one.getsockname()[1])
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "ACCELERATE"))}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    code = JOINED + "print(len(joined.gather('all are here', 1)), flush=True); sys.stdin.read(); joined.wait('all end')"
+
+    def start(rank):
+        own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        return subprocess.Popen([sys.executable, "-c", code], env=own, text=True, cwd=ROOT, **pipes)
+
+    processes = [start(rank) for rank in range(2)]
+    try:
+        assert [process.stdout.readline() for process in processes] == ["2\n"] * 2
+        third = start(1)
+        processes.append(third)
+        said = third.communicate("", timeout=60)[1]
+        there = f"number 1 of the launch at 127.0.0.1:{port} is process {processes[1].pid} on {socket.gethostname()} already"
+        assert third.returncode == 1 and there in said
+        for process in processes[:2]:
+            process.stdin.close()
+        assert [process.wait(60) for process in processes[:2]] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from focusdpo.data import PairBatch, PairDataset, SizeBatches
 from focusdpo.journals import Journal, read_steps, up_to
-from focusdpo.launch import Launch
+from focusdpo.launch import Launch, tell_launcher
 from focusdpo.models.base import Parts
 from focusdpo.models.sizes import Architecture
 from focusdpo.training.adapter import adapter_state
@@ -327,8 +327,13 @@ class Trainer:
         except StopError:
             stopped = True
             self._save()
+            where = f"stopped at step {self.progress.step} of {config.max_steps}, which is saved"
+            if self.progress.step == 0:
+                where = "stopped before the first step"
+            text = f"{where}, as {self.launch.why_stopped}; --resume latest goes on"
+            tell_launcher(text)
             if self.launch.is_main:
-                logger.info("stopped at step %d of %d; --resume latest goes on", self.progress.step, config.max_steps)
+                logger.info(text)
         bar.close()
         if self._metrics_file is not None:
             self._metrics_file.close()
@@ -339,6 +344,7 @@ class Trainer:
         accelerator.end_training()
         if self.launch.is_main and not stopped:
             self._out.finish()
+            logger.info("%s has the LoRA and its card", self.folder / "lora")
             # Last, when nothing can be lost any more.
             upload(config.push_to_hub, self.folder / "lora")
         return stopped
