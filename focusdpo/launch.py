@@ -53,9 +53,7 @@ def lost_connection(error: BaseException) -> str | None:
     if not isinstance(error, RuntimeError):
         return None
     line = next((line.strip() for line in str(error).splitlines() if LOST.search(line)), None)
-    return (
-        None if line is None else f"another process was lost ({line}); what it said, or the launcher says of it, has the reason"
-    )
+    return None if line is None else f"another process was lost; the launcher of its machine says why ({line})"
 
 
 def _first_line(error: BaseException) -> str:
