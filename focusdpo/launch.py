@@ -50,7 +50,7 @@ class ElsewhereError(RuntimeError):
 
 def lost_connection(error: BaseException) -> str | None:
     """What to say of an error that collectives raise where another process does not come, or is gone; None of others."""
-    if not isinstance(error, RuntimeError):
+    if not isinstance(error, RuntimeError) or isinstance(error, ElsewhereError):
         return None
     line = next((line.strip() for line in str(error).splitlines() if LOST.search(line)), None)
     return None if line is None else f"another process was lost; the launcher of its machine says why ({line})"

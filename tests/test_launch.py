@@ -239,6 +239,22 @@ def test_a_process_that_hangs_ends_when_another_failed(store, monkeypatch, tmp_p
     assert told["message"] == ended[0] and abs(int(told["extraInfo"]["timestamp"]) - time.time()) < 60
 
 
+@pytest.mark.parametrize(
+    ("error", "is_lost"),
+    [
+        (RuntimeError("[/gloo/pair.cc:553] Connection closed by peer [127.0.0.1]:6535"), True),
+        (RuntimeError("Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3)"), True),
+        (RuntimeError("NCCL error in: Net.cpp:1\nLast error: /dev/shm/nccl-x: No space left on device"), False),
+        (RuntimeError("ProcessGroupNCCL is only supported with GPUs"), False),
+        (ElsewhereError("process 1 on b: Connection closed by peer"), False),
+        (ValueError("Connection closed by peer"), False),
+    ],
+)
+def test_what_is_a_lost_process(error, is_lost):
+    """And what is a failure of this one, whose words are not to be cut."""
+    assert (launches.lost_connection(error) is not None) == is_lost
+
+
 @pytest.mark.parametrize("reached", [True, False])
 def test_the_store_is_that_of_the_first_process_where_all_reach_it(monkeypatch, reached):
     """Which a launcher does not take along when it dies; a firewall may let its port alone through."""
