@@ -18,6 +18,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -146,11 +147,6 @@ class Launch:
         return cls._current
 
     @classmethod
-    def current(cls) -> Launch:
-        """The launch if it was joined, or else this process alone."""
-        return cls._current or cls()
-
-    @classmethod
     def _join(cls) -> Launch:
         places = _places()
         # accelerate starts a single process without torchrun, and sets this for it.
@@ -168,8 +164,9 @@ class Launch:
             store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=JOINING)))
             # A launcher that starts its processes again may keep the store.
             rendezvous_store = PrefixStore(f"focusdpo/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-            # Whoever is started twice, or comes to another launch's port, is not to be taken for one of this.
-            mine = f"process {os.getpid()} on {socket.gethostname()}"
+            # Whoever is started twice, or comes to another launch's port, is not to be taken for one of this. Names and numbers
+            # may be alike in containers.
+            mine = f"process {os.getpid()} on {socket.gethostname()}\n{uuid.uuid4()}"
             there = rendezvous_store.compare_set(f"is/{rank}", "", mine).decode()
             store = _own_store(rendezvous_store, rank, size) if there == mine else None
         except (RuntimeError, ValueError) as error:
@@ -181,8 +178,8 @@ class Launch:
             raise ConnectionError(text) from error
         if store is None:
             text = (
-                f"number {rank} of the launch at {where} is {there} already; it was started twice, or another launch goes on "
-                "there: wait for it, stop it, or give this one another port"
+                f"number {rank} of the launch at {where} is {there.splitlines()[0]} already; it was started twice, or another "
+                "launch goes on there: wait for it, stop it, or give this one another port"
             )
             tell_launcher(text)
             raise ConnectionError(text)
