@@ -267,9 +267,11 @@ class OutputFolder:
         folder = own if own.is_dir() else self.path
         name = launch.from_main("the output folder was made", lambda: self._show(folder))
         seen = comes(self.path / name)
-        launch.wait(f"{self.setting} is looked for, which all processes have to see, for a minute at most")
-        if launch.is_main:
-            (self.path / name).unlink(missing_ok=True)
+        try:
+            launch.wait(f"{self.setting} is looked for, which all processes have to see, for a minute at most")
+        finally:
+            if launch.is_main:
+                (self.path / name).unlink(missing_ok=True)
         if not seen:
             raise FileNotFoundError(
                 f"{self.setting}: {self.path.absolute()} does not hold what process 0 has just written to its own; name a "

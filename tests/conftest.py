@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,9 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # "0": through a stub driver, see benchmarks/stub_tests.py
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of what a script starts with &; children would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # after the choice of the interpreter
 

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from focusdpo import launch as launches
 from focusdpo.data_commands import ShardConfig, prepare_shards
 from focusdpo.demo.scenes import write_dataset
+from focusdpo.folders import OutputFolder
 from focusdpo.launch import ElsewhereError, Launch
 from focusdpo.training.batches import load_datasets
 from focusdpo.training.config import DataConfig, ModelConfig, TrainConfig
@@ -141,6 +142,26 @@ def test_the_first_reason_is_that_of_all(store):
     results = run(store, work)
     assert [first for first, _ in results] == [False, False, True]
     assert results[0][1].endswith("reason 2") and results[2][1] is None
+
+
+def test_nothing_is_left_of_looking_for_a_shared_folder(store, tmp_path):
+    """Whatever becomes of the others meanwhile."""
+    out = tmp_path / "out"
+
+    def look(launch):
+        if launch.is_main:
+            folder = OutputFolder("out", out, "draw", [])
+            folder.lock()
+            try:
+                folder.check_shared(launch)
+            finally:
+                folder.release()
+        else:
+            launch.from_main("the output folder was made", lambda: None)
+            launch.fail("no such dataset")
+
+    assert isinstance(run(store, look, 2)[0], ElsewhereError)
+    assert not out.exists()
 
 
 def test_who_ends_without_a_word_is_missed(store):

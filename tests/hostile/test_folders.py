@@ -283,9 +283,12 @@ out.check(True, "")
 out.begin(clear=False)
 if sys.argv[2] == "forked":
     import os
+    reads, writes = os.pipe()
     if os.fork() == 0:
+        os.write(writes, b".")  # it has begun, and what is done at forks is done
         time.sleep(60)
         os._exit(0)
+    os.read(reads, 1)
 print("held", flush=True)
 time.sleep(60)
 """
