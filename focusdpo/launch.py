@@ -18,17 +18,15 @@ import socket
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+from focusdpo.rendezvous import JOINING, meet
+
 logger = logging.getLogger(__name__)
 
-JOINING = 600.0  # seconds in which the processes of a launch have to come together
-REACHED = 20.0  # seconds in which the first process is to be reached directly
 BEAT = 1.0  # seconds between signs of life
 PATIENCE = 30.0  # seconds after which a waiting process says for whom it waits, then in twice the time
 LEAVING = 30.0  # seconds that a process has to leave by itself once another one has failed: it may be writing
@@ -113,7 +111,7 @@ class Launch:
         self._host = socket.gethostname()
         self._machine = f"{self._host}/{os.environ.get('GROUP_RANK', '')}"  # launchers number machines, names may be alike
         self._store = store
-        self._rendezvous: Any = None  # the launcher's store, which some launchers have the first process serve
+        self._launchers_store: Any = None  # held, as some launchers have the first process serve it
         self._meetings = 0
         self._calls = 0  # of stops_here
         self._stop_at: int | None = None  # as all have agreed
@@ -140,7 +138,7 @@ class Launch:
         """The launch of this process; where it has several, their first meeting.
 
         Raises:
-            ConnectionError: they did not come together in ten minutes.
+            ConnectionError: as `meet`.
         """
         if cls._current is None:
             cls._current = cls._join()
@@ -156,35 +154,13 @@ class Launch:
             return cls(parent=parent)
         import atexit
 
-        from torch.distributed import PrefixStore  # type: ignore[attr-defined]
-        from torch.distributed.rendezvous import rendezvous
-
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         try:
-            store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=JOINING)))
-            # A launcher that starts its processes again may keep the store.
-            rendezvous_store = PrefixStore(f"focusdpo/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-            # Whoever is started twice, or comes to another launch's port, is not to be taken for one of this. Names and numbers
-            # may be alike in containers.
-            mine = f"process {os.getpid()} on {socket.gethostname()}\n{uuid.uuid4()}"
-            there = rendezvous_store.compare_set(f"is/{rank}", "", mine).decode()
-            store = _own_store(rendezvous_store, rank, size) if there == mine else None
-        except (RuntimeError, ValueError) as error:
-            text = (
-                f"process {places[0]} of {places[1]} did not meet the others at {where} within {JOINING:.0f} s; see that all "
-                f"machines were started, each with its own number, and reach that address ({_first_line(error)})"
-            )
-            tell_launcher(text)
-            raise ConnectionError(text) from error
-        if store is None:
-            text = (
-                f"number {rank} of the launch at {where} is {there.splitlines()[0]} already; it was started twice, or another "
-                "launch goes on there: wait for it, stop it, or give this one another port"
-            )
-            tell_launcher(text)
-            raise ConnectionError(text)
-        launch = cls(rank, size, int(os.environ["LOCAL_RANK"]), store, parent)
-        launch._rendezvous = rendezvous_store
+            store, launchers = meet(*places)
+        except ConnectionError as error:
+            tell_launcher(str(error))
+            raise
+        launch = cls(*places, int(os.environ["LOCAL_RANK"]), store, parent)
+        launch._launchers_store = launchers
         atexit.register(launch.close)
         return launch
 
@@ -506,29 +482,3 @@ def _exit(reason: str) -> None:
     if "TORCHELASTIC_ERROR_FILE" not in os.environ:
         print(f"focusdpo: {reason}", file=sys.stderr, flush=True)
     os._exit(1)
-
-
-def _own_store(store: Any, rank: int, size: int) -> Any:
-    """A store in the first process: the launcher's may end with the launcher, which many signals of one stop can bring about.
-
-    Where not all processes reach it, through a firewall as a rule, it stays the launcher's.
-    """
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    def made(port: int, is_main: bool) -> Any:
-        seconds = timedelta(seconds=REACHED)
-        address = os.environ["MASTER_ADDR"]
-        return TCPStore(address, port, None, is_main, seconds, wait_for_workers=False)
-
-    own = None
-    if rank == 0:
-        with suppress(RuntimeError):
-            own = made(0, True)
-        store.set("port", str(own.port) if own is not None else "0")
-    else:
-        port = int(store.get("port"))
-        with suppress(RuntimeError):
-            own = made(port, False) if port else None
-    store.set(f"reached/{rank}", str(int(own is not None)))
-    reached = all(store.get(f"reached/{each}") == b"1" for each in range(size))
-    return own if reached else store

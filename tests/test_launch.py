@@ -20,6 +20,7 @@ import pytest
 import torch.distributed as dist
 
 from focusdpo import launch as launches
+from focusdpo import rendezvous
 from focusdpo.data_commands import ShardConfig, prepare_shards
 from focusdpo.demo.scenes import write_dataset
 from focusdpo.folders import OutputFolder
@@ -287,12 +288,18 @@ def test_the_store_is_that_of_the_first_process_where_all_reach_it(monkeypatch, 
         return own(address, port, size, is_main, *args, **kwargs)
 
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    launchers = dist.HashStore()
+    launchers, until = dist.HashStore(), time.monotonic() + 30
     if not reached:
         monkeypatch.setattr(dist, "TCPStore", behind_a_firewall)
+        monkeypatch.setattr(rendezvous, "REACHED", 1.0)
+
+    def come(rank):
+        mine = f"process {rank}\n{rank}"
+        return rendezvous._follow(launchers, rank, mine, until) if rank else rendezvous._lead(launchers, 3, mine, until)
+
     with ThreadPoolExecutor(3) as pool:
-        stores = list(pool.map(lambda rank: launches._own_store(launchers, rank, 3), range(3)))
-    assert [store is launchers for store in stores] == [not reached] * 3
+        stores = list(pool.map(come, range(3)))
+    assert [isinstance(store, own) for store in stores] == [reached] * 3
     stores[2].set("a", "b")
     assert [store.get("a") for store in stores] == [b"b"] * 3
 
@@ -375,13 +382,17 @@ except launch.ElsewhereError as error:
 }
 
 
-def test_who_is_started_twice_is_refused_and_does_no_harm():
+@pytest.mark.parametrize("serves", ["the launcher", "the first process"])
+def test_who_is_started_twice_is_refused_and_does_no_harm(serves):
     """As a machine of a running launch once more, or one of another launch at the same port."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = str(one.getsockname()[1])
+    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    port = str(store.port)
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "ACCELERATE"))}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    if serves == "the launcher":
+        environment["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    else:
+        del store  # and with it the port
     code = JOINED + "print(len(joined.gather('all are here', 1)), flush=True); sys.stdin.read(); joined.wait('all end')"
 
     def start(rank):
@@ -392,17 +403,52 @@ def test_who_is_started_twice_is_refused_and_does_no_harm():
     processes = [start(rank) for rank in range(2)]
     try:
         assert [process.stdout.readline() for process in processes] == ["2\n"] * 2
-        third = start(1)
-        processes.append(third)
-        said = third.communicate("", timeout=60)[1]
-        there = f"number 1 of the launch at 127.0.0.1:{port} is process {processes[1].pid} on {socket.gethostname()} already"
-        assert third.returncode == 1 and there in said
+        for rank in range(2) if serves == "the launcher" else [1]:
+            third = start(rank)
+            processes.append(third)
+            said = third.communicate("", timeout=60)[1]
+            there = (
+                f"number {rank} of the launch at 127.0.0.1:{port} is process {processes[rank].pid} on {socket.gethostname()}"
+            )
+            assert third.returncode == 1 and f"{there} already" in said
         for process in processes[:2]:
             process.stdin.close()
         assert [process.wait(60) for process in processes[:2]] == [0, 0]
     finally:
         for process in processes:
             process.kill()
+
+
+def test_processes_that_are_started_again_find_each_other():
+    """By launchers that keep their store, as torchrun's do, each with a count of restarts of its own.
+
+    Nor does torch.distributed's own group find the address of an ended process there.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
+    environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "1"}
+    code = """
+import torch, torch.distributed as dist
+one = torch.ones(1)
+dist.init_process_group("gloo")
+dist.all_reduce(one)
+print(joined.gather("pids", os.getpid()), int(one), flush=True)
+time.sleep(1000)
+"""
+    for ranks in ((0, 1), (1, 0)):
+        processes = []
+        try:
+            for rank in ranks:
+                own = environment | {"RANK": str(rank), "LOCAL_RANK": "0", "TORCHELASTIC_RESTART_COUNT": str(rank)}
+                command = [sys.executable, "-c", JOINED + code]
+                processes.append(subprocess.Popen(command, env=own, stdout=subprocess.PIPE, text=True, cwd=ROOT))
+                time.sleep(1.0)
+            pids = [process.pid for process in processes]
+            assert [process.stdout.readline() for process in processes] == [f"{pids[::-1] if ranks[0] else pids} 2\n"] * 2
+        finally:
+            for process in processes:
+                process.kill()
+                process.communicate()
 
 
 @pytest.mark.parametrize("case", CASES)
