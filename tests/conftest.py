@@ -22,6 +22,7 @@ import pytest  # after the choice of the interpreter
 
 pytest.register_assert_rewrite("tests.backbones")
 
+LONG = bool(os.environ.get("FOCUSDPO_LONG_TESTS"))  # also what would take too long for every run
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF_AND_FULL = (torch.float32, torch.float16, torch.bfloat16)
 

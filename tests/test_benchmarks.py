@@ -24,9 +24,9 @@ from benchmarks.results import COMPILE, EAGER, FOCUS_STEP, OURS, PLAIN_STEP, Ste
 from benchmarks.supervise import Part, run_part
 from benchmarks.timing import Clock, plan
 from focusdpo_kernels.disassembly import _bytes_ahead, _instructions, resident_blocks
+from tests.conftest import LONG
 
 ROOT = Path(__file__).parent.parent
-ALL_KILLS = bool(os.environ.get("FOCUSDPO_ALL_KILLS"))  # they take minutes
 CPU = torch.device("cpu")
 
 
@@ -88,7 +88,7 @@ def test_a_run_goes_on_where_it_was(result_file, tmp_path):
     path = tmp_path / "result.jsonl"
     path.write_text("".join(lines[:cut]) + lines[cut][:40])  # killed while it wrote
     assert Recorder(path).unfinished() == ["entropy-tiny-eager"]
-    run(*SUITE, "-k", "entropy-tiny or similarity", "--result", str(path))
+    run(*SUITE, "-k", "(entropy-tiny or similarity) and not compile", "--result", str(path))
     records = read_records(path)
     assert [r["case"] for r in records if r["kind"] == "kernel"].count("similarity-tiny-eager") == 1
     assert len([r for r in records if r["kind"] == "begin" and r["case"] == "entropy-tiny-eager"]) == 2
@@ -407,13 +407,13 @@ def kinds(path):
 
 
 def test_a_run_that_is_killed_leaves_what_it_has(tmp_path):
-    """The whole script on a CPU, killed in its later parts, or in each; then it goes on to the end, and again."""
+    """The whole script on a CPU, killed in its last part, or in each; then it goes on to the end, and again."""
     path = tmp_path / "out" / "result.jsonl"
     command = ["bash", "benchmarks/gpu.sh", "rehearsal", str(path.parent)]
     kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_") and k != "TRITON_INTERPRET"}
     kept["PYTHON"] = sys.executable
     parts = (("run", 1), ("test", 1), ("kernel", 2), ("step", 3))
-    for kind, count in parts if ALL_KILLS else parts[2:]:
+    for kind, count in parts if LONG else parts[3:]:
         before = kinds(path).count(kind)
         process = subprocess.Popen(command, cwd=ROOT, env=kept, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and kinds(path).count(kind) < before + count:

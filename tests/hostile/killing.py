@@ -1,4 +1,4 @@
-"""Kills a command at one file operation after another: `python -m tests.hostile.killing CASE FOLDER`.
+"""Kills a command at one file operation after another: `python -m tests.hostile.killing CASE FOLDER [long]`.
 
 The command first runs to its end, in a folder of its own. Then a fork of this process, which spares it the seconds of
 importing, runs it again and dies by SIGKILL just before its n-th operation on files: opening one to write, renaming, deleting,
@@ -37,13 +37,14 @@ class Case:
     """A command, and what goes on after a kill.
 
     make: writes what it reads, into the working folder. sound: what has to hold whenever it is killed. kills: how many, evenly
-    over all operations; 0 is at each of them.
+    over all operations; None is at each of them. long: how many where time does not matter.
     """
 
     make: Callable[[Path], None]
     command: list[str]
     again: list[str]
-    kills: int = 0
+    kills: int | None = None
+    long: int | None = None
     sound: Callable[[Path], None] = lambda folder: None
 
 
@@ -126,7 +127,7 @@ def _content(path: Path) -> bytes:
     return re.sub(rb'"(pairs_per_second|peak_memory_mib)": [^,}]*', b"", content) if path.suffix == ".jsonl" else content
 
 
-def main(name: str, root: Path) -> None:
+def main(name: str, root: Path, is_long: bool) -> None:
     import cv2
 
     torch.set_num_threads(1)
@@ -149,8 +150,9 @@ def main(name: str, root: Path) -> None:
     if status or tree(counted) != expected:
         raise SystemExit(f"two whole runs differ: {difference(tree(counted), expected)}")
     places = range(1, total + 1)
-    if case.kills and case.kills < total:
-        places = sorted({1 + round((i + 0.5) * (total - 1) / case.kills) for i in range(case.kills)})
+    kills = case.long if is_long else case.kills
+    if kills is not None and kills < total:
+        places = sorted({1 + round((i + 0.5) * (total - 1) / kills) for i in range(kills)})
     for place in places:
         folder = root / "killed"
         shutil.rmtree(folder, ignore_errors=True)
@@ -353,24 +355,25 @@ CONVERT = ["convert-lora", "lora.safetensors", "out", "--to", "peft", "--backbon
 CASES = {
     "shard": Case(make_pairs, SHARD, [*SHARD, "--overwrite", "true"]),
     "import": Case(make_uno, IMPORT, [*IMPORT, "--overwrite", "true"]),
-    "build": Case(make_scenes, BUILD, BUILD, kills=30),
-    "show": Case(make_page, SHOW, SHOW, sound=page_is_whole),
+    "build": Case(make_scenes, BUILD, BUILD, kills=30, long=30),
+    "show": Case(make_page, SHOW, SHOW, kills=12, sound=page_is_whole),
     "validate": Case(make_pairs, VALIDATE, VALIDATE, sound=report_is_whole),
     "convert": Case(make_lora, CONVERT, [*CONVERT, "--overwrite", "true"]),
     "report": Case(
         make_finished_run,
         ["report", "run", "--out", "out/page.html"],
         ["report", "run", "--out", "out/page.html", "--overwrite", "true"],
+        kills=8,
     ),
-    "dreambench": Case(make_photos, DREAMBENCH, DREAMBENCH, kills=8),
-    "evaluate": Case(make_study, EVALUATE, [*EVALUATE, "--overwrite", "true"], kills=8),
-    "masks": Case(make_run, MASKS, [*MASKS, "--overwrite", "true"], kills=5),
-    "stress": Case(make_run, STRESS, STRESS, kills=3),
-    "ablate": Case(make_run, ABLATE, ABLATE, kills=3),
-    "demo": Case(lambda folder: None, DEMO, [*DEMO, "--overwrite", "true"], kills=1),
-    "train": Case(make_run, TRAIN, [*TRAIN, "--resume", "latest"], kills=8),
+    "dreambench": Case(make_photos, DREAMBENCH, DREAMBENCH, kills=8, long=8),
+    "evaluate": Case(make_study, EVALUATE, [*EVALUATE, "--overwrite", "true"], kills=8, long=8),
+    "masks": Case(make_run, MASKS, [*MASKS, "--overwrite", "true"], kills=3, long=5),
+    "stress": Case(make_run, STRESS, STRESS, kills=2, long=3),
+    "ablate": Case(make_run, ABLATE, ABLATE, kills=0, long=3),
+    "demo": Case(lambda folder: None, DEMO, [*DEMO, "--overwrite", "true"], kills=0, long=1),
+    "train": Case(make_run, TRAIN, [*TRAIN, "--resume", "latest"], kills=5, long=8),
 }
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), is_long=len(sys.argv) > 3)
