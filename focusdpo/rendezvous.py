@@ -2,13 +2,16 @@
 
 Launchers that start their processes again keep the store, with all that the ended ones put there, and nothing that they tell a
 process says which time it is: machines count their own restarts. So the first process begins a meeting of a new name, which it
-puts at one known place, and others come to the meeting there whose first process lives.
+puts at one known place. What others find there may be the name of an earlier meeting: they come to it if its first process
+lives, and else wait for the next.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 import socket
+import threading
 import time
 import uuid
 from contextlib import suppress
@@ -21,7 +24,8 @@ SIGN = 1.0  # seconds between the first one's signs of life, while it waits for 
 WATCHED = 3.0  # seconds in which they look for one
 PAUSE = 0.05  # seconds between looks at the store
 
-FIRST = "focusdpo/first"  # names the latest meeting, and the process that leads it
+FIRST = "focusdpo/first"  # the name of the latest meeting
+SIGNS = "alive/0"  # counts its first process's signs of life, also where `Launch` gives them in a part of the launcher's store
 
 
 def meet(rank: int, size: int) -> tuple[Any, Any]:
@@ -31,9 +35,10 @@ def meet(rank: int, size: int) -> tuple[Any, Any]:
         rank, size: number of this process, and of all.
 
     Returns:
-        A torch.distributed Store that only the processes of this launch have, and the launcher's, which some launchers have the
-        first process serve. The former is in the first process: the launcher's may end with the launcher, which many signals of
-        one stop can bring about. Where not all reach it, through a firewall as a rule, it is a part of the launcher's.
+        Two torch.distributed Stores. The first one only the processes of this launch have. It is served by the first process,
+        as the launcher's may end with the launcher, which many signals of one stop can bring about; if not all reach that one,
+        through a firewall as a rule, it is a part of the launcher's. The second one is the launcher's, to be held: some
+        launchers have the first process serve it.
 
     Raises:
         ConnectionError: they did not come together in ten minutes, or another process has this one's number.
@@ -41,76 +46,82 @@ def meet(rank: int, size: int) -> tuple[Any, Any]:
     from torch.distributed.rendezvous import rendezvous
 
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    mine = f"process {os.getpid()} on {socket.gethostname()}\n{uuid.uuid4().hex}"
     until = time.monotonic() + JOINING
     try:
         launchers, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=JOINING)))
-        store = _lead(launchers, size, mine, until) if rank == 0 else _follow(launchers, rank, mine, until)
-    except _TakenError as error:
+        own, meeting = _lead(launchers, size, until) if rank == 0 else _follow(launchers, rank, size, until)
+    except _RefusedError as error:
         raise ConnectionError(
-            f"number {rank} of the launch at {where} is {error} already; it was started twice, or another launch goes on "
-            "there: wait for it, stop it, or give this one another port"
+            f"the launch at {where}: {error}; something was started twice, or again while the others went on, or another "
+            "launch goes on there: wait for it, stop it, or give this one another port"
         ) from None
     except (RuntimeError, ValueError, TimeoutError) as error:
-        line = (str(error) or type(error).__name__).splitlines()[0]  # torch.distributed puts its own stack below
+        reason = (str(error) or type(error).__name__).splitlines()[0]  # torch.distributed puts its own stack below
+        if "EADDRINUSE" in reason:
+            reason = "something else uses that port; give this launch another one"
         raise ConnectionError(
-            f"process {rank} of {size} did not meet the others at {where} within {JOINING:.0f} s; see that all machines were "
-            f"started, each with its own number, and reach that address ({line})"
+            f"process {rank} of {size} did not meet the others at {where}, in {JOINING:.0f} s at most; see that all machines "
+            f"were started, each with its own number, and reach that address ({reason})"
         ) from error
-    if isinstance(store, _tcp_store()) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        os.environ["MASTER_PORT"] = str(store.port)  # where torch.distributed's group finds nothing of ended processes
-    return store, launchers
+    if own is not None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        os.environ["MASTER_PORT"] = str(own.port)  # where torch.distributed's group finds nothing of ended processes
+    return own or meeting, launchers
 
 
-class _TakenError(Exception):
-    """Another process, which lives, has this one's number."""
-
-    def __init__(self, first: str) -> None:
-        super().__init__(first.splitlines()[0])
+class _RefusedError(Exception):
+    """This process does not belong to the meeting."""
 
 
-def _lead(launchers: Any, size: int, mine: str, until: float) -> Any:
-    """Begins a meeting; returns the store to go on with once all others have come."""
-    meeting, own = _meeting(launchers, mine), None
+def _lead(launchers: Any, size: int, until: float) -> tuple[Any | None, Any]:
+    """Begins a meeting; once all others have come, returns this process's store, if all reach it, and the meeting's."""
+    name, own = uuid.uuid4().hex, None
+    meeting = _meeting(launchers, name)
+    _allow_files(2 * size + 1000)
     with suppress(RuntimeError):
-        own = _tcp_store()(os.environ["MASTER_ADDR"], 0, None, True, timedelta(seconds=REACHED), wait_for_workers=False)
+        own = _tcp_store(0, REACHED, is_main=True)
+        own.set(name, "1")
+    meeting.set("size", str(size))
     meeting.set("port", str(own.port) if own is not None else "0")
-    there = launchers.compare_set(FIRST, "", mine).decode()
-    while there != mine:
-        earlier = _meeting(launchers, there)
-        if _client(earlier, WATCHED) is not None or _gives_signs(earlier):
-            raise _TakenError(there)
-        there = launchers.compare_set(FIRST, there, mine).decode()
-    reached = [f"reached/{rank}" for rank in range(1, size)]
-    signed = 0.0
-    while reached and not meeting.check(reached):
+    meeting.set("is/0", _self())
+    there = launchers.compare_set(FIRST, "", name).decode()
+    while there != name:
+        if _client(launchers, there, WATCHED) is not None or _gives_signs(launchers, there):
+            raise _taken(launchers, there, 0)
+        there = launchers.compare_set(FIRST, there, name).decode()
+    missing, signed = list(range(1, size)), 0.0
+    while missing:
         if (now := time.monotonic()) - signed > SIGN:
             signed = now
-            meeting.add("alive/0", 1)
-        if (there := launchers.get(FIRST).decode()) != mine:
-            raise _TakenError(there)
-        _wait(until, "not all have come")
-    is_direct = own is not None and all(meeting.get(key) == b"1" for key in reached)
+            meeting.add(SIGNS, 1)
+        if (there := launchers.get(FIRST).decode()) != name:
+            raise _taken(launchers, there, 0)
+        _wait(until, f"processes {', '.join(map(str, missing[:5]))}{' ...' if missing[5:] else ''} have not come")
+        missing = [rank for rank in missing if not meeting.check([f"reached/{rank}"])]
+    is_direct = own is not None and all(meeting.get(f"reached/{rank}") == b"1" for rank in range(1, size))
     meeting.set("met", str(int(is_direct)))
-    return own if is_direct else meeting
+    return own if is_direct else None, meeting
 
 
-def _follow(launchers: Any, rank: int, mine: str, until: float) -> Any:
-    """Comes to the meeting; returns the store to go on with once all have."""
+def _follow(launchers: Any, rank: int, size: int, until: float) -> tuple[Any | None, Any]:
+    """Comes to the meeting; once all have, returns the first process's store, if all reach it, and the meeting's."""
     while True:
-        first = launchers.get(FIRST).decode()  # waits for it
-        meeting = _meeting(launchers, first)
-        own = _client(meeting, REACHED)
-        if own is not None or _gives_signs(meeting):
-            break
-        _wait(until, f"{first.splitlines()[0]} gives no sign of life")
-    there = meeting.compare_set(f"is/{rank}", "", mine).decode()
-    if there != mine:
-        raise _TakenError(there)
-    meeting.set(f"reached/{rank}", str(int(own is not None)))
-    while not meeting.check(["met"]):  # also if another meeting begins: this process is then one that is going to be ended
-        _wait(until, "not all have come")
-    return own if meeting.get("met") == b"1" else meeting
+        while not launchers.check([FIRST]):
+            _wait(until, "process 0 has not come")
+        name = launchers.get(FIRST).decode()
+        meeting, own = _meeting(launchers, name), _client(launchers, name, REACHED)
+        if own is None and not _gives_signs(launchers, name):
+            _wait(until, "process 0 gives no sign of life")
+            continue
+        if (other := int(meeting.get("size"))) != size:
+            raise _RefusedError(f"it has {other} processes, and this one would be of {size}")
+        mine = _self()
+        if meeting.compare_set(f"is/{rank}", "", mine).decode() != mine:
+            raise _taken(launchers, name, rank)
+        meeting.set(f"reached/{rank}", str(int(own is not None)))
+        while not meeting.check(["met"]) and launchers.get(FIRST).decode() == name:
+            _wait(until, "not all have come")
+        if meeting.check(["met"]):
+            return own if meeting.get("met") == b"1" else None, meeting
 
 
 def _wait(until: float, why: str) -> None:
@@ -120,31 +131,64 @@ def _wait(until: float, why: str) -> None:
         raise TimeoutError(why)
 
 
-def _meeting(launchers: Any, first: str) -> Any:
+def _self() -> str:
+    """Names this process, and tells it from others: in containers names and numbers may be alike."""
+    return f"process {os.getpid()} on {socket.gethostname()}\n{uuid.uuid4().hex}"
+
+
+def _taken(launchers: Any, name: str, rank: int) -> _RefusedError:
+    there = _meeting(launchers, name).get(f"is/{rank}").decode()
+    return _RefusedError(f"number {rank} is {there.splitlines()[0]} already")
+
+
+def _meeting(launchers: Any, name: str) -> Any:
     """Its part of the launcher's store."""
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-    return PrefixStore(f"focusdpo/{first.splitlines()[1]}", launchers)
+    return PrefixStore(f"focusdpo/{name}", launchers)
 
 
-def _tcp_store() -> Any:
+def _tcp_store(port: int, seconds: float, is_main: bool = False) -> Any:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    return TCPStore
+    return TCPStore(os.environ["MASTER_ADDR"], port, None, is_main, timedelta(seconds=seconds), wait_for_workers=False)
 
 
-def _client(meeting: Any, seconds: float) -> Any | None:
-    """A client of the store in the first process, if that is reached."""
-    address, port = os.environ["MASTER_ADDR"], int(meeting.get("port"))
-    with suppress(OSError, RuntimeError):
-        if port:
-            socket.create_connection((address, port), seconds).close()  # torch's client would try again for all that time
-            return _tcp_store()(address, port, None, False, timedelta(seconds=seconds), wait_for_workers=False)
-    return None
+def _client(launchers: Any, name: str, seconds: float) -> Any | None:
+    """A client of the store that the first process of the latest meeting serves, if that is reached in so many seconds."""
+    port, found = int(_meeting(launchers, name).get("port")), []
+
+    def reach() -> None:
+        with suppress(OSError, RuntimeError):
+            socket.create_connection((os.environ["MASTER_ADDR"], port), seconds).close()  # torch's would try again all the time
+            store = _tcp_store(port, seconds)
+            if store.check([name]):
+                found.append(store)
+
+    # A port at which nobody answers, as it is inherited by a process that outlives the first one, holds torch's for ever.
+    thread = threading.Thread(target=reach, daemon=True)
+    until = time.monotonic() + seconds
+    if port:
+        thread.start()
+    while thread.is_alive() and time.monotonic() < until and launchers.get(FIRST).decode() == name:
+        thread.join(PAUSE)
+    return found[0] if found else None
 
 
-def _gives_signs(meeting: Any) -> bool:
-    """Whether its first process does, in the launcher's store."""
-    signs = meeting.add("alive/0", 0)
-    time.sleep(WATCHED)
-    return bool(meeting.add("alive/0", 0) > signs)
+def _gives_signs(launchers: Any, name: str) -> bool:
+    """Whether the first process of the latest meeting does, in the launcher's store."""
+    meeting = _meeting(launchers, name)
+    before, until = meeting.add(SIGNS, 0), time.monotonic() + WATCHED
+    while time.monotonic() < until and launchers.get(FIRST).decode() == name:
+        time.sleep(PAUSE)
+        if meeting.add(SIGNS, 0) > before:
+            return True
+    return False
+
+
+def _allow_files(count: int) -> None:
+    """Raises the limit of open files for the connections of all others, as far as that is allowed."""
+    with suppress(OSError, ValueError):
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if 0 <= soft < count:  # none is below 0
+            resource.setrlimit(resource.RLIMIT_NOFILE, (count if hard < 0 else min(count, hard), hard))

@@ -294,8 +294,8 @@ def test_the_store_is_that_of_the_first_process_where_all_reach_it(monkeypatch, 
         monkeypatch.setattr(rendezvous, "REACHED", 1.0)
 
     def come(rank):
-        mine = f"process {rank}\n{rank}"
-        return rendezvous._follow(launchers, rank, mine, until) if rank else rendezvous._lead(launchers, 3, mine, until)
+        met = rendezvous._follow(launchers, rank, 3, until) if rank else rendezvous._lead(launchers, 3, until)
+        return met[0] or met[1]
 
     with ThreadPoolExecutor(3) as pool:
         stores = list(pool.map(come, range(3)))
@@ -395,8 +395,8 @@ def test_who_is_started_twice_is_refused_and_does_no_harm(serves):
         del store  # and with it the port
     code = JOINED + "print(len(joined.gather('all are here', 1)), flush=True); sys.stdin.read(); joined.wait('all end')"
 
-    def start(rank):
-        own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    def start(rank, size=2):
+        own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         return subprocess.Popen([sys.executable, "-c", code], env=own, text=True, cwd=ROOT, **pipes)
 
@@ -407,10 +407,12 @@ def test_who_is_started_twice_is_refused_and_does_no_harm(serves):
             third = start(rank)
             processes.append(third)
             said = third.communicate("", timeout=60)[1]
-            there = (
-                f"number {rank} of the launch at 127.0.0.1:{port} is process {processes[rank].pid} on {socket.gethostname()}"
-            )
-            assert third.returncode == 1 and f"{there} already" in said
+            there = f"process {processes[rank].pid} on {socket.gethostname()}"
+            assert third.returncode == 1 and f"the launch at 127.0.0.1:{port}: number {rank} is {there} already; some" in said
+        larger = start(3, size=4)
+        processes.append(larger)
+        said = larger.communicate("", timeout=60)[1]
+        assert larger.returncode == 1 and "it has 2 processes, and this one would be of 4; something was started twice" in said
         for process in processes[:2]:
             process.stdin.close()
         assert [process.wait(60) for process in processes[:2]] == [0, 0]
@@ -422,7 +424,8 @@ def test_who_is_started_twice_is_refused_and_does_no_harm(serves):
 def test_processes_that_are_started_again_find_each_other():
     """By launchers that keep their store, as torchrun's do, each with a count of restarts of its own.
 
-    Nor does torch.distributed's own group find the address of an ended process there.
+    Nor does torch.distributed's own group find the address of an ended process there, or a child that goes on for a while hold
+    anybody at the port of its parent.
     """
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
     environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
@@ -432,6 +435,10 @@ import torch, torch.distributed as dist
 one = torch.ones(1)
 dist.init_process_group("gloo")
 dist.all_reduce(one)
+if rank == 0 and os.fork() == 0:
+    os.closerange(0, 3)
+    time.sleep(40)
+    os._exit(0)
 print(joined.gather("pids", os.getpid()), int(one), flush=True)
 time.sleep(1000)
 """
