@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
 
 __all__ = ["FocusDPOOutput", "FocusMask", "convert_beta", "focus_dpo_loss", "focus_mask"]
 __version__ = "0.1.0"
+
+# This process, and the one that started it: a launcher may be gone when imports are through, and with it its number.
+_STARTED = os.getpid(), os.getppid()
 
 _HOMES = {
     "FocusDPOOutput": "loss",

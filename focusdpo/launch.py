@@ -23,6 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+import focusdpo
 from focusdpo.rendezvous import JOINING, meet
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ HEARD = 5.0  # seconds that a failing process waits for the others to hear of it
 SILENT = 120.0  # seconds without a sign of life after which a process counts as dead, or collective_timeout if that is less
 PART = 2**20  # characters that are sent at once; the store takes no more than 8 MiB
 LONGEST = 20_000  # characters of a reason
+ORPHANED = "the launcher has ended"
 
 # What the libraries under torch.distributed say where another process is gone; their errors have no class of their own.
 LOST = re.compile(
@@ -149,16 +151,20 @@ class Launch:
         places = _places()
         # accelerate starts a single process without torchrun, and sets this for it.
         is_launched = any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"))
-        parent = os.getppid() if is_launched else None
+        parent = _parent() if is_launched else None
         if places is None:
             return cls(parent=parent)
         import atexit
 
+        has_met = threading.Event()
+        threading.Thread(target=_end_with, args=(parent, has_met), name="launch-parent", daemon=True).start()
         try:
             store, launchers = meet(*places)
         except ConnectionError as error:
             tell_launcher(str(error))
             raise
+        finally:
+            has_met.set()
         launch = cls(*places, int(os.environ["LOCAL_RANK"]), store, parent)
         launch._launchers_store = launchers
         atexit.register(launch.close)
@@ -272,7 +278,7 @@ class Launch:
     def why_stopped(self) -> str:
         """What the processes stop for, once `stops_here` was true."""
         if self._store is None:
-            return "the launcher has ended" if self._is_orphan else "it was told to"
+            return ORPHANED if self._is_orphan else "it was told to"
         return self._get("stop").decode()
 
     # Failing and leaving.
@@ -471,11 +477,24 @@ class Launch:
                 logger.warning("process %d: the launcher has ended, and so does this process", self.rank)
                 self._is_orphan = True
                 os.kill(os.getpid(), signal.SIGTERM)  # as the launcher's own word to stop
-                deadline, reason = now + max(self.timeout, LEAVING), "the launcher has ended"
+                deadline, reason = now + max(self.timeout, LEAVING), ORPHANED
             elif found := self._heard or self._lost:
                 deadline, reason = now + LEAVING, found
             elif self._unheard * BEAT > self.timeout:
                 deadline, reason = now, f"process 0 has given no answer for {self.timeout:g} s (collective_timeout)"
+
+
+def _parent() -> int:
+    """The process that started this one, dead or alive."""
+    process, parent = focusdpo._STARTED
+    return parent if process == os.getpid() else os.getppid()  # of a fork
+
+
+def _end_with(parent: int | None, is_over: threading.Event) -> None:
+    """Ends this process with its parent: nothing else can where it waits for the others to come, and it has nothing to lose."""
+    while not is_over.wait(BEAT):
+        if parent is not None and os.getppid() != parent:
+            _exit(ORPHANED)
 
 
 def _exit(reason: str) -> None:

@@ -19,6 +19,7 @@ from datetime import timedelta
 from typing import Any
 
 JOINING = 600.0  # seconds in which the processes of a launch have to come together
+SERVED = 60.0  # seconds in which a launcher's store is to be reached
 REACHED = 20.0  # seconds in which the first process is to be reached directly
 SIGN = 1.0  # seconds between the first one's signs of life, while it waits for the others
 WATCHED = 3.0  # seconds in which they look for one
@@ -47,8 +48,11 @@ def meet(rank: int, size: int) -> tuple[Any, Any]:
 
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     until = time.monotonic() + JOINING
+    has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
-        launchers, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=JOINING)))
+        # A launcher serves its store before it starts processes; where the first process does, others may be early.
+        launchers, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=SERVED if has_agent else JOINING)))
+        launchers.set_timeout(timedelta(seconds=JOINING))
         own, meeting = _lead(launchers, size, until) if rank == 0 else _follow(launchers, rank, size, until)
     except _RefusedError as error:
         raise ConnectionError(
@@ -63,7 +67,7 @@ def meet(rank: int, size: int) -> tuple[Any, Any]:
             f"process {rank} of {size} did not meet the others at {where}, in {JOINING:.0f} s at most; see that all machines "
             f"were started, each with its own number, and reach that address ({reason})"
         ) from error
-    if own is not None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if own is not None and has_agent:
         os.environ["MASTER_PORT"] = str(own.port)  # where torch.distributed's group finds nothing of ended processes
     return own or meeting, launchers
 

@@ -16,6 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 import torch.distributed as dist
 
@@ -27,6 +28,7 @@ from focusdpo.folders import OutputFolder
 from focusdpo.launch import ElsewhereError, Launch
 from focusdpo.training.batches import load_datasets
 from focusdpo.training.config import DataConfig, ModelConfig, TrainConfig
+from tests.processes import assert_gone, started
 
 ROOT = Path(__file__).parents[1]
 
@@ -456,6 +458,34 @@ time.sleep(1000)
             for process in processes:
                 process.kill()
                 process.communicate()
+
+
+@pytest.mark.parametrize("when", ["importing", "waiting for the others"])
+def test_processes_of_a_dead_launcher_do_not_wait_for_each_other(when):
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = str(one.getsockname()[1])
+    child = f"""
+import os, sys, time
+import focusdpo
+parent = os.getppid()
+print(os.getpid(), flush=True)
+while {when == "importing"} and os.getppid() == parent:
+    time.sleep(0.01)
+from focusdpo.launch import Launch
+Launch.join()
+"""
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": "0"}
+    environment |= {"LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "1", "PYTHONPATH": str(ROOT)}
+    with started([sys.executable, "-c", launcher], env=environment, stdout=subprocess.PIPE) as process:
+        child = psutil.Process(int(process.stdout.readline()))
+        until = time.monotonic() + 60
+        while when != "importing" and not [one for one in child.net_connections() if one.status == psutil.CONN_LISTEN]:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        process.kill()
+        assert_gone([child], 20.0)
 
 
 @pytest.mark.parametrize("case", CASES)
