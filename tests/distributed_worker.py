@@ -7,6 +7,7 @@ notice.
 
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ from focusdpo.training.sharding import whole
 
 world = os.environ.get("WORLD", "ddp")
 _, config = parse_config(["train", *sys.argv[1:]])
+if world.startswith("zero"):
+    import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # which is compiled for half a minute
 if world != "ddp":
     PartialState(cpu=True)
 if world == "fsdp":
