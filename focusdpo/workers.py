@@ -255,7 +255,7 @@ def serve(number: int, parent: int) -> None:
     """
     global _connection  # open until the process ends: the thread below looks at it
     connection = _connection = Connection(number)
-    threading.Thread(target=_end_with_parent, args=(number, parent), daemon=True).start()
+    end_with_parent(number, parent)
     try:
         prepare, place, hears_signals, threads = connection.recv()
         if not hears_signals:
@@ -292,11 +292,19 @@ def _portable(error: BaseException) -> BaseException:
     return error
 
 
-def _end_with_parent(number: int, parent: int) -> None:
-    """Ends this process as soon as its parent is gone.
+def end_with_parent(number: int, parent: int) -> None:
+    """Has this process end as soon as its parent is gone.
 
     The connection tells at once, unless a fork of the parent holds it too; then it is the parent's number.
+
+    Args:
+        number: of the file descriptor of a connection or pipe whose other end the parent has.
+        parent: its process id.
     """
+    threading.Thread(target=_end_with_parent, args=(number, parent), daemon=True).start()
+
+
+def _end_with_parent(number: int, parent: int) -> None:
     poll = select.poll()
     poll.register(number, 0)  # only whether the other end was closed
     while os.getppid() == parent and not poll.poll(math.ceil(1000 * PARENT)):

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from focusdpo.evaluation.pairs_page import check_page, write_page
@@ -14,9 +18,11 @@ from focusdpo.evaluation.run_page import binning
 from focusdpo.evaluation.run_page.binning import read_run
 from focusdpo.journals import Part, parts_of, read_steps
 from tests.browser import browser, in_browser
+from tests.processes import assert_gone, started
 from tests.synthetic_run import write_run
 from tests.test_show import write_pairs
 
+ROOT = Path(__file__).parents[2]
 OPENING = """
   const timing = view.performance.getEntriesByType("navigation")[0];
   seen.opened = timing.domInteractive - timing.responseEnd;
@@ -144,6 +150,25 @@ def test_a_helper_imports_nothing_from_the_working_folder(tmp_path, monkeypatch)
     monkeypatch.setattr(binning, "_read_part", lambda *task: own.append(task) or read_part(*task))
     read_run(file, ["loss"], points=40, progress=False)
     assert len(own) == 1
+
+
+def test_a_helper_ends_with_its_parent(tmp_path):
+    """In the midst of its part."""
+    script = """
+import sys, time
+from pathlib import Path
+from focusdpo.evaluation.run_page import binning
+start, end = binning._Helper.CODE.split("; ")
+binning._Helper.CODE = f"{start}; import time; binning._read_part = lambda *args: time.sleep(100); {end}"
+helper = binning._Helper(binning._Task(Path(sys.argv[1]), ["loss"], 1, 2, 1), binning.Part(0, 10))
+print(helper._process.pid, flush=True)
+time.sleep(100)
+"""
+    with started([sys.executable, "-c", script, str(tmp_path / "metrics.jsonl")], cwd=ROOT, stdout=subprocess.PIPE) as parent:
+        helper = psutil.Process(int(parent.stdout.readline()))
+        time.sleep(2)  # most of it imports
+        parent.kill()
+        assert_gone([helper], 10.0)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 50, 1000])

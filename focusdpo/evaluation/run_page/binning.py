@@ -29,6 +29,7 @@ import numpy as np
 
 from focusdpo.evaluation.panels import Floats, names_of
 from focusdpo.journals import Part, Row, has_step, parse_row, parts_of, read_steps
+from focusdpo.workers import end_with_parent
 
 TAIL = 2**20  # bytes in which the last whole row is looked for; a row has some thousand
 BLOCK = 500  # rows in memory
@@ -237,7 +238,7 @@ class _Helper:
     def __init__(self, task: _Task, part: Part) -> None:
         self._task, self._part = task, part
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        command = [sys.executable, "-P", "-c", self.CODE]  # -P: nothing is imported from the working folder
+        command = [sys.executable, "-P", "-c", self.CODE, str(os.getpid())]  # -P: nothing is imported from the working folder
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         assert self._process.stdin is not None
         with suppress(BrokenPipeError), self._process.stdin as stream:  # one that died at once is seen below
@@ -263,6 +264,7 @@ class _Helper:
 
 def help_out() -> None:
     """What a helper does: a task and its part come by stdin, what was found and said goes to stdout."""
+    end_with_parent(sys.stdout.fileno(), int(sys.argv[1]))
     records: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
     logging.getLogger().addHandler(logging.handlers.QueueHandler(records))
     sums = _read_part(*pickle.load(sys.stdin.buffer))
