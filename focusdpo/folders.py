@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import socket
+import time
 import uuid
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -42,6 +43,7 @@ HASHED = dict.fromkeys((".csv", ".html", ".json", ".jsonl", ".md", ".txt", ".yam
 NAMED = 5  # files in a message
 # A pipeline that diffusers saved under the name model, as patterns.
 PIPELINE_WRITTEN = (r"model/model_index\.json", r"model/[a-z_0-9]+/[\w.-]+\.(json|jinja|model|safetensors|txt)")
+INTRODUCED = 2.0  # seconds in which a process that took a lock says who it is
 SHOWN = ".seen-by-all-"  # begins the name of a file that tells whether all processes of a launch see one folder
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -562,6 +564,10 @@ def _now() -> str:
 
 
 def _holder(own: Path) -> str:
+    """Who has the lock; that process says so a moment after it took it."""
+    until = time.monotonic() + INTRODUCED
+    while not (own / "holder.json").exists() and time.monotonic() < until:
+        time.sleep(0.02)
     try:
         holder = json.loads((own / "holder.json").read_bytes())
         return f"focusdpo {holder['command']}, process {holder['pid']} on {holder['host']} since {holder['since']}"

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from focusdpo.folders import OutputFolder, free_name, step_folders, under
 from focusdpo.training.config import SamplesConfig
 from focusdpo.training.run_folder import finished_at
 from focusdpo.training.trainer import Trainer
+from tests.processes import started
 
 PATTERNS = (r"result\.json", r"log\.jsonl", r"images/\d+\.png", r"cache/run-\w+/**")
 HINT = "say so"
@@ -308,6 +310,21 @@ def test_another_process_waits_outside_until_death(tmp_path, kind):
     finally:
         holder.kill()
         holder.stdout.close()
+
+
+def test_who_has_just_taken_the_lock_is_named(tmp_path):
+    """Between taking it and saying so there is a moment, in which another process comes."""
+    with started([sys.executable, "-c", HOLD, str(tmp_path), "alone"], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == "held\n"
+        says = tmp_path / ".focusdpo" / "holder.json"
+        said = says.read_bytes()
+        says.unlink()
+        timer = threading.Timer(0.3, says.write_bytes, [said])
+        timer.start()
+        with pytest.raises(BlockingIOError, match=f"is being written by focusdpo draw, process {holder.pid} on "):
+            folder_at(tmp_path).check(True, HINT)
+        timer.join()
+        holder.kill()
 
 
 # The commands
