@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -439,25 +440,32 @@ dist.init_process_group("gloo")
 dist.all_reduce(one)
 if rank == 0 and os.fork() == 0:
     os.closerange(0, 3)
-    time.sleep(40)
+    time.sleep(80)
     os._exit(0)
 print(joined.gather("pids", os.getpid()), int(one), flush=True)
 time.sleep(1000)
 """
-    for ranks in ((0, 1), (1, 0)):
-        processes = []
-        try:
+    groups = []
+    try:
+        for ranks in ((0, 1), (1, 0)):
+            processes, began = [], time.monotonic()
             for rank in ranks:
                 own = environment | {"RANK": str(rank), "LOCAL_RANK": "0", "TORCHELASTIC_RESTART_COUNT": str(rank)}
                 command = [sys.executable, "-c", JOINED + code]
-                processes.append(subprocess.Popen(command, env=own, stdout=subprocess.PIPE, text=True, cwd=ROOT))
+                pipe = subprocess.PIPE
+                processes.append(subprocess.Popen(command, env=own, stdout=pipe, text=True, cwd=ROOT, start_new_session=True))
+                groups.append(processes[-1].pid)
                 time.sleep(1.0)
             pids = [process.pid for process in processes]
             assert [process.stdout.readline() for process in processes] == [f"{pids[::-1] if ranks[0] else pids} 2\n"] * 2
-        finally:
-            for process in processes:
+            assert time.monotonic() - began < 60, "as long as the child goes on"
+            for process in processes:  # but not what the first one has forked
                 process.kill()
                 process.communicate()
+    finally:
+        for group in groups:
+            with suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("when", ["importing", "waiting for the others"])
