@@ -16,10 +16,10 @@ import cv2
 import torch
 
 from benchmarks.machine import device_name
-from focusdpo.data.building.config import BuildConfig
-from focusdpo.data.building.draft import Draft
-from focusdpo.data.building.engines import Worker, steps
-from focusdpo.data.building.scenes import load_scenes
+from focusdpo.building.candidate import Draft
+from focusdpo.building.config import BuildConfig
+from focusdpo.building.engines import Worker, steps
+from focusdpo.building.scenes import load_scenes
 from focusdpo.demo.scenes import write_scenes
 
 

@@ -104,7 +104,7 @@ def check_launches(what: str) -> list[str]:
     command = [sys.executable, "-m", "benchmarks.dry_run", "--launch", what]
     if what == "tests":
         pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.stub_tests", "--tb=short")
-        files = [f"tests/test_{name}.py" for name in KERNEL_TESTS]
+        files = list(KERNEL_TESTS)
         command = [*pytest, "-n", str(os.cpu_count() or 1), *files]
         environment["OMP_NUM_THREADS"] = "1"
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

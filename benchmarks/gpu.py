@@ -22,7 +22,14 @@ from benchmarks.supervise import Part, run_part
 
 PYTHON = sys.executable
 ENVIRONMENT = "environment"
-KERNEL_TESTS = ("similarity", "matching", "entropy", "residual", "loss", "mask", "focus_field", "accuracy", "ops")
+KERNEL_TESTS = (
+    *(
+        f"tests/kernels/test_{name}.py"
+        for name in ("similarity", "matching", "entropy", "residual", "fusion", "accuracy", "ops")
+    ),
+    "tests/test_loss.py",
+    "tests/test_mask.py",
+)
 STEPS_NEED = ("diffusers", "accelerate", "peft", "transformers")
 TRAINING_NEEDS = (*STEPS_NEED, "jsonargparse", "docstring_parser")
 
@@ -75,7 +82,7 @@ def _first(result: Path) -> list[Part]:
     plain = _each("--provider", "focusdpo", "eager", "pieces")
     shapes = _each("--shape", "uno-1024", "flux2-klein-4b", "uno-512")
     compiled = (*_each("--shape", "uno-1024"), *_each("--provider", "torch.compile"))
-    tests, device = tuple(f"tests/test_{name}.py" for name in KERNEL_TESTS), ("tests/test_gpu.py", "-k")
+    tests, device = KERNEL_TESTS, ("tests/test_gpu.py", "-k")
     return [
         _environment(result, "--gpu"),
         _tests("device tests", "what only a GPU can show", 48, 4, (*device, "not killed and not attention"), result, each=40),
@@ -144,7 +151,10 @@ NCU = (
 
 def _rehearsal(result: Path) -> list[Part]:
     """The same machinery on a CPU and the smallest sizes: nothing of it says anything about a GPU."""
-    tests, tiny = ("tests/test_entropy.py", "-k", "flat or scikit"), ("--no-sweep", "--shape", "tiny", "-k", "not compile")
+    tests, tiny = (
+        ("tests/kernels/test_entropy.py", "-k", "flat or scikit"),
+        ("--no-sweep", "--shape", "tiny", "-k", "not compile"),
+    )
     return [
         _environment(result, seconds=60),
         _tests("kernel tests", "a few, in the interpreter", 120, 2, tests, result, each=60),

@@ -18,7 +18,7 @@ import triton
 from pytest_benchmark.utils import get_commit_info
 
 from benchmarks.records import Recorder
-from focusdpo_kernels import env
+from focusdpo_kernels.tools import env
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BROKEN_DEVICE = 70  # exit status of a process whose device is lost to it, while another process may still use it

@@ -10,9 +10,9 @@ from diffusers import FluxTransformer2DModel
 
 from focusdpo.data import PairBatch
 from focusdpo.data.images import PATCH_SIZE
-from focusdpo.demo.tiny_flux import transformer_config
 from focusdpo.models import Backbone, Flux1, PromptEmbeddings, TokenLayout
 from focusdpo.models.sizes import Architecture, released
+from focusdpo.models.tiny_flux import transformer_config
 from focusdpo.training.step import Noised
 
 

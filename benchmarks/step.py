@@ -35,7 +35,7 @@ from benchmarks.workload import FOCUS, KEEPING, PLAIN, Variant, Workload, throug
 from focusdpo.training.config import LoraConfig, ModelConfig
 from focusdpo.training.memory import estimate
 from focusdpo_kernels import SimilarityAccumulator
-from focusdpo_kernels.inspect import FAMILIES
+from focusdpo_kernels.tools.inspect import FAMILIES
 
 OUR_KERNELS = {name for family in FAMILIES for name in vars(family) if name.endswith("_kernel")}
 WARM_UP = 2  # rounds that are run and not measured

@@ -30,7 +30,7 @@ from PIL import Image
 from benchmarks.machine import commit_id, machine_info
 from benchmarks.records import Recorder
 from focusdpo.data.images import PATCH_SIZE
-from focusdpo.journals import read_metrics
+from focusdpo.foundation.journals import read_metrics
 
 PAIRS, RANK = 8, 32
 # Of a model: side of the images and of the references in pixels, text tokens.
@@ -39,7 +39,7 @@ CLOCK = ("pairs_per_second", "peak_memory_mib")
 
 
 def write_pipeline(folder: Path, backbone: str, device: torch.device) -> None:
-    from focusdpo.demo.tiny_flux2 import write_tiny_flux2
+    from tests.tiny_flux2 import write_tiny_flux2
 
     if backbone == "tiny":
         write_tiny_flux2(folder)

@@ -1,3 +1,3 @@
-from focusdpo.cli import main
+from focusdpo.commands.cli import main
 
 main()

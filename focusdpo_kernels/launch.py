@@ -1,6 +1,6 @@
 """How a kernel is launched, in a form that can also be compiled ahead of time.
 
-A launcher and the static checks (tests, `python -m focusdpo_kernels.inspect`) use the same `Launch`, so what is proven
+A launcher and the static checks (tests, `python -m focusdpo_kernels.tools.inspect`) use the same `Launch`, so what is proven
 without a GPU is what runs on one.
 """
 

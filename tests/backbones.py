@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from focusdpo.data import LongestSide, PairBatch, PairDataset, collate, load_pairs
 from focusdpo.features import SimilarityTap
-from focusdpo.journals import read_metrics
+from focusdpo.foundation.journals import read_metrics
 from focusdpo.models import Backbone, Flux1
 from focusdpo.models.lora_reading import LORA_FILE
 from focusdpo.training.adapter import add_adapter, reference_model

@@ -49,7 +49,7 @@ def seeded() -> None:
 
 @pytest.fixture(scope="session")
 def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from focusdpo.demo.tiny_flux import write_tiny_flux
+    from focusdpo.models.tiny_flux import write_tiny_flux
 
     return write_tiny_flux(tmp_path_factory.mktemp("model") / "tiny-flux")
 

@@ -18,7 +18,8 @@ from pathlib import Path
 import libcst
 import yaml
 
-ROOT = Path(__file__).parents[1]
+from tests import ROOT
+
 FOLDER = ROOT / "build" / "mutants"
 EXPLAINED = Path(__file__).with_name("survivors.yaml")
 MUTATED = (
@@ -29,10 +30,16 @@ MUTATED = (
     "focusdpo/training/times.py",
     "focusdpo_kernels/reference.py",
 )
-TESTS = (
-    *("step", "times", "loss", "peers", "mask", "features", "similarity", "matching", "entropy", "focus_field", "residual"),
-    *("errors", "cpu_mask", "cpu_residual", "cpu_similarity"),  # most of reference.py runs where the last three compare with it
-)
+TESTS = [
+    *(f"tests/test_{name}.py" for name in ("loss", "mask", "features")),
+    *(f"tests/training/test_{name}.py" for name in ("step", "times")),
+    *(
+        f"tests/kernels/test_{name}.py"
+        for name in ("peers", "similarity", "matching", "entropy", "fusion", "residual", "errors")
+    ),
+    # Most of reference.py runs where these compare with it.
+    *(f"tests/kernels/test_{name}.py" for name in ("cpu_mask", "cpu_residual", "cpu_similarity")),
+]
 WANTED = 0.95
 KILLED = ("killed", "timeout", "segfault")
 # A compiler cannot trace what calls a mutant. Mutants run in forks, which wait for ever for threads that their parent had.
@@ -42,7 +49,7 @@ SETTINGS = f"""
 source_paths = ["focusdpo", "focusdpo_kernels"]
 only_mutate = {list(MUTATED)}
 pytest_add_cli_args = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "{UNFIT}"]
-pytest_add_cli_args_test_selection = {[f"tests/test_{name}.py" for name in TESTS]}
+pytest_add_cli_args_test_selection = {TESTS}
 use_git_change_detection = false
 track_dependencies = false
 

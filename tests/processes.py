@@ -42,5 +42,5 @@ def assert_gone(processes: Sequence[psutil.Process], seconds: float) -> None:
 
 
 def workers_of(pid: int) -> list[psutil.Process]:
-    """The processes of `focusdpo.workers` that a process has started."""
-    return [child for child in psutil.Process(pid).children() if "focusdpo.workers" in " ".join(child.cmdline())]
+    """The processes of `focusdpo.foundation.workers` that a process has started."""
+    return [child for child in psutil.Process(pid).children() if "focusdpo.foundation.workers" in " ".join(child.cmdline())]

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +18,8 @@ import torch
 from benchmarks import timing
 from focusdpo import focus_dpo_loss, focus_mask
 from focusdpo_kernels import SimilarityAccumulator, cross_layer_similarity, preference_residual, topk_mask
+from tests import ROOT
 
-ROOT = Path(__file__).parent.parent
 DEVICE = "cuda"  # the dry run takes another
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 
@@ -262,7 +261,7 @@ def rows_and_lora(folder):
     """Metrics without the clock's, and the adapter."""
     from safetensors.torch import load_file
 
-    from focusdpo.journals import read_metrics
+    from focusdpo.foundation.journals import read_metrics
 
     clock = ("pairs_per_second", "peak_memory_mib")
     rows = [{k: v for k, v in row.items() if k not in clock} for row in read_metrics(folder / "metrics.jsonl")]

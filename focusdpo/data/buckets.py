@@ -13,7 +13,7 @@ from focusdpo.data.dataset import PairDataset, reference_mask
 from focusdpo.data.images import read_mask, read_size
 from focusdpo.data.records import DatasetError, Problem
 from focusdpo.data.references import Placement
-from focusdpo.files import ReadableFile
+from focusdpo.foundation.files import ReadableFile
 
 Masks = dict[str, Callable[[], Image.Image | None]]  # by their field, read when asked for
 

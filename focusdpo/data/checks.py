@@ -27,7 +27,7 @@ from focusdpo.data.images import (
     token_size,
 )
 from focusdpo.data.records import PairRecord, Problem
-from focusdpo.files import ReadableFile, checksum
+from focusdpo.foundation.files import ReadableFile, checksum
 
 Check = Literal["full", "headers"]
 T = TypeVar("T")

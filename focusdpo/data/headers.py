@@ -20,7 +20,7 @@ import numpy as np
 
 from focusdpo.data.images import Header, Size, check_depth, read_header
 from focusdpo.data.shards import TarMember
-from focusdpo.files import ReadableFile, hash_of, writing
+from focusdpo.foundation.files import ReadableFile, hash_of, writing
 
 logger = logging.getLogger(__name__)
 

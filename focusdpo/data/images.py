@@ -23,7 +23,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 from torch import Tensor
 
-from focusdpo.files import ReadableFile
+from focusdpo.foundation.files import ReadableFile
 
 PATCH_SIZE = 16  # pixels along a token's side: 8 by the VAE, 2 by packing, in every supported backbone
 MAX_PIXELS = 64_000_000  # of an image, as 8000 x 8000: decoded it takes 256 MB, and Pillow warns of larger ones only

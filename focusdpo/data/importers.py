@@ -19,8 +19,8 @@ from focusdpo.data.checks import changed_tokens
 from focusdpo.data.images import ImageBytes, ImageError, attempt, inside, read_alpha, read_gray, read_image
 from focusdpo.data.records import FILE_NAME, MAX_REFERENCES, text_fault
 from focusdpo.data.shards import image_suffix
-from focusdpo.extras import require_package
-from focusdpo.files import ReadableFile
+from focusdpo.foundation.files import ReadableFile
+from focusdpo.foundation.packages import require_package
 
 logger = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from focusdpo.files import ReadableFile
-from focusdpo.text import printable
+from focusdpo.foundation.files import ReadableFile
+from focusdpo.foundation.text import printable
 
 FILE_NAME = "pairs.jsonl"
 MAX_REFERENCES = 6

@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 
 from focusdpo.data.images import ImageBytes, open_file, open_image
 from focusdpo.data.records import PairRecord
-from focusdpo.extras import require_package
-from focusdpo.files import ReadableFile
+from focusdpo.foundation.files import ReadableFile
+from focusdpo.foundation.packages import require_package
 
 BLOCK = 512  # bytes, of a tar
 

@@ -29,9 +29,9 @@ from tqdm.auto import tqdm
 
 from focusdpo.data.records import FIELDS, FILE_NAME, PairRecord, Problem, RecordParser
 from focusdpo.data.shards import TarMember, list_samples
-from focusdpo.extras import require_package
-from focusdpo.files import ReadableFile, checksum
-from focusdpo.text import printable
+from focusdpo.foundation.files import ReadableFile, checksum
+from focusdpo.foundation.packages import require_package
+from focusdpo.foundation.text import printable
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # what makes a folder of images a dataset
 BLOCK = 16 * 2**20  # bytes of a parquet column that are decoded at once

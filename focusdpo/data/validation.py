@@ -17,7 +17,7 @@ from focusdpo.data.dataset import PairSizes, SizeRules
 from focusdpo.data.headers import INDEX
 from focusdpo.data.records import DatasetError, PairRecord, Problem, collector_paused
 from focusdpo.data.sources import find_sources, items_of
-from focusdpo.text import printable
+from focusdpo.foundation.text import printable
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from focusdpo.settings import require
+from focusdpo.foundation.settings import require
 
 
 @dataclass

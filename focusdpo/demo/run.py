@@ -17,12 +17,12 @@ from diffusers.utils import logging as diffusers_logging
 from focusdpo.data import collate
 from focusdpo.demo.config import DemoConfig
 from focusdpo.demo.scenes import write_dataset
-from focusdpo.demo.tiny_flux import write_tiny_flux
-from focusdpo.evaluation.curves import draw_curves
-from focusdpo.evaluation.overlays import draw_overlays
-from focusdpo.evaluation.run_page.page import write_run_page
-from focusdpo.folders import PIPELINE_WRITTEN, OutputFolder, under
-from focusdpo.journals import read_metrics
+from focusdpo.drawing.overlays import draw_overlays
+from focusdpo.drawing.training_curves import draw_curves
+from focusdpo.foundation.journals import read_metrics
+from focusdpo.foundation.output_folder import PIPELINE_WRITTEN, OutputFolder, under
+from focusdpo.models.tiny_flux import write_tiny_flux
+from focusdpo.pages.run.page import write_run_page
 from focusdpo.training.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, SamplesConfig, TrainConfig
 from focusdpo.training.run_files import WRITTEN
 from focusdpo.training.samples import MASK_TIMES, masks_at
@@ -30,7 +30,7 @@ from focusdpo.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-# What the demo writes, see `focusdpo.folders`.
+# What the demo writes, see `focusdpo.foundation.output_folder`.
 DEMO_WRITTEN = (
     r"data/(train|held_out)/pairs\.jsonl",
     r"data/(train|held_out)/\d+_(winner|loser|prior|reference\d(_mask)?)\.png",

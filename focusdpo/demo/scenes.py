@@ -14,10 +14,10 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 from tqdm.auto import tqdm
 
-from focusdpo.data.building.scenes import FILE_NAME as SCENES_FILE
+from focusdpo.building.photos import Subject, backgrounds, subjects
+from focusdpo.building.scenes import FILE_NAME as SCENES_FILE
 from focusdpo.data.images import token_size
 from focusdpo.data.records import FILE_NAME
-from focusdpo.demo.photos import Subject, backgrounds, subjects
 
 DISRUPTIONS = ("instance", "recolour", "retexture")
 Placement = tuple[int, int, int, int]  # left, top, width, height

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from focusdpo.files import checksum, hash_of, remembered_checksum
+from focusdpo.foundation.files import checksum, hash_of, remembered_checksum
 from focusdpo.models.lora_keys import PEFT_PREFIX, first
 from focusdpo.models.lora_names import FAMILIES
 from focusdpo.models.lora_reading import Lora, find_lora_file, lora_shapes, read_lora

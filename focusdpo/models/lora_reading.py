@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from focusdpo.files import tensor_shapes
+from focusdpo.foundation.files import tensor_shapes
 from focusdpo.models.lora_fusion import Update, split
 from focusdpo.models.lora_keys import PEFT_PREFIX, check_backbone, families_of, first, inner, layer_keys
 from focusdpo.models.lora_names import Family, Module, family_of

@@ -27,7 +27,7 @@ import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from torch import Tensor
 
-from focusdpo.files import write_bytes
+from focusdpo.foundation.files import write_bytes
 from focusdpo.models.lora_fusion import Update, fuse
 from focusdpo.models.lora_keys import FAMILY_KEY, PEFT_PREFIX, name_backbone
 from focusdpo.models.lora_names import Family

@@ -28,11 +28,11 @@ from focusdpo.data import (
 )
 from focusdpo.data.images import PATCH_SIZE
 from focusdpo.data.records import collector_paused
-from focusdpo.files import ReadableFile, checksum
-from focusdpo.launch import Launch
+from focusdpo.foundation.files import ReadableFile, checksum
+from focusdpo.foundation.launch import Launch
 from focusdpo.training.config import DataConfig, FocusConfig, TrainConfig
-from focusdpo.training.draws import turns_at
 from focusdpo.training.layouts import size_rules
+from focusdpo.training.seeding import turns_at
 from focusdpo.training.signals import leave_to_parent
 
 logger = logging.getLogger(__name__)

@@ -22,12 +22,12 @@ from tqdm.auto import tqdm
 
 from focusdpo.data import Encodings, PairDataset, PairRecord, Placement
 from focusdpo.data.images import PATCH_SIZE, read_photo
-from focusdpo.files import ReadableFile, checksum, fingerprint, hash_of
-from focusdpo.launch import Launch
+from focusdpo.foundation.files import ReadableFile, checksum, fingerprint, hash_of
+from focusdpo.foundation.launch import Launch
+from focusdpo.foundation.tensor_files import SHOWN, TensorFiles
 from focusdpo.models import Backbone
 from focusdpo.models.base import pipeline_folder, pipeline_parts
 from focusdpo.training.config import TrainConfig
-from focusdpo.training.tensor_files import SHOWN, TensorFiles
 
 FORMAT = 3  # of the files; another one where an image is brought to size, or encoded, in another way
 

@@ -29,9 +29,9 @@ from accelerate.checkpointing import load_accelerator_state, save_accelerator_st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from focusdpo.files import checksum, partial_of
-from focusdpo.folders import OutputFolder, free_name, step_folders
-from focusdpo.launch import Launch
+from focusdpo.foundation.files import checksum, partial_of
+from focusdpo.foundation.launch import Launch
+from focusdpo.foundation.output_folder import OutputFolder, free_name, step_folders
 from focusdpo.models import Backbone
 from focusdpo.training.adapter import adapter_state, load_adapter_state
 from focusdpo.training.sharding import is_deepspeed, split_like, split_optimizer_state, whole

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from focusdpo.settings import require as _require
+from focusdpo.foundation.settings import require as _require
 
 
 def parse_ratios(name: str, texts: list[str] | None) -> list[tuple[int, int]] | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from focusdpo.foundation.tensor_files import TensorFiles
 from focusdpo.models import BACKBONES, Backbone
 from focusdpo.models.base import Parts, check_pipeline_path
 from focusdpo.models.base_lora import check_base_lora
@@ -13,7 +14,6 @@ from focusdpo.models.quantization import check_quantization
 from focusdpo.training.config import TrainConfig
 from focusdpo.training.memory import DTYPES
 from focusdpo.training.optimizers import check_optimizer
-from focusdpo.training.tensor_files import TensorFiles
 
 
 def check_files_and_packages(config: TrainConfig) -> None:

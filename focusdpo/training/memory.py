@@ -17,7 +17,7 @@
 
 Not in it: fragmentation, libraries' workspaces, DDP's buckets (the adapter's gradients once more), what `model.compile` saves,
 and of `model.quantization` a layer's weights in full precision. Attention and RMS norm are taken to be PyTorch's fused kernels,
-as on a GPU. tests/test_memory.py holds it against the peaks that were measured (benchmarks/results).
+as on a GPU. tests/training/test_memory.py holds it against the peaks that were measured (benchmarks/results).
 
 `launched` says what several processes on one machine need, each with a device of its own, beyond what a process takes to run
 at all. Files of weights are mapped: their pages stand in memory once, and the kernel drops them where it needs room. What the

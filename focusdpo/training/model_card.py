@@ -16,13 +16,13 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from focusdpo.data import PairDataset
-from focusdpo.evaluation.curves import draw_curves
-from focusdpo.evaluation.sheets import read_picture, stack
-from focusdpo.files import write_whole, writing
-from focusdpo.folders import step_folders
-from focusdpo.journals import read_metrics, read_steps
+from focusdpo.drawing.contact_sheets import read_picture, stack
+from focusdpo.drawing.training_curves import draw_curves
+from focusdpo.foundation.files import write_whole, writing
+from focusdpo.foundation.journals import read_metrics, read_steps
+from focusdpo.foundation.output_folder import step_folders
+from focusdpo.foundation.text import code, code_block, markdown
 from focusdpo.models.lora_reading import LORA_FILE
-from focusdpo.text import code, code_block, markdown
 from focusdpo.training.config import DataConfig, ModelConfig, TrainConfig
 from focusdpo.training.run_files import METRICS_FILE, SAMPLES_FOLDER, VALIDATION_FILE
 

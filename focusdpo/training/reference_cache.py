@@ -17,16 +17,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from focusdpo.data import PairBatch, PairDataset
-from focusdpo.files import ReadableFile, checksum, fingerprint, hash_of
-from focusdpo.launch import Launch
+from focusdpo.foundation.files import ReadableFile, checksum, fingerprint, hash_of
+from focusdpo.foundation.launch import Launch
+from focusdpo.foundation.tensor_files import TensorFiles
 from focusdpo.models.base import pipeline_folder
 from focusdpo.models.base_lora import base_lora_checksum
 from focusdpo.training.batches import in_rounds, load_batches
 from focusdpo.training.cache import EncodingReader
 from focusdpo.training.config import TrainConfig
-from focusdpo.training.draws import fixed_draw, fixed_turns
+from focusdpo.training.seeding import fixed_draw, fixed_turns
 from focusdpo.training.step import PreferenceStep, Reference
-from focusdpo.training.tensor_files import TensorFiles
 
 FORMAT = 2  # of the files
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import cast
 
-from focusdpo.settings_text import build, read_settings
+from focusdpo.foundation.settings_text import build, read_settings
 from focusdpo.training.config import TrainConfig
 from focusdpo.training.run_files import CONFIG_FILE
 

@@ -16,7 +16,7 @@ LEFT_OUT_FILE = "left_out.jsonl"
 SAMPLES_FOLDER = "samples"
 CHECKPOINTS_FOLDER = "checkpoints"
 _STEP = rf"{CHECKPOINTS_FOLDER}/step-\d+(\.abandoned(-\d+)?)?"
-# What a run writes, see `focusdpo.folders`.
+# What a run writes, see `focusdpo.foundation.output_folder`.
 WRITTEN = (
     r"config\.yaml",
     r"(metrics|validation|alarms|left_out)\.jsonl",

@@ -15,14 +15,14 @@ import yaml
 from focusdpo.data import PairDataset
 from focusdpo.data.records import Problem
 from focusdpo.data.sources import content_checksum
-from focusdpo.files import KNOWN_DIGESTS, fingerprint, hash_of, is_stamped, write_json, write_whole
-from focusdpo.folders import OutputFolder, step_folders
-from focusdpo.launch import Launch
+from focusdpo.foundation.files import KNOWN_DIGESTS, fingerprint, hash_of, is_stamped, write_json, write_whole
+from focusdpo.foundation.launch import Launch
+from focusdpo.foundation.output_folder import OutputFolder, step_folders
+from focusdpo.foundation.settings import differences, flat
 from focusdpo.models import BACKBONES
 from focusdpo.models.base import pipeline_folder, pipeline_parts
 from focusdpo.models.base_lora import base_lora_checksum
 from focusdpo.models.lora_reading import LORA_FILE
-from focusdpo.settings import differences, flat
 from focusdpo.training.adapter import targets_of
 from focusdpo.training.checkpoints import LAST_CHECKPOINT, SETTINGS_FILE, find_checkpoint
 from focusdpo.training.config import DataConfig, ModelConfig, TrainConfig
@@ -35,7 +35,7 @@ from focusdpo.training.run_files import (
     WRITTEN,
     read_starts,
 )
-from focusdpo_kernels import env
+from focusdpo_kernels.tools import env
 
 logger = logging.getLogger(__name__)
 

@@ -18,11 +18,11 @@ from tqdm.auto import tqdm
 
 from focusdpo.data import PairBatch, PairDataset, PairRecord, collate
 from focusdpo.data.images import to_pil
-from focusdpo.evaluation.overlays import MaskAtTime, draw_overlays
-from focusdpo.evaluation.sheets import read_picture, sample_sheet
-from focusdpo.files import partial_of
-from focusdpo.folders import OutputFolder, step_folders
-from focusdpo.launch import Launch
+from focusdpo.drawing.contact_sheets import read_picture, sample_sheet
+from focusdpo.drawing.overlays import MaskAtTime, draw_overlays
+from focusdpo.foundation.files import partial_of
+from focusdpo.foundation.launch import Launch
+from focusdpo.foundation.output_folder import OutputFolder, step_folders
 from focusdpo.models import BACKBONES, Backbone
 from focusdpo.training.batches import dataset_of
 from focusdpo.training.config import TrainConfig

@@ -26,7 +26,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
-from focusdpo.launch import Launch
+from focusdpo.foundation.launch import Launch
 from focusdpo.models import Backbone
 from focusdpo.models.sizes import META
 from focusdpo.training.config import TrainConfig

@@ -10,7 +10,7 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-from focusdpo.launch import Launch
+from focusdpo.foundation.launch import Launch
 
 logger = logging.getLogger(__name__)
 

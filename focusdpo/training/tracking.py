@@ -11,7 +11,7 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 
-from focusdpo.files import write_whole
+from focusdpo.foundation.files import write_whole
 from focusdpo.training.config import TrainConfig
 
 

@@ -19,8 +19,8 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from focusdpo.data import PairBatch, PairDataset, SizeBatches
-from focusdpo.journals import Journal, read_steps, up_to
-from focusdpo.launch import Launch, tell_launcher
+from focusdpo.foundation.journals import Journal, read_steps, up_to
+from focusdpo.foundation.launch import Launch, tell_launcher
 from focusdpo.models.base import Parts
 from focusdpo.models.sizes import Architecture
 from focusdpo.training.adapter import adapter_state
@@ -37,7 +37,6 @@ from focusdpo.training.checkpoints import Checkpoints, Progress, Stateful
 from focusdpo.training.compilation import compile_blocks
 from focusdpo.training.config import TrainConfig
 from focusdpo.training.determinism import repeatable
-from focusdpo.training.draws import fixed_turns, generators, turns_at
 from focusdpo.training.health import Alarm, Health
 from focusdpo.training.hub import check_hub, upload
 from focusdpo.training.loading import check_files_and_packages, load_backbone
@@ -45,11 +44,11 @@ from focusdpo.training.memory import batch_advice, batch_text, explained, run_ad
 from focusdpo.training.metrics import Averager, Smoothed, peak_memory_mib, step_metrics
 from focusdpo.training.model_card import write_model_card
 from focusdpo.training.optimizers import build_optimizer, step_size
-from focusdpo.training.policy import add_policy
 from focusdpo.training.reference_cache import ReferenceCache
 from focusdpo.training.run_files import ALARMS_FILE, CHECKPOINTS_FOLDER, METRICS_FILE, SAMPLES_FOLDER, VALIDATION_FILE
 from focusdpo.training.run_folder import RunFolder, shared_settings
 from focusdpo.training.samples import Samples
+from focusdpo.training.seeding import fixed_turns, generators, turns_at
 from focusdpo.training.sharding import (
     check_devices,
     check_launch,
@@ -62,6 +61,7 @@ from focusdpo.training.sharding import (
 from focusdpo.training.signals import StopError, StopSignals
 from focusdpo.training.step import PreferenceStep, StepResult
 from focusdpo.training.tracking import check_trackers, start_trackers
+from focusdpo.training.trained_model import add_policy
 from focusdpo_kernels.backend import resolve_backend
 
 logger = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
 
-from focusdpo import cli
+from focusdpo.commands import cli
 
 EVENTS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink"}
 MINE = {"notes.txt": "mine", "out/notes.txt": "mine", "out/images/holiday.png": "mine", "out/lora/notes.txt": "mine"}
@@ -223,7 +223,7 @@ def make_lora(folder: Path) -> None:
 
 def make_run(folder: Path) -> None:
     """Settings of a run with everything that writes: samples, a cache, a moving average, and few checkpoints."""
-    from focusdpo.demo.tiny_flux import write_tiny_flux
+    from focusdpo.models.tiny_flux import write_tiny_flux
     from focusdpo.training.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, SamplesConfig, TrainConfig
 
     make_pairs(folder)

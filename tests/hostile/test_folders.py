@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 
-from focusdpo import cli
-from focusdpo.folders import OutputFolder, free_name, step_folders, under
+from focusdpo.commands import cli
+from focusdpo.foundation.output_folder import OutputFolder, free_name, step_folders, under
 from focusdpo.training.config import SamplesConfig
 from focusdpo.training.run_folder import finished_at
 from focusdpo.training.trainer import Trainer
@@ -279,7 +279,7 @@ def test_names(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from focusdpo.folders import OutputFolder
+from focusdpo.foundation.output_folder import OutputFolder
 out = OutputFolder("out", Path(sys.argv[1]), "draw", [r"result\\.json"])
 out.check(True, "")
 out.begin(clear=False)

@@ -267,8 +267,8 @@ def test_damaged_parquet_is_named(tmp_path):
 
 
 def test_photos_of_any_suffix(tmp_path):
-    from focusdpo.data.building.dreambench import manifest
-    from focusdpo.data.building.dreambench_scenes import photos
+    from focusdpo.building.dreambench import manifest
+    from focusdpo.building.dreambench_scenes import photos
 
     names = ["00.JPG", "01.jpeg", "02.Png", "03.webp", "04.JPEG", "05.jpg"]
     (tmp_path / "mug").mkdir()
@@ -302,7 +302,7 @@ def study(tmp_path):
 
 
 def evaluation(study, images):
-    from focusdpo.evaluation.metrics.config import EvaluateConfig
+    from focusdpo.metrics.config import EvaluateConfig
 
     root, model = study
     lines = [{"prompt": "a", "references": [{"image": f"{i}.png"}, {"image": f"{(i + 1) % 3}.png"}]} for i in range(images)]
@@ -314,8 +314,8 @@ def evaluation(study, images):
 
 
 def test_fid_of_one_image_is_refused_before_anything_is_encoded(study, monkeypatch):
-    from focusdpo.evaluation.metrics import inputs
-    from focusdpo.evaluation.metrics.evaluate import prepare_evaluation
+    from focusdpo.commands.evaluate import prepare_evaluation
+    from focusdpo.metrics import inputs
 
     monkeypatch.setattr(inputs, "load_encoder", lambda *a: pytest.fail("an encoder was loaded"))
     config = evaluation(study, 1)
@@ -329,7 +329,7 @@ def test_resamples_of_one_image_again_and_again():
     """Two prompts of one image each: half of the resamples have the same image twice."""
     torch = pytest.importorskip("torch")
     pytest.importorskip("torchmetrics")
-    from focusdpo.evaluation.metrics.fid import frechet_interval
+    from focusdpo.metrics.fid import frechet_interval
 
     generator = torch.Generator().manual_seed(0)
     real, fake = torch.randn(5, 8, generator=generator), torch.randn(2, 8, generator=generator)

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from focusdpo.data.building.builder import read_manifest
-from focusdpo.journals import MAX_LINE, Journal, read_metrics, read_rows, read_steps, up_to
+from focusdpo.building.builder import read_manifest
+from focusdpo.foundation.journals import MAX_LINE, Journal, read_metrics, read_rows, read_steps, up_to
 from focusdpo.training.health import Health
 from tests.synthetic_run import write_run
 
@@ -95,10 +95,10 @@ def test_whatever_a_disk_did(tmp_path_factory, junk, place):
 READ = """
 import resource, sys
 from pathlib import Path
-from focusdpo.journals import Journal, read_steps, up_to
+from focusdpo.foundation.journals import Journal, read_steps, up_to
 from focusdpo.training.config import DataConfig, ModelConfig, TrainConfig
 from focusdpo.training.health import Health
-from focusdpo.evaluation.curves import draw_curves
+from focusdpo.drawing.training_curves import draw_curves
 import focusdpo_kernels  # which the settings of a run load
 file = Path(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

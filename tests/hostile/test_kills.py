@@ -8,14 +8,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests import ROOT
 from tests.conftest import LONG
 from tests.hostile.killing import CASES
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("case", [name for name, case in CASES.items() if LONG or case.kills != 0])

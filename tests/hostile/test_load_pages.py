@@ -7,22 +7,21 @@ import math
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 
-from focusdpo.evaluation.pairs_page import check_page, write_page
-from focusdpo.evaluation.run_page import binning
-from focusdpo.evaluation.run_page.binning import read_run
-from focusdpo.journals import Part, parts_of, read_steps
+from focusdpo.foundation.journals import Part, parts_of, read_steps
+from focusdpo.pages.pairs import check_page, write_page
+from focusdpo.pages.run import binning
+from focusdpo.pages.run.binning import read_run
+from tests import ROOT
 from tests.browser import browser, in_browser
+from tests.pages.test_show import write_pairs
 from tests.processes import assert_gone, started
 from tests.synthetic_run import write_run
-from tests.test_show import write_pairs
 
-ROOT = Path(__file__).parents[2]
 OPENING = """
   const timing = view.performance.getEntriesByType("navigation")[0];
   seen.opened = timing.domInteractive - timing.responseEnd;
@@ -157,7 +156,7 @@ def test_a_helper_ends_with_its_parent(tmp_path):
     script = """
 import sys, time
 from pathlib import Path
-from focusdpo.evaluation.run_page import binning
+from focusdpo.pages.run import binning
 start, end = binning._Helper.CODE.split("; ")
 binning._Helper.CODE = f"{start}; import time; binning._read_part = lambda *args: time.sleep(100); {end}"
 helper = binning._Helper(binning._Task(Path(sys.argv[1]), ["loss"], 1, 2, 1), binning.Part(0, 10))

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
+from focusdpo.building.scenes import load_scenes
 from focusdpo.data import LongestSide, PairDataset, load_pairs
-from focusdpo.data.building.scenes import load_scenes
 from focusdpo.data.checks import check_pair
 from focusdpo.data.dataset import SizeRules
 from focusdpo.data.images import (

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,17 +18,16 @@ import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 
-from focusdpo import cli
-from focusdpo.data.building.builder import prepare_build
-from focusdpo.data.building.config import BuildConfig
+from focusdpo.building.builder import prepare_build
+from focusdpo.building.config import BuildConfig
+from focusdpo.commands import cli
 from focusdpo.demo.scenes import write_dataset, write_scenes
-from focusdpo.files import checksum, fingerprint
-from focusdpo.journals import read_metrics
+from focusdpo.foundation.files import checksum, fingerprint
+from focusdpo.foundation.journals import read_metrics
 from focusdpo.training.checkpoints import complete_checkpoints, damage, find_checkpoint
 from focusdpo.training.config import OptimConfig
 from focusdpo.training.trainer import Trainer
-
-ROOT = Path(__file__).parents[2]
+from tests import ROOT
 
 
 def train(config, **changes):
@@ -197,7 +195,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(config, tmp_path, caplog):
 
 
 def test_large_files_are_hashed_in_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr("focusdpo.files.PART", 1000)
+    monkeypatch.setattr("focusdpo.foundation.files.PART", 1000)
     (tmp_path / "vae").mkdir()
     file = tmp_path / "vae" / "weights.bin"
     content = bytearray(os.urandom(4500))

@@ -18,8 +18,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from focusdpo import cli
-from focusdpo.settings_text import SettingError, read_option, read_settings
+from focusdpo.commands import cli
+from focusdpo.foundation.settings_text import SettingError, read_option, read_settings
 from focusdpo.training.config import TrainConfig
 from focusdpo.training.run_config import read_run_config
 

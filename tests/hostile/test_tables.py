@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from focusdpo.building.scenes import load_scenes
 from focusdpo.data import DatasetError, LongestSide, PairDataset, load_pairs
 from focusdpo.data import sources as sources_module
-from focusdpo.data.building.scenes import load_scenes
 from focusdpo.data.shards import write_shards
 from focusdpo.data.sources import content_checksum, find_sources, parse_pairs
-from focusdpo.evaluation.metrics.prompts import read_prompts
+from focusdpo.metrics.prompts import read_prompts
 
 pa = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -483,7 +483,7 @@ def test_scenes_hold_no_halves_of_characters(folder, field):
 
 def test_prompts_beside_odd_paths(folder):
     """An evaluation does not look at a pair's other images, whatever their paths are."""
-    from focusdpo.evaluation.metrics.prompts import find_subjects
+    from focusdpo.metrics.prompts import find_subjects
 
     line = {**PAIR, "winner": "a\0b", "loser": "\ud83d", "prior": [3, "x" * 5000]}
     found = read_lines(folder, "prompts.jsonl", json.dumps(line).encode())

@@ -23,9 +23,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from focusdpo import cli
+from focusdpo.commands import cli
 from focusdpo.demo.config import DemoConfig
-from focusdpo.text import MessageFormatter, cell, code, code_block, markdown, message_lines, printable
+from focusdpo.foundation.text import MessageFormatter, cell, code, code_block, markdown, message_lines, printable
 
 # C0 and C1, soft hyphen, zero width, bidi marks, overrides and isolates, line separators, surrogates, tags.
 UNSEEN = re.compile(
@@ -231,8 +231,8 @@ def test_a_cell_is_no_formula(text):
 
 
 def test_tables_of_an_evaluation(tmp_path):
-    from focusdpo.evaluation.metrics.report import write_table
-    from focusdpo.evaluation.metrics.summary import Line
+    from focusdpo.metrics.report import write_table
+    from focusdpo.metrics.summary import Line
 
     prompts = ['=HYPERLINK("http://x")', "a, b\n2,=1", "plain", "-5 cats", "\ud800"]
     line = Line(-0.5, -1.0, 0.5, 3, 3)

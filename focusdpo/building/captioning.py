@@ -1,0 +1,62 @@
+"""The third stage: what each subject is called."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+
+from focusdpo.building.candidate import Draft, Photo
+
+
+class ClassNames:
+    """The class name is the caption."""
+
+    device = "cpu"
+
+    def __call__(self, draft: Draft) -> None:
+        draft.captions = [subject.class_name for subject in draft.record.subjects]
+
+
+class CaptionModel:
+    """An image-to-text model of transformers describes the part of the scene that shows the subject.
+
+    Args:
+        path: folder of the model.
+        prompt: what it is asked, with {class_name} filled in; models with a chat template see it as the user's message.
+        max_new_tokens: length limit.
+        device: where it runs.
+    """
+
+    def __init__(self, path: str, prompt: str, max_new_tokens: int, device: str) -> None:
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        self.device = device
+        self._prompt = prompt
+        self._max_new_tokens = max_new_tokens
+        self._processor = AutoProcessor.from_pretrained(path, local_files_only=True)
+        self._model = AutoModelForImageTextToText.from_pretrained(path, local_files_only=True).to(device).eval()
+
+    def __call__(self, draft: Draft) -> None:
+        draft.captions = [self._caption(photo) for photo in draft.subjects]
+
+    @torch.inference_mode()
+    def _caption(self, photo: Photo) -> str:
+        assert photo.mask is not None
+        rows, columns = (np.flatnonzero(photo.mask.any(axis=axis)) for axis in (1, 0))
+        crop = Image.fromarray(photo.pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
+        text = self._prompt.format(class_name=photo.subject.class_name)
+        inputs = self._inputs(crop, text).to(self.device)
+        tokens = self._model.generate(**inputs, max_new_tokens=self._max_new_tokens, do_sample=False)
+        if not self._model.config.is_encoder_decoder:  # those repeat what they were asked
+            tokens = tokens[:, inputs["input_ids"].shape[1] :]
+        caption = self._processor.batch_decode(tokens, skip_special_tokens=True)[0].strip()
+        return cast(str, caption) or photo.subject.class_name
+
+    def _inputs(self, image: Image.Image, text: str) -> Any:
+        if getattr(self._processor, "chat_template", None):
+            content = [{"type": "image"}, {"type": "text", "text": text}]
+            text = self._processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        return self._processor(images=image, text=text, return_tensors="pt")

@@ -1,0 +1,227 @@
+"""The fourth stage: a subject becomes another instance, in place; the prior is what changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+
+from focusdpo.building.blending import (
+    Float,
+    box_of,
+    fill_background,
+    grow,
+    move_cutout,
+    paste,
+    put,
+    to_lab,
+    to_rgb,
+    transfer_colours,
+)
+from focusdpo.building.candidate import Draft, Mask, Photo, Pixels, Rejected
+
+LEAST_FIT = 0.5  # intersection over union of a donor and the subject that it replaces
+
+
+class Disruption:
+    """Changes the subjects that a draft names; a subclass says how."""
+
+    device = "cpu"
+
+    def change(self, draft: Draft, number: int, loser: Pixels) -> tuple[Pixels, Mask, dict[str, object]]:
+        """Subject `number` becomes another instance.
+
+        Returns:
+            the loser with the change, uint8 [H, W, 3]; where it may differ, bool [H, W]; and what is noted in the pair's meta.
+        """
+        raise NotImplementedError
+
+    def __call__(self, draft: Draft) -> None:
+        assert draft.scene is not None
+        loser = draft.scene
+        draft.priors = [np.zeros(loser.shape[:2], bool) for _ in draft.subjects]
+        notes = []
+        for number in draft.changing:
+            before = loser
+            loser, region, note = self.change(draft, number, loser)
+            loser = np.where(region[..., None], loser, before)
+            draft.priors[number] = _closed((loser != before).any(axis=-1))
+            notes.append({"subject": number, **note})
+        draft.loser = loser
+        draft.notes["disruption"] = notes
+
+
+def _closed(changed: Mask) -> Mask:
+    """The changed pixels as a region: gaps that one would not see are part of it."""
+    return grow(grow(changed, 3), -3) | changed
+
+
+class Embedded(Disruption):
+    """Disruptions without weights: another instance from a photo, turned hues, a pattern, another subject's colours."""
+
+    def change(self, draft: Draft, number: int, loser: Pixels) -> tuple[Pixels, Mask, dict[str, object]]:
+        rng = draft.rng(f"disruption {number}")
+        ways: dict[str, Callable[[], tuple[Pixels, Mask, dict[str, object]] | None]] = {
+            "swap": lambda: self._swap(draft, number, loser),
+            "recolour": lambda: self._repaint(draft, number, loser, recolour(loser, rng)),
+            "retexture": lambda: self._repaint(draft, number, loser, retexture(loser, self._mask(draft, number), rng)),
+            "leak": lambda: self._leak(draft, number, loser, rng),
+        }
+        for kind in draft.kinds[number]:
+            changed = ways[kind]()
+            if changed is not None:
+                pixels, region, note = changed
+                return pixels, region, {"kind": kind, **note}
+        raise Rejected(f"nothing to disrupt with: {', '.join(sorted(draft.kinds[number]))} does not apply")
+
+    @staticmethod
+    def _mask(draft: Draft, number: int) -> Mask:
+        mask = draft.subjects[number].mask
+        assert mask is not None
+        return mask
+
+    def _repaint(self, draft: Draft, number: int, loser: Pixels, painted: Pixels) -> tuple[Pixels, Mask, dict[str, object]]:
+        mask = self._mask(draft, number)
+        return paste(loser, painted, mask, edge=3), mask, {}
+
+    def _leak(
+        self, draft: Draft, number: int, loser: Pixels, rng: np.random.Generator
+    ) -> tuple[Pixels, Mask, dict[str, object]] | None:
+        others = [index for index in range(len(draft.subjects)) if index != number]
+        if not others:
+            return None
+        other = int(rng.choice(others))
+        mask, reference = self._mask(draft, number), draft.references[other]
+        assert reference.mask is not None
+        painted = transfer_colours(loser, mask, reference.pixels, reference.mask)
+        return paste(loser, painted, mask, edge=3), mask, {"from": other}
+
+    def _swap(self, draft: Draft, number: int, loser: Pixels) -> tuple[Pixels, Mask, dict[str, object]] | None:
+        mask = self._mask(draft, number)
+        others = np.zeros_like(mask)
+        for index in range(len(draft.subjects)):
+            if index != number:
+                others |= self._mask(draft, index) | draft.priors[index]
+        fits = [fit for donor in draft.donors.get(number, []) if (fit := fit_donor(donor, mask)) is not None]
+        if not fits:
+            return None
+        score, donor, pixels, inside = max(fits, key=lambda fit: fit[0])
+        inside &= ~others
+        if not inside.any():
+            return None
+        pixels = relight(pixels, inside, loser, mask | others, donor)
+        # The old outline's soft edge belongs to the old subject: a fill that touched it would take its colours on.
+        gone = grow(mask, max(4, round(0.03 * np.sqrt(mask.sum())))) & ~others
+        filled = fill_background(loser, gone, mask | others)
+        swapped = put(filled, pixels, inside)
+        return swapped, gone | inside, {"donor": donor.subject.name, "fit": round(score, 3)}
+
+
+def fit_donor(donor: Photo, mask: Mask) -> tuple[float, Photo, Pixels, Mask] | None:
+    """Puts a donor's cut-out where the subject is, in the size and mirroring that covers it best.
+
+    Returns:
+        how well it covers (intersection over union), the donor, its pixels [H, W, 3] and its mask [H, W] in the scene; None
+        where it does not fit: it is cut off by its photo where the subject is not, or is too small.
+    """
+    assert donor.mask is not None
+    if not donor.mask.any() or not cut_edges(donor.mask) <= cut_edges(mask):
+        return None
+    rows, columns = box_of(donor.mask)
+    cutout, shape = donor.pixels[rows, columns], donor.mask[rows, columns].astype(np.float32)
+    place_rows, place_columns = box_of(mask)
+    height, width = mask.shape
+    bottom, middle = place_rows.stop, (place_columns.start + place_columns.stop) / 2
+    base = float(np.sqrt(mask.sum() / shape.sum()))
+    if base > 2.0:
+        return None
+    coarse = 96 / max(height, width)
+    small_mask = cv2.resize(mask.astype(np.float32), None, fx=coarse, fy=coarse, interpolation=cv2.INTER_AREA) > 0.5
+    best: tuple[float, Float] | None = None
+    for flip in (False, True):
+        for factor in (0.9, 1.0, 1.1, 1.2):
+            for stretch in (0.92, 1.0, 1.08):
+                scale_x, scale_y = base * factor * stretch, base * factor / stretch
+                for shift in (-0.08, 0.0, 0.08):
+                    left = middle - scale_x * shape.shape[1] / 2 + shift * width
+                    top = bottom - scale_y * shape.shape[0]
+                    move = np.array([[scale_x, 0, left], [0, scale_y, top]], np.float32)
+                    if flip:
+                        move = move @ np.array([[-1, 0, shape.shape[1] - 1], [0, 1, 0], [0, 0, 1]], np.float32)
+                    reduce = np.diag([coarse, coarse]).astype(np.float32)
+                    there = cv2.warpAffine(shape, reduce @ move, small_mask.shape[::-1]) > 0.5
+                    shared = float((there & small_mask).sum())
+                    # With what lies outside of the scene: a subject that is cut off fits less.
+                    area = float(shape.sum()) * scale_x * scale_y * coarse**2
+                    score = shared / (area + float(small_mask.sum()) - shared)
+                    if best is None or score > best[0]:
+                        best = score, move
+    assert best is not None
+    score, move = best
+    if score < LEAST_FIT:
+        return None
+    pixels, inside = move_cutout(cutout, donor.mask[rows, columns], move, (width, height))
+    return score, donor, pixels, inside
+
+
+def cut_edges(mask: Mask) -> set[str]:
+    """The image's edges that cut a subject off: where a tenth of its extent lies on them."""
+    extent = 0.1 * np.sqrt(mask.sum())
+    near = max(1, round(0.01 * max(mask.shape)))
+    edges = {
+        "top": mask[:near].any(0),
+        "bottom": mask[-near:].any(0),
+        "left": mask[:, :near].any(1),
+        "right": mask[:, -near:].any(1),
+    }
+    return {name for name, touched in edges.items() if touched.sum() > extent}
+
+
+def relight(pixels: Pixels, inside: Mask, scene: Pixels, subjects: Mask, donor: Photo) -> Pixels:
+    """A donor in the scene's light: its lightness moves half of the way that the two backgrounds are apart."""
+    assert donor.mask is not None
+    if subjects.all() or donor.mask.all():
+        return pixels
+    lab = to_lab(pixels)
+    there, here = to_lab(donor.pixels)[~donor.mask, 0].mean(), to_lab(scene)[~subjects, 0].mean()
+    gain = float(np.clip(np.sqrt((here + 5) / (there + 5)), 0.75, 1.15))
+    lab[..., 0] = np.clip(lab[..., 0] * gain, 0, 100)
+    return to_rgb(lab)
+
+
+def recolour(pixels: Pixels, rng: np.random.Generator) -> Pixels:
+    """The hues turned by a quarter to three quarters of the circle; what is gray takes on a tint. The lightness stays."""
+    lab = to_lab(pixels)
+    angle, tint = rng.uniform(0.5 * np.pi, 1.5 * np.pi), rng.uniform(0, 2 * np.pi)
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]], np.float32)
+    turned = lab[..., 1:] @ turn.T
+    chroma = np.linalg.norm(turned, axis=-1, keepdims=True)
+    colour = np.array([np.cos(tint), np.sin(tint)], np.float32) * 28
+    # Black and white hold no colour; in between a gray part takes most.
+    room = np.clip(4 * (lab[..., :1] / 100) * (1 - lab[..., :1] / 100), 0.25, 1)
+    lab[..., 1:] = turned + colour * room * np.exp(-((chroma / 15) ** 2))
+    return to_rgb(lab)
+
+
+def retexture(pixels: Pixels, mask: Mask, rng: np.random.Generator) -> Pixels:
+    """A pattern of its own, stripes or blotches in another colour, under the subject's own shading."""
+    height, width = mask.shape
+    extent = float(np.sqrt(mask.sum()))
+    angle, period = rng.uniform(0, np.pi), extent * rng.uniform(0.08, 0.16)
+    noise = rng.standard_normal((height, width)).astype(np.float32)
+    if rng.random() < 0.5:  # stripes, bent
+        y, x = np.mgrid[:height, :width].astype(np.float32)
+        bend = cv2.GaussianBlur(noise, (0, 0), extent / 10)
+        bend *= 0.35 * period / max(float(bend.std()), 1e-6)
+        wave = np.sin(2 * np.pi * (np.cos(angle) * x + np.sin(angle) * y + bend) / period)
+    else:  # blotches
+        wave = cv2.GaussianBlur(noise, (0, 0), period / 6) - cv2.GaussianBlur(noise, (0, 0), period / 3)
+        wave = wave / max(float(wave.std()), 1e-6) - 0.3
+    share = 0.1 + 0.75 / (1 + np.exp(-4 * wave))[..., None]
+    lab = to_lab(pixels)
+    hue = rng.uniform(0, 2 * np.pi)
+    colour = np.array([np.cos(hue), np.sin(hue)], np.float32) * 45
+    level = lab[..., :1][mask].mean()
+    painted = np.concatenate([lab[..., :1] + (25 if level < 50 else -25), np.broadcast_to(colour, lab[..., 1:].shape)], axis=-1)
+    return to_rgb(((1 - share) * lab + share * painted).astype(np.float32))

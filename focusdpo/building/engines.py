@@ -1,0 +1,90 @@
+"""Runs the stages over all drafts, here or in several processes; ray_engine.py does it on Ray, with the same pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from focusdpo.building.candidate import Draft, Stage, run_stages
+from focusdpo.building.captioning import CaptionModel, ClassNames
+from focusdpo.building.config import BuildConfig, DisruptionConfig
+from focusdpo.building.disruption import Disruption, Embedded
+from focusdpo.building.gates import Gates
+from focusdpo.building.loading import Load
+from focusdpo.building.scenes import Scene
+from focusdpo.building.segmentation import GivenMasks, GrabCut, Sam
+from focusdpo.building.writing import Write
+from focusdpo.foundation.workers import Pool
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage yet to be made, where it runs: a model is loaded in the worker that uses it."""
+
+    device: str
+    make: Callable[[], Stage]
+
+
+def steps(config: BuildConfig, scenes: Sequence[Scene]) -> list[Step]:
+    """The pipeline that the settings name."""
+    segmentation, captioning, disruption = config.segmentation, config.captioning, config.disruption
+    sam = segmentation.path, segmentation.detector, segmentation.threshold, segmentation.device
+    model = captioning.path, captioning.prompt, captioning.max_new_tokens, captioning.device
+    segment: dict[str, Callable[[], Stage]] = {"given": GivenMasks, "grabcut": GrabCut, "sam": partial(Sam, *sam)}  # type: ignore[arg-type]
+    caption: dict[str, Callable[[], Stage]] = {"class": ClassNames, "model": partial(CaptionModel, *model)}  # type: ignore[arg-type]
+    disrupt: dict[str, Callable[[], Stage]] = {
+        "embedded": Embedded,
+        "inpaint": partial(_inpainting, disruption),
+    }
+    return [
+        Step("cpu", partial(Load, scenes, config.resolution, config.reference_resolution, disruption)),
+        Step(segmentation.device, segment[segmentation.name]),
+        Step(captioning.device, caption[captioning.name]),
+        Step(disruption.device, disrupt[disruption.name]),
+        Step(config.gates.device, partial(Gates, config.gates)),
+        Step("cpu", partial(Write, Path(config.output_dir).absolute())),
+    ]
+
+
+def _inpainting(config: DisruptionConfig) -> Disruption:
+    from focusdpo.building.inpainting import Inpainting  # imports diffusers' pipelines
+
+    return Inpainting(config)
+
+
+class Worker:
+    """Makes its stages when the first draft comes, and applies them."""
+
+    def __init__(self, steps: Sequence[Step]) -> None:
+        self._steps = steps
+        self._stages: list[Stage] | None = None
+
+    def __call__(self, draft: Draft) -> Draft:
+        if self._stages is None:
+            self._stages = [step.make() for step in self._steps]
+        return run_stages(self._stages, draft)
+
+
+def outcome_of(worker: Worker, draft: Draft) -> dict[str, Any]:
+    """What the manifest keeps of a draft."""
+    return worker(draft).outcome()
+
+
+def run_plain(steps: Sequence[Step], drafts: Sequence[Draft], workers: int) -> Generator[dict[str, Any]]:
+    """Here, or in `workers` processes. Yields each draft's outcome when it is done.
+
+    Raises:
+        ChildProcessError: a process was killed.
+    """
+    work = partial(outcome_of, Worker(steps))
+    count = min(workers, len(drafts))
+    if count <= 1:
+        yield from map(work, drafts)
+        return
+    with Pool(count, work, attrgetter("name")) as pool:
+        for _, outcome in pool.run(drafts, tell_silence=True):
+            yield outcome

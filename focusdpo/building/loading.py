@@ -1,0 +1,78 @@
+"""The first stage: draws which subjects change, and reads a scene's photos and those of other instances."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from focusdpo.building.candidate import Draft, Mask, Photo, Pixels
+from focusdpo.building.config import ALWAYS_APPLY, DisruptionConfig
+from focusdpo.building.scenes import Scene, SceneSubject, View
+from focusdpo.data.images import Size, read_image, read_mask, read_size, token_size
+
+
+@lru_cache(maxsize=128)
+def read_pixels(path: Path, longest: int) -> Pixels:
+    """An RGB image scaled and cut to whole tokens as training does it; `longest` is its longest side. Not to be written to."""
+    size = token_size(read_size(path), longest)
+    return np.asarray(ImageOps.fit(read_image(path), size, method=Image.Resampling.LANCZOS))
+
+
+@lru_cache(maxsize=128)
+def read_region(path: Path, size: Size) -> Mask:
+    """A mask brought to the size of its image."""
+    return np.asarray(ImageOps.fit(read_mask(path), size, method=Image.Resampling.BOX)) >= 128
+
+
+class Load:
+    """Draws what changes and how, and reads the scene, its references, and the donors that a swap needs.
+
+    Args:
+        scenes: all scenes; the references of other instances of a class are its donors.
+        resolution, reference_resolution: longest sides in pixels.
+        disruption: which subjects change, the embedded kinds, and how many donors to draw.
+    """
+
+    device = "cpu"
+
+    def __init__(
+        self, scenes: Sequence[Scene], resolution: int, reference_resolution: int, disruption: DisruptionConfig
+    ) -> None:
+        self._resolution = resolution
+        self._reference_resolution = reference_resolution
+        self._disruption = disruption
+        by_class: dict[str, dict[View, SceneSubject]] = defaultdict(dict)
+        for scene in scenes:
+            for subject in scene.subjects:
+                by_class[subject.class_name].setdefault(subject.reference, subject)
+        self._by_class = {name: list(views.values()) for name, views in by_class.items()}
+
+    def __call__(self, draft: Draft) -> None:
+        draft.scene = read_pixels(draft.record.image, self._resolution)
+        draft.subjects = [self._photo(s, s.scene, self._resolution) for s in draft.record.subjects]
+        draft.references = [self._photo(s, s.reference, self._reference_resolution) for s in draft.record.subjects]
+        count = len(draft.subjects)
+        draft.changing = range(count) if self._disruption.changed == "all" else [int(draft.rng("changing").integers(count))]
+        for number in draft.changing:
+            kinds = [str(kind) for kind in draft.rng(f"kinds {number}").permutation(self._disruption.kinds)]
+            draft.kinds[number] = kinds
+            reached = kinds[: kinds.index("swap") + 1] if "swap" in kinds else []
+            # Cutting donors out takes most of the time: not where another kind will be done first.
+            if self._disruption.name == "embedded" and reached and not ALWAYS_APPLY & set(reached):
+                draft.donors[number] = self._draw(draft, number)
+
+    def _draw(self, draft: Draft, number: int) -> list[Photo]:
+        subject = draft.record.subjects[number]
+        others = [s for s in self._by_class[subject.class_name] if s.name != subject.name]
+        drawn = draft.rng(f"donors {number}").permutation(len(others))[: self._disruption.donors]
+        return [self._photo(others[int(i)], others[int(i)].reference, self._reference_resolution) for i in drawn]
+
+    def _photo(self, subject: SceneSubject, view: View, longest: int) -> Photo:
+        pixels = read_pixels(view.image, longest)
+        height, width = pixels.shape[:2]
+        return Photo(subject, view, pixels, None if view.mask is None else read_region(view.mask, (width, height)))

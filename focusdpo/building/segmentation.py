@@ -1,0 +1,217 @@
+"""The second stage: where the subjects are, in the scene, in their references, and in the donors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+
+from focusdpo.building.blending import box_of
+from focusdpo.building.candidate import Draft, Mask, Photo, Pixels, Rejected
+from focusdpo.building.scenes import Box, View
+from focusdpo.data.images import read_size
+
+Area = tuple[float, float, float, float]  # left, top, right, bottom as shares of the image
+
+
+class Segmentation:
+    """Gives every photo of a draft a mask. What is given is kept; the rest is found by `find`, once per photo."""
+
+    device = "cpu"
+    REMEMBERED = 512  # masks, a quarter of a megabyte each at 512 px
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[View, tuple[int, ...], str], Mask] = {}
+
+    def find(self, pixels: Pixels, class_name: str, area: Area | None) -> Mask:
+        """The subject's mask [H, W].
+
+        Args:
+            pixels: uint8 [H, W, 3].
+            class_name: what to look for.
+            area: where, if that is known.
+
+        Raises:
+            Rejected: it finds none.
+        """
+        raise NotImplementedError
+
+    def __call__(self, draft: Draft) -> None:
+        for photo in [*draft.subjects, *draft.references]:
+            self.complete(photo)
+        for number, donors in draft.donors.items():
+            draft.donors[number] = [donor for donor in donors if self._usable(donor)]
+        for index, photo in enumerate(draft.subjects):
+            for other in draft.subjects[:index]:
+                assert photo.mask is not None and other.mask is not None
+                overlap = (photo.mask & other.mask).sum() / max(min(photo.mask.sum(), other.mask.sum()), 1)
+                if overlap > 0.5:
+                    raise Rejected("two subjects have the same mask")
+
+    def complete(self, photo: Photo) -> None:
+        """Gives a photo its mask; Rejected where it has none."""
+        if photo.mask is None:
+            key = (photo.view, photo.pixels.shape, photo.subject.class_name)
+            if key not in self._known:
+                if len(self._known) >= self.REMEMBERED:
+                    self._known.pop(next(iter(self._known)))
+                area = None if photo.view.box is None else _area(photo.view.image, photo.view.box)
+                self._known[key] = self.find(photo.pixels, photo.subject.class_name, area)
+            photo.mask = self._known[key]
+        if not photo.mask.any():
+            raise Rejected("a mask is empty")
+
+    def _usable(self, donor: Photo) -> bool:
+        try:
+            self.complete(donor)
+        except Rejected:
+            return False
+        return True
+
+
+def _area(image: Path, box: Box) -> Area:
+    width, height = read_size(image)
+    return box[0] / width, box[1] / height, box[2] / width, box[3] / height
+
+
+def _in_pixels(area: Area, pixels: Pixels) -> list[int]:
+    height, width = pixels.shape[:2]
+    left, top, right, bottom = area
+    return [round(left * width), round(top * height), max(round(right * width), 1), max(round(bottom * height), 1)]
+
+
+def _agreement(mask: Mask, box: list[int]) -> float:
+    """Intersection over union of a mask's bounding box with a box."""
+    if not mask.any():
+        return 0.0
+    rows, columns = box_of(mask)
+    own, given = np.zeros_like(mask), np.zeros_like(mask)
+    own[rows, columns] = True
+    given[box[1] : box[3], box[0] : box[2]] = True
+    return float((own & given).sum() / (own | given).sum())
+
+
+class GivenMasks(Segmentation):
+    """Refuses what has no mask."""
+
+    def find(self, pixels: Pixels, class_name: str, area: Area | None) -> Mask:
+        raise Rejected("no mask given")
+
+
+class GrabCut(Segmentation):
+    """OpenCV's GrabCut, started from the box, or from what differs from the photo's border and is near its middle.
+
+    It works on a small copy: colours and outline need no more, and its time grows with the pixels.
+    """
+
+    SIDE = 192  # longest side in pixels that it works at
+    ITERATIONS = 3
+    LEAST_AGREEMENT = 0.6  # intersection over union of the given box and the mask's own
+
+    def find(self, pixels: Pixels, class_name: str, area: Area | None) -> Mask:
+        scale = min(self.SIDE / max(pixels.shape[:2]), 1.0)
+        small = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        cv2.setRNGSeed(0)  # its clusters depend on draws from a global generator
+        trimap, nearness = self._start(small, area)
+        if not (trimap == cv2.GC_PR_FGD).any() or not (trimap == cv2.GC_BGD).any():
+            raise Rejected("GrabCut sees no subject")
+        models = np.zeros((1, 65)), np.zeros((1, 65))
+        cv2.grabCut(small, trimap, None, *models, self.ITERATIONS, cv2.GC_INIT_WITH_MASK)
+        inside = np.isin(trimap, (cv2.GC_FGD, cv2.GC_PR_FGD)).astype(np.uint8)
+        count, labels = cv2.connectedComponents(inside)
+        if count < 2:
+            raise Rejected("GrabCut sees no subject")
+        weights = np.bincount(labels.ravel(), nearness.ravel())
+        weights[0] = 0
+        inside = (labels == weights.argmax()).astype(np.uint8)
+        disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (5, 5))
+        inside = cv2.morphologyEx(cv2.morphologyEx(inside, cv2.MORPH_OPEN, disc), cv2.MORPH_CLOSE, disc)
+        outlines, _ = cv2.findContours(inside, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+        filled = cv2.drawContours(np.zeros(inside.shape, np.float32), outlines, -1, 1, cv2.FILLED)
+        if area is not None and _agreement(filled > 0, _in_pixels(area, small)) < self.LEAST_AGREEMENT:
+            raise Rejected("GrabCut's mask does not fill its box")
+        whole = cv2.resize(filled, pixels.shape[1::-1], interpolation=cv2.INTER_CUBIC)
+        return cast(Mask, whole > 0.5)
+
+    def _start(self, small: Pixels, area: Area | None) -> tuple[Any, Any]:
+        """GrabCut's first labels [h, w], and how near each pixel is to where the subject should be."""
+        height, width = small.shape[:2]
+        left, top, right, bottom = (0, 0, width, height) if area is None else _in_pixels(area, small)
+        x = (np.arange(width) - (left + right) / 2) / (0.35 * (right - left))
+        y = (np.arange(height) - (top + bottom) / 2) / (0.35 * (bottom - top))
+        nearness = np.exp(-(x[None] ** 2 + y[:, None] ** 2))
+        outside = np.ones((height, width), bool)
+        if area is not None:
+            outside[top:bottom, left:right] = False
+            inside = np.where(nearness > 0.2, cv2.GC_PR_FGD, cv2.GC_PR_BGD)
+            inside[nearness > 0.85] = cv2.GC_FGD  # a box is drawn around its subject
+            return np.where(outside, cv2.GC_BGD, inside).astype(np.uint8), nearness
+        edge = max(2, round(0.04 * min(height, width)))
+        outside[edge:-edge, edge:-edge] = False
+        outside[-edge:, width // 5 : -width // 5] = False  # where subjects are cut off
+        lab = cv2.cvtColor(small, cv2.COLOR_RGB2LAB).astype(np.float32)
+        stop = (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, 20, 1.0)
+        _, _, colours = cv2.kmeans(lab[outside], 6, None, stop, 2, cv2.KMEANS_PP_CENTERS)
+        strange = np.linalg.norm(lab[:, :, None] - colours, axis=-1).min(axis=-1)
+        salient = cv2.GaussianBlur(strange * nearness, (0, 0), height / 40)
+        gray = np.round(255 * salient / max(salient.max(), 1e-6)).astype(np.uint8)
+        threshold, _ = cv2.threshold(gray, 0, 255, cv2.THRESH_OTSU)
+        trimap = np.where(outside, cv2.GC_BGD, np.where(gray > threshold, cv2.GC_PR_FGD, cv2.GC_PR_BGD))
+        return trimap.astype(np.uint8), nearness
+
+
+class Sam(Segmentation):
+    """A mask-generation model of transformers, prompted by the given box, or by an open-vocabulary detector's.
+
+    Args:
+        path: folder of the mask-generation model. detector: folder of the detector.
+        threshold: score from which its box counts.
+        device: of both.
+    """
+
+    def __init__(self, path: str, detector: str | None, threshold: float, device: str) -> None:
+        from transformers import AutoModelForMaskGeneration, AutoModelForZeroShotObjectDetection, AutoProcessor
+
+        super().__init__()
+        self.device = device
+        self._threshold = threshold
+        self._processor = AutoProcessor.from_pretrained(path, local_files_only=True)
+        self._model = AutoModelForMaskGeneration.from_pretrained(path, local_files_only=True).to(device).eval()
+        self._detector = None
+        if detector is not None:
+            self._detector_processor = AutoProcessor.from_pretrained(detector, local_files_only=True)
+            model = AutoModelForZeroShotObjectDetection.from_pretrained(detector, local_files_only=True)
+            self._detector = model.to(device).eval()
+
+    @torch.inference_mode()
+    def find(self, pixels: Pixels, class_name: str, area: Area | None) -> Mask:
+        image = Image.fromarray(pixels)
+        if area is not None:
+            box = [float(edge) for edge in _in_pixels(area, pixels)]
+        elif self._detector is not None:
+            box = self._detect(image, class_name)
+        else:
+            raise Rejected("no box given, and no detector")
+        inputs = self._processor(image, input_boxes=[[box]], return_tensors="pt").to(self.device)
+        outputs = self._model(**inputs, multimask_output=False)
+        sizes = [inputs["original_sizes"].cpu()]
+        if "reshaped_input_sizes" in inputs:  # SAM pads to a square, SAM 2 does not
+            sizes.append(inputs["reshaped_input_sizes"].cpu())
+        (masks,) = self._processor.post_process_masks(outputs.pred_masks.cpu(), *sizes)
+        return cast(Mask, masks.reshape(-1, *pixels.shape[:2])[0].numpy().astype(bool))
+
+    def _detect(self, image: Image.Image, class_name: str) -> list[float]:
+        assert self._detector is not None
+        # Grounding DINO wants lower case and a full stop.
+        inputs = self._detector_processor(images=image, text=f"{class_name.lower()}.", return_tensors="pt").to(self.device)
+        outputs = self._detector(**inputs)
+        (found,) = self._detector_processor.post_process_grounded_object_detection(
+            outputs, inputs["input_ids"], threshold=self._threshold, target_sizes=[image.size[::-1]]
+        )
+        if not len(found["scores"]):
+            raise Rejected(f"the detector sees no {class_name}")
+        return cast("list[float]", found["boxes"][found["scores"].argmax()].tolist())

@@ -1,0 +1,160 @@
+"""`focusdpo ablate`: from a run's settings to trained variants, numbers and a page."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from focusdpo.data.sources import content_checksum
+from focusdpo.foundation.files import write_json, write_whole
+from focusdpo.foundation.output_folder import OutputFolder, read_begun
+from focusdpo.foundation.settings import check_begun, require
+from focusdpo.studies.ablation import yardsticks
+from focusdpo.studies.ablation.jobs import JOB_WRITTEN, Job, Judge, Result, run_of
+from focusdpo.studies.ablation.measures import Measure
+from focusdpo.studies.ablation.page import write_ablation_page
+from focusdpo.studies.ablation.pool import run_jobs
+from focusdpo.studies.ablation.statistics import Cell, Estimate, Row, Table, tabulate, text_of
+from focusdpo.studies.ablation.variants import Change, changes_of
+from focusdpo.studies.config import AblationConfig
+from focusdpo.training.batches import check_match_count, dataset_of, load_records
+from focusdpo.training.config import TrainConfig
+from focusdpo.training.loading import check_files_and_packages
+from focusdpo.training.run_config import read_run_config
+from focusdpo.training.run_folder import compared_settings, model_contents
+
+logger = logging.getLogger(__name__)
+
+RUNS, SETTINGS_FILE, RESULTS_FILE, TABLE_FILE, PAGE_FILE = "runs", "ablation.json", "results.json", "table.txt", "ablation.html"
+# What an ablation writes, see `focusdpo.foundation.output_folder`.
+WRITTEN = (r"(ablation|results)\.json", r"table\.txt", r"ablation\.html", *(f"{RUNS}/{pattern}" for pattern in JOB_WRITTEN))
+FREE = ("config", "output_dir", "workers", "overwrite", "baseline")  # settings that change no run
+
+
+def prepare_ablation(
+    config: AblationConfig, judge: Judge | None = None, measures: Mapping[str, Measure] | None = None
+) -> Callable[[], None]:
+    """Looks at the run, and returns what trains, judges and draws.
+
+    Args:
+        config: settings.
+        judge: asked about each trained model, beside the yardsticks.
+        measures: what the judge's numbers are, by name.
+
+    Raises:
+        FileNotFoundError, ValueError: the run, or a variant of it, cannot be, also for its pairs.
+        FileExistsError, NotADirectoryError: the folder holds something else.
+    """
+    run = read_run_config("config", config.config)
+    require(run.data.validation is not None, "config", config.config, "a run with data.validation, whose pairs are judged")
+    require(run.loss.loss_type != "sft", "config", config.config, "a preference loss, of which SFT is a variant")
+    check_alone("ablate")
+    check_files_and_packages(run)
+    changes = changes_of(config, run)
+    _check_pairs(run, changes)
+    folder = Path(config.output_dir)
+    settings = _settings(config, run)
+    known = folder / SETTINGS_FILE
+    goes_on = not config.overwrite and known.is_file()
+    if goes_on:
+        check_begun("ablation", folder, read_begun("output_dir", known), json.loads(json.dumps(settings)), _is_longer)
+    out = OutputFolder("output_dir", folder, "ablate", WRITTEN)
+    hint = "delete it with --overwrite true, or name another folder"
+    out.check(config.overwrite, hint, goes_on, aside=(TABLE_FILE, PAGE_FILE, RESULTS_FILE))
+    taken = {**(measures or {}), **yardsticks.MEASURES}
+
+    def work() -> None:
+        out.begin(clear=not goes_on)
+        with out:
+            write_json(known, settings)
+            jobs = jobs_of(config, run, changes, judge)
+            results = run_jobs(jobs, config.workers)
+            table = tabulate(results, changes, config.baseline, taken)
+            content = _as_json(settings, changes, results, table)
+            write_json(folder / RESULTS_FILE, content)
+            text = text_of(table, {change.name: change.label for change in changes})
+            write_whole(folder / TABLE_FILE, text + "\n")
+            write_ablation_page(folder / PAGE_FILE, config, run, changes, results, table, jobs)
+        print(text)
+        logger.info("%s: the page; %s: all numbers", folder / PAGE_FILE, folder / RESULTS_FILE)
+
+    return work
+
+
+def jobs_of(config: AblationConfig, run: TrainConfig, changes: Sequence[Change], judge: Judge | None) -> list[Job]:
+    """A job for each variant and seed, seed by seed, so that an interrupted ablation has whole rows; "base" has one."""
+    jobs = []
+    for number, seed in enumerate(config.seeds):
+        for change in changes:
+            if number and not change.trained:
+                continue
+            folder = Path(config.output_dir) / RUNS / change.name / f"seed-{seed}"
+            settings = run_of(run, change, seed, folder, config.max_steps, config.points, config.samples)
+            jobs.append(Job(change, seed, settings, folder, tuple(config.times), config.judged_pairs, judge))
+    return jobs
+
+
+def _check_pairs(run: TrainConfig, changes: Sequence[Change]) -> None:
+    """Refuses pairs that the mask of a variant cannot be made of; the coverage of all is taken, whatever their loss does."""
+    masked = replace(run, focus=replace(run.focus, mask="focus"))
+    datasets = [dataset_of(records, run.data, run.model.backbone) for records in load_records(masked) if records]
+    for change in changes:
+        check_match_count(replace(change.of(run).focus, mask="focus"), datasets)
+
+
+def check_alone(command: str) -> None:
+    """ValueError where a launcher started several processes of a command that spreads its runs itself."""
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    remedy = "one, started without accelerate launch; --workers spreads the runs over GPUs"
+    require(alone, command, "several processes", remedy)
+
+
+def _settings(config: AblationConfig, run: TrainConfig) -> dict[str, Any]:
+    """What decides the numbers of all runs; model and pairs by their content."""
+    own = {name: value for name, value in asdict(config).items() if name not in FREE}
+    contents = {name: content_checksum(path)[:16] for name in ("train", "validation") if (path := getattr(run.data, name))}
+    compared = {name: value for name, value in compared_settings(run).items() if name != "seed"}
+    steps = {"max_steps": config.max_steps or run.max_steps}
+    sampler = {f"samples.{name}": getattr(run.samples, name) for name in ("steps", "guidance", "cfg_scale", "seed")}
+    return {"ablation": own, "run": {**compared, **steps, **sampler}, "model": model_contents(run.model), "pairs": contents}
+
+
+def _is_longer(name: str, begun: Any, now: Any) -> bool:
+    """Variants, grids and seeds may be added to: what is there stays as it is."""
+    lists = ("variants", "grids", "seeds", "tau", "gamma", "match_count", "layers", "mask_from", "feature_source")
+    return name in lists and isinstance(begun, list) and isinstance(now, list) and set(map(str, begun)) <= set(map(str, now))
+
+
+def table_of(results: Path) -> Table:
+    """The table of a finished ablation's results.json."""
+    found = json.loads(results.read_text())
+    rows = [
+        Row(row["variant"], row["seeds"], tuple(_cell(cell) for cell in row["cells"]), tuple(row["failed"]))
+        for row in found["table"]["rows"]
+    ]
+    measures = {name: Measure(**measure) for name, measure in found["table"]["measures"].items()}
+    return Table(tuple(rows), measures, found["table"]["baseline"])
+
+
+def _cell(cell: dict[str, Any]) -> Cell:
+    gap = cell["difference"]
+    return Cell(cell["measure"], _estimate(cell["estimate"]), None if gap is None else _estimate(gap), cell["is_better"])
+
+
+def _estimate(values: dict[str, float | None]) -> Estimate:
+    return Estimate(**{name: math.nan if value is None else value for name, value in values.items()})
+
+
+def _as_json(settings: dict[str, Any], changes: Sequence[Change], results: Sequence[Result], table: Table) -> dict[str, Any]:
+    return {
+        **settings,
+        "variants": [asdict(change) for change in changes],
+        "table": asdict(table),
+        "results": [asdict(result) for result in results],
+    }

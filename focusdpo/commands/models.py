@@ -1,0 +1,145 @@
+"""`focusdpo models`: the backbones, and the memory that training the released models takes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from focusdpo.foundation.settings import require
+from focusdpo.training.config import DataConfig, LoraConfig, ModelConfig
+
+
+@dataclass
+class ModelsConfig:
+    """The training step whose memory is estimated, without allocating it.
+
+    Args:
+        resolution: Side of winner and loser in pixels.
+        references: Reference images of a pair.
+        photo: Width and height of the photo that each of them is, in pixels.
+        reference_resolution: Longest side that it is brought to; null takes each backbone's own size.
+        batch_size: Pairs per process and forward pass.
+        rank: Rank of the adapter.
+        dtype: Precision of the frozen weights.
+        quantization: Fewer bits for the frozen weights of the blocks.
+        optimizer: That of the adapter.
+        mixed_precision: Autocast of the forward pass.
+        max_sequence_length: Text tokens of a prompt.
+        gradient_checkpointing: Recompute activations in the backward pass.
+        processes: Processes on one machine, each with a GPU of its own; from two on the memory that they need together is
+            listed too.
+    """
+
+    resolution: int = 512
+    references: int = 2
+    photo: str = "1024x1024"
+    reference_resolution: int | None = None
+    batch_size: int = 1
+    rank: int = 32
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    quantization: Literal["nf4", "fp8"] | None = None
+    optimizer: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    max_sequence_length: int = 512
+    gradient_checkpointing: bool = True
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        require(self.references >= 1, "references", self.references, "at least 1")
+        require(self.processes >= 1, "processes", self.processes, "at least 1")
+        match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", self.photo)
+        require(match is not None, "photo", self.photo, "width and height in pixels, such as 1024x1024")
+        assert match is not None
+        self.photo_size = int(match[1]), int(match[2])
+        # The settings of a run have their own checks.
+        DataConfig("", resolution=self.resolution, reference_resolution=self.reference_resolution, batch_size=self.batch_size)
+        self.lora = LoraConfig(rank=self.rank)
+        self.model = ModelConfig(
+            "",
+            dtype=self.dtype,
+            quantization=self.quantization,
+            max_sequence_length=self.max_sequence_length,
+            gradient_checkpointing=self.gradient_checkpointing,
+        )
+
+
+def prepare_list(config: ModelsConfig) -> Callable[[], None]:
+    """Computes the tables, and returns what prints them."""
+    # Imports diffusers: seconds that --help need not wait for.
+    from focusdpo.data import LongestSide
+    from focusdpo.data.images import PATCH_SIZE
+    from focusdpo.models import BACKBONES, TokenLayout
+    from focusdpo.models.sizes import RELEASED, parameters, released
+    from focusdpo.training.memory import DTYPES, GIB, estimate, launched
+
+    side = config.resolution // PATCH_SIZE
+    dtype = DTYPES[config.dtype]
+    number = None if config.reference_resolution is None else LongestSide(config.reference_resolution)
+    layouts = {}
+    for name, model in BACKBONES.items():
+        try:
+            width, height = (number or model.reference_rule).place(config.photo_size, config.references).size
+        except ValueError as error:
+            raise ValueError(f"photo: got {config.photo}; {name} cannot bring it to size: {error}") from error
+        layouts[name] = TokenLayout((side, side), ((height // PATCH_SIZE, width // PATCH_SIZE),) * config.references)
+
+    parts = ["weights", "text, VAE", "adapter", "kept", "block", "temporaries", "tokens", "total"]
+    models = [["model", "backbone", "parameters", "LoRA", "taps", "channels", "references", *parts]]
+    launches = [["model", "backbone", "files", "host, DDP", "host, FSDP2", "GPU, DDP", "GPU, FSDP2", "gathered"]]
+    for name in RELEASED:
+        architecture = released(name)
+        layout, pairs = layouts[architecture.backbone.name], config.batch_size
+        part = estimate(architecture, config.model, config.lora, config.mixed_precision, layout, pairs, config.optimizer)
+        backbone = architecture.build(dtype, config.max_sequence_length)
+        adapter = part.adapter_weights + part.adapter_gradients + part.optimizer_state
+        sizes = [part.frozen_weights, part.companions, adapter, part.kept_activations, part.recomputed_block, part.temporaries]
+        models.append(
+            [
+                name,
+                backbone.name,
+                f"{parameters(backbone.transformer) / 1e9:.1f}B",
+                f"{part.adapter_weights / 4e6:.1f}M",
+                str(len(backbone.tap_paths())),
+                str(backbone.transformer.config.in_channels),
+                str(layout.num_reference),
+                *(f"{size / GIB:.2f}" for size in (*sizes, part.tokens, part.total)),
+            ]
+        )
+        if config.processes > 1:
+            of = launched(architecture, config.model, config.lora, part, config.optimizer, config.processes)
+            values = [of.files, of.host_ddp, of.host_fsdp2, part.total - part.companions, of.device_fsdp2, of.gathered]
+            launches.append([name, backbone.name, *("-" if value is None else f"{value / GIB:.2f}" for value in values)])
+    pipelines = [["backbone", "pipelines"]]
+    pipelines += [
+        [name, ", ".join(pipeline.__name__ for pipeline in backbone.pipelines)] for name, backbone in BACKBONES.items()
+    ]
+    size = f"{side * PATCH_SIZE} px, {side * side} tokens of {PATCH_SIZE}x{PATCH_SIZE} px"
+    target = f"{config.batch_size} pair{'s' * (config.batch_size > 1)} of {size}"
+    brought = "in the backbone's own size" if number is None else f"with a longest side of {config.reference_resolution} px"
+    photos = f"{config.references} reference{'s' * (config.references > 1)}, photos of {config.photo} px {brought}"
+    checkpointing = "on" if config.gradient_checkpointing else "off"
+    weights = f"{config.quantization or config.dtype} weights, {config.optimizer}, autocast {config.mixed_precision}"
+    text = (
+        f"{_table(pipelines)}\n\nEstimate in GiB for {target},\n{photos} (references: their tokens),\n"
+        f"LoRA rank {config.rank}, {weights}, gradient checkpointing {checkpointing}\n\n{_table(models)}"
+    )
+    if config.processes > 1:
+        text += (
+            f"\n\n{config.processes} processes on one machine, in GiB (host: memory of all processes together; files: pages of "
+            f"the model's files,\nonce, which may be dropped; GPU: memory of each, with data.cache)\n\n{_table(launches)}"
+        )
+    return lambda: print(text)
+
+
+def _table(rows: list[list[str]]) -> str:
+    """Columns as wide as their widest cell; words to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,214 @@
+"""`focusdpo stress`: scenes composed, measured one by one, averaged, drawn. A test that is killed goes on where it was."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import platform
+import re
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from focusdpo.foundation.output_folder import OutputFolder, read_begun
+from focusdpo.foundation.settings import check_begun
+from focusdpo.studies.config import KINDS, StressConfig
+
+if TYPE_CHECKING:  # seconds that --help need not wait for
+    from focusdpo.studies.stress.subjects import Cast
+    from focusdpo.studies.stress.work import Arrays
+    from focusdpo.training.config import TrainConfig
+    from focusdpo.training.step import PreferenceStep
+
+logger = logging.getLogger(__name__)
+
+SETTINGS_FILE, SCENES, MEASURED, RESULTS_FILE = "stress.json", "scenes", "measured", "results.json"
+AUC_FILE, CONFUSION_FILE, EXCHANGE_FILE = "auc.png", "confusion.png", "exchange.png"
+EXAMPLES_FILES = {kind: f"examples-{kind}.png" for kind in KINDS}
+PICTURES = (AUC_FILE, CONFUSION_FILE, EXCHANGE_FILE, *EXAMPLES_FILES.values())
+_KIND = "|".join(KINDS)
+# What the test writes, see `focusdpo.foundation.output_folder`.
+WRITTEN = (
+    *(re.escape(name) for name in (SETTINGS_FILE, RESULTS_FILE, *PICTURES)),
+    rf"{SCENES}/pairs\.jsonl",
+    rf"{SCENES}/({_KIND})-\d+/(line\.json|(winner|loser|reference\d+(_mask)?|prior\d+)\.png)",
+    rf"{MEASURED}/({_KIND})-\d+\.npz",
+)
+FREE = ("output_dir", "overwrite", "scenes", "level", "resamples", "backend", "cpu", "config", "checkpoint", "model")
+EXAMPLES = 3  # scenes of each kind that are drawn
+PACKAGES = ("focusdpo", "torch", "diffusers", "numpy", "pillow", "scipy")
+
+
+def prepare_stress(config: StressConfig) -> Callable[[], None]:
+    """Checks settings, model, photos and folder, loads the model if a scene is left to measure, and returns the test.
+
+    Raises:
+        FileNotFoundError, ValueError, ModuleNotFoundError: model, run or photos cannot be used, or a package is missing.
+        FileExistsError, NotADirectoryError: the folder holds something else.
+    """
+    from focusdpo.foundation.files import write_json
+    from focusdpo.studies.stress.subjects import cast_of
+    from focusdpo.studies.stress.work import load_scene
+    from focusdpo.training.loading import check_files_and_packages
+    from focusdpo.training.trained_model import checkpoint_of, load_step
+
+    run = run_of(config)
+    checkpoint = None if config.config is None else checkpoint_of("checkpoint", run, config.checkpoint)
+    check_files_and_packages(run)
+    cast = cast_of(config)
+    folder = Path(config.output_dir)
+    settings = settings_of(config, run, checkpoint, cast)
+    known = folder / SETTINGS_FILE
+    goes_on = not config.overwrite and known.is_file()
+    if goes_on:
+        check_begun("test", folder, read_begun("output_dir", known), settings)
+    out = OutputFolder("output_dir", folder, "stress", WRITTEN)
+    out.check(config.overwrite, "delete it with --overwrite true, or name another folder", goes_on, aside=(RESULTS_FILE,))
+    measured: dict[Path, Arrays] = {}
+    if goes_on:
+        files = [file for kind in KINDS for file in _measured(config, kind)]
+        measured = {file: arrays for file in files if (arrays := load_scene(file)) is not None}
+    step = None if len(measured) == len(KINDS) * config.scenes else load_step(run, checkpoint)
+
+    def work() -> None:
+        out.begin(clear=not goes_on)
+        with out:
+            if not goes_on:
+                write_json(known, settings)
+            _test(config, run, cast, step, settings, measured)
+
+    return work
+
+
+def run_of(config: StressConfig) -> TrainConfig:
+    """The run that is tested, or the model as a run that has not begun, with all blocks tapped."""
+    from focusdpo.training.config import DataConfig, TrainConfig
+    from focusdpo.training.run_config import read_run_config
+
+    if config.config is not None:
+        run = read_run_config("config", config.config)
+    else:
+        assert config.model is not None
+        precision: Literal["bf16", "no"] = "bf16" if config.model.dtype == "bf16" else "no"
+        run = TrainConfig(config.model, DataConfig("-"), "-", mixed_precision=precision)
+    run.cpu = run.cpu or config.cpu
+    run.backend = config.backend or run.backend
+    # Scenes have sizes of their own, and their latents are not those of the run's pairs.
+    run.data.cache = run.data.reference_cache = None
+    return run
+
+
+def settings_of(config: StressConfig, run: TrainConfig, checkpoint: Path | None, cast: Cast) -> dict[str, Any]:
+    """What decides the numbers of a scene, models and photos by their content."""
+    from focusdpo.foundation.files import checksum
+    from focusdpo.training.checkpoints import ADAPTER_FILE
+    from focusdpo.training.run_folder import model_contents
+
+    own = {name: value for name, value in asdict(config).items() if name not in FREE}
+    own["dreambench"] = cast.photos
+    model = {name: value for name, value in asdict(run.model).items() if name not in ("path", "revision", "base_lora")}
+    return {
+        "settings": json.loads(json.dumps(own)),
+        "model": model
+        | {
+            **model_contents(run.model),
+            "checkpoint": None if checkpoint is None else checksum(checkpoint / ADAPTER_FILE)[:16],
+            "layers": run.focus.layers,
+            "feature_source": run.focus.feature_source,
+            "mixed_precision": run.mixed_precision,
+        },
+    }
+
+
+def _measured(config: StressConfig, kind: str) -> list[Path]:
+    return [Path(config.output_dir) / MEASURED / f"{kind}-{number:04d}.npz" for number in range(config.scenes)]
+
+
+def _test(
+    config: StressConfig,
+    run: TrainConfig,
+    cast: Cast,
+    step: PreferenceStep | None,
+    settings: dict[str, Any],
+    measured: dict[Path, Arrays],
+) -> None:
+    """Measures the scenes that are not among the measured ones yet, sums up and draws."""
+    from tqdm.auto import tqdm
+
+    from focusdpo.data import LongestSide, PairDataset, collate, load_pairs
+    from focusdpo.foundation.files import write_json
+    from focusdpo.models import BACKBONES
+    from focusdpo.studies.stress import plots as pictures
+    from focusdpo.studies.stress import summary
+    from focusdpo.studies.stress.scenes import write_scenes
+    from focusdpo.studies.stress.work import measure_scene, save_scene
+
+    folder = Path(config.output_dir)
+    records = load_pairs(str(write_scenes(config, cast, folder / SCENES)), "headers")
+    dataset = PairDataset(
+        records,
+        resolution=config.resolution,
+        reference_rule=LongestSide(config.reference_resolution),
+        prompt_rule=BACKBONES[run.model.backbone].prompt_rule,
+    )
+    files = [file for kind in KINDS for file in _measured(config, kind)]
+    missing = [index for index, file in enumerate(files) if file not in measured]
+    for index in tqdm(missing, desc="measuring scenes", unit="scene", initial=len(files) - len(missing), total=len(files)):
+        assert step is not None
+        batch = collate([dataset[index]]).to(step.backbone.device)
+        seed = config.seed, index % config.scenes  # the same noise for the scenes of both kinds in the same places
+        autocast = run.mixed_precision == "bf16"
+        arrays = measure_scene(step, batch, config.timesteps, config.poolings, config.match_counts, seed, autocast)
+        save_scene(files[index], arrays)
+        measured[files[index]] = arrays
+
+    scenes: dict[str, list[Arrays]] = {kind: [measured[file] for file in _measured(config, kind)] for kind in KINDS}
+    names: dict[str, list[list[str]]] = {
+        kind: [list(r.meta["subjects"]) for r in records if r.meta["kind"] == kind] for kind in KINDS
+    }
+    blocks = scenes[KINDS[0]][0]["confusion"].shape[2] - 1
+    tapped = range(blocks) if run.focus.layers == "all" else run.focus.layers
+    layers = [summary.ALL, *map(str, tapped)]
+    rows = summary.summarise(config, layers, scenes, names)
+    pictures.draw_auc(config, rows, layers, folder / AUC_FILE)
+    pictures.draw_confusion(config, rows, folder / CONFUSION_FILE)
+    pictures.draw_exchange(config, rows, folder / EXCHANGE_FILE)
+    for part, kind in enumerate(KINDS):
+        shown = {
+            n: (collate([dataset[part * config.scenes + n]]), scenes[kind][n]) for n in range(min(EXAMPLES, config.scenes))
+        }
+        title = pictures.NAMES[kind]
+        pictures.draw_examples(config, shown, len(config.timesteps) // 2, title, folder / EXAMPLES_FILES[kind])
+    results = {
+        "settings": asdict(config),
+        "model": settings["model"] | {"path": run.model.path},
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "blocks": blocks,
+        "scenes": {kind: _about(scenes[kind], names[kind]) for kind in KINDS},
+        "rows": [asdict(row) for row in rows],
+    }
+    write_json(folder / RESULTS_FILE, results)
+    print(summary.table(config, rows, summary.LABELS) + "\n\n" + summary.table(config, rows, summary.VERDICTS))
+    logger.info("%s: %s, %s", folder, RESULTS_FILE, ", ".join(PICTURES))
+
+
+def _about(scenes: list[Any], names: list[list[str]]) -> list[dict[str, Any]]:
+    """Of each scene its subjects, and their tokens in the scene and as K; a share of the scene is what chance would hit."""
+    return [
+        {
+            "subjects": both,
+            "region_tokens": arrays["regions"].sum((1, 2)).tolist(),
+            "tokens": int(arrays["regions"][0].size),
+            "K": arrays["K"].tolist(),
+        }
+        for arrays, both in zip(scenes, names, strict=True)
+    ]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

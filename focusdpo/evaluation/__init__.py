@@ -1,1 +1,0 @@
-"""Looking at masks and runs."""

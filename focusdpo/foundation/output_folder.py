@@ -1,0 +1,575 @@
+"""Output folders: which files in one a command wrote, so that it replaces and deletes these alone; and one writer at a time.
+
+A command names what it writes by patterns. When its work begins it claims all that fits them: what did and was not its own has
+been refused by then. When its work is through, it lists each file with its size, and short texts with a hash: a file that a
+person puts there, or changes, after that is not the command's any more. What fits no pattern is never touched.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+import time
+import uuid
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from focusdpo.foundation.files import checksum, comes, write_json
+from focusdpo.foundation.launch import Launch
+
+logger = logging.getLogger(__name__)
+
+OWN = ".focusdpo"  # in an output folder: a list for each command that wrote there, and the lock
+LEGACY = b"Made by focusdpo;"  # a file of that name began so in versions that kept no list
+BELOW = "**"  # last part of a pattern: whatever lies there, however deep
+LINK = ["link"]  # listed of a symbolic link, whatever it leads to
+WRITTEN = "written"  # a note: what stood in files that people edit
+PARTIAL = re.compile(r"\.(.+?)(\.\d+)?\.partial")  # see partial_of; the number is the process where several write
+# Up to how many bytes a file is listed with its hash: texts may be edited to others of the same length; images hardly can.
+HASHED = dict.fromkeys((".csv", ".html", ".json", ".jsonl", ".md", ".txt", ".yaml"), 2**20) | {".safetensors": 2**30}
+NAMED = 5  # files in a message
+# A pipeline that diffusers saved under the name model, as patterns.
+PIPELINE_WRITTEN = (r"model/model_index\.json", r"model/[a-z_0-9]+/[\w.-]+\.(json|jinja|model|safetensors|txt)")
+INTRODUCED = 2.0  # seconds in which a process that took a lock says who it is
+SHOWN = ".seen-by-all-"  # begins the name of a file that tells whether all processes of a launch see one folder
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def under(folder: str, patterns: Iterable[str]) -> tuple[str, ...]:
+    """The patterns of a command whose output folder lies within another's, and of its lists; `folder` is a pattern too."""
+    return tuple(f"{folder}/{pattern}" for pattern in (*patterns, rf"{re.escape(OWN)}/{BELOW}"))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Something in the folder that fits a pattern.
+
+    kind: "file"; "tree", a folder that is the command's with all that lies in it; "partial", what a write that was cut short
+    has left; "other", a folder in a file's place or the other way round.
+    """
+
+    name: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """What `OutputFolder.check` was told of the folder."""
+
+    goes_on: bool = False
+    aside: frozenset[str] = frozenset()
+    proven: frozenset[str] = frozenset()
+
+    def proves(self, name: str) -> bool:
+        return name.split("/")[0] in self.proven
+
+
+class OutputFolder:
+    """A folder that a command writes to, locked from `check` on until `release`, or until the process ends.
+
+    As a context manager it surrounds the work: `begin` before has made the folder ready, and what is there at the end is
+    listed, as through unless the work raised.
+
+    Args:
+        setting: names the folder in messages.
+        path: the folder; it need not exist.
+        command: that writes. Other commands have lists of their own in the same folder.
+        patterns: regular expressions of the files that it writes, relative to the folder, with "/" between parts alone. A last
+            part "**" stands for all that lies in a folder, which another tool may have written for it.
+        leads: whether this is the process of a launch that locks the folder; others ask it for leave, and lock nothing.
+    """
+
+    def __init__(self, setting: str, path: Path, command: str, patterns: Sequence[str], leads: bool = True) -> None:
+        self.setting = setting
+        self.path = path
+        self.command = command
+        self._parts = [[re.compile(part) if part != BELOW else BELOW for part in each.split("/")] for each in patterns]
+        self._whole = [re.compile(each.replace(BELOW, ".+")) for each in patterns]
+        self._lock = _Lock(path) if leads else None
+        self._claimed = False
+        self._notes: dict[str, Any] = {}
+        self._checked = _Expected()
+
+    # What is there.
+
+    @property
+    def _list_file(self) -> Path:
+        return self.path / OWN / f"{self.command.replace(' ', '-')}.json"
+
+    def _read_list(self) -> Mapping[str, Any] | None:
+        """What the command said at its last start or end; None where it said nothing, or it is damaged."""
+        try:
+            value = json.loads(self._list_file.read_bytes())
+            files, notes = value["files"], value["notes"]
+            sound = isinstance(files, dict | None) and isinstance(notes, dict)
+            return value if sound and all(isinstance(written, list) for written in (files or {}).values()) else None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return None
+
+    @property
+    def has_list(self) -> bool:
+        """Whether the command has written here before."""
+        return self._read_list() is not None
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether the command has begun to write here, and was not through."""
+        value = self._read_list()
+        return value is not None and not value.get("through", value["files"] is not None)
+
+    def is_as_written(self, *names: str) -> bool:
+        """Whether the command was through when it last wrote here, and these files are there as it wrote them."""
+        value = self._read_list()
+        listed: dict[str, Any] = ({} if value is None else value["files"]) or {}
+        return not self.is_unfinished and all(name in listed and self._is_same(name, listed[name]) for name in names)
+
+    @property
+    def is_legacy(self) -> bool:
+        """Whether a version that kept no lists wrote here."""
+        marker = self.path / OWN
+        return marker.is_file() and marker.read_bytes().startswith(LEGACY)
+
+    def _is_same(self, name: str, written: Sequence[Any]) -> bool:
+        path = self.path / name
+        try:
+            if not written:
+                return path.is_dir()
+            if written == LINK:
+                return path.is_symlink()
+            same = path.is_file() and path.stat().st_size == written[0]
+            return same and (len(written) < 2 or checksum(path) == written[1])
+        except OSError:
+            return False
+
+    def _fitting(self) -> Iterator[_Found]:
+        """What fits a pattern, by name."""
+        seen: set[str] = set()
+        for found in _walk(self.path, "", self._parts):
+            if found.name not in seen:
+                seen.add(found.name)
+                yield found
+
+    def _sides(self, claimed: bool) -> tuple[list[_Found], list[_Found]]:
+        """What is the command's own, and what of others is in its way."""
+        value = self._read_list()
+        listed = None if value is None else value["files"]
+        claimed = claimed or self._claimed or (value is not None and listed is None)
+        own: list[_Found] = []
+        others: list[_Found] = []
+        for found in self._fitting():
+            if found.kind in ("file", "tree") and listed:
+                # Who goes on with what was begun finds its damaged files himself.
+                may_differ = self._checked.goes_on
+                is_own = found.name in listed and (may_differ or self._is_same(found.name, listed[found.name]))
+            else:
+                is_own = found.kind == "partial" or (found.kind != "other" and claimed)
+            (own if is_own else others).append(found)
+        return own, others
+
+    # Before the work.
+
+    def lock(self) -> None:
+        """Keeps other processes out from now on; `check` does so too.
+
+        Raises:
+            NotADirectoryError, PermissionError, BlockingIOError: as `check`.
+        """
+        self._check_place()
+        if self._lock is not None:
+            self._lock.acquire(self.setting, self.command)
+
+    def check(
+        self, overwrite: bool, hint: str, goes_on: bool = False, aside: Sequence[str] = (), proven: Sequence[str] = ()
+    ) -> None:
+        """Refuses to write over what is there, and keeps other processes out from now on.
+
+        Args:
+            overwrite: whether the command's own earlier files may be replaced.
+            hint: what else the user can do.
+            goes_on: whether work that was begun there is gone on with: its files are expected, and may be damaged.
+            aside: names of those that people edit: `begin` keeps what they made of them, renamed.
+            proven: folders whose files prove themselves, and need not be in the list.
+
+        Raises:
+            FileExistsError: it holds an earlier run, or something that this command did not write is in the way.
+            NotADirectoryError, PermissionError: it can be no folder, or not be written to.
+            BlockingIOError: another process writes there.
+        """
+        self.lock()
+        self._checked = _Expected(goes_on, frozenset(aside), frozenset(proven))
+        try:
+            own = self._refuse_others()
+            whole = [found for found in own if found.kind != "partial"]
+            if whole and not (overwrite or goes_on):
+                tops = ", ".join(dict.fromkeys(found.name.split("/")[0] for found in whole))
+                raise FileExistsError(f"{self.setting}: {self.path} holds an earlier run ({tops}); {hint}")
+        except OSError:
+            self.release()
+            raise
+
+    def _check_place(self) -> None:
+        try:
+            for path in (self.path, *self.path.parents):
+                if path.is_symlink() and not path.exists():
+                    raise NotADirectoryError(f"{self.setting}: {path} is a link that leads nowhere; name a folder")
+                if path.exists() and not path.is_dir():
+                    raise NotADirectoryError(f"{self.setting}: {path} is a file; name a folder")
+            marker = self.path / OWN
+            if marker.exists() and not marker.is_dir() and not self.is_legacy:
+                raise FileExistsError(
+                    f"{self.setting}: {marker} is no folder of this project; move it away, or name another folder"
+                )
+        except OSError as error:
+            if error.errno is None:  # from above
+                raise
+            raise NotADirectoryError(
+                f"{self.setting}: {self.path} cannot be a folder ({error.strerror}); name another"
+            ) from error
+
+    def _refuse_others(self) -> list[_Found]:
+        """What is the command's own; FileExistsError where something else is in the way."""
+        expected = self._checked
+        own, others = self._sides(claimed=expected.goes_on and not self.has_list)
+        names = [found.name for found in others if not expected.proves(found.name)]
+        if names:
+            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+            why = "which this command did not write, or which was changed since"
+            if self.is_legacy:
+                why = "and an earlier version, which kept no list of its files, wrote to this folder"
+            raise FileExistsError(
+                f"{self.setting}: {self.path} holds {', '.join(names[:NAMED])}{more}, {why}; only what this command wrote is "
+                "replaced: move it away, or name another folder"
+            )
+        return own
+
+    # The work.
+
+    def check_shared(self, launch: Launch) -> None:
+        """Refuses a folder that is not the same one for all processes of a launch: the first one writes a file to it.
+
+        Raises:
+            FileNotFoundError: in a process that does not see it; ElsewhereError in the others.
+        """
+        if launch.size == 1:
+            return
+        own = self.path / OWN
+        folder = own if own.is_dir() else self.path
+        name = launch.from_main("the output folder was made", lambda: self._show(folder))
+        seen = comes(self.path / name)
+        try:
+            launch.wait(f"{self.setting} is looked for, which all processes have to see, for a minute at most")
+        finally:
+            if launch.is_main:
+                (self.path / name).unlink(missing_ok=True)
+        if not seen:
+            raise FileNotFoundError(
+                f"{self.setting}: {self.path.absolute()} does not hold what process 0 has just written to its own; name a "
+                "folder on a disk that all machines share, by its absolute path"
+            )
+
+    def _show(self, folder: Path) -> str:
+        """Writes an empty file of a new name, relative to the folder."""
+        for left in folder.glob(f"{SHOWN}*"):  # by a launch that was killed
+            left.unlink(missing_ok=True)
+        file = folder / f"{SHOWN}{uuid.uuid4().hex}"
+        file.touch()
+        return file.relative_to(self.path).as_posix()
+
+    def begin(self, clear: bool) -> None:
+        """Makes the folder ready: nothing is refused after that.
+
+        Args:
+            clear: delete the command's own earlier files, instead of going on with them.
+
+        Raises:
+            FileExistsError: as `check`, which may have been a while ago.
+        """
+        own = self._refuse_others()
+        if self.is_legacy:
+            (self.path / OWN).unlink()
+        if self._lock is not None:
+            self._lock.acquire(self.setting, self.command)
+        if clear:
+            for found in own:
+                self._delete(found)
+        else:
+            value = self._read_list() or {"files": {}, "notes": {}}
+            self._notes = dict(value["notes"])
+            known = self._notes.get(WRITTEN, {}) | (value["files"] or {})
+            self._notes[WRITTEN] = {name: known[name] for name in self._checked.aside if name in known}
+            for name in self._checked.aside:
+                self._keep_edited(name)
+        if self._lock is not None:
+            self._lock.keep()
+        self._claimed = True
+        self._write_list(None)
+
+    def _keep_edited(self, name: str) -> None:
+        path, written = self.path / name, self._notes[WRITTEN].get(name)
+        if path.exists() and written is not None and not self._is_same(name, written):
+            kept = free_name(path.with_name(f"{path.name}.edited"))
+            path.rename(kept)
+            logger.info("%s: was changed since it was written; kept as %s", path, kept.name)
+
+    def has_written(self, name: str) -> None:
+        """Says that a file which people edit has just been written: until all is through, nothing else tells what was in it."""
+        path = self.path / name
+        self._notes.setdefault(WRITTEN, {})[name] = [path.stat().st_size, *self._hash(path)]
+        self._write_list(None)
+
+    def remember(self, name: str, value: Any) -> None:
+        """Keeps a note beside the list, for the next start; a JSON value."""
+        self._notes[name] = value
+        self._write_list(None)
+
+    def recall(self, name: str) -> Any:
+        """A note of this start or the last; None where there is none."""
+        value = self._read_list()
+        return None if value is None else value["notes"].get(name)
+
+    def remove(self, path: Path) -> None:
+        """Deletes the command's own files at or below a path, and folders that become empty: in order of their names."""
+        prefix = path.relative_to(self.path).as_posix()
+        for name in sorted(_names_below(self.path, prefix)):
+            if any(pattern.fullmatch(name) for pattern in self._whole) and not (self.path / name).is_dir():
+                self._delete(_Found(name, "file"))
+        if path.is_dir() and not path.is_symlink():
+            _prune(path)
+
+    def tidy(self) -> None:
+        """Deletes what writes that were cut short have left."""
+        for found in list(self._fitting()):
+            if found.kind == "partial":
+                self._delete(found)
+
+    def place(self, partial: Path, final: Path) -> None:
+        """Gives a folder that was written under `partial_of(final)` its name; files of others in an earlier one stay there."""
+        self.remove(final)
+        if not final.exists():
+            partial.rename(final)
+            return
+        for file in sorted(path for path in partial.rglob("*") if not path.is_dir()):
+            target = final / file.relative_to(partial)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(target)
+        shutil.rmtree(partial)
+
+    def finish(self, through: bool = True) -> None:
+        """Lists what is there: the work is through, or was stopped and may go on."""
+        files: dict[str, list[Any]] = {}
+        for found in self._fitting():
+            path = self.path / found.name
+            if found.kind == "tree":
+                files[found.name] = []
+            elif found.kind == "file" and path.is_symlink():
+                files[found.name] = LINK
+            elif found.kind == "file" and path.is_file():
+                files[found.name] = [path.stat().st_size, *self._hash(path)]
+        self._write_list(files, through)
+        self._claimed = False
+        self.release()
+
+    def release(self) -> None:
+        """Lets other processes write there."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def __enter__(self) -> OutputFolder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.finish(through=kind is None)
+
+    @staticmethod
+    def _hash(path: Path) -> list[str]:
+        return [checksum(path)] if path.stat().st_size <= HASHED.get(path.suffix, 0) else []
+
+    def _write_list(self, files: Mapping[str, Sequence[Any]] | None, through: bool = False) -> None:
+        self._list_file.parent.mkdir(parents=True, exist_ok=True)
+        value = {"command": self.command, "through": through, "files": files, "notes": self._notes}
+        write_json(self._list_file, value)
+
+    def _delete(self, found: _Found) -> None:
+        path = self.path / found.name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+        for parent in path.parents:
+            if parent == self.path or parent.is_symlink():
+                break
+            with suppress(OSError):  # another's files are in it
+                parent.rmdir()
+
+
+def read_begun(setting: str, file: Path) -> dict[str, Any]:
+    """The settings that a command left in its folder when it began; ValueError where they cannot be read."""
+    try:
+        value = json.loads(file.read_bytes())
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds a {type(value).__name__}")
+        return value
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{setting}: {file} is damaged ({error}), so that nothing tells how the work there was begun; start anew with "
+            "--overwrite true, or name another folder"
+        ) from error
+
+
+def step_folders(folder: Path) -> list[tuple[int, Path]]:
+    """The folders step-000250 and so on in a folder, with their numbers, in order; not step-best or step-000250.good."""
+    found = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in folder.glob("step-*"))
+    return sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
+
+
+def free_name(path: Path) -> Path:
+    """The path, or the first of it with -2, -3 and so on that is not taken."""
+    number, free = 1, path
+    while free.exists() or free.is_symlink():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
+
+
+def _walk(folder: Path, prefix: str, patterns: Sequence[Sequence[Any]]) -> Iterator[_Found]:
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except FileNotFoundError:
+        return
+    for entry in entries:
+        name, below = f"{prefix}{entry.name}", []
+        partial = PARTIAL.fullmatch(entry.name)
+        for first, *rest in patterns:
+            if first.fullmatch(entry.name):
+                if rest == [BELOW] and entry.is_dir():
+                    yield _Found(name, "tree")
+                elif rest and entry.is_dir():
+                    below.append(rest)
+                else:  # a folder in a file's place, or the other way round, is nobody's output
+                    is_file = entry.is_symlink() or not entry.is_dir()
+                    yield _Found(name, "file" if is_file and not rest else "other")
+            elif partial and first.fullmatch(partial[1]):
+                yield _Found(name, "partial")
+        if below:
+            yield from _walk(Path(entry.path), f"{name}/", below)
+
+
+def _names_below(folder: Path, name: str) -> Iterator[str]:
+    """A file's name, or those of all files below a folder, relative to `folder`."""
+    path = folder / name
+    if not path.is_dir():
+        if path.exists() or path.is_symlink():
+            yield name
+        return
+    for place, _, files in os.walk(path):
+        below = Path(place).relative_to(folder).as_posix()
+        yield from (f"{below}/{file}" for file in files)
+
+
+def _prune(folder: Path) -> None:
+    """Deletes empty folders in a folder, and it."""
+    for place, _, _ in os.walk(folder, topdown=False):
+        with suppress(OSError):
+            Path(place).rmdir()
+
+
+class _Lock:
+    """The lock of an output folder: one process holds it, the operating system lets go of it when that process ends.
+
+    Folders that were made for it alone go away again when it is released before the work has begun.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._own = folder / OWN
+        self._made: list[Path] = []
+        self._lock: FileLock | None = None
+        self._end: Any = None
+
+    def acquire(self, setting: str, command: str) -> None:
+        file = self._own.resolve() / "lock"
+        if self._lock is not None and file.exists():
+            return
+        if self._own.is_file():  # of an earlier version, which only `begin` may change
+            return
+        self.release()
+        try:
+            for path in reversed((self._own, *self._own.parents)):
+                if not path.exists():
+                    path.mkdir(exist_ok=True)
+                    self._made.append(path)
+            lock = FileLock(file, is_singleton=True, thread_local=False)
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            raise BlockingIOError(
+                f"{setting}: {self._own.parent} is being written by {_holder(self._own)}; wait for it, stop it, or name "
+                "another folder"
+            ) from error
+        except (NotImplementedError, OSError) as error:
+            if isinstance(error, NotImplementedError) or error.errno in NO_LOCKS:
+                logger.warning("%s: %s cannot be locked; see that no other process writes there", setting, self._own.parent)
+                return
+            self._unmake()
+            raise PermissionError(
+                f"{setting}: {self._own.parent} cannot be written to ({error.strerror}); name another folder"
+            ) from error
+        self._lock = lock
+        self._end = weakref.finalize(self, _unlock, os.getpid(), lock, self._own, self._made)
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "command": command, "since": _now()}
+        with suppress(OSError):  # it only makes a message better
+            write_json(self._own / "holder.json", holder)
+
+    def keep(self) -> None:
+        """The folders stay."""
+        self._made.clear()
+
+    def release(self) -> None:
+        if self._end is not None:
+            self._end()
+        self._lock = self._end = None
+        self._made = []
+
+    def _unmake(self) -> None:
+        for path in reversed(self._made):
+            with suppress(OSError):
+                path.rmdir()
+        self._made = []
+
+
+def _unlock(process: int, lock: FileLock, own: Path, made: list[Path]) -> None:
+    if os.getpid() != process:  # a fork's copy
+        return
+    for name in ("holder.json", "lock") if own in made else ("holder.json",):
+        (own / name).unlink(missing_ok=True)
+    lock.release()
+    for path in reversed(made):
+        with suppress(OSError):  # somebody has put something there
+            path.rmdir()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _holder(own: Path) -> str:
+    """Who has the lock; that process says so a moment after it took it."""
+    until = time.monotonic() + INTRODUCED
+    while not (own / "holder.json").exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    try:
+        holder = json.loads((own / "holder.json").read_bytes())
+        return f"focusdpo {holder['command']}, process {holder['pid']} on {holder['host']} since {holder['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"

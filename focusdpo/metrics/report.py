@@ -1,0 +1,118 @@
+"""What an evaluation writes: results.json, two tables as CSV, and a picture; and the table that it prints."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from focusdpo.foundation.files import write_whole
+from focusdpo.foundation.text import cell, printable
+from focusdpo.metrics.summary import Line
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # after the choice of a backend that needs no screen
+
+RESULTS, PROMPTS, SUBJECTS, PICTURE = "results.json", "prompts.csv", "subjects.csv", "subjects.png"
+FILES = (RESULTS, PROMPTS, SUBJECTS, PICTURE)
+SHOWN = 40  # subjects in the picture
+
+
+def write_table(file: Path, first: Sequence[str], rows: Iterable[tuple[Sequence[Any], Mapping[str, Line]]]) -> None:
+    """A CSV with a row per subject or prompt: what it is, then mean, low and high of each metric; empty where there is none.
+
+    What it is comes from data, and is never a formula (`focusdpo.foundation.text.cell`).
+    """
+    listed = list(rows)
+    names = list(dict.fromkeys(name for _, lines in listed for name in lines))
+    stream = StringIO()
+    table = csv.writer(stream, lineterminator="\n")
+    table.writerow([*first, *(column for name in names for column in (name, f"{name}_low", f"{name}_high"))])
+    for what, lines in listed:
+        found = [lines.get(name) for name in names]
+        numbers = [(math.nan,) * 3 if line is None else (line.mean, line.low, line.high) for line in found]
+        shown = ("" if math.isnan(number) else f"{number:.6f}" for three in numbers for number in three)
+        table.writerow([*map(cell, what), *shown])
+    write_whole(file, stream.getvalue())
+
+
+def table(lines: Mapping[str, Line], labels: Mapping[str, str], level: float, of: str) -> str:
+    """Metrics with their intervals, for reading; `of` says what is counted, images or regions."""
+    rows = [("", "mean", f"{level:.0%} interval", of, "prompts")]
+    for name, label in labels.items():
+        if name in lines:
+            line, digits = lines[name], 2 if name == "fid" else 4
+            interval = "-" if math.isnan(line.low) else f"{line.low:.{digits}f} to {line.high:.{digits}f}"
+            rows.append((printable(label), f"{line.mean:.{digits}f}", interval, str(line.count), str(line.prompts)))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    text = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        text.append("  ".join(cells).rstrip())
+    return "\n".join(text)
+
+
+def draw_subjects(
+    file: Path,
+    subjects: Mapping[str, Mapping[str, Line]],
+    overall: Mapping[str, Line],
+    labels: Sequence[Mapping[str, str]],
+    level: float,
+) -> None:
+    """Draws each subject's metrics with intervals to a PNG, the worst by the first metric above.
+
+    Args:
+        file: the PNG.
+        subjects: metrics by subject.
+        overall: the same metrics over all, drawn as a band.
+        labels: of the metrics to draw, by name: a row of panels for each mapping, a panel for each metric that there is.
+        level: of the intervals.
+    """
+    panels = [{name: label for name, label in row.items() if name in overall} for row in labels]
+    panels = [row for row in panels if row]
+    if not panels:
+        return
+    first, title = next(iter(panels[0].items()))
+    worst = sorted(subjects, key=lambda subject: subjects[subject][first].mean)
+    shown = worst[:SHOWN]
+    columns = max(len(row) for row in panels)
+    height = 1.0 + 0.27 * max(len(shown), 4)  # inches: title and axis beside the subjects
+    size = (2.2 + 2.9 * columns, 0.5 + height * len(panels))
+    figure, axes = plt.subplots(len(panels), columns, figsize=size, sharey="row", squeeze=False, constrained_layout=True)
+    for row, names in zip(axes, panels, strict=True):
+        for axis, (name, label) in zip(row, names.items(), strict=False):
+            _draw_panel(axis, [subjects[subject].get(name) for subject in shown], overall[name], label)
+        for axis in row[len(names) :]:
+            axis.set_visible(False)
+        row[0].set_yticks(range(len(shown)), [_short(subject) for subject in shown], parse_math=False)
+        row[0].set_ylim(len(shown) - 0.5, -0.5)
+    rest = f"; the {len(shown)} of {len(subjects)} subjects that are lowest in {title}" if len(shown) < len(subjects) else ""
+    figure.suptitle(f"Per subject, {level:.0%} intervals over prompts; blue: all{rest}", fontsize=11)
+    partial = file.with_name(f".{file.name}.partial")
+    figure.savefig(partial, dpi=110, format="png")
+    plt.close(figure)
+    partial.replace(file)
+
+
+def _draw_panel(axis: Any, lines: Sequence[Line | None], whole: Line, label: str) -> None:
+    having = [(place, line) for place, line in enumerate(lines) if line is not None]
+    means, lows, highs = (np.array([getattr(line, end) for _, line in having]) for end in ("mean", "low", "high"))
+    axis.axvspan(whole.low, whole.high, color="tab:blue", alpha=0.15, linewidth=0)
+    axis.axvline(whole.mean, color="tab:blue", linewidth=1.2)
+    reach = np.nan_to_num(np.clip([means - lows, highs - means], 0, None))
+    places = [place for place, _ in having]
+    axis.errorbar(means, places, xerr=reach, fmt="o", color="black", ecolor="gray", markersize=4.5, capsize=2, linewidth=1.3)
+    axis.set_title(f"{label}\nall: {whole.mean:.3f}", fontsize=11)
+    axis.grid(alpha=0.25)
+    axis.tick_params(labelsize=9)
+
+
+def _short(name: str) -> str:
+    name = printable(name)
+    return name if len(name) <= 28 else f"…{name[-27:]}"

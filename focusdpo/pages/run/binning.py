@@ -1,0 +1,271 @@
+"""The rows of a run of any length, read one after the other into curves of few points.
+
+A run of 100,000 steps has more rows than a screen has pixels. The steps are divided into bins alike in width; of a bin, a curve
+keeps the mean, the lowest and the highest value, and how many values were not finite, so that a spike of one step and a NaN are
+still seen.
+
+Nearly all the time goes into parsing JSON, so that a large file is read in parts, by as many processes as there are cores. What
+they find adds up: a part may end within a bin.
+"""
+
+from __future__ import annotations
+
+import logging
+import logging.handlers
+import math
+import os
+import pickle
+import queue
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from focusdpo.drawing.metric_panels import Floats, names_of
+from focusdpo.foundation.journals import Part, Row, has_step, parse_row, parts_of, read_steps
+from focusdpo.foundation.workers import end_with_parent
+
+TAIL = 2**20  # bytes in which the last whole row is looked for; a row has some thousand
+BLOCK = 500  # rows in memory
+PART = 2**26  # bytes of a part at least, which are read in a second: a process takes a third of one to start
+PROCESSES = 8  # at most
+
+
+@dataclass
+class Curve:
+    """One metric, binned: arrays of a value per bin, NaN where it has no finite one; `bad` counts those that are not finite."""
+
+    mean: Floats
+    low: Floats
+    high: Floats
+    bad: Floats
+
+
+@dataclass
+class BinnedRun:
+    """What metrics.jsonl says.
+
+    Args:
+        first, last: steps of its first and last row; 0 where it has none.
+        width: steps of a bin.
+        curves: by line of a panel (`focusdpo.drawing.metric_panels`); those alone that the run has.
+        pairs: that were trained on, with repetition.
+        seconds: that the steps took.
+    """
+
+    first: int = 0
+    last: int = 0
+    width: int = 1
+    curves: dict[str, Curve] = field(default_factory=dict)
+    pairs: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def steps(self) -> Floats:
+        """The middle of each bin."""
+        edges = np.arange(self.first, self.last + 1, self.width, dtype=float)
+        return (edges + np.minimum(edges + self.width - 1, self.last)) / 2
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is read of a file: lines of panels, in bins over the steps from first to last."""
+
+    path: Path
+    lines: Sequence[str]
+    first: int
+    last: int
+    width: int
+
+    @property
+    def bins(self) -> int:
+        return -(-(self.last - self.first + 1) // self.width)
+
+
+class _Sums:
+    """What the rows of a part add up to: arrays [lines, bins]."""
+
+    def __init__(self, lines: int, bins: int) -> None:
+        self.total, self.count, self.bad = (np.zeros((lines, bins)) for _ in range(3))
+        self.low, self.high = np.full((lines, bins), math.inf), np.full((lines, bins), -math.inf)
+        self.pairs = self.seconds = 0.0
+
+    def add(self, index: int, lines: list[int], values: Floats) -> None:
+        """Takes values [lines, rows] of one bin."""
+        finite = np.isfinite(values)
+        count = finite.sum(1)
+        with np.errstate(over="ignore"):
+            self.total[lines, index] += np.where(finite, values, 0.0).sum(1)
+        self.count[lines, index] += count
+        self.bad[lines, index] += values.shape[1] - count
+        self.low[lines, index] = np.minimum(self.low[lines, index], np.where(finite, values, math.inf).min(1))
+        self.high[lines, index] = np.maximum(self.high[lines, index], np.where(finite, values, -math.inf).max(1))
+
+    def __iadd__(self, other: _Sums) -> _Sums:
+        for name in ("total", "count", "bad", "pairs", "seconds"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.low, self.high = np.minimum(self.low, other.low), np.maximum(self.high, other.high)
+        return self
+
+    def curve(self, line: int) -> Curve | None:
+        """None where no row has the line."""
+        there = self.count[line] > 0
+        if not there.any() and not self.bad[line].any():
+            return None
+        mean = np.divide(self.total[line], self.count[line], out=np.full(len(there), math.nan), where=there)
+        low, high = (np.where(there, found[line], math.nan) for found in (self.low, self.high))
+        return Curve(mean, low, high, self.bad[line])
+
+
+def read_run(path: Path, lines: Iterable[str], points: int, progress: bool = True) -> BinnedRun:
+    """Reads a metrics.jsonl of any length, of which a few hundred rows at a time are in memory.
+
+    Args:
+        path: the file; a run that has not begun has none.
+        lines: of panels, which are read.
+        points: bins at most.
+        progress: show a progress bar.
+    """
+    first, last = _ends(path)
+    if last == 0:
+        return BinnedRun()
+    width = -(-(last - first + 1) // points)
+    task = _Task(path, list(dict.fromkeys(lines)), first, last, width)
+    own, *others = parts_of(path, max(min(path.stat().st_size // PART, _cores(), PROCESSES), 1))
+    helpers = [_Helper(task, part) for part in others]
+    try:
+        sums = _read_part(task, own, progress)
+        for helper in helpers:
+            sums += helper.result()
+    finally:
+        for helper in helpers:
+            helper.end()
+    curves = {line: curve for i, line in enumerate(task.lines) if (curve := sums.curve(i)) is not None}
+    return BinnedRun(first, last, width, curves, sums.pairs, sums.seconds)
+
+
+def _read_part(task: _Task, part: Part, progress: bool = False) -> _Sums:
+    sums = _Sums(len(task.lines), task.bins)
+    block: list[Row] = []
+    place = 0
+    for row in read_steps(task.path, progress, part):
+        if not task.first <= row["step"] <= task.last:  # written after the last one, by a run that goes on: for the next page
+            continue
+        index = int(row["step"] - task.first) // task.width
+        if block and (index != place or len(block) == BLOCK):
+            _take(sums, task.lines, place, block)
+            block = []
+        place = index
+        block.append(row)
+    if block:
+        _take(sums, task.lines, place, block)
+    return sums
+
+
+def _take(sums: _Sums, lines: Sequence[str], index: int, rows: list[Row]) -> None:
+    """Adds rows of one bin; those that have the same metrics are a table."""
+    tables: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        tables[tuple(row)].append(row)
+    for names, alike in tables.items():
+        table = dict(zip(names, zip(*(row.values() for row in alike), strict=True), strict=True))
+        found = {i: values for i, line in enumerate(lines) if (values := _values(table, line)) is not None}
+        if found:
+            sums.add(index, list(found), np.stack(list(found.values())))
+        if "pairs" in table and "pairs_per_second" in table:
+            pairs, speed = _numbers(table["pairs"]), _numbers(table["pairs_per_second"])
+            sound = np.isfinite(pairs) & np.isfinite(speed) & (speed > 0)
+            sums.pairs += float(pairs[sound].sum())
+            sums.seconds += float((pairs[sound] / speed[sound]).sum())
+
+
+def _values(table: Mapping[str, Sequence[Any]], line: str) -> Floats | None:
+    """A panel's line; see `focusdpo.drawing.metric_panels.value_of`."""
+    first, second = names_of(line)
+    if first not in table or (second and second not in table):
+        return None
+    values = _numbers(table[first])
+    if second:
+        with np.errstate(invalid="ignore", over="ignore"):
+            values -= _numbers(table[second])
+    return values
+
+
+def _numbers(values: Sequence[Any]) -> Floats:
+    """What is no number is not finite either."""
+    try:
+        return np.fromiter(values, float, len(values))
+    except (TypeError, ValueError, OverflowError):
+        return np.fromiter(map(_number, values), float, len(values))
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def _ends(path: Path) -> tuple[int, int]:
+    """Steps of the first and the last whole row; zeros where there is none."""
+    first = next(read_steps(path), None)
+    if first is None:
+        return 0, 0
+    with path.open("rb") as stream:
+        stream.seek(max(path.stat().st_size - TAIL, 0))
+        last = next((row for line in reversed(stream.readlines()) if (row := parse_row(line)) and has_step(row)), first)
+    return int(first["step"]), max(int(last["step"]), int(first["step"]))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _Helper:
+    """Reads a part in another process.
+
+    Not with multiprocessing, which would import the program's main module again, or copy this process with its threads.
+    """
+
+    CODE = "from focusdpo.pages.run import binning; binning.help_out()"
+
+    def __init__(self, task: _Task, part: Part) -> None:
+        self._task, self._part = task, part
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        command = [sys.executable, "-P", "-c", self.CODE, str(os.getpid())]  # -P: nothing is imported from the working folder
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError), self._process.stdin as stream:  # one that died at once is seen below
+            pickle.dump((task, part), stream)
+
+    def result(self) -> _Sums:
+        """What it found, after logging what it said. A helper that died, for want of memory perhaps, costs time alone."""
+        assert self._process.stdout is not None
+        found = self._process.stdout.read()
+        if self._process.wait():
+            return _read_part(self._task, self._part)
+        sums, records = pickle.loads(found)
+        for record in records:
+            logging.getLogger(record.name).handle(record)
+        assert isinstance(sums, _Sums)
+        return sums
+
+    def end(self) -> None:
+        self._process.kill()
+        with self._process:  # closes and waits
+            pass
+
+
+def help_out() -> None:
+    """What a helper does: a task and its part come by stdin, what was found and said goes to stdout."""
+    end_with_parent(sys.stdout.fileno(), int(sys.argv[1]))
+    records: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+    logging.getLogger().addHandler(logging.handlers.QueueHandler(records))
+    sums = _read_part(*pickle.load(sys.stdin.buffer))
+    pickle.dump((sums, [records.get() for _ in range(records.qsize())]), sys.stdout.buffer)

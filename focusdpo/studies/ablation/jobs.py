@@ -1,0 +1,186 @@
+"""One run of an ablation: a variant trained with a seed, judged on the way and at its end."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+from focusdpo.foundation.files import write_whole
+from focusdpo.foundation.journals import Journal, read_metrics, up_to
+from focusdpo.foundation.output_folder import step_folders, under
+from focusdpo.studies.ablation import yardsticks
+from focusdpo.studies.ablation.variants import Change
+from focusdpo.training.config import HubConfig, SamplesConfig, TrainConfig
+from focusdpo.training.run_files import SAMPLES_FOLDER, WRITTEN
+from focusdpo.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+RESULT_FILE = "result.json"
+JUDGED_FILE = "judged.jsonl"
+# What a job writes into an ablation's folder of runs; the last is the microcosm's judge.
+JOB_WRITTEN = under(r"[\w=.,+-]+/seed-\d+", (*WRITTEN, r"result\.json", r"judged\.jsonl", r"images\.safetensors"))
+
+
+class Judge(Protocol):
+    """Further numbers of a trained model: values by name, one for each held-out item, in the same order for every run."""
+
+    def __call__(self, trainer: Trainer, folder: Path) -> dict[str, list[float]]: ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """A variant and a seed.
+
+    folder: for the run's files and `result.json`, which is written last. judge: asked at the end, beside the yardsticks.
+    """
+
+    change: Change
+    seed: int
+    config: TrainConfig
+    folder: Path
+    times: tuple[float, ...]
+    judged_pairs: int | None
+    judge: Judge | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return read_result(self) is not None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a job gave.
+
+    values: per held-out pair or other item, by name. curve: means of the yardsticks at steps of the run. failed: why there are
+    none, where training gave up.
+    """
+
+    variant: str
+    seed: int
+    values: dict[str, list[float]]
+    curve: list[dict[str, float]]
+    failed: str | None = None
+
+
+def run_of(
+    run: TrainConfig, change: Change, seed: int, folder: Path, max_steps: int | None, points: int, samples: int
+) -> TrainConfig:
+    """The settings of a job: the run's, but for the change, the seed, and what it writes where."""
+    steps = run.max_steps if max_steps is None else max_steps
+    every = max(-(-steps // points), 1)
+    shown = replace(run.samples, every=steps, count=samples) if samples else SamplesConfig()
+    return replace(
+        change.of(run),
+        output_dir=str(folder),
+        seed=seed,
+        max_steps=steps,
+        validate_every=every,
+        checkpoint_every=min(run.checkpoint_every or every, every),
+        checkpoints_total_limit=1,
+        samples=shown,
+        trackers=[],
+        push_to_hub=HubConfig(),
+        resume=None,
+        overwrite=False,
+    )
+
+
+def work_on(job: Job) -> Result:
+    """Does a job from wherever an earlier start left it; one that is done is read."""
+    if not job.is_done:
+        result = _train(job) if job.change.trained else _judge_untrained(job)
+        gc.collect()  # here, where nothing holds the trainer any more
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        job.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(job.folder / RESULT_FILE, json.dumps(vars(result)))
+    done = read_result(job)
+    assert done is not None  # just written
+    return done
+
+
+def read_result(job: Job) -> Result | None:
+    """What a job gave; None where it is not done, or its file is damaged, which is said: the job is done again."""
+    file = job.folder / RESULT_FILE
+    try:
+        return Result(**json.loads(file.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        logger.warning("%s is damaged (%s), the run is judged again", file, error)
+        return None
+
+
+def _train(job: Job) -> Result:
+    started = (job.folder / "checkpoints").is_dir()
+    config = replace(job.config, resume="latest" if started else None, overwrite=not started)
+    latest: dict[int, dict[str, list[float]]] = {}
+    trainer = _trainer(config, partial(_judge_point, job, latest))
+    try:
+        trainer.train()
+    except FloatingPointError as error:
+        return Result(job.change.name, job.seed, {}, _curve(job), str(error))
+    else:
+        return Result(job.change.name, job.seed, _judged(job, trainer, latest.get(config.max_steps)), _curve(job))
+    finally:
+        trainer.accelerator.free_memory()
+
+
+def _judge_untrained(job: Job) -> Result:
+    trainer = _trainer(replace(job.config, overwrite=True))
+    try:
+        trainer.samples.draw(0, trainer.step, trainer.accelerator, trainer.launch)
+        values = _judged(job, trainer)
+    finally:
+        trainer.accelerator.free_memory()
+    return Result(job.change.name, job.seed, values, [{"step": 0, **_means(values)}])
+
+
+def _trainer(config: TrainConfig, evaluation: Callable[[Trainer], None] | None = None) -> Trainer:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return Trainer(config, evaluation=evaluation)
+
+
+def _judged(job: Job, trainer: Trainer, values: dict[str, list[float]] | None = None) -> dict[str, list[float]]:
+    """All numbers of a model; those of the yardsticks are taken as they are where the last point of the curve has them."""
+    if values is None:
+        values = yardsticks.judge(trainer, job.times, job.judged_pairs)
+    return values if job.judge is None else values | job.judge(trainer, job.folder)
+
+
+def _judge_point(job: Job, latest: dict[int, dict[str, list[float]]], trainer: Trainer) -> None:
+    """A point of the curve, kept in `latest` as well; before the first step all are what "base" has."""
+    step = trainer.progress.step
+    if step == 0:
+        return
+    latest.clear()
+    latest[step] = yardsticks.judge(trainer, job.times, job.judged_pairs)
+    file = Journal(job.folder / JUDGED_FILE, up_to(step - 1))
+    file.write({"step": step, **_means(latest[step])})
+    file.close()
+
+
+def _means(values: dict[str, list[float]]) -> dict[str, float]:
+    return {name: float(torch.tensor(numbers, dtype=torch.float64).nanmean()) for name, numbers in values.items()}
+
+
+def _curve(job: Job) -> list[dict[str, float]]:
+    return read_metrics(job.folder / JUDGED_FILE)
+
+
+def sample_images(folder: Path) -> dict[int, Path]:
+    """The last samples of a run, by held-out pair."""
+    steps = step_folders(folder / SAMPLES_FOLDER)
+    files = steps[-1][1].glob("*_sample.png") if steps else ()
+    return {int(file.name.partition("_")[0]): file for file in files}

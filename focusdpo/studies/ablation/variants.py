@@ -1,0 +1,88 @@
+"""What is changed about a run, by name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from focusdpo.foundation.settings import require
+from focusdpo.models.base import pipeline_folder
+from focusdpo.studies.config import AblationConfig
+from focusdpo.studies.masks import parts_of
+from focusdpo.training.config import FocusConfig, LossConfig, ModelConfig, TrainConfig
+
+THIRDS = ("early", "middle", "late")
+
+
+@dataclass(frozen=True)
+class Change:
+    """A variant: what it is called, its settings of mask and loss, and whether it is trained at all."""
+
+    name: str
+    label: str
+    focus: dict[str, Any] = field(default_factory=dict)
+    loss: dict[str, Any] = field(default_factory=dict)
+    trained: bool = True
+
+    def of(self, config: TrainConfig) -> TrainConfig:
+        """The run with this change; ValueError where a value is out of range."""
+        return replace(
+            config,
+            focus=FocusConfig(**{**vars(config.focus), **self.focus}),
+            loss=LossConfig(**{**vars(config.loss), **self.loss}),
+        )
+
+
+# M_s and M_d alone are ends of the fusion (E8): gamma = 1 leaves M_s in both branches, tau = 1 and gamma = 0 M_d in all cases.
+SFT = {"loss_type": "sft", "label_smoothing": 0.0, "auto_beta": None, "winner_anchor": 0.0, "loser_scale": None}
+VARIANTS = {
+    "base": Change("base", "before training", trained=False),
+    "sft": Change("sft", "SFT on winners", {"mask": "none"}, SFT),
+    "dpo": Change("dpo", "Diffusion-DPO (M = 1)", {"mask": "none"}),
+    "prior": Change("prior", "the prior alone", {"mask": "prior"}),
+    "structure": Change("structure", "M_s alone", {"mask": "focus", "gamma": 1.0}),
+    "detail": Change("detail", "M_d alone", {"mask": "focus", "tau": 1.0, "gamma": 0.0}),
+    "focus": Change("focus", "FocusDPO", {"mask": "focus"}),
+}
+
+
+def changes_of(config: AblationConfig, run: TrainConfig) -> list[Change]:
+    """All variants of an ablation, those of its grids behind the others; ValueError names a value out of range."""
+    changes = [VARIANTS[name] for name in config.variants]
+    for grid in config.grids:
+        for value in getattr(config, grid):
+            setting = blocks_of(value, run.model) if grid == "layers" else value
+            own = getattr(run.focus, grid)
+            if own == setting and type(own) is type(setting) and "focus" in config.variants:
+                continue  # the run's own value is the variant "focus"
+            changes.append(Change(f"{grid}={value}", f"FocusDPO, {grid} = {value}", {"mask": "focus", grid: setting}))
+    for change in changes:
+        try:
+            change.of(run)
+        except ValueError as error:
+            raise ValueError(f"{change.name.partition('=')[0]}: {error}") from error
+    return changes
+
+
+def blocks_of(text: str, model: ModelConfig) -> str | list[int]:
+    """`focus.layers` of a value of the grid: "all", a third of the tapped blocks, or their numbers."""
+    if text == "all":
+        return "all"
+    count = tapped_blocks(model)
+    if text in THIRDS:
+        require(count >= len(THIRDS), "layers", text, f"no thirds of a model with {count} blocks")
+        return list(parts_of(count, len(THIRDS))[THIRDS.index(text)])
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f'layers: got {text!r}; expected "all", {", ".join(THIRDS)}, or numbers such as "0,2,4"') from error
+    require(all(0 <= number < count for number in numbers), "layers", text, f"blocks from 0 to {count - 1}")
+    return numbers
+
+
+def tapped_blocks(model: ModelConfig) -> int:
+    """How many blocks a pipeline's transformer has, from its configuration alone."""
+    folder = pipeline_folder(model.path, model.revision)
+    settings = json.loads((folder / "transformer" / "config.json").read_text())
+    return int(settings["num_layers"]) + int(settings.get("num_single_layers", 0))

@@ -1,0 +1,83 @@
+"""Numbers of held-out pairs that mean the same whatever mask a run was trained under."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from focusdpo.data import SizeBatches
+from focusdpo.features import pool_mask
+from focusdpo.loss import pair_accuracy
+from focusdpo.studies.ablation.measures import Measure
+from focusdpo.training.batches import load_batches
+from focusdpo.training.trainer import VALIDATION_SEED, Trainer
+from focusdpo_kernels import preference_residual
+
+REGIONS = ("whole", "inside", "outside")
+# Ratios are 1 and accuracies one half for the model before training.
+MEASURES = {
+    "accuracy/inside": Measure("pairs told apart within the prior"),
+    "accuracy/whole": Measure("pairs told apart in the whole image"),
+    "win/inside": Measure("winner's error within the prior, to the reference's", "less"),
+    "lose/inside": Measure("loser's error within the prior, to the reference's", "neither"),
+    "win/whole": Measure("winner's error in the whole image, to the reference's", "less"),
+    "lose/whole": Measure("loser's error in the whole image, to the reference's", "neither"),
+    "win/outside": Measure("winner's error outside the prior, to the reference's", "less"),
+    "coverage": Measure("coverage A: share of the prior that is not matched, under the variant's own settings", "neither"),
+}
+
+
+@torch.no_grad()
+def judge(trainer: Trainer, times: Sequence[float], limit: int | None = None) -> dict[str, list[float]]:
+    """Values per held-out pair, averaged over times.
+
+    `accuracy/REGION` is whether the implicit reward prefers the winner, `win/REGION` and `lose/REGION` the policy's squared
+    error as a share of the reference model's, with regions "whole", "inside" and "outside" the prior. `coverage` is A of the
+    focus mask under the run's own settings.
+
+    Args:
+        trainer: whose model is judged.
+        times: at which errors are taken; noise is the same for all models.
+        limit: how many pairs, the first ones.
+    """
+    dataset, step, accelerator = trainer.validation_set, trainer.step, trainer.accelerator
+    plan = SizeBatches(dataset, trainer.config.data.batch_size, shuffle=False, seed=0).epoch(0)
+    if limit is not None:
+        plan = [kept for batch in plan if (kept := [index for index in batch if index < limit])]
+    values: dict[str, dict[int, list[float]]] = {}
+    was_training = trainer.module.training
+    trainer.module.eval()
+    for place, batch in enumerate(load_batches(dataset, plan, trainer.config.data.num_workers, accelerator)):
+        batch = batch.to(accelerator.device)
+        prior = pool_mask(batch.prior)
+        inside = (prior if prior.ndim == 2 else prior.any(1)).float()
+        for number, t in enumerate(times):
+            generator = torch.Generator().manual_seed(VALIDATION_SEED + place * len(times) + number)
+            with accelerator.autocast():
+                noised = step.noise(batch, generator, torch.full((len(batch.prompts),), t))
+                policy, reference, scores = step.predictions(noised, batch)
+            found = _by_region(policy, reference, noised.target, inside, step.backend)
+            found["coverage"] = step.mask_of(scores, batch).coverage
+            for name, numbers in found.items():
+                for index, value in zip(batch.indices, numbers.tolist(), strict=True):
+                    values.setdefault(name, {}).setdefault(index, []).append(value)
+    trainer.module.train(was_training)
+    return {name: [sum(taken) / len(taken) for _, taken in sorted(by.items())] for name, by in values.items()}
+
+
+def _by_region(policy: Tensor, reference: Tensor, target: Tensor, inside: Tensor, backend: str | None) -> dict[str, Tensor]:
+    """Accuracies and errors [B] by region, of predictions [2B, P, C] and the tokens [B, P] inside the prior."""
+    pairs = inside.shape[0]
+    (win, lose), (reference_win, reference_lose), (target_win, target_lose) = (
+        torch.split(x, pairs) for x in (policy, reference, target)
+    )
+    six = (win, lose, reference_win, reference_lose, target_win, target_lose)
+    found: dict[str, Tensor] = {}
+    for region, weight in zip(REGIONS, (None, inside, 1 - inside), strict=True):
+        residual = preference_residual(*six, weight, reduction="masked_mean", backend=backend)
+        found[f"accuracy/{region}"] = pair_accuracy(-residual.margin)
+        found[f"win/{region}"] = residual.policy_win / residual.reference_win
+        found[f"lose/{region}"] = residual.policy_lose / residual.reference_lose
+    return found

@@ -1,0 +1,311 @@
+"""Settings of the studies: of `focusdpo masks`, `ablate`, `stress` and `microcosm`."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from focusdpo.foundation.settings import require
+from focusdpo.training.config import ModelConfig
+
+Variant = Literal["base", "sft", "dpo", "prior", "structure", "detail", "focus"]
+Grid = Literal["tau", "gamma", "match_count", "layers", "mask_from", "feature_source"]
+Kind = Literal["alike", "easy"]
+Pooling = Literal["reference", "max"]
+KINDS: tuple[Kind, ...] = ("alike", "easy")
+
+
+@dataclass
+class MasksConfig:
+    """The masks of one pair of a run.
+
+    Args:
+        config: The run: its folder, or its settings as YAML.
+        pair: Number of the pair, from 0, in the order of its file.
+        split: Which of the run's pairs are counted.
+        timesteps: Times t between 0 (clean) and 1 (noise).
+        layer_groups: Contiguous groups that the tapped blocks are cut into, beside all of them, which is what the loss uses; 0
+            draws these alone.
+        checkpoint: Whose adapter: "latest", a folder, or "none" for the model before training.
+        seed: Of the noise, the same at each time.
+        out: Folder for pictures and numbers.
+        overwrite: Replace what an earlier call left in it.
+    """
+
+    config: str
+    pair: int = 0
+    split: Literal["train", "validation"] = "validation"
+    timesteps: list[float] = field(default_factory=lambda: [0.1, 0.5, 0.9])
+    layer_groups: int = 3
+    checkpoint: str = "latest"
+    seed: int = 0
+    out: str = "masks"
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.pair >= 0, "pair", self.pair, "0 or more")
+        require_times(self.timesteps)
+        require(self.layer_groups >= 0, "layer_groups", self.layer_groups, "0 or more")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "0 <= seed < 2^32")
+
+
+def require_times(times: Sequence[float]) -> None:
+    """ValueError unless each is between 0 and 1, and there once."""
+    require(bool(times) and all(0 < t < 1 for t in times), "timesteps", times, "numbers between 0 and 1, neither included")
+    require(len(set(times)) == len(times), "timesteps", times, "each once")
+
+
+@dataclass
+class AblationConfig:
+    """A training run, and what is changed about it.
+
+    Args:
+        config: The run: its folder, or its settings as YAML. It needs held-out pairs.
+        output_dir: Folder for all runs, the numbers and the page.
+        variants: "base" is the model before training, "sft" supervised fine-tuning on winners, "dpo" Diffusion-DPO, "prior" the
+            prior alone as mask, "structure" M_s alone, "detail" M_d alone, "focus" the whole method.
+        grids: Settings of the whole method that are varied one at a time.
+        tau: Values of the grid.
+        gamma: Values of the grid.
+        match_count: Values of the grid.
+        layers: Values of the grid: "all", a third of the blocks as "early", "middle", "late", or their numbers such as "0,2,4".
+        mask_from: Values of the grid.
+        feature_source: Values of the grid.
+        seeds: Each variant is trained once with each.
+        baseline: The variant that differences are taken against.
+        max_steps: Optimiser steps of each run; null takes the run's.
+        points: How often the held-out pairs are judged in the course of a run, the last time at its end.
+        times: Times at which errors of held-out pairs are taken.
+        judged_pairs: How many held-out pairs are judged, the first ones; null takes all.
+        samples: How many of them are also sampled at the end of each run.
+        workers: Runs at the same time; null takes as many as there are GPUs, each with one of its own, which more would share.
+        overwrite: Delete what an earlier ablation left in output_dir.
+    """
+
+    config: str
+    output_dir: str = "ablation"
+    variants: list[Variant] = field(default_factory=lambda: ["base", "sft", "dpo", "prior", "structure", "detail", "focus"])
+    grids: list[Grid] = field(default_factory=list)
+    tau: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2, 0.4])
+    gamma: list[float] = field(default_factory=lambda: [0.0, 0.3, 0.6])
+    match_count: list[Literal["reference", "prior"] | int | float] = field(
+        default_factory=lambda: ["reference", "prior", 0.1, 0.25]
+    )
+    layers: list[str] = field(default_factory=lambda: ["all", "early", "middle", "late"])
+    mask_from: list[Literal["winner", "each"]] = field(default_factory=lambda: ["winner", "each"])
+    feature_source: list[Literal["policy", "reference"]] = field(default_factory=lambda: ["policy", "reference"])
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    baseline: Variant = "dpo"
+    max_steps: int | None = None
+    points: int = 4
+    times: list[float] = field(default_factory=lambda: [0.2, 0.4, 0.6, 0.8])
+    judged_pairs: int | None = None
+    samples: int = 4
+    workers: int | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("variants", "grids", "seeds", "times", *typing.get_args(Grid)):
+            values = getattr(self, name)
+            require(len(set(values)) == len(values), name, values, "each once")
+        require(bool(self.variants), "variants", self.variants, "at least one")
+        require(self.baseline in self.variants, "baseline", self.baseline, f"one of the variants {self.variants}")
+        require(bool(self.seeds) and all(0 <= seed < 2**32 for seed in self.seeds), "seeds", self.seeds, "0 <= seed < 2^32")
+        require(bool(self.times) and all(0 < t < 1 for t in self.times), "times", self.times, "numbers between 0 and 1")
+        require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "at least 1, or null")
+        require(self.points >= 1, "points", self.points, "at least 1")
+        require(self.judged_pairs is None or self.judged_pairs >= 1, "judged_pairs", self.judged_pairs, "at least 1, or null")
+        require(self.samples >= 0, "samples", self.samples, "0 or more")
+        require(self.workers is None or self.workers >= 1, "workers", self.workers, "at least 1, or null")
+        for name in self.grids:
+            require(bool(getattr(self, name)), name, getattr(self, name), f"at least one value, as grids has {name!r}")
+
+
+@dataclass
+class StressConfig:
+    """Two subjects that look alike in one scene, and two that do not: whose region does S match each reference with?
+
+    Args:
+        config: A training run, its folder or its settings as YAML, whose model and tapped blocks are tested.
+        checkpoint: Of the run, whose adapter is tested: "latest", a folder, or "none" for the model before training.
+        model: A pretrained model to test instead of a run; a trained LoRA is given as model.base_lora.
+        dreambench: A DreamBench folder, whose dogs are the subjects; null takes scikit-image's photos, seven coins above all.
+        scenes: Number of scenes of each kind.
+        resolution: Side of a scene in pixels.
+        reference_resolution: Longest side of a reference in pixels.
+        timesteps: Times t between 0 (clean) and 1 (noise).
+        poolings: "reference" compares with the mean reference token (E4), "max" with the best matching one (E4').
+        match_counts: K per subject: "reference" (its reference tokens), "prior" (tokens of its region, so that precision and
+            recall can both be 1), a number of tokens, or a fraction of the target's tokens.
+        level: Of the intervals.
+        resamples: Bootstrap resamples of an interval.
+        seed: Of scenes and noise.
+        output_dir: Folder for the scenes, the numbers and the pictures.
+        overwrite: Delete what an earlier test left in output_dir.
+        backend: Kernels: "triton", "torch", or chosen by device; null takes a run's own.
+        cpu: Use the CPU even where there is a GPU.
+    """
+
+    config: str | None = None
+    checkpoint: str = "latest"
+    model: ModelConfig | None = None
+    dreambench: str | None = None
+    scenes: int = 24
+    resolution: int = 512
+    reference_resolution: int = 320
+    timesteps: list[float] = field(default_factory=lambda: [0.1, 0.5, 0.9])
+    poolings: list[Pooling] = field(default_factory=lambda: ["reference", "max"])
+    match_counts: list[Literal["reference", "prior"] | int | float] = field(default_factory=lambda: ["reference", "prior"])
+    level: float = 0.95
+    resamples: int = 2000
+    seed: int = 0
+    output_dir: str = "stress"
+    overwrite: bool = False
+    backend: Literal["triton", "torch"] | None = None
+    cpu: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.config is None) == (self.model is None):
+            raise ValueError(
+                "config, model: got " + ("both" if self.config else "neither") + "; expected a run, or --model.path"
+            )
+        require(self.model is None or self.checkpoint == "latest", "checkpoint", self.checkpoint, "none without --config")
+        require(self.scenes >= 2, "scenes", self.scenes, "at least 2, as intervals are over scenes")
+        require(
+            self.resolution >= 64 and self.resolution % 16 == 0, "resolution", self.resolution, "a multiple of 16, at least 64"
+        )
+        require(self.reference_resolution >= 32, "reference_resolution", self.reference_resolution, "at least 32")
+        require_times(self.timesteps)
+        for name in ("poolings", "match_counts"):
+            values = getattr(self, name)
+            require(bool(values) and len(set(values)) == len(values), name, values, "at least one, each once")
+        tokens = (self.resolution // 16) ** 2
+        for count in self.match_counts:
+            number = round(count * tokens) if isinstance(count, float) else count
+            fits = isinstance(number, str) or 1 <= number <= tokens
+            require(fits, "match_counts", count, f"1 to {tokens} tokens, or a fraction of them in (0, 1] that is one at least")
+        require(0 < self.level < 1, "level", self.level, "a number between 0 and 1, like 0.95")
+        require(self.resamples >= 100, "resamples", self.resamples, "at least 100")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "0 <= seed < 2^32")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large the world is and how long it learns.
+
+    resolution, reference_resolution: sides of scenes and references in pixels. scenes, pairs, held_out: numbers of composed
+    scenes for pre-training, of preference pairs, of held-out scenes. vae_channels, latent_channels: of the autoencoder. heads,
+    layers: of the transformer, double and single blocks, 32 wide each head. *_steps, *_batch: of each training. lr, beta, rank:
+    of the preference training. sampler_steps: of a generated image. samples: images generated a held-out scene.
+    """
+
+    resolution: int
+    reference_resolution: int
+    scenes: int
+    pairs: int
+    held_out: int
+    vae_channels: tuple[int, int, int, int]
+    latent_channels: int
+    vae_steps: int
+    vae_batch: int
+    classifier_steps: int
+    heads: int
+    layers: tuple[int, int]
+    flow_steps: int
+    flow_batch: int
+    flow_lr: float
+    tuning_steps: int
+    tuning_batch: int
+    lr: float
+    beta: float
+    rank: int
+    sampler_steps: int
+    samples: int
+
+
+SIZES = {
+    "smoke": Size(
+        resolution=64, reference_resolution=32, scenes=24, pairs=12, held_out=4,
+        vae_channels=(8, 8, 8, 8), latent_channels=4, vae_steps=4, vae_batch=4, classifier_steps=4,
+        heads=1, layers=(1, 1), flow_steps=4, flow_batch=4, flow_lr=1e-3,
+        tuning_steps=2, tuning_batch=2, lr=1e-3, beta=100.0, rank=4, sampler_steps=2, samples=1,
+    ),
+    "small": Size(
+        resolution=128, reference_resolution=64, scenes=4000, pairs=480, held_out=96,
+        vae_channels=(12, 24, 64, 128), latent_channels=16, vae_steps=3000, vae_batch=4, classifier_steps=500,
+        heads=6, layers=(2, 4), flow_steps=1800, flow_batch=16, flow_lr=1e-3,
+        tuning_steps=40, tuning_batch=8, lr=1e-4, beta=2000.0, rank=16, sampler_steps=10, samples=2,
+    ),
+    "full": Size(
+        resolution=256, reference_resolution=128, scenes=8000, pairs=960, held_out=128,
+        vae_channels=(32, 64, 128, 128), latent_channels=16, vae_steps=2000, vae_batch=64, classifier_steps=800,
+        heads=12, layers=(4, 8), flow_steps=3000, flow_batch=64, flow_lr=1e-3,
+        tuning_steps=80, tuning_batch=16, lr=1e-4, beta=2000.0, rank=32, sampler_steps=20, samples=2,
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class MicrocosmConfig:
+    """A small world, a model that learns it, and the ablation on that model.
+
+    Args:
+        out: Folder for everything: photographs composed, models, runs, numbers, pictures.
+        size: "smoke" only runs the code, "small" is for a CPU, "full" for a GPU.
+        dreambench: A DreamBench folder whose subjects are taken instead of scikit-image's photographs.
+        variants: As in `focusdpo ablate`.
+        grids: As in `focusdpo ablate`.
+        seeds: Each variant is trained once with each; world and model are the same for all.
+        seed: Of the world and of the model.
+        tuning_steps: Optimiser steps of each variant; null takes the size's.
+        lr: Learning rate of each variant; null takes the size's.
+        beta: Of the preference loss; null takes the size's.
+        reduction: Of the errors in the loss. "masked_mean" divides by the mask's size, so that one beta serves masks of all
+            sizes; with "mean" a small mask makes small margins.
+        workers: Runs at the same time; null takes as many as there are GPUs.
+        backend: Kernels: "triton", "torch", or chosen by device.
+        cpu: Use the CPU even where there is a GPU.
+        overwrite: Delete what an earlier microcosm left in `out`.
+    """
+
+    out: str = "microcosm"
+    size: Literal["smoke", "small", "full"] = "small"
+    dreambench: str | None = None
+    variants: list[Variant] = field(default_factory=lambda: ["base", "sft", "dpo", "prior", "structure", "detail", "focus"])
+    grids: list[Grid] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    seed: int = 0
+    tuning_steps: int | None = None
+    lr: float | None = None
+    beta: float | None = None
+    reduction: Literal["mean", "masked_mean"] = "mean"
+    workers: int | None = None
+    backend: Literal["triton", "torch"] | None = None
+    cpu: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        self.sizes = SIZES[self.size]
+        self.steps = self.sizes.tuning_steps if self.tuning_steps is None else self.tuning_steps
+        require(self.steps >= 1, "tuning_steps", self.tuning_steps, "at least 1, or null")
+        for name in ("lr", "beta"):
+            value = getattr(self, name)
+            require(value is None or value > 0, name, value, "a positive number, or null")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "0 <= seed < 2^32")
+        # The settings of the ablation have their own checks.
+        baseline: Variant = "dpo" if "dpo" in self.variants else self.variants[0] if self.variants else "dpo"
+        self.ablation = AblationConfig(
+            config=str(Path(self.out) / "train.yaml"),
+            output_dir=str(Path(self.out) / "ablation"),
+            variants=self.variants,
+            grids=self.grids,
+            seeds=self.seeds,
+            baseline=baseline,
+            points=2,
+            times=[0.4, 0.8],
+            samples=0,  # all held-out scenes are drawn for the judge
+            workers=self.workers,
+        )

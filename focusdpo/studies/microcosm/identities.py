@@ -1,0 +1,104 @@
+"""Who lives in the microcosm: identities cut from real photographs, several of each class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from tqdm.auto import tqdm
+
+from focusdpo.building.photos import Subject, subjects
+from focusdpo.foundation.packages import require_package
+from focusdpo.foundation.settings import require
+
+HUES = (0.33, 0.66)  # of the two other instances that each subject gives
+
+
+@dataclass(frozen=True, eq=False)
+class Identity:
+    """One instance of a class.
+
+    views: RGBA cut-outs to compose and learn from. held_out: those that only the judgement sees; where a subject has one
+    photograph, the same.
+    """
+
+    name: str
+    class_name: str
+    views: tuple[Image.Image, ...]
+    held_out: tuple[Image.Image, ...]
+
+
+def check_source(dreambench: str | None) -> None:
+    """Refuses a DreamBench folder that is none.
+
+    Raises:
+        FileNotFoundError, ValueError: its list of classes is missing, or has none.
+        ModuleNotFoundError: OpenCV, which cuts the subjects out, is not installed.
+    """
+    if dreambench is not None:
+        require_package("cv2", "DreamBench in the microcosm", "build")
+        from focusdpo.building.dreambench import read_classes
+        from focusdpo.building.dreambench_scenes import photos
+
+        try:
+            classes = read_classes(Path(dreambench))
+        except (FileNotFoundError, ValueError) as error:
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"dreambench: {str(error).removeprefix('root: ')}") from error
+        _check_classes(dreambench, [name for subject, name in classes.items() if len(photos(Path(dreambench), subject)) >= 2])
+
+
+def identities_of(dreambench: str | None, longest: int) -> list[Identity]:
+    """Who lives in the microcosm, each subject as it is and in two other colours.
+
+    Args:
+        dreambench: folder of DreamBench; None takes scikit-image's photographs, one of each subject.
+        longest: pixels of a cut-out's longest side.
+    """
+    if dreambench is None:
+        return [one for subject in subjects() for one in _instances([subject], [subject], longest)]
+    return _dreambench(Path(dreambench), longest)
+
+
+def _instances(views: Sequence[Subject], held_out: Sequence[Subject], longest: int) -> list[Identity]:
+    """A subject's photographs as they are and in two other colours."""
+    found = []
+    for hue in (None, *HUES):
+        turned = [[view if hue is None else view.recoloured(hue) for view in part] for part in (views, held_out)]
+        pictures = [tuple(_fitted(view.image, longest) for view in part) for part in turned]
+        found.append(Identity(turned[0][0].name, views[0].class_name, pictures[0], pictures[1]))
+    return found
+
+
+def _fitted(image: Image.Image, longest: int) -> Image.Image:
+    fitted = image.copy()
+    fitted.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    return fitted
+
+
+def _dreambench(root: Path, longest: int) -> list[Identity]:
+    """Subjects with at least two photographs that can be cut out; of four or more, two are held out, of fewer one."""
+    from focusdpo.building.dreambench import read_classes
+    from focusdpo.building.dreambench_scenes import photos
+    from focusdpo.studies.stress.cutting import Cutter
+
+    cutter, found = Cutter(), []
+    for name, class_name in tqdm(read_classes(root).items(), desc="cutting subjects out", unit="subject", leave=False):
+        views = []
+        for file in photos(root, name):
+            try:
+                views.append(Subject(name, class_name, cutter.cut_out(file)[0]))
+            except ValueError:  # it cannot be cut out
+                continue
+        if len(views) >= 2:
+            kept = len(views) - (2 if len(views) >= 4 else 1)
+            found += _instances(views[:kept], views[kept:], longest)
+    _check_classes(str(root), [one.class_name for one in found])
+    return found
+
+
+def _check_classes(dreambench: str, classes: Sequence[str]) -> None:
+    wanted = "subjects of two classes at least, with two photographs each that can be cut out"
+    require(len(set(classes)) >= 2, "dreambench", dreambench, wanted)

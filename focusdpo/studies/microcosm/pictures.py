@@ -1,0 +1,178 @@
+"""What the microcosm looks like: its scenes, what each variant draws, and the numbers as intervals."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from safetensors.torch import load_file
+from torch import Tensor
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # after the choice of a backend that needs no screen
+
+from focusdpo.data import PairDataset
+from focusdpo.studies.ablation.page import VERDICTS
+from focusdpo.studies.ablation.statistics import Table
+from focusdpo.studies.microcosm.classifier import IdentityClassifier, classify
+from focusdpo.studies.microcosm.judging import IMAGES_FILE
+
+
+def draw_intervals(table: Table, names: Mapping[str, str], measures: Sequence[str], path: Path) -> None:
+    """Means and 95 % intervals by variant, a panel per measure; green and red where the difference to the baseline shows."""
+    shown = [name for name in measures if name in table.measures]
+    columns = min(len(shown), 3)
+    rows = -(-len(shown) // columns)
+    height = 0.9 + 0.34 * len(table.rows)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, height * rows), constrained_layout=True, squeeze=False)
+    for axis in axes.flat[len(shown) :]:
+        axis.axis("off")
+    for number, name in enumerate(shown):
+        _panel(axes.flat[number], table, name, names, labelled=number % columns == 0)
+    figure.suptitle(
+        f"mean and 95 % interval; dotted: {names[table.baseline]}; green is better than it, red worse, gray neither",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _panel(axis: Axes, table: Table, measure: str, names: Mapping[str, str], labelled: bool) -> None:
+    places = range(len(table.rows))[::-1]
+    for place, row in zip(places, table.rows, strict=True):
+        cell = row.cell(measure)
+        if cell is None:
+            continue
+        found = cell.estimate
+        errors = np.nan_to_num([[found.mean - found.low], [found.high - found.mean]])
+        axis.errorbar(found.mean, place, xerr=errors, fmt="o", color=VERDICTS[cell.is_better], capsize=3)
+        if row.variant == table.baseline:
+            axis.axvline(found.mean, color="gray", linestyle=":", linewidth=1)
+    axis.set_yticks(list(places), [names[row.variant] for row in table.rows] if labelled else [])
+    axis.set_ylim(-0.6, len(table.rows) - 0.4)
+    kind = table.measures[measure]
+    better = "" if kind.better == "neither" else f" ({kind.better} is better)"
+    axis.set_title(textwrap.fill(kind.label + better, 48), fontsize=9)
+    axis.grid(axis="x", alpha=0.3)
+    axis.locator_params(axis="x", nbins=5)
+
+
+def draw_curves(
+    curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]],
+    start: Mapping[str, float],
+    titles: Mapping[str, str],
+    path: Path,
+) -> None:
+    """Yardsticks over the preference training: each seed's points, and the mean over seeds as a line.
+
+    Args:
+        curves: by what a variant is called, for each seed the points of its run, with "step".
+        start: the yardsticks before training.
+        titles: of the panels, by yardstick.
+        path: the PNG.
+    """
+    figure, axes = plt.subplots(1, len(titles), figsize=(4.2 * len(titles), 3.6), constrained_layout=True, squeeze=False)
+    for axis, (name, title) in zip(axes[0], titles.items(), strict=True):
+        for number, (label, runs) in enumerate(curves.items()):
+            steps = [0, *(point["step"] for point in runs[0])]
+            values = np.array([[start[name], *(point[name] for point in run)] for run in runs])
+            axis.plot(steps, values.mean(0), color=f"C{number}", label=label)
+            for one in values:
+                axis.plot(steps[1:], one[1:], ".", color=f"C{number}", alpha=0.5)
+        axis.set_title(textwrap.fill(title, 44), fontsize=9)
+        axis.set_xlabel("optimiser step")
+        axis.grid(alpha=0.3)
+    axes[0, -1].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_samples(
+    held_out: PairDataset,
+    runs: Mapping[str, Path],
+    classifier: IdentityClassifier,
+    names: Sequence[str],
+    count: int,
+    samples: int,
+    path: Path,
+) -> None:
+    """Held-out scenes, a row each: references, the real scene, and what each variant draws from the same noise.
+
+    Under a drawing stands whom the classifier sees in its halves, in green where it is the right subject.
+
+    Args:
+        held_out: the scenes.
+        runs: folders of runs by what the columns are called.
+        classifier: the judge.
+        names: of the identities.
+        count: rows.
+        samples: images that were generated a scene.
+        path: the PNG.
+    """
+    count = min(count, len(held_out))
+    columns = ["references", "real scene", *runs]
+    figure, axes = plt.subplots(
+        count, len(columns), figsize=(1.75 * len(columns), 2.05 * count), constrained_layout=True, squeeze=False
+    )
+    for axis, name in zip(axes[0], columns, strict=True):
+        axis.set_title(name, fontsize=8)
+    drawn = {name: load_file(folder / IMAGES_FILE)["images"][::samples][:count] for name, folder in runs.items()}
+    seen = {name: classify(classifier, images.float() / 255)[0].argmax(-1) for name, images in drawn.items()}
+    for i in range(count):
+        pair, who = held_out[i], held_out.records[i].meta["identities"]
+        _show(axes[i, 0], torch.cat(list(pair.references), dim=1))
+        _show(axes[i, 1], pair.winner)
+        for column, name in enumerate(runs, start=2):
+            axis = axes[i, column]
+            below = {"fontsize": 5, "ha": "center", "va": "top", "transform": axis.transAxes}
+            _show(axis, drawn[name][i].float() / 255)
+            for half, number in enumerate(seen[name][i].tolist()):
+                colour = VERDICTS[number == who[half]]
+                axis.text(0.25 + half / 2, -0.04, names[number], color=colour, **below)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_world(scenes: Tensor, restored: Tensor, path: Path, columns: int = 8) -> None:
+    """Held-out scenes, and under each what the autoencoder gives back.
+
+    Args:
+        scenes: uint8 [N, 3, H, W].
+        restored: float [N, 3, H, W] in [0, 1].
+        path: the PNG.
+        columns: scenes in a row.
+    """
+    rows = -(-len(scenes) // columns)
+    figure, axes = plt.subplots(2 * rows, columns, figsize=(1.4 * columns, 2.8 * rows), constrained_layout=True, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for number, (scene, back) in enumerate(zip(scenes, restored, strict=True)):
+        row, column = divmod(number, columns)
+        _show(axes[2 * row, column], scene.float() / 255)
+        _show(axes[2 * row + 1, column], back)
+    figure.suptitle("real scenes, and under each what the autoencoder gives back", fontsize=10)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def draw_losses(losses: Mapping[str, Sequence[tuple[int, float]]], path: Path) -> None:
+    """The curves of what is learnt before any preference."""
+    figure, axes = plt.subplots(1, len(losses), figsize=(4 * len(losses), 2.8), constrained_layout=True, squeeze=False)
+    for axis, (name, points) in zip(axes[0], losses.items(), strict=True):
+        axis.plot(*zip(*points, strict=True))
+        axis.set_title(f"{name}: training loss", fontsize=10)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def _show(axis: Axes, image: Tensor) -> None:
+    axis.imshow(image.permute(1, 2, 0).cpu().numpy())
+    axis.set_xticks([])
+    axis.set_yticks([])

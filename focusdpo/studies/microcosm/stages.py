@@ -1,0 +1,274 @@
+"""The microcosm, stage by stage: each leaves its result in the folder, and is passed over where that is already there."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from diffusers import AutoencoderKL
+from safetensors.torch import save_file
+from torch import Tensor
+
+from focusdpo.data.records import FILE_NAME
+from focusdpo.foundation.files import partial_of, write_json, write_whole, writing
+from focusdpo.foundation.output_folder import PIPELINE_WRITTEN
+from focusdpo.studies.config import MicrocosmConfig
+from focusdpo.studies.microcosm.autoencoder import psnr, restore, train_autoencoder
+from focusdpo.studies.microcosm.classifier import IdentityClassifier, classify, train_classifier
+from focusdpo.studies.microcosm.flow import train_flow
+from focusdpo.studies.microcosm.identities import Identity, check_source, identities_of
+from focusdpo.studies.microcosm.judging import GeneratedRegions, verdicts
+from focusdpo.studies.microcosm.model import TEXT_TOKENS, build_model
+from focusdpo.studies.microcosm.pairs import write_pairs
+from focusdpo.studies.microcosm.world import World, compose
+from focusdpo.training.config import (
+    DataConfig,
+    FocusConfig,
+    LoraConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    SamplesConfig,
+    TrainConfig,
+)
+from focusdpo_kernels.backend import resolve_backend
+
+FACTS_FILE, RUN_FILE = "facts.json", "train.yaml"
+LEARNT = ("autoencoder", "classifier", "model")  # what is trained before the preferences
+RESULTS = ("autoencoder", "classifier.safetensors", "model")  # of each
+# What the stages write, see `focusdpo.foundation.output_folder`.
+STAGES_WRITTEN = (
+    r"(classifier|real)\.safetensors",
+    r"train\.yaml",
+    r"facts\.json",
+    rf"({'|'.join(LEARNT)})\.state",
+    r"autoencoder/(config\.json|diffusion_pytorch_model\.safetensors)",
+    *PIPELINE_WRITTEN,
+    r"cache/[0-9a-f]{2}/[0-9a-f]{64}\.safetensors",
+    r"pairs/(train|held_out)/pairs\.jsonl",
+    r"pairs/(train|held_out)/\d+_(winner|loser|prior)\.png",
+    r"pairs/(train|held_out)/references/\d+_\d(_mask)?\.png",
+)
+RESTORED = 1000  # scenes that the classifier also sees as the autoencoder gives them back
+# Of the target's tokens, for each subject. References are small here: with as many matches as they have tokens, coverage never
+# comes near tau, and M_d would have no say. One reference of 512 px has about as many in the paper's setting.
+MATCHES = 0.4
+JUDGED_SCENES = 512  # real scenes, which FID compares with
+Outcome = tuple[dict[str, Any], Callable[[], object]]  # what a stage says of itself, and what writes its result
+HELD_OUT_SEED = 1_000_003  # added to the seed of what is only judged
+
+
+@dataclass
+class Stages:
+    """All that comes before the ablation."""
+
+    config: MicrocosmConfig
+
+    def __post_init__(self) -> None:
+        self.size = self.config.sizes
+        self.folder = Path(self.config.out)
+        self.device = torch.device("cpu" if self.config.cpu or not torch.cuda.is_available() else "cuda")
+
+    def check(self) -> None:
+        """Refuses what cannot be composed or trained, before anything is."""
+        check_source(self.config.dreambench)
+        resolve_backend(self.config.backend, torch.empty(0, device=self.device))
+
+    @cached_property
+    def identities(self) -> list[Identity]:
+        return identities_of(self.config.dreambench, 2 * self.size.resolution)
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(identity.class_name for identity in self.identities)
+
+    @cached_property
+    def world(self) -> World:
+        """Scenes to learn from."""
+        return self._compose(self.size.scenes, 0, held_out=False)
+
+    @cached_property
+    def held_out(self) -> World:
+        """Scenes, and photographs where there are several, that nothing learns from."""
+        return self._compose(min(JUDGED_SCENES, self.size.scenes), HELD_OUT_SEED, held_out=True)
+
+    def _compose(self, count: int, seed: int, held_out: bool) -> World:
+        size = self.size
+        return compose(
+            self.identities, count, size.resolution, size.reference_resolution, self.config.seed + seed, held_out=held_out
+        )
+
+    def run(self) -> None:
+        """All stages, in order."""
+        self._stage("autoencoder", self._autoencoder)
+        self._stage("classifier.safetensors", self._classifier)
+        self._stage("model", self._flow)
+        for name, count, seed in (("train", self.size.pairs, 1), ("held_out", self.size.held_out, HELD_OUT_SEED + 1)):
+            self._stage(f"pairs/{name}/{FILE_NAME}", partial(self._pairs, count, seed))
+        self.write_run(self.folder / RUN_FILE)
+
+    @property
+    def are_done(self) -> bool:
+        """Whether the ablation can begin."""
+        pairs = (f"pairs/{part}/{FILE_NAME}" for part in ("train", "held_out"))
+        return all((self.folder / name).exists() for name in (*RESULTS, *pairs))
+
+    def write_run(self, file: Path) -> None:
+        """What the ablation takes for its run; anew at each start, as the folder may have been moved."""
+        write_whole(file, yaml.safe_dump(asdict(self.train_config()), sort_keys=False))
+
+    def _stage(self, name: str, work: Callable[[Path], Outcome]) -> None:
+        """Does a stage unless its result is there, and notes how long it took and what it says of itself.
+
+        The result comes last: a kill before it has the stage done again, from the state that `learn` kept.
+        """
+        target = self.folder / name
+        if target.exists():
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        started = time.perf_counter()
+        facts, save = work(target)
+        known = self.facts() | {name: {**facts, "seconds since its last start": round(time.perf_counter() - started, 1)}}
+        write_json(self.folder / FACTS_FILE, known)
+        save()
+        for state in self.folder.glob("*.state"):
+            state.unlink()
+        if self.device.type == "cuda":  # the ablation's workers want the memory
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    def facts(self) -> dict[str, Any]:
+        """What the stages noted."""
+        file = self.folder / FACTS_FILE
+        return json.loads(file.read_text()) if file.is_file() else {}
+
+    def _autoencoder(self, target: Path) -> Outcome:
+        size, state = self.size, self.folder / "autoencoder.state"
+        vae = build_model(size, self.identities, self.config.seed).vae.to(self.device)
+        losses = train_autoencoder(vae, self.world, size.vae_steps, size.vae_batch, self.config.seed, state)
+        facts = {"losses": _thinned(losses), "psnr of held-out scenes in dB": psnr(vae, self.held_out.scenes)}
+        return facts, partial(_save_folder, vae.save_pretrained, target)
+
+    def _vae(self) -> AutoencoderKL:
+        vae = AutoencoderKL.from_pretrained(self.folder / "autoencoder")
+        return vae.to(device=self.device, memory_format=torch.channels_last)
+
+    def _classifier(self, target: Path) -> Outcome:
+        state = self.folder / "classifier.state"
+        torch.manual_seed(self.config.seed)
+        classifier = IdentityClassifier(len(self.identities)).to(self.device)
+        vae = self._vae()
+        restored = (restore(vae, self.world.scenes[:RESTORED]) * 255).round().byte().cpu()
+        losses = train_classifier(classifier, self.world, restored, self.size.classifier_steps, self.config.seed, state)
+        facts: dict[str, Any] = {"losses": _thinned(losses)}
+        scenes = self.held_out.scenes
+        pictures = {"photographs": scenes / 255, "restored by the autoencoder": restore(vae, scenes)}
+        for name, images in pictures.items():
+            logits, features = classify(classifier, images)
+            found = verdicts(logits, self.held_out.identities, self.classes)
+            facts[f"held-out {name}"] = {kind: sum(values) / len(values) for kind, values in found.items()}
+            if name == "photographs":
+                _save_tensors({"features": features.flatten(0, 1).contiguous()}, self.folder / "real.safetensors")
+        weights = {key: value.cpu().contiguous() for key, value in classifier.state_dict().items()}
+        return facts, partial(_save_tensors, weights, target)
+
+    def _flow(self, target: Path) -> Outcome:
+        size, state = self.size, self.folder / "model.state"
+        backbone = build_model(size, self.identities, self.config.seed)
+        backbone.pipeline.register_modules(vae=self._vae())
+        backbone.to(self.device)
+        losses = train_flow(
+            backbone, self.world, self.identities, size.flow_steps, size.flow_batch, size.flow_lr, self.config.seed, state
+        )
+        backbone.to(torch.device("cpu"))
+        parameters = sum(parameter.numel() for parameter in backbone.transformer.parameters())
+        facts = {"losses": _thinned(losses), "parameters": parameters}
+        return facts, partial(_save_folder, backbone.pipeline.save_pretrained, target)
+
+    def _pairs(self, count: int, seed: int, file: Path) -> Outcome:
+        size, held_out = self.size, file.parent.name == "held_out"
+        save = partial(
+            write_pairs,
+            file.parent,
+            self.identities,
+            count,
+            size.resolution,
+            size.reference_resolution,
+            self.config.seed + seed,
+            held_out=held_out,
+        )
+        return {}, save
+
+    def train_config(self) -> TrainConfig:
+        """The run that the ablation varies."""
+        config, size = self.config, self.size
+        return TrainConfig(
+            model=ModelConfig(
+                path=str(self.folder / "model"), dtype="fp32", gradient_checkpointing=False, max_sequence_length=TEXT_TOKENS
+            ),
+            data=DataConfig(
+                train=str(self.folder / "pairs" / "train"),
+                validation=str(self.folder / "pairs" / "held_out"),
+                resolution=size.resolution,
+                reference_resolution=size.reference_resolution,
+                batch_size=size.tuning_batch,
+                num_workers=0 if self.device.type == "cpu" else 4,  # which would take the cores that train
+                check="headers",
+                cache=str(self.folder / "cache"),
+            ),
+            output_dir=str(self.folder / "run"),
+            lora=LoraConfig(rank=size.rank, alpha=2 * size.rank),
+            focus=FocusConfig(match_count=MATCHES),
+            loss=LossConfig(beta=size.beta if config.beta is None else config.beta, reduction=config.reduction),
+            optim=OptimConfig(
+                lr=size.lr if config.lr is None else config.lr,
+                scheduler="constant_with_warmup",
+                warmup_steps=max(config.steps // 10, 1),
+            ),
+            samples=SamplesConfig(steps=size.sampler_steps, guidance=1.0),
+            max_steps=config.steps,
+            mixed_precision="no" if self.device.type == "cpu" else "bf16",
+            seed=config.seed,
+            checkpoint_every=max(config.steps // 2, 1),
+            backend=config.backend,
+            cpu=config.cpu,
+        )
+
+    def judge(self) -> GeneratedRegions:
+        return GeneratedRegions(
+            self.folder / "classifier.safetensors",
+            self.classes,
+            self.folder / "real.safetensors",
+            self.size.samples,
+            self.size.sampler_steps,
+        )
+
+
+def _save_tensors(tensors: dict[str, Tensor], target: Path) -> None:
+    """Writes a file whole or not at all."""
+    with writing(target) as partial:
+        save_file(tensors, partial)
+
+
+def _save_folder(save: Callable[[Path], object], target: Path) -> None:
+    """Saves a folder under another name first, so that a kill leaves no half of it."""
+    unfinished = partial_of(target)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    save(unfinished)
+    unfinished.rename(target)
+
+
+def _thinned(losses: list[float], points: int = 100) -> list[tuple[int, float]]:
+    """Means of the losses over equal parts, with the step each part ends at."""
+    width = max(len(losses) // points, 1)
+    parts = [(start, losses[start : start + width]) for start in range(0, len(losses), width)]
+    return [(start + len(part), sum(part) / len(part)) for start, part in parts]

@@ -1,0 +1,170 @@
+"""The command line: every setting documented, every mistake refused by name before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import typing
+
+import pytest
+
+from focusdpo.commands import cli
+from focusdpo.training.config import TrainConfig
+
+MINIMAL = "model: {path: nobody/nothing}\ndata: {train: /nowhere}\noutput_dir: out\n"
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    file = tmp_path / "train.yaml"
+    file.write_text(MINIMAL)
+    return file
+
+
+def settings(config_class, prefix=""):
+    for name, kind in typing.get_type_hints(config_class).items():
+        if dataclasses.is_dataclass(kind):
+            yield from settings(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", config_class
+
+
+def test_file_with_overrides(yaml_file):
+    name, config = cli.parse_config(
+        ["train", "--config", str(yaml_file), "--focus.tau", "0.25", "--lora.rank", "4", "--focus.layers", "[0, 2]"]
+    )
+    assert name == "train" and isinstance(config, TrainConfig)
+    assert (config.focus.tau, config.lora.rank, config.focus.layers, config.model.path) == (0.25, 4, [0, 2], "nobody/nothing")
+    assert config.focus.match_count == "reference" and config.loss.beta == 2000.0
+
+
+def test_lists_as_separate_values(yaml_file):
+    run = ["train", "--config", str(yaml_file)]
+    _, config = cli.parse_config([*run, "--data.buckets", "1:1", "4:3", "--focus.layers", "0", "2", "--trackers", "wandb"])
+    assert (config.data.buckets, config.focus.layers, config.trackers) == (["1:1", "4:3"], [0, 2], ["wandb"])
+    _, config = cli.parse_config([*run, "--focus.layers", "all", "--data.buckets", '["1:1"]'])
+    assert config.focus.layers == "all"
+    lists = ["--layers", "3", "7", "--grids", "layers", "tau", "--tau", "0.05", "1"]
+    _, grids = cli.parse_config(["ablate", "--config", "run", *lists])
+    assert (grids.layers, grids.grids, grids.tau, grids.config) == (["3", "7"], ["layers", "tau"], [0.05, 1.0], "run")
+    _, shown = cli.parse_config(["data", "show", "--out", "a.html", "pairs"])
+    assert (shown.out, shown.path) == ("a.html", "pairs"), "an option that is no list takes one value"
+
+
+@pytest.mark.parametrize(("text", "value"), [("prior", "prior"), ("40", 40), ("0.5", 0.5)])
+def test_match_count_keeps_its_type(yaml_file, text, value):
+    _, config = cli.parse_config(["train", "--config", str(yaml_file), "--focus.match_count", text])
+    assert config.focus.match_count == value and type(config.focus.match_count) is type(value)
+
+
+def test_help_documents_every_setting(capsys):
+    with pytest.raises(SystemExit):
+        cli.parse_config(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for name, config_class in settings(TrainConfig):
+        assert f"--{name}" in text
+        described = config_class.__doc__.split(f"{name.split('.')[-1]}: ", 1)
+        assert len(described) == 2, f"{name} is not in the docstring"
+        first_words = " ".join(described[1].split()[:2])
+        assert first_words in text, f"{name}: its meaning is not in --help"
+
+
+REFUSED = {
+    "unknown option": (["--focus.tua", "1"], "unrecognized arguments: --focus.tua"),
+    "unknown choice": (["--focus.mask", "all"], "focus.mask"),
+    "wrong type": (["--max_steps", "many"], "max_steps"),
+    "out of range": (["--focus.tau", "3"], "focus.tau: got 3.0; expected 0 to 1"),
+    "negative": (["--optim.lr", "-1"], "optim.lr: got -1.0; expected a positive number"),
+    "resolution": (["--data.resolution", "8"], "data.resolution: got 8; expected at least 16 pixels"),
+    "fraction": (["--focus.match_count", "1.5"], "focus.match_count: got 1.5"),
+    "smoothing": (["--loss.label_smoothing", "0.1", "--loss.loss_type", "ipo"], "loss.label_smoothing: got 0.1"),
+    "a block twice": (["--focus.layers", "[0, 0]"], "focus.layers: got [0, 0]"),
+    "ignored warm-up": (["--optim.scheduler", "constant", "--optim.warmup_steps", "5"], "optim.warmup_steps: got 5"),
+    "bins": (["--focus.entropy_bins", "300"], "focus.entropy_bins: got 300; expected at most 256"),
+    "sigma": (["--focus.entropy_sigma", "0.001"], "focus.entropy_sigma: got 0.001; expected at least 0.001241 with 32 bins"),
+    "sigma for few bins": (
+        ["--focus.entropy_bins", "2", "--focus.entropy_sigma", "0.03"],
+        "focus.entropy_sigma: got 0.03; expected at least 0.038462 with 2 bins",
+    ),
+    "time": (["--loss.times", "0.2", "1.4"], "loss.times: got [0.2, 1.4]; expected at least one time, each from 0"),
+    "no time": (["--loss.times", "[]"], "loss.times: got []; expected at least one time"),
+    "distribution": (["--loss.times", "cosmap"], "loss.times"),
+    "order": (["--loss.time_order", "round_robin"], "loss.time_order: got 'round_robin'; expected 'random' unless"),
+    "mean of none": (
+        ["--loss.times", "uniform", "--loss.logit_mean", "0.5"],
+        "loss.logit_mean: got 0.5; expected 0 with loss.times='uniform'",
+    ),
+    "mu of nothing": (["--loss.sdpo_mu", "0.5"], "loss.sdpo_mu: got 0.5; expected 0 without loss.loser_scale"),
+    "shift": (["--loss.shift", "0"], 'loss.shift: got 0.0; expected a positive number up to 1000, or "auto"'),
+    "shift of nothing": (["--loss.shift", "flux"], "loss.shift"),
+    "shifted list": (["--loss.times", "[0.2]", "--loss.shift", "3"], "loss.shift: got 3.0; expected 1 with a list"),
+    "anchor": (["--loss.reference_anchor", ".inf"], "loss.reference_anchor: got .inf; expected a finite number"),
+    "beta": (["--loss.beta", ".inf"], "loss.beta: got .inf; expected a finite number"),
+    "resume and overwrite": (
+        ["--resume", "latest", "--overwrite", "true"],
+        "overwrite: got True; expected false together with",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_by_name(yaml_file, case, capsys):
+    arguments, message = REFUSED[case]
+    with pytest.raises(SystemExit) as stop:
+        cli.parse_config(["train", "--config", str(yaml_file), *arguments])
+    assert stop.value.code not in (0, None)
+    assert message in f"{stop.value.code} {capsys.readouterr().err}"
+
+
+def test_unknown_field_in_the_file_is_refused(yaml_file):
+    yaml_file.write_text(MINIMAL + "focus: {tua: 0.1}\n")
+    with pytest.raises(SystemExit) as stop:
+        cli.parse_config(["train", "--config", str(yaml_file)])
+    assert f"{yaml_file}:4: focus.tua: is no setting; did you mean focus.tau?" in stop.value.code
+
+
+def test_missing_dataset_is_an_error_without_traceback(yaml_file, tmp_path):
+    """In a process of its own, as a user has it; also shows that no model is loaded before the data is looked at."""
+    run = subprocess.run(
+        [sys.executable, "-m", "focusdpo", "train", "--config", str(yaml_file), "--output_dir", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1
+    assert "focusdpo train: error: no such dataset: /nowhere" in run.stderr and "Traceback" not in run.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_commands_of_two_words(tmp_path, capsys):
+    name, config = cli.parse_config(["data", "shard", "pairs", "out", "--pairs_per_shard", "7"])
+    assert (name, config.source, config.out_dir, config.pairs_per_shard) == ("data shard", "pairs", "out", 7)
+    file = tmp_path / "shard.yaml"
+    file.write_text("pairs_per_shard: 5\n")
+    assert cli.parse_config(["data", "shard", "pairs", "out", "--config", str(file)])[1].pairs_per_shard == 5
+    for arguments, message in (
+        (["data"], "one of {validate,"),
+        (["data", "shred"], "'shred'"),
+        (["data", "shard", "pairs"], "out_dir"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.parse_config(arguments)
+        assert message in capsys.readouterr().err
+    for arguments in (["data", "--help"], ["data", "shard", "--help"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.parse_config(arguments)
+        assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert "Write preference pairs as WebDataset shards." in shown
+    assert "usage: focusdpo data shard SOURCE OUT_DIR" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_setting_of_every_command_is_described(name, capsys):
+    with pytest.raises(SystemExit):
+        cli.parse_config([*name.split(), "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for setting, config_class in settings(cli.COMMANDS[name].config_class):
+        described = config_class.__doc__.split(f"{setting.split('.')[-1]}: ", 1)
+        assert len(described) == 2, f"{setting} is not in the docstring"
+        assert " ".join(described[1].split()[:2]) in text, f"{setting}: its meaning is not in --help"

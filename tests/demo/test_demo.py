@@ -1,0 +1,78 @@
+"""The demo, on a cut-down size: everything it promises is there, and the kernels give the same losses."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from focusdpo.foundation.journals import read_metrics
+
+SMALL = ["--pairs", "6", "--held_out", "3", "--steps", "3", "--batch_size", "2", "--resolution", "96", "--overlays", "1"]
+
+
+def demo(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FOCUSDPO_BACKEND")}
+    command = [sys.executable, "-m", "focusdpo", "demo", "--out", str(folder), *SMALL, *arguments]
+    return subprocess.run(command, env=clean | environment, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    done = demo(folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done.stdout
+
+
+def test_everything_is_there(finished):
+    folder, output = finished
+    for name in (
+        "data/train/pairs.jsonl",
+        "model/model_index.json",
+        "train.yaml",
+        "run/metrics.jsonl",
+        "run/lora/pytorch_lora_weights.safetensors",
+        "curves.png",
+        "overlays/pair0.png",
+        "sample.png",
+        "report.html",
+    ):
+        assert (folder / name).is_file(), name
+        assert str(folder / name) in output or str((folder / name).parent) in output
+    assert "implicit accuracy  0.50 before" in output
+    assert Image.open(folder / "curves.png").width > 1000
+    page = (folder / "report.html").read_text()
+    assert "finished" in page and page.count('class="shot"') == 3, "one pair, at steps 0, 2 and 3"
+
+
+def test_triton_gives_the_same_losses(finished, tmp_path):
+    # Pictures are left out: only the losses are compared.
+    done = demo(tmp_path / "out", "--overlays", "0", TRITON_INTERPRET="1", FOCUSDPO_BACKEND="triton")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for file in ("metrics.jsonl", "validation.jsonl"):
+        rows = [read_metrics(folder / "run" / file) for folder in (finished[0], tmp_path / "out")]
+        assert len(rows[0]) == len(rows[1]) > 0
+        for expected, actual in zip(*rows, strict=True):
+            assert actual["loss"] == pytest.approx(expected["loss"], abs=1e-4)
+            assert actual["focus/coverage"] == pytest.approx(expected["focus/coverage"], abs=1e-6)
+
+
+def test_its_settings_file_trains(finished, tmp_path):
+    """What the demo prints as the next command works."""
+    folder, _ = finished
+    command = [sys.executable, "-m", "focusdpo", "train", "--config", str(folder / "train.yaml"), "--max_steps", "1"]
+    done = subprocess.run([*command, "--output_dir", str(tmp_path / "run")], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 1
+
+
+def test_an_earlier_demo_is_protected(finished):
+    folder, _ = finished
+    done = demo(folder)
+    assert done.returncode == 1 and "holds an earlier run" in done.stderr and "--overwrite true" in done.stderr
+    assert (folder / "sample.png").is_file()

@@ -1,0 +1,248 @@
+"""The model card of a finished run, and its upload to a hub that a local server plays."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import re
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from huggingface_hub import ModelCard, constants
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from PIL import Image
+
+from focusdpo.demo.scenes import write_dataset
+from focusdpo.foundation.journals import read_metrics
+from focusdpo.models import BACKBONES
+from focusdpo.training import hub
+from focusdpo.training.config import (
+    DataConfig,
+    FocusConfig,
+    HubConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimConfig,
+    SamplesConfig,
+    TrainConfig,
+)
+from focusdpo.training.hub import UploadError, check_hub
+from focusdpo.training.model_card import KOHYAS, write_model_card
+from focusdpo.training.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def tiny_pairs(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("data") / "pairs", 4, 64, seed=0)
+
+
+@pytest.fixture
+def config(tiny_flux, tiny_pairs, tmp_path):
+    return TrainConfig(
+        model=ModelConfig(path=str(tiny_flux), dtype="fp32", max_sequence_length=16, gradient_checkpointing=False),
+        data=DataConfig(
+            train=str(tiny_pairs),
+            validation=str(tiny_pairs),
+            resolution=64,
+            reference_resolution_multiple=32,
+            batch_size=2,
+            num_workers=0,
+            check="headers",
+        ),
+        output_dir=str(tmp_path / "run"),
+        lora=LoraConfig(rank=4, alpha=8),
+        focus=FocusConfig(mask="prior"),
+        optim=OptimConfig(lr=1e-2),
+        samples=SamplesConfig(every=1, count=2, steps=1),
+        max_steps=1,
+        mixed_precision="no",
+        backend="torch",
+        cpu=True,
+    )
+
+
+def run(config):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    trainer = Trainer(config)
+    trainer.train()
+    return trainer
+
+
+def test_card(config, tmp_path):
+    trainer = run(config)
+    lora = trainer.folder / "lora"
+    card = ModelCard.load(lora / "README.md")
+    assert card.data.library_name == "diffusers" and {"lora", "focusdpo", "flux"} <= set(card.data.tags)
+    assert card.data.base_model is None, "a local folder is no model's name"
+    assert str(tmp_path) not in card.content and str(Path(config.model.path).parent) not in card.content
+    settings = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", card.text, re.DOTALL)]
+    assert settings[0]["optim"] == {"lr": 0.01} and settings[0]["lora"] == {"rank": 4, "alpha": 8}
+    assert "base_lora" not in settings[0]["model"] and settings[1]["model"]["base_lora"] is None
+    assert settings[1].keys() == dataclasses.asdict(config).keys()
+    rows = read_metrics(trainer.folder / "validation.jsonl")
+    assert f"| implicit accuracy | {rows[0]['accuracy']:.4g} | {rows[1]['accuracy']:.4g} |" in card.text
+    assert f"| margin | 0 | {rows[1]['margin']:.4g} |" in card.text
+    records = trainer.train_set.records
+    assert "- 4 pairs, by their number of references: 2 (4)" in card.text and "64x64 (4)" in card.text
+    for name in {r.class_name for record in records for r in record.references}:
+        count = sum(r.class_name == name for record in records for r in record.references)
+        assert f"{name} ({count})" in card.text
+    assert "torch 2." in card.text and "set_adapters" not in card.text
+    assert "--to kohya" in card.text and "| sd-scripts |" in card.text and KOHYAS.keys() == BACKBONES.keys()
+    sheets = [Image.open(trainer.folder / "samples" / "step-000001" / f"{i}.png") for i in range(2)]
+    page = Image.open(lora / "samples.png")
+    assert page.size == (sheets[0].width, sum(sheet.height for sheet in sheets))
+    assert list(page.crop((0, 0, *sheets[0].size)).getdata()) == list(sheets[0].getdata())
+    assert Image.open(lora / "curves.png").width > 1000
+    assert all((lora / name).is_file() for name in re.findall(r"!\[.*?\]\((.*?)\)", card.text))
+
+
+def test_the_cards_lines_load_the_lora(config, tiny_flux):
+    """As they stand there, in diffusers and in PEFT: the trained updates, at full strength."""
+    config.samples = SamplesConfig()
+    trainer = run(config)
+    lora = trainer.folder / "lora"
+    text = ModelCard.load(lora / "README.md").text
+    text = text.replace("the base model", str(tiny_flux)).replace("this folder or repository", str(lora))
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (peft_line,) = re.findall(r"`(PeftModel.*?)`", text)
+
+    def updates(transformer, adapter):
+        layers = {name: m for name, m in transformer.named_modules() if isinstance(m, LoraLayer)}
+        return {
+            n: m.scaling[adapter] * (m.lora_B[adapter].weight.float() @ m.lora_A[adapter].weight.float())
+            for n, m in layers.items()
+        }
+
+    expected = updates(trainer.module, "default")
+    for line in ("", peft_line):
+        scope = {"PeftModel": PeftModel}
+        code = snippet if not line else snippet.split("pipeline.load")[0] + line
+        exec(code, scope)  # what a reader of the card would run
+        transformer = scope["pipeline"].transformer
+        found = updates(transformer, next(iter(transformer.peft_config)) if not line else "default")
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=0.05, atol=value.abs().max().item() / 50)  # bf16
+
+
+def test_card_of_a_hub_model_over_uno_without_held_out_pairs(config):
+    config.samples, config.data.validation = SamplesConfig(), None
+    trainer = run(config)
+    config.model = ModelConfig(path="owner/model", base_lora="/secret/place/dit_lora.safetensors", base_lora_scale=0.5)
+    card = ModelCard.load(write_model_card(config, trainer.folder, trainer.train_set, trainer.validation_set))
+    assert card.data.base_model == "owner/model" and 'from_pretrained("owner/model"' in card.text
+    assert (
+        'set_adapters(["base", "focusdpo"], [0.5, 1.0])' in card.text
+        and "convert-lora dit_lora.safetensors base-lora" in card.text
+    )
+    assert "secret" not in card.content and "Held-out" not in card.text and "samples.png" not in card.text
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The few endpoints of the hub that an upload asks."""
+
+    def answer(self, content: object, status: int = 200) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        if self.path == "/api/whoami-v2":
+            if self.headers["Authorization"] != "Bearer good":
+                return self.answer({"error": "Invalid user token."}, 401)
+            auth = {"accessToken": {"role": self.server.role}}
+            return self.answer({"type": "user", "name": "me", "orgs": [{"name": "lab"}], "auth": auth})
+        return self.answer({"error": "not found"}, 404)
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path == "/api/repos/create":
+            self.server.created.append(json.loads(body))
+            return self.answer({"url": f"{constants.ENDPOINT}/me/mine", "id": "me/mine"})
+        if self.path.endswith("/preupload/main"):
+            files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]]
+            return self.answer({"files": files})
+        if "/commit/main" in self.path:
+            if self.server.broken:
+                return self.answer({"error": "the disk is full"}, 507)
+            for line in body.splitlines():
+                item = json.loads(line)
+                if item["key"] == "file":
+                    self.server.files[item["value"]["path"]] = base64.b64decode(item["value"]["content"])
+            return self.answer({"commitUrl": f"{constants.ENDPOINT}/me/mine/commit/1", "commitOid": "1", "success": True})
+        return self.answer({"errors": [], "warnings": []})  # /api/validate-yaml
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.created, server.files, server.broken, server.role = [], {}, False, "write"
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "good")
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_upload(config, server):
+    config.push_to_hub = HubConfig(repo_id="me/mine")
+    config.samples = SamplesConfig()
+    lora = run(config).folder / "lora"
+    assert [(new["name"], new["visibility"]) for new in server.created] == [("mine", "private")]
+    files = [file for file in lora.rglob("*") if file.is_file()]
+    assert server.files == {file.relative_to(lora).as_posix(): file.read_bytes() for file in files}
+    assert {"README.md", "pytorch_lora_weights.safetensors", "peft/adapter_config.json", "curves.png"} <= server.files.keys()
+
+
+def test_a_failed_upload_loses_nothing(config, server):
+    config.push_to_hub = HubConfig(repo_id="lab/mine", private=False)
+    config.samples = SamplesConfig()
+    server.broken = True
+    trainer = Trainer(config)
+    lora = re.escape(str(trainer.folder / "lora"))
+    with pytest.raises(UploadError, match=rf"the upload failed \(.*507(.|\n)*hf upload lab/mine {lora} \.$"):
+        trainer.train()
+    assert (trainer.folder / "lora" / "README.md").is_file()
+    assert (trainer.folder / "checkpoints" / "step-000001").is_dir()
+
+
+def test_what_cannot_be_uploaded_is_refused_before_training(config, server, monkeypatch):
+    for repo, message in {
+        "mine": "expected owner/name",
+        "me/not a name": "push_to_hub.repo_id: Repo id must",
+        "you/mine": "'you' is not yours to write to; expected one of me, lab",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            check_hub(HubConfig(repo_id=repo))
+    server.role = "read"
+    with pytest.raises(ValueError, match="the token may only read"):
+        check_hub(HubConfig(repo_id="me/mine"))
+    monkeypatch.setenv("HF_TOKEN", "bad")
+    config.push_to_hub = HubConfig(repo_id="me/mine")
+    with pytest.raises(ValueError, match="the hub does not take this login .*run `hf auth login` again"):
+        Trainer(config)
+    monkeypatch.setattr(hub.HfApi, "whoami", lambda self: (_ for _ in ()).throw(hub.LocalTokenNotFoundError()))
+    with pytest.raises(ValueError, match="not logged in to the hub; run `hf auth login`"):
+        check_hub(HubConfig(repo_id="me/mine"))
+    monkeypatch.undo()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_TOKEN", "good")
+    with pytest.raises(ValueError, match="switched off by HF_HUB_OFFLINE"):
+        check_hub(HubConfig(repo_id="me/mine"))
+    assert not server.created and not Path(config.output_dir).exists()

@@ -1,0 +1,205 @@
+"""Samples while training: what is drawn, what it may not change, and where it goes."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from focusdpo.data import LongestSide, PairDataset, collate, load_pairs
+from focusdpo.demo.scenes import write_dataset
+from focusdpo.drawing.contact_sheets import sample_sheet
+from focusdpo.foundation.journals import read_metrics
+from focusdpo.models import BACKBONES, Backbone, TokenLayout
+from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, ModelConfig, OptimConfig, SamplesConfig, TrainConfig
+from focusdpo.training.trainer import Trainer
+from tests import ROOT
+from tests.tiny_qwen import write_tiny_qwen
+
+
+@pytest.fixture(scope="module")
+def tiny_pairs(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("data") / "pairs", 4, 64, seed=0)
+
+
+@pytest.fixture
+def config(tiny_flux, tiny_pairs, tmp_path):
+    """Two steps with dropout, which draws from the global generator, and samples at 0, 1 and 2."""
+    return TrainConfig(
+        model=ModelConfig(path=str(tiny_flux), dtype="fp32", max_sequence_length=16, gradient_checkpointing=False),
+        data=DataConfig(
+            train=str(tiny_pairs),
+            validation=str(tiny_pairs),
+            resolution=64,
+            reference_resolution_multiple=32,
+            batch_size=2,
+            num_workers=0,
+            check="headers",
+        ),
+        output_dir=str(tmp_path / "run"),
+        lora=LoraConfig(rank=4, alpha=8, dropout=0.1),
+        focus=FocusConfig(tau=0.6),
+        optim=OptimConfig(lr=1e-2),
+        samples=SamplesConfig(every=1, count=2, steps=2),
+        max_steps=2,
+        mixed_precision="no",
+        checkpoint_every=1,
+        validate_every=1,
+        backend="torch",
+        cpu=True,
+    )
+
+
+def run(config):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    trainer = Trainer(config)
+    trainer.train()
+    return trainer
+
+
+def numbers(folder):
+    clock = ("pairs_per_second", "peak_memory_mib")
+    rows = [row for name in ("metrics", "validation") for row in read_metrics(Path(folder) / f"{name}.jsonl")]
+    return [{k: v for k, v in row.items() if k not in clock} for row in rows]
+
+
+def pixels(folder, step, pair, kind="_sample"):
+    return np.asarray(Image.open(Path(folder) / "samples" / f"step-{step:06d}" / f"{pair}{kind}.png"))
+
+
+def test_files_and_tensorboard(config):
+    folder = run(config).folder
+    steps = {path.name: sorted(file.name for file in path.iterdir()) for path in (folder / "samples").iterdir()}
+    expected = sorted(f"{pair}{kind}.png" for pair in range(2) for kind in ("", "_sample", "_masks"))
+    assert steps == {f"step-{step:06d}": expected for step in (0, 1, 2)}
+    assert pixels(folder, 2, 0).shape == (64, 64, 3)
+    assert not np.array_equal(pixels(folder, 0, 0), pixels(folder, 2, 0)), "training changes them"
+    assert not np.array_equal(pixels(folder, 0, 0), pixels(folder, 0, 1)), "each pair has noise of its own"
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0}).Reload()
+    assert set(events.Tags()["images"]) == {f"samples/{pair}{kind}" for pair in range(2) for kind in ("", "_masks")}
+    assert [event.step for event in events.Images("samples/1")] == [0, 1, 2]
+
+
+def test_a_sample_is_what_the_loaded_lora_gives(config, tiny_flux):
+    """The last sample from its parts: the saved LoRA in a fresh pipeline, the dataset's own tensors, the seeded noise."""
+    config.samples = SamplesConfig(every=2, count=2, steps=2, guidance=2.0, cfg_scale=3.0, seed=5)
+    folder = run(config).folder
+    backbone = BACKBONES["flux"].from_pretrained(str(tiny_flux), dtype=torch.float32, max_sequence_length=16)
+    backbone.pipeline.load_lora_weights(folder / "lora")
+    pair = collate([PairDataset(load_pairs(config.data.train), resolution=64, reference_rule=LongestSide(32))[1]])
+    layout = TokenLayout((4, 4), tuple((image.shape[2] // 16, image.shape[3] // 16) for image in pair.references))
+    tokens = backbone.sample(
+        torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(6)),
+        backbone.encode_prompts(pair.prompts),
+        torch.cat([backbone.encode_images(image) for image in pair.references], dim=1),
+        layout,
+        steps=2,
+        guidance=2.0,
+        negative=backbone.encode_prompts([""]),
+        cfg_scale=3.0,
+    )
+    expected = (backbone.decode_images(tokens, (4, 4))[0].permute(1, 2, 0) * 255).round().numpy()
+    assert np.abs(pixels(folder, 2, 1) - expected).max() <= 1  # of 255, by rounding
+
+
+def test_samples_change_no_number(config, tmp_path):
+    config.samples.count = 1
+    first = run(config)
+    plain = dataclasses.replace(config, samples=SamplesConfig(), output_dir=str(tmp_path / "plain"))
+    second = run(plain)
+    assert numbers(first.folder) == numbers(second.folder) and len(numbers(first.folder)) == 5
+    loras = [load_file(t.folder / "lora" / "pytorch_lora_weights.safetensors") for t in (first, second)]
+    assert all(torch.equal(value, loras[1][name]) for name, value in loras[0].items())
+    assert not (second.folder / "samples").exists()
+    state, was_training = torch.get_rng_state(), first.module.training
+    first.module.train()
+    first.samples.draw(9, first.step, first.accelerator, first.launch)
+    assert torch.equal(torch.get_rng_state(), state) and first.module.training
+    first.module.train(was_training)
+
+
+def test_the_cache_gives_the_same_samples(config, tmp_path, monkeypatch):
+    """Also where the negative prompt sees the references; VAE and text encoders stay away from the transformer."""
+    config.model.path, config.model.backbone = str(write_tiny_qwen(tmp_path / "qwen")), "qwen-edit-plus"
+    config = dataclasses.replace(config, max_steps=1, samples=SamplesConfig(every=1, count=1, steps=2))
+    plain = run(config).folder
+    loaded = []
+    load = Backbone.from_pretrained.__func__
+    monkeypatch.setattr(
+        Backbone,
+        "from_pretrained",
+        classmethod(lambda cls, *args, parts="all", **kwargs: loaded.append(parts) or load(cls, *args, parts=parts, **kwargs)),
+    )
+    cached = dataclasses.replace(config, output_dir=str(tmp_path / "cached"))
+    cached.data = dataclasses.replace(config.data, cache=str(tmp_path / "cache"))
+    run(cached)
+    assert loaded == ["encoders", "transformer", "vae"]
+    for step in (0, 1):
+        assert np.array_equal(pixels(plain, step, 0), pixels(cached.output_dir, step, 0))
+
+
+def test_a_resumed_run_makes_them_again(config):
+    folder = run(config).folder
+    straight = {step: pixels(folder, step, 0) for step in (0, 1, 2)}
+    (folder / "samples" / "step-000002" / "0_sample.png").unlink()
+    (folder / "samples" / "step-000003").mkdir()
+    (folder / "samples" / ".step-000002.partial").mkdir()
+    changed = dataclasses.replace(config, resume=str(folder / "checkpoints" / "step-000001"))
+    changed.samples = dataclasses.replace(config.samples, count=1)
+    run(changed)
+    assert {path.name for path in (folder / "samples").iterdir()} == {f"step-00000{step}" for step in (0, 1, 2)}
+    assert len(list((folder / "samples" / "step-000002").iterdir())) == 3, "of one pair now"
+    assert all(np.array_equal(pixels(folder, step, 0), image) for step, image in straight.items())
+
+
+def test_without_masks(config):
+    config = dataclasses.replace(config, focus=FocusConfig(mask="none"), max_steps=1, validate_every=0)
+    folder = run(config).folder
+    assert not list((folder / "samples").rglob("*_masks.png")) and len(list((folder / "samples").rglob("*.png"))) == 8
+
+
+def test_two_processes(config):
+    """Each draws its share, and the first writes all: three pairs for two processes, in more rounds than one has pairs."""
+    config = dataclasses.replace(config, max_steps=1, samples=SamplesConfig(every=1, count=3, steps=2))
+    alone = run(dataclasses.replace(config, output_dir=config.output_dir + "-alone", focus=FocusConfig(mask="none"))).folder
+    file = Path(config.output_dir).with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(dataclasses.asdict(config)))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [*launch, "-m", "focusdpo", "train", "--config", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for pair in range(3):
+        assert np.array_equal(pixels(config.output_dir, 0, pair), pixels(alone, 0, pair))
+    assert len(list((Path(config.output_dir) / "samples" / "step-000001").iterdir())) == 9
+    bars = re.findall(r"sampling: +\d+%.*?/(\d+) ", done.stderr)
+    assert set(bars) == {"4"}, "two rounds of two steps"
+
+
+def test_settings_are_checked(config):
+    with pytest.raises(ValueError, match=r"samples.every: got 1; expected 0 without data.validation"):
+        dataclasses.replace(config, data=dataclasses.replace(config.data, validation=None))
+    for name, value in {"every": -1, "count": 0, "steps": 0, "guidance": -1.0, "cfg_scale": float("nan"), "seed": -1}.items():
+        with pytest.raises(ValueError, match=f"samples.{name}: got"):
+            SamplesConfig(**{name: value})
+
+
+def test_a_sheet():
+    images = {name: Image.new("RGB", (64, 32), name) for name in ("red", "blue")}
+    references = [Image.new("RGB", (32, 64), colour) for colour in ("lime", "yellow", "cyan")]
+    sheet = sample_sheet("a very long prompt " * 20, references, images)
+    colours = {colour: count for count, colour in sheet.getcolors(2**20)}
+    assert colours[255, 0, 0] == colours[0, 0, 255] == 320 * 160, "five times as large, whole pixels"
+    assert colours[0, 255, 0] == colours[255, 255, 0] == colours[0, 255, 255] == 40 * 80, "fitted into a quarter of the panel"
+    assert sheet.width == 3 * 320 + 4 * 12 and sheet.height > 160 + 24 * 3
