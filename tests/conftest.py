@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,6 +61,17 @@ def tiny_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from focusdpo.demo.scenes import write_dataset
 
     return write_dataset(tmp_path_factory.mktemp("data") / "pairs", 8, 96, seed=0)
+
+
+@pytest.fixture
+def config(request: pytest.FixtureRequest, tiny_flux: Path, tiny_pairs: Path, tmp_path: Path) -> Any:
+    """A tiny run with the settings that the test's module names by dotted names in SETTINGS."""
+    from tests.runs import tiny_config
+
+    places = {"pairs": tiny_pairs, "folder": tmp_path}
+    settings = getattr(request.module, "SETTINGS", {})
+    filled = {name: value.format(**places) if isinstance(value, str) else value for name, value in settings.items()}
+    return tiny_config(tiny_flux, tiny_pairs, tmp_path, filled)
 
 
 @pytest.fixture(autouse=True)

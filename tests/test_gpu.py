@@ -259,13 +259,9 @@ Trainer(pickle.load(open(sys.argv[1], "rb"))).train()
 
 def rows_and_lora(folder):
     """Metrics without the clock's, and the adapter."""
-    from safetensors.torch import load_file
+    from tests.runs import lora_of, rows_of
 
-    from focusdpo.foundation.journals import read_metrics
-
-    clock = ("pairs_per_second", "peak_memory_mib")
-    rows = [{k: v for k, v in row.items() if k not in clock} for row in read_metrics(folder / "metrics.jsonl")]
-    return rows, load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
+    return rows_of(folder), lora_of(folder)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointing"])

@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import random
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,10 +17,10 @@ from PIL import Image
 from focusdpo.commands import cli
 from focusdpo.data import DatasetError, LongestSide, PairDataset, SizeBatches, leave_out_misfits, load_pairs
 from focusdpo.data.images import bucket_size, share_cut, token_size
-from focusdpo.foundation.journals import read_metrics
 from focusdpo.training.batches import TrainingBatches, dataset_of
-from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, ModelConfig, TrainConfig
+from focusdpo.training.config import DataConfig, ModelConfig, TrainConfig
 from focusdpo.training.trainer import Trainer
+from tests.runs import rows_of
 
 RATIOS = [(1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16)]
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -235,35 +234,21 @@ def test_a_cut_out_whose_shape_is_cut_away(tmp_path):
     assert (line, field) == (2, "references[0].image") and "has nothing left inside" in message
 
 
+SETTINGS = {
+    "model.gradient_checkpointing": True,
+    "data.validation": "{folder}/held_out", "data.resolution": 64, "data.reference_resolution": 32,
+    "data.reference_resolution_multiple": None, "data.batch_size": 2, "data.check": "full",
+    "data.buckets": ["1:1", "3:4", "2:1"], "data.reference_buckets": ["1:1"], "optim.lr": 2e-05,
+    "max_steps": 2,
+}  # fmt: skip
+
+
 @pytest.fixture
-def config(tiny_flux, tmp_path):
+def tiny_pairs(tmp_path):
     wide, strip = ((100, 50), (20, 10, 60, 40)), ((200, 64), (80, 20, 120, 50))
     write_pairs(tmp_path / "pairs", [(*target, *SQUARE) for target in (SQUARE, wide, SQUARE, strip, TALL)])
     write_pairs(tmp_path / "held_out", [((64, 200), (10, 80, 40, 120), *SQUARE), (*SQUARE, *SQUARE)])
-    return TrainConfig(
-        model=ModelConfig(path=str(tiny_flux), dtype="fp32", max_sequence_length=16),
-        data=DataConfig(
-            train=str(tmp_path / "pairs"),
-            validation=str(tmp_path / "held_out"),
-            resolution=64,
-            reference_resolution=32,
-            batch_size=2,
-            num_workers=0,
-            buckets=["1:1", "3:4", "2:1"],
-            reference_buckets=["1:1"],
-        ),
-        output_dir=str(tmp_path / "run"),
-        lora=LoraConfig(rank=4, alpha=8),
-        focus=FocusConfig(tau=0.6),
-        max_steps=2,
-        mixed_precision="no",
-        cpu=True,
-    )
-
-
-def rows_of(config):
-    rows = read_metrics(Path(config.output_dir) / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k not in ("pairs_per_second", "peak_memory_mib")} for row in rows]
+    return tmp_path / "pairs"
 
 
 def test_a_run_leaves_out_and_reports(config, tmp_path, caplog):

@@ -22,7 +22,7 @@ from focusdpo.data import DatasetError, LongestSide, PairDataset, PairStream, lo
 from focusdpo.data.shards import write_shards
 from focusdpo.data.sources import Shard, content_checksum, find_sources, parse_pairs
 from focusdpo.foundation.files import checksum
-from tests.training.test_resume import assert_same, config, train  # noqa: F401 (a fixture)
+from tests.training.test_resume import SETTINGS, assert_same, train  # noqa: F401 (the settings of its runs)
 
 datasets = pytest.importorskip("datasets")
 webdataset = pytest.importorskip("webdataset")
@@ -128,7 +128,7 @@ def test_every_format_has_the_same_pairs(tiny_pairs, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_training_gives_the_same_numbers(config, tiny_pairs, tmp_path, kind):  # noqa: F811
+def test_training_gives_the_same_numbers(config, tiny_pairs, tmp_path, kind):
     """Batches, exact resume in the middle of an epoch, loader's workers and cache: to the bit as from pairs.jsonl."""
     config.max_steps, config.checkpoint_every = 5, 3
     config.optim.scheduler, config.optim.warmup_steps = "constant", 0
@@ -145,7 +145,7 @@ def test_training_gives_the_same_numbers(config, tiny_pairs, tmp_path, kind):  #
     assert sorted((tmp_path / "cache").rglob("*.safetensors")) == encoded, "the cache knows images by content"
 
 
-def test_other_shards_are_not_resumed(config, tiny_pairs, tmp_path):  # noqa: F811
+def test_other_shards_are_not_resumed(config, tiny_pairs, tmp_path):
     path = write_format("shards", tiny_pairs, tmp_path / "shards")
     config.data.train, config.max_steps = str(path), 2
     train(config)

@@ -14,17 +14,20 @@ import time
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 
 from focusdpo.commands import cli
 from focusdpo.foundation.output_folder import OutputFolder, free_name, step_folders, under
 from focusdpo.training.config import SamplesConfig
 from focusdpo.training.run_folder import finished_at
 from focusdpo.training.trainer import Trainer
+from tests.hostile import SMALL
 from tests.processes import started
+from tests.runs import train
 
 PATTERNS = (r"result\.json", r"log\.jsonl", r"images/\d+\.png", r"cache/run-\w+/**")
 HINT = "say so"
+
+SETTINGS = SMALL
 
 
 def folder_at(path, command="draw"):
@@ -335,11 +338,6 @@ def sampled(config):
     """The run with a held-out pair that is sampled."""
     config.data.validation = config.data.train
     return dataclasses.replace(config, samples=SamplesConfig(every=2, count=1, steps=1))
-
-
-def train(config, **changes):
-    Trainer(dataclasses.replace(config, **changes)).train()
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_a_run_keeps_what_is_not_its_own(sampled, tmp_path):

@@ -15,7 +15,6 @@ import time
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 
 from focusdpo.building.builder import prepare_build
@@ -28,17 +27,14 @@ from focusdpo.training.checkpoints import complete_checkpoints, damage, find_che
 from focusdpo.training.config import OptimConfig
 from focusdpo.training.trainer import Trainer
 from tests import ROOT
+from tests.hostile import SMALL
+from tests.runs import train
 
-
-def train(config, **changes):
-    trainer = Trainer(dataclasses.replace(config, **changes))
-    trainer.train()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return trainer
+SETTINGS = SMALL
 
 
 # Whatever these tests are run under.
-HEARS = "import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); from focusdpo import cli; cli.main(sys.argv[1:])"
+HEARS = "import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); from focusdpo.commands.cli import main; main()"
 
 
 def wait_for_the_end_of(group, seconds=10):

@@ -207,7 +207,7 @@ def test_ctrl_c_outside_of_training(monkeypatch, capsys):
 @pytest.mark.parametrize("words", ["--help", "demo"])
 def test_a_reader_that_leaves_ends_it_quietly(words):
     program = (
-        "import sys; from focusdpo import cli\n"
+        "import sys; from focusdpo.commands import cli\n"
         "lines = lambda: [print('x' * 100) for _ in range(10000)]\n"
         "cli.COMMANDS['demo'] = cli.Command(cli.DemoConfig, lambda config: lines, '')\n"
         f"cli.main(['{words}'])"

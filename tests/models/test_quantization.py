@@ -17,27 +17,19 @@ from focusdpo.models import BACKBONES, TokenLayout
 from focusdpo.models.quantization import BITS, check_quantization, quantize, quantized_layers
 from focusdpo.models.sizes import Architecture
 from focusdpo.training.adapter import add_adapter
-from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, ModelConfig, OptimConfig, TrainConfig
+from focusdpo.training.config import LoraConfig, ModelConfig, OptimConfig
 from focusdpo.training.memory import estimate
 from focusdpo.training.optimizers import build_optimizer, check_optimizer
 from focusdpo.training.trainer import Trainer
+from tests.runs import rows_of
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def config(tiny_flux, tiny_pairs, tmp_path):
-    return TrainConfig(
-        model=ModelConfig(path=str(tiny_flux), max_sequence_length=16),
-        data=DataConfig(train=str(tiny_pairs), resolution=96, reference_resolution_multiple=48, num_workers=0, check="headers"),
-        output_dir=str(tmp_path / "run"),
-        lora=LoraConfig(rank=4, alpha=8),
-        focus=FocusConfig(tau=0.6),
-        optim=OptimConfig(lr=1e-3),
-        max_steps=4,
-        checkpoint_every=2,
-        cpu=True,
-    )
+SETTINGS = {
+    "model.dtype": "bf16", "model.gradient_checkpointing": True, "max_steps": 4,
+    "mixed_precision": "bf16", "checkpoint_every": 2,
+}  # fmt: skip
 
 
 def needs(package):
@@ -143,16 +135,12 @@ def test_optimizers_resume_to_the_same_bits(config, name):
     config.lora.rank = 64  # tensors of fewer than 4096 numbers stay in 32 bits
     trainer = Trainer(config)
     trainer.train()
-    rows = read_metrics(Path(config.output_dir) / "metrics.jsonl")
+    rows, expected = read_metrics(Path(config.output_dir) / "metrics.jsonl"), rows_of(config)
     AcceleratorState._reset_state(reset_partial_state=True)
     config.resume = str(Path(config.output_dir) / "checkpoints" / "step-000002")
     resumed = Trainer(config)
     resumed.train()
-    again = read_metrics(Path(config.output_dir) / "metrics.jsonl")
-    for a, b in zip(rows, again, strict=True):
-        assert {k: v for k, v in a.items() if k not in ("pairs_per_second", "peak_memory_mib")} == {
-            k: v for k, v in b.items() if k not in ("pairs_per_second", "peak_memory_mib")
-        }
+    assert rows_of(config) == expected
     assert all(torch.equal(a, b) for a, b in zip(trainer.parameters, resumed.parameters, strict=True))
     if name == "adamw8bit":
         states = [v for state in resumed.optimizer.state.values() for k, v in state.items() if k in ("state1", "state2")]

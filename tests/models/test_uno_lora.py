@@ -22,7 +22,7 @@ from focusdpo.models.base_lora import check_base_lora, merge_base_lora
 from focusdpo.models.flux import position_ids
 from focusdpo.models.uno_lora import diffusers_to_uno, uno_to_diffusers
 from focusdpo.training.adapter import add_adapter, reference_model
-from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, ModelConfig, OptimConfig, TrainConfig
+from focusdpo.training.config import LoraConfig, ModelConfig
 from focusdpo.training.trainer import Trainer
 from tests.models.original_flux import MLP, D, Diffusers, Original, base_weights, load_base, rotations
 
@@ -307,21 +307,15 @@ def test_lora_of_another_model(tiny_flux, tmp_path):
     assert all(torch.equal(p, before[name]) for name, p in backbone.transformer.named_parameters()), "nothing is changed then"
 
 
+SETTINGS = {
+    "model.gradient_checkpointing": True, "data.batch_size": 2, "focus.mask": "none", "optim.lr": 0.01,
+    "max_steps": 2,
+}  # fmt: skip
+
+
 @pytest.fixture
-def config(tiny_flux, tiny_pairs, uno_file, tmp_path):
-    return TrainConfig(
-        model=ModelConfig(path=str(tiny_flux), dtype="fp32", max_sequence_length=16, base_lora=str(uno_file)),
-        data=DataConfig(
-            train=str(tiny_pairs), resolution=96, reference_resolution_multiple=48, batch_size=2, num_workers=0, check="headers"
-        ),
-        output_dir=str(tmp_path / "run"),
-        lora=LoraConfig(rank=4, alpha=8),
-        focus=FocusConfig(mask="none"),
-        optim=OptimConfig(lr=1e-2),
-        max_steps=2,
-        mixed_precision="no",
-        cpu=True,
-    )
+def config(config, uno_file):
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, base_lora=str(uno_file)))
 
 
 @pytest.mark.parametrize("form", ["UNO's", "diffusers'", "another", "double blocks", "some blocks"])

@@ -31,7 +31,7 @@ from focusdpo.pages.run.films import evenly, read_films
 from focusdpo.pages.run.page import write_run_page
 from focusdpo.pages.run.plots import MARKS, panel_figure
 from focusdpo.training import health
-from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, ModelConfig, OptimConfig, SamplesConfig, TrainConfig
+from focusdpo.training.config import SamplesConfig
 from focusdpo.training.run_files import WRITTEN, read_starts
 from focusdpo.training.run_folder import RunFolder
 from focusdpo.training.trainer import Trainer
@@ -349,23 +349,9 @@ def test_a_run_without_the_focus_mask(tmp_path):
 # A run that was trained
 
 
-@pytest.fixture
-def config(tiny_flux, tiny_pairs, tmp_path):
-    return TrainConfig(
-        model=ModelConfig(path=str(tiny_flux), dtype="fp32", max_sequence_length=16, gradient_checkpointing=False),
-        data=DataConfig(
-            train=str(tiny_pairs), validation=str(tiny_pairs), resolution=96, reference_resolution_multiple=48, num_workers=0,
-            check="headers",
-        ),
-        output_dir=str(tmp_path / "run"),
-        lora=LoraConfig(rank=4, alpha=8),
-        focus=FocusConfig(tau=0.02),
-        optim=OptimConfig(lr=1e-3),
-        max_steps=8,
-        mixed_precision="no",
-        checkpoint_every=3,
-        cpu=True,
-    )  # fmt: skip
+SETTINGS = {
+    "data.validation": "{pairs}", "focus.tau": 0.02, "max_steps": 8, "checkpoint_every": 3,
+}  # fmt: skip
 
 
 class KilledError(Exception):

@@ -19,8 +19,8 @@ from focusdpo.demo.scenes import write_dataset
 from focusdpo.foundation.journals import read_metrics
 from focusdpo.foundation.tensor_files import TensorFiles
 from focusdpo.models import Backbone, Flux1, Flux2, QwenEditPlus
-from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, ModelConfig, TrainConfig
 from focusdpo.training.trainer import Trainer
+from tests.runs import lora_of, rows_of
 from tests.tiny_flux2 import write_tiny_flux2
 from tests.tiny_qwen import write_tiny_qwen
 
@@ -30,28 +30,11 @@ def tiny_pairs(tmp_path_factory):
     return write_dataset(tmp_path_factory.mktemp("data") / "pairs", 4, 64, seed=0)
 
 
-@pytest.fixture
-def config(tiny_flux, tiny_pairs, tmp_path):
-    """Batches of two pairs, masks from both images, held-out pairs."""
-    return TrainConfig(
-        model=ModelConfig(path=str(tiny_flux), dtype="fp32", max_sequence_length=16, gradient_checkpointing=False),
-        data=DataConfig(
-            train=str(tiny_pairs),
-            validation=str(tiny_pairs),
-            resolution=64,
-            reference_resolution_multiple=32,
-            batch_size=2,
-            num_workers=0,
-            check="headers",
-            cache=str(tmp_path / "cache"),
-        ),
-        output_dir=str(tmp_path / "run"),
-        lora=LoraConfig(rank=4, alpha=8),
-        focus=FocusConfig(tau=0.6, mask_from="each"),
-        max_steps=3,
-        mixed_precision="no",
-        cpu=True,
-    )
+# Batches of two pairs, masks from both images, held-out pairs.
+SETTINGS = {
+    "data.validation": "{pairs}", "data.resolution": 64, "data.reference_resolution_multiple": 32,
+    "data.batch_size": 2, "data.cache": "{folder}/cache", "focus.mask_from": "each", "optim.lr": 2e-05,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -88,10 +71,9 @@ def train(config, **changes):
     """Numbers of a run, without its clock."""
     run = trainer(config, **changes)
     run.train()
-    rows = [row for name in ("metrics", "validation") for row in read_metrics(run.folder / f"{name}.jsonl")]
+    rows = rows_of(run.folder, "metrics", "validation")
     assert [row["step"] for row in rows] == [1, 2, 3, 0, 3]
-    lora = load_file(run.folder / "lora" / "pytorch_lora_weights.safetensors")
-    return [{k: v for k, v in row.items() if k not in ("pairs_per_second", "peak_memory_mib")} for row in rows], lora
+    return rows, lora_of(run.folder)
 
 
 def without_cache(config):

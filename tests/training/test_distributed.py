@@ -26,11 +26,12 @@ from focusdpo.models import Flux1, TokenLayout
 from focusdpo.models.lora_reading import LORA_FILE
 from focusdpo.models.sizes import META, Architecture
 from focusdpo.models.tiny_flux import VAE, build_flux, transformer_config
-from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, ModelConfig, OptimConfig, SamplesConfig, TrainConfig
+from focusdpo.training.config import OptimConfig, SamplesConfig
 from focusdpo.training.memory import estimate, launched
 from focusdpo.training.sharding import check_launch, split_like, whole
 from focusdpo.training.trainer import Trainer
 from tests import ROOT
+from tests.runs import rows_of, tiny_config
 
 LAUNCH_FILES = {"ddp": "ddp", "unsynced": "ddp", "fsdp": "fsdp2", "zero2": "zero2", "zero3": "zero3"}
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
@@ -38,28 +39,19 @@ needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is No
 
 @pytest.fixture(scope="module")
 def config(tiny_flux, tiny_pairs, tmp_path_factory):
-    return TrainConfig(
-        model=ModelConfig(path=str(tiny_flux), dtype="fp32", max_sequence_length=16),
-        data=DataConfig(
-            train=str(tiny_pairs),
-            validation=str(tiny_pairs),
-            resolution=96,
-            reference_resolution_multiple=48,
-            batch_size=2,
-            num_workers=0,
-            check="headers",
-        ),
-        output_dir=str(tmp_path_factory.mktemp("distributed") / "one"),
-        lora=LoraConfig(rank=4, alpha=8),
-        focus=FocusConfig(tau=0.6),
+    settings = {
+        "model.gradient_checkpointing": True,
+        "data.validation": str(tiny_pairs),
+        "data.batch_size": 2,
         # Where a gradient is as small as Adam's usual eps its last bits decide the step.
-        optim=OptimConfig(lr=1e-3, eps=1e-6, ema_decay=0.9),
-        samples=SamplesConfig(every=3, count=3, steps=1),
-        max_steps=3,
-        mixed_precision="no",
-        checkpoint_every=2,
-        cpu=True,
-    )
+        "optim.eps": 1e-6,
+        "optim.ema_decay": 0.9,
+        "samples.every": 3,
+        "samples.count": 3,
+        "samples.steps": 1,
+        "checkpoint_every": 2,
+    }
+    return tiny_config(tiny_flux, tiny_pairs, tmp_path_factory.mktemp("distributed"), settings)
 
 
 def launch(config, world, *options, script="distributed_worker.py"):
@@ -86,10 +78,7 @@ def launch(config, world, *options, script="distributed_worker.py"):
 
 def left(config):
     """Metrics without the clock's, and what each process left."""
-    folder = Path(config.output_dir)
-    clock = ("pairs_per_second", "peak_memory_mib")
-    rows = [{k: v for k, v in row.items() if k not in clock} for row in read_metrics(folder / "metrics.jsonl")]
-    return rows, [torch.load(file) for file in sorted(folder.glob("rank*.pt"))]
+    return rows_of(config), [torch.load(file) for file in sorted(Path(config.output_dir).glob("rank*.pt"))]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from focusdpo.loss import FocusDPOOutput
 from focusdpo.mask import FocusMask
-from focusdpo.training.config import DataConfig, FocusConfig, LossConfig, ModelConfig, TrainConfig
+from focusdpo.training.config import FocusConfig, LossConfig
 from focusdpo.training.health import WINDOW, Health
 from focusdpo.training.metrics import Averager, step_metrics
 from focusdpo.training.step import StepResult
@@ -31,11 +31,6 @@ SICK = {
     "stuck": {"loss": math.log(2) + 1e-5},
     "tau_never_reached": {"focus/detail_share": 0.0},
 }
-
-
-@pytest.fixture
-def config():
-    return TrainConfig(model=ModelConfig(path="m"), data=DataConfig(train="d"), output_dir="o")
 
 
 def feed(health, changes, steps, start=1):

@@ -19,7 +19,7 @@ from focusdpo.data import collate
 from focusdpo.models import Backbone, Flux1, Flux2, QwenEditPlus, TokenLayout
 from focusdpo.models.sizes import Architecture, released
 from focusdpo.training import checkpoints
-from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, ModelConfig, OptimConfig, TrainConfig
+from focusdpo.training.config import DataConfig, LoraConfig, ModelConfig
 from focusdpo.training.memory import Estimate, Launched, advice, estimate, launched
 from focusdpo.training.step import PreferenceStep
 from focusdpo.training.trainer import Trainer
@@ -27,23 +27,9 @@ from tests import ROOT
 from tests.tiny_flux2 import write_tiny_flux2
 from tests.tiny_qwen import write_tiny_qwen
 
-
-@pytest.fixture
-def config(tiny_flux, tiny_pairs, tmp_path):
-    return TrainConfig(
-        model=ModelConfig(path=str(tiny_flux), dtype="fp32", max_sequence_length=16, gradient_checkpointing=False),
-        data=DataConfig(
-            train=str(tiny_pairs), resolution=96, reference_resolution_multiple=48, batch_size=2, num_workers=0, shuffle=False
-        ),
-        output_dir=str(tmp_path / "run"),
-        lora=LoraConfig(rank=8, alpha=8),
-        focus=FocusConfig(tau=0.6),
-        optim=OptimConfig(lr=1e-3),
-        max_steps=3,
-        gradient_accumulation=2,
-        mixed_precision="no",
-        cpu=True,
-    )
+SETTINGS = {
+    "data.batch_size": 2, "data.shuffle": False, "lora.rank": 8, "gradient_accumulation": 2,
+}  # fmt: skip
 
 
 class Saved:

@@ -13,7 +13,6 @@ from threading import Thread
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard, constants
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -24,18 +23,14 @@ from focusdpo.foundation.journals import read_metrics
 from focusdpo.models import BACKBONES
 from focusdpo.training import hub
 from focusdpo.training.config import (
-    DataConfig,
-    FocusConfig,
     HubConfig,
-    LoraConfig,
     ModelConfig,
-    OptimConfig,
     SamplesConfig,
-    TrainConfig,
 )
 from focusdpo.training.hub import UploadError, check_hub
 from focusdpo.training.model_card import KOHYAS, write_model_card
 from focusdpo.training.trainer import Trainer
+from tests.runs import train
 
 
 @pytest.fixture(scope="module")
@@ -43,40 +38,15 @@ def tiny_pairs(tmp_path_factory):
     return write_dataset(tmp_path_factory.mktemp("data") / "pairs", 4, 64, seed=0)
 
 
-@pytest.fixture
-def config(tiny_flux, tiny_pairs, tmp_path):
-    return TrainConfig(
-        model=ModelConfig(path=str(tiny_flux), dtype="fp32", max_sequence_length=16, gradient_checkpointing=False),
-        data=DataConfig(
-            train=str(tiny_pairs),
-            validation=str(tiny_pairs),
-            resolution=64,
-            reference_resolution_multiple=32,
-            batch_size=2,
-            num_workers=0,
-            check="headers",
-        ),
-        output_dir=str(tmp_path / "run"),
-        lora=LoraConfig(rank=4, alpha=8),
-        focus=FocusConfig(mask="prior"),
-        optim=OptimConfig(lr=1e-2),
-        samples=SamplesConfig(every=1, count=2, steps=1),
-        max_steps=1,
-        mixed_precision="no",
-        backend="torch",
-        cpu=True,
-    )
-
-
-def run(config):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    trainer = Trainer(config)
-    trainer.train()
-    return trainer
+SETTINGS = {
+    "data.validation": "{pairs}", "data.resolution": 64, "data.reference_resolution_multiple": 32,
+    "data.batch_size": 2, "focus.mask": "prior", "optim.lr": 0.01, "samples.every": 1,
+    "samples.count": 2, "samples.steps": 1, "max_steps": 1, "backend": "torch",
+}  # fmt: skip
 
 
 def test_card(config, tmp_path):
-    trainer = run(config)
+    trainer = train(config)
     lora = trainer.folder / "lora"
     card = ModelCard.load(lora / "README.md")
     assert card.data.library_name == "diffusers" and {"lora", "focusdpo", "flux"} <= set(card.data.tags)
@@ -107,7 +77,7 @@ def test_card(config, tmp_path):
 def test_the_cards_lines_load_the_lora(config, tiny_flux):
     """As they stand there, in diffusers and in PEFT: the trained updates, at full strength."""
     config.samples = SamplesConfig()
-    trainer = run(config)
+    trainer = train(config)
     lora = trainer.folder / "lora"
     text = ModelCard.load(lora / "README.md").text
     text = text.replace("the base model", str(tiny_flux)).replace("this folder or repository", str(lora))
@@ -135,7 +105,7 @@ def test_the_cards_lines_load_the_lora(config, tiny_flux):
 
 def test_card_of_a_hub_model_over_uno_without_held_out_pairs(config):
     config.samples, config.data.validation = SamplesConfig(), None
-    trainer = run(config)
+    trainer = train(config)
     config.model = ModelConfig(path="owner/model", base_lora="/secret/place/dit_lora.safetensors", base_lora_scale=0.5)
     card = ModelCard.load(write_model_card(config, trainer.folder, trainer.train_set, trainer.validation_set))
     assert card.data.base_model == "owner/model" and 'from_pretrained("owner/model"' in card.text
@@ -203,7 +173,7 @@ def server(monkeypatch):
 def test_upload(config, server):
     config.push_to_hub = HubConfig(repo_id="me/mine")
     config.samples = SamplesConfig()
-    lora = run(config).folder / "lora"
+    lora = train(config).folder / "lora"
     assert [(new["name"], new["visibility"]) for new in server.created] == [("mine", "private")]
     files = [file for file in lora.rglob("*") if file.is_file()]
     assert server.files == {file.relative_to(lora).as_posix(): file.read_bytes() for file in files}

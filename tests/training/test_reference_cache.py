@@ -10,36 +10,24 @@ import torch
 from accelerate.state import AcceleratorState
 
 from focusdpo.demo.scenes import write_dataset
-from focusdpo.foundation.journals import read_metrics
-from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from focusdpo.training.config import FocusConfig, LoraConfig, LossConfig
 from focusdpo.training.seeding import fixed_draw, generators, seeded
 from focusdpo.training.step import PreferenceStep
 from focusdpo.training.trainer import Trainer
+from tests import runs
+from tests.runs import rows_of
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
+def tiny_pairs(tmp_path_factory):
     return write_dataset(tmp_path_factory.mktemp("data") / "pairs", 4, 64, seed=0)
 
 
-@pytest.fixture
-def config(tiny_flux, pairs, tmp_path):
-    """Two and a half epochs of four pairs, each with two draws."""
-    return TrainConfig(
-        model=ModelConfig(path=str(tiny_flux), dtype="fp32", max_sequence_length=16),
-        data=DataConfig(
-            train=str(pairs), resolution=64, reference_resolution_multiple=48, num_workers=0, cache=str(tmp_path / "encodings")
-        ),
-        output_dir=str(tmp_path / "run"),
-        lora=LoraConfig(rank=4, alpha=8, dropout=0.1),
-        focus=FocusConfig(tau=0.6),
-        loss=LossConfig(draws=2),
-        optim=OptimConfig(lr=1e-3),
-        max_steps=10,
-        mixed_precision="no",
-        checkpoint_every=5,
-        cpu=True,
-    )
+# Two and a half epochs of four pairs, each with two draws.
+SETTINGS = {
+    "model.gradient_checkpointing": True, "data.resolution": 64, "data.cache": "{folder}/encodings",
+    "lora.dropout": 0.1, "loss.draws": 2, "max_steps": 10, "checkpoint_every": 5,
+}  # fmt: skip
 
 
 def with_cache(config, name="cached", **changes):
@@ -48,11 +36,8 @@ def with_cache(config, name="cached", **changes):
 
 
 def train(config):
-    """Metrics without the clock's."""
-    Trainer(config).train()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    rows = read_metrics(Path(config.output_dir) / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k not in ("pairs_per_second", "peak_memory_mib")} for row in rows]
+    runs.train(config)
+    return rows_of(config)
 
 
 @pytest.fixture
@@ -144,7 +129,7 @@ def test_a_resume_and_a_moved_cache_give_the_same_numbers(config, tmp_path, refe
     assert reference_runs == []
 
 
-def test_other_models_settings_and_masks_are_not_mixed_up(config, tiny_flux, pairs, reference_runs):
+def test_other_models_settings_and_masks_are_not_mixed_up(config, tiny_flux, tiny_pairs, reference_runs):
     config = with_cache(config)
     Trainer(config)
     changes = {

@@ -21,45 +21,26 @@ from safetensors.torch import load_file
 from focusdpo.foundation.journals import read_metrics
 from focusdpo.training.checkpoints import complete_checkpoints
 from focusdpo.training.config import (
-    DataConfig,
     FocusConfig,
-    LoraConfig,
     LossConfig,
-    ModelConfig,
     OptimConfig,
     SamplesConfig,
-    TrainConfig,
 )
 from focusdpo.training.determinism import repeatable
 from focusdpo.training.signals import GRACE, StopError, StopSignals
 from focusdpo.training.trainer import Trainer
 from tests import ROOT
+from tests.runs import assert_same_lora, lora_of, rows_of
 
-
-@pytest.fixture
-def config(tiny_flux, tiny_pairs, tmp_path):
-    return TrainConfig(
-        model=ModelConfig(path=str(tiny_flux), dtype="fp32", max_sequence_length=16, gradient_checkpointing=False),
-        data=DataConfig(train=str(tiny_pairs), resolution=96, reference_resolution_multiple=48, num_workers=0, check="headers"),
-        output_dir=str(tmp_path / "run"),
-        lora=LoraConfig(rank=4, alpha=8, dropout=0.1),
-        focus=FocusConfig(tau=0.6),
-        optim=OptimConfig(lr=1e-3, scheduler="cosine", warmup_steps=2),
-        max_steps=8,
-        gradient_accumulation=2,
-        mixed_precision="no",
-        checkpoint_every=2,
-        cpu=True,
-    )
+SETTINGS = {
+    "lora.dropout": 0.1, "optim.scheduler": "cosine", "optim.warmup_steps": 2, "max_steps": 8,
+    "gradient_accumulation": 2, "checkpoint_every": 2,
+}  # fmt: skip
 
 
 def written(config):
     """Metrics without the clock's, and the adapter."""
-    folder = Path(config.output_dir)
-    rows = read_metrics(folder / "metrics.jsonl")
-    clock = ("pairs_per_second", "peak_memory_mib")
-    lora = load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
-    return [{k: v for k, v in row.items() if k not in clock} for row in rows], lora
+    return rows_of(config), lora_of(config)
 
 
 def train(config):
@@ -70,8 +51,7 @@ def train(config):
 
 def assert_same(actual, expected):
     assert actual[0] == expected[0]
-    assert actual[1].keys() == expected[1].keys()
-    assert all(torch.equal(value, expected[1][name]) for name, value in actual[1].items())
+    assert_same_lora(actual[1], expected[1])
 
 
 def write_yaml(config):

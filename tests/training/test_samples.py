@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -20,11 +19,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from focusdpo.data import LongestSide, PairDataset, collate, load_pairs
 from focusdpo.demo.scenes import write_dataset
 from focusdpo.drawing.contact_sheets import sample_sheet
-from focusdpo.foundation.journals import read_metrics
 from focusdpo.models import BACKBONES, Backbone, TokenLayout
-from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, ModelConfig, OptimConfig, SamplesConfig, TrainConfig
-from focusdpo.training.trainer import Trainer
+from focusdpo.training.config import FocusConfig, SamplesConfig
 from tests import ROOT
+from tests.runs import rows_of, train
 from tests.tiny_qwen import write_tiny_qwen
 
 
@@ -33,45 +31,16 @@ def tiny_pairs(tmp_path_factory):
     return write_dataset(tmp_path_factory.mktemp("data") / "pairs", 4, 64, seed=0)
 
 
-@pytest.fixture
-def config(tiny_flux, tiny_pairs, tmp_path):
-    """Two steps with dropout, which draws from the global generator, and samples at 0, 1 and 2."""
-    return TrainConfig(
-        model=ModelConfig(path=str(tiny_flux), dtype="fp32", max_sequence_length=16, gradient_checkpointing=False),
-        data=DataConfig(
-            train=str(tiny_pairs),
-            validation=str(tiny_pairs),
-            resolution=64,
-            reference_resolution_multiple=32,
-            batch_size=2,
-            num_workers=0,
-            check="headers",
-        ),
-        output_dir=str(tmp_path / "run"),
-        lora=LoraConfig(rank=4, alpha=8, dropout=0.1),
-        focus=FocusConfig(tau=0.6),
-        optim=OptimConfig(lr=1e-2),
-        samples=SamplesConfig(every=1, count=2, steps=2),
-        max_steps=2,
-        mixed_precision="no",
-        checkpoint_every=1,
-        validate_every=1,
-        backend="torch",
-        cpu=True,
-    )
-
-
-def run(config):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    trainer = Trainer(config)
-    trainer.train()
-    return trainer
+# Two steps with dropout, which draws from the global generator, and samples at 0, 1 and 2.
+SETTINGS = {
+    "data.validation": "{pairs}", "data.resolution": 64, "data.reference_resolution_multiple": 32,
+    "data.batch_size": 2, "lora.dropout": 0.1, "optim.lr": 0.01, "samples.every": 1, "samples.count": 2,
+    "samples.steps": 2, "max_steps": 2, "checkpoint_every": 1, "validate_every": 1, "backend": "torch",
+}  # fmt: skip
 
 
 def numbers(folder):
-    clock = ("pairs_per_second", "peak_memory_mib")
-    rows = [row for name in ("metrics", "validation") for row in read_metrics(Path(folder) / f"{name}.jsonl")]
-    return [{k: v for k, v in row.items() if k not in clock} for row in rows]
+    return rows_of(folder, "metrics", "validation")
 
 
 def pixels(folder, step, pair, kind="_sample"):
@@ -79,7 +48,7 @@ def pixels(folder, step, pair, kind="_sample"):
 
 
 def test_files_and_tensorboard(config):
-    folder = run(config).folder
+    folder = train(config).folder
     steps = {path.name: sorted(file.name for file in path.iterdir()) for path in (folder / "samples").iterdir()}
     expected = sorted(f"{pair}{kind}.png" for pair in range(2) for kind in ("", "_sample", "_masks"))
     assert steps == {f"step-{step:06d}": expected for step in (0, 1, 2)}
@@ -94,7 +63,7 @@ def test_files_and_tensorboard(config):
 def test_a_sample_is_what_the_loaded_lora_gives(config, tiny_flux):
     """The last sample from its parts: the saved LoRA in a fresh pipeline, the dataset's own tensors, the seeded noise."""
     config.samples = SamplesConfig(every=2, count=2, steps=2, guidance=2.0, cfg_scale=3.0, seed=5)
-    folder = run(config).folder
+    folder = train(config).folder
     backbone = BACKBONES["flux"].from_pretrained(str(tiny_flux), dtype=torch.float32, max_sequence_length=16)
     backbone.pipeline.load_lora_weights(folder / "lora")
     pair = collate([PairDataset(load_pairs(config.data.train), resolution=64, reference_rule=LongestSide(32))[1]])
@@ -115,9 +84,9 @@ def test_a_sample_is_what_the_loaded_lora_gives(config, tiny_flux):
 
 def test_samples_change_no_number(config, tmp_path):
     config.samples.count = 1
-    first = run(config)
+    first = train(config)
     plain = dataclasses.replace(config, samples=SamplesConfig(), output_dir=str(tmp_path / "plain"))
-    second = run(plain)
+    second = train(plain)
     assert numbers(first.folder) == numbers(second.folder) and len(numbers(first.folder)) == 5
     loras = [load_file(t.folder / "lora" / "pytorch_lora_weights.safetensors") for t in (first, second)]
     assert all(torch.equal(value, loras[1][name]) for name, value in loras[0].items())
@@ -133,7 +102,7 @@ def test_the_cache_gives_the_same_samples(config, tmp_path, monkeypatch):
     """Also where the negative prompt sees the references; VAE and text encoders stay away from the transformer."""
     config.model.path, config.model.backbone = str(write_tiny_qwen(tmp_path / "qwen")), "qwen-edit-plus"
     config = dataclasses.replace(config, max_steps=1, samples=SamplesConfig(every=1, count=1, steps=2))
-    plain = run(config).folder
+    plain = train(config).folder
     loaded = []
     load = Backbone.from_pretrained.__func__
     monkeypatch.setattr(
@@ -143,21 +112,21 @@ def test_the_cache_gives_the_same_samples(config, tmp_path, monkeypatch):
     )
     cached = dataclasses.replace(config, output_dir=str(tmp_path / "cached"))
     cached.data = dataclasses.replace(config.data, cache=str(tmp_path / "cache"))
-    run(cached)
+    train(cached)
     assert loaded == ["encoders", "transformer", "vae"]
     for step in (0, 1):
         assert np.array_equal(pixels(plain, step, 0), pixels(cached.output_dir, step, 0))
 
 
 def test_a_resumed_run_makes_them_again(config):
-    folder = run(config).folder
+    folder = train(config).folder
     straight = {step: pixels(folder, step, 0) for step in (0, 1, 2)}
     (folder / "samples" / "step-000002" / "0_sample.png").unlink()
     (folder / "samples" / "step-000003").mkdir()
     (folder / "samples" / ".step-000002.partial").mkdir()
     changed = dataclasses.replace(config, resume=str(folder / "checkpoints" / "step-000001"))
     changed.samples = dataclasses.replace(config.samples, count=1)
-    run(changed)
+    train(changed)
     assert {path.name for path in (folder / "samples").iterdir()} == {f"step-00000{step}" for step in (0, 1, 2)}
     assert len(list((folder / "samples" / "step-000002").iterdir())) == 3, "of one pair now"
     assert all(np.array_equal(pixels(folder, step, 0), image) for step, image in straight.items())
@@ -165,14 +134,14 @@ def test_a_resumed_run_makes_them_again(config):
 
 def test_without_masks(config):
     config = dataclasses.replace(config, focus=FocusConfig(mask="none"), max_steps=1, validate_every=0)
-    folder = run(config).folder
+    folder = train(config).folder
     assert not list((folder / "samples").rglob("*_masks.png")) and len(list((folder / "samples").rglob("*.png"))) == 8
 
 
 def test_two_processes(config):
     """Each draws its share, and the first writes all: three pairs for two processes, in more rounds than one has pairs."""
     config = dataclasses.replace(config, max_steps=1, samples=SamplesConfig(every=1, count=3, steps=2))
-    alone = run(dataclasses.replace(config, output_dir=config.output_dir + "-alone", focus=FocusConfig(mask="none"))).folder
+    alone = train(dataclasses.replace(config, output_dir=config.output_dir + "-alone", focus=FocusConfig(mask="none"))).folder
     file = Path(config.output_dir).with_suffix(".yaml")
     file.write_text(yaml.safe_dump(dataclasses.asdict(config)))
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]

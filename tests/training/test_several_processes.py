@@ -23,27 +23,17 @@ import yaml
 from focusdpo.demo.scenes import write_dataset
 from focusdpo.foundation.journals import read_metrics, read_rows
 from focusdpo.training.checkpoints import complete_checkpoints, damage
-from focusdpo.training.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, TrainConfig
 from tests import ROOT
 
 WORKER = str(ROOT / "tests" / "several_worker.py")
 LONG = 150  # seconds, on a busy machine
 
 
-@pytest.fixture
-def config(tiny_flux, tiny_pairs, tmp_path):
-    return TrainConfig(
-        model=ModelConfig(path=str(tiny_flux), dtype="fp32", max_sequence_length=16, gradient_checkpointing=False),
-        data=DataConfig(train=str(tiny_pairs), resolution=48, reference_resolution=32, num_workers=0),
-        output_dir=str(tmp_path / "run"),
-        lora=LoraConfig(rank=2, alpha=2, target_modules=["to_q"]),
-        optim=OptimConfig(lr=1e-3),
-        max_steps=3,
-        mixed_precision="no",
-        checkpoint_every=2,
-        trackers=[],
-        cpu=True,
-    )
+SETTINGS = {
+    "data.resolution": 48, "data.reference_resolution": 32, "data.reference_resolution_multiple": None,
+    "data.check": "full", "lora.rank": 2, "lora.alpha": 2, "lora.target_modules": ["to_q"],
+    "focus.tau": 0.1, "checkpoint_every": 2, "trackers": [],
+}  # fmt: skip
 
 
 def free_port():

@@ -11,19 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch._dynamo.backends.debugging import aot_eager_decomp_partition
 from torch.profiler import ProfilerActivity, profile
 
 from focusdpo.data import PairBatch
-from focusdpo.foundation.journals import read_metrics
 from focusdpo.models import Flux1, PromptEmbeddings, TokenLayout
 from focusdpo.models.tiny_flux import write_tiny_flux
 from focusdpo.training.adapter import add_adapter
 from focusdpo.training.compilation import _Inductor, compile_blocks
-from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from focusdpo.training.config import FocusConfig, LoraConfig, LossConfig, ModelConfig
 from focusdpo.training.step import Noised, PreferenceStep
 from focusdpo.training.trainer import Trainer
+from tests.runs import rows_of, train
 
 LORA = LoraConfig(rank=4, alpha=8, target_modules=["to_q", "to_k", "to_v"])
 
@@ -100,29 +99,21 @@ def compare(step, parameters, batch):
     return result, torch.autograd.grad(result.output.loss, parameters)
 
 
+# Four steps. With references of one token all pairs have the same sizes.
+SETTINGS = {
+    "data.reference_resolution_multiple": 16, "max_steps": 4, "checkpoint_every": 2,
+}  # fmt: skip
+
+
 @pytest.fixture
-def config(one_block, tiny_pairs, tmp_path):
-    """Four steps. With references of one token all pairs have the same sizes."""
-    return TrainConfig(
-        model=ModelConfig(path=str(one_block), dtype="fp32", max_sequence_length=16, gradient_checkpointing=False),
-        data=DataConfig(train=str(tiny_pairs), resolution=96, reference_resolution_multiple=16, num_workers=0),
-        output_dir=str(tmp_path / "run"),
-        lora=LORA,
-        focus=FocusConfig(tau=0.6),
-        optim=OptimConfig(lr=1e-3),
-        max_steps=4,
-        mixed_precision="no",
-        checkpoint_every=2,
-        cpu=True,
-    )
+def config(config, one_block):
+    """With references of one token all pairs have the same sizes."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(one_block)), lora=LORA)
 
 
 def run(config):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    trainer = Trainer(config)
-    trainer.train()
-    rows = read_metrics(Path(config.output_dir) / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k not in ("pairs_per_second", "peak_memory_mib")} for row in rows], trainer
+    trainer = train(config)
+    return rows_of(config), trainer
 
 
 def test_a_compiled_run(config, one_block, tmp_path):

@@ -9,27 +9,19 @@ from types import SimpleNamespace
 import pytest
 
 from focusdpo.demo.scenes import write_dataset
-from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, ModelConfig, SamplesConfig, TrainConfig
 from focusdpo.training.tracking import check_trackers
 from focusdpo.training.trainer import Trainer
 
+SETTINGS = {
+    "data.validation": "{pairs}", "data.resolution": 64, "data.reference_resolution_multiple": 32,
+    "focus.mask": "prior", "optim.lr": 2e-05, "samples.every": 1, "samples.count": 1, "samples.steps": 1,
+    "max_steps": 1, "trackers": ["tensorboard", "wandb"], "backend": "torch",
+}  # fmt: skip
+
 
 @pytest.fixture
-def config(tiny_flux, tmp_path):
-    pairs = str(write_dataset(tmp_path / "pairs", 2, 64, seed=0))
-    return TrainConfig(
-        model=ModelConfig(path=str(tiny_flux), dtype="fp32", max_sequence_length=16, gradient_checkpointing=False),
-        data=DataConfig(train=pairs, validation=pairs, resolution=64, reference_resolution_multiple=32, num_workers=0),
-        output_dir=str(tmp_path / "run"),
-        lora=LoraConfig(rank=4, alpha=8),
-        focus=FocusConfig(mask="prior"),
-        samples=SamplesConfig(every=1, count=1, steps=1),
-        max_steps=1,
-        mixed_precision="no",
-        trackers=["tensorboard", "wandb"],
-        backend="torch",
-        cpu=True,
-    )
+def tiny_pairs(tmp_path):
+    return write_dataset(tmp_path / "pairs", 2, 64, seed=0)
 
 
 def test_an_offline_run(config, monkeypatch):

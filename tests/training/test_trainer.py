@@ -17,48 +17,23 @@ from safetensors.torch import load_file
 
 from focusdpo.data import DatasetError, collate
 from focusdpo.foundation.journals import read_metrics
-from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from focusdpo.training.config import FocusConfig, LoraConfig, LossConfig, ModelConfig, OptimConfig
 from focusdpo.training.seeding import generators
 from focusdpo.training.trainer import Trainer
+from tests.runs import lora_of, rows_of
 
-
-@pytest.fixture
-def config(tiny_flux, tiny_pairs, tmp_path):
-    """Six steps with everything that could spoil a resume: dropout, accumulation, a schedule, shuffled epochs."""
-    return TrainConfig(
-        model=ModelConfig(path=str(tiny_flux), dtype="fp32", max_sequence_length=16),
-        data=DataConfig(
-            train=str(tiny_pairs),
-            validation=str(tiny_pairs),
-            resolution=96,
-            reference_resolution_multiple=48,
-            batch_size=2,
-            num_workers=0,
-        ),
-        output_dir=str(tmp_path / "run"),
-        lora=LoraConfig(rank=4, alpha=8, dropout=0.1),
-        focus=FocusConfig(tau=0.6),
-        optim=OptimConfig(lr=1e-3, scheduler="cosine", warmup_steps=2),
-        max_steps=6,
-        gradient_accumulation=2,
-        mixed_precision="no",
-        checkpoint_every=3,
-        validate_every=3,
-        cpu=True,
-    )
-
-
-def without_clock(rows):
-    return [{k: v for k, v in row.items() if k not in ("pairs_per_second", "peak_memory_mib")} for row in rows]
+# Six steps with everything that could spoil a resume: dropout, accumulation, a schedule, shuffled epochs.
+SETTINGS = {
+    "model.gradient_checkpointing": True, "data.validation": "{pairs}", "data.batch_size": 2,
+    "data.check": "full", "lora.dropout": 0.1, "optim.scheduler": "cosine", "optim.warmup_steps": 2,
+    "max_steps": 6, "gradient_accumulation": 2, "checkpoint_every": 3, "validate_every": 3,
+}  # fmt: skip
 
 
 def run(config):
     trainer = Trainer(config)
     trainer.train()
-    folder = Path(config.output_dir)
-    metrics = without_clock(read_metrics(folder / "metrics.jsonl"))
-    validation = without_clock(read_metrics(folder / "validation.jsonl"))
-    return metrics, validation, load_file(folder / "lora" / "pytorch_lora_weights.safetensors"), trainer
+    return rows_of(config), rows_of(config, "validation"), lora_of(config), trainer
 
 
 def test_resume_gives_the_same_bits(config, tmp_path, monkeypatch):
@@ -266,7 +241,7 @@ def test_going_back_sets_later_checkpoints_aside(config):
         assert trainer.progress.step == 3, "the abandoned step 6 is not the latest any more"
     assert (checkpoints / "step-000006.abandoned").is_dir()
     trainer.train()
-    assert without_clock(read_metrics(Path(config.output_dir) / "metrics.jsonl")) == straight
+    assert rows_of(config) == straight
 
 
 def test_checkpoints_hold_a_loadable_lora(config, tiny_flux):
