@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from focusdpo.mask import FocusMask, focus_mask
 
 __all__ = ["FocusDPOOutput", "FocusMask", "convert_beta", "focus_dpo_loss", "focus_mask"]
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 # This process, and the one that started it: a launcher may be gone when imports are through, and with it its number.
 _STARTED = os.getpid(), os.getppid()
