@@ -18,7 +18,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +27,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from focusdpo.foundation.files import checksum, comes, write_json
+from focusdpo.foundation.files import checksum, comes, write_json, writing_folder
 from focusdpo.foundation.launch import Launch
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ LEGACY = b"Made by focusdpo;"  # a file of that name began so in versions that k
 BELOW = "**"  # last part of a pattern: whatever lies there, however deep
 LINK = ["link"]  # listed of a symbolic link, whatever it leads to
 WRITTEN = "written"  # a note: what stood in files that people edit
-PARTIAL = re.compile(r"\.(.+?)(\.\d+)?\.partial")  # see partial_of; the number is the process where several write
+PARTIAL = re.compile(r"\.(.+?)(\.(\w+-)?\d+)?\.partial")  # see partial_of; versions before 0.2 named no machine
 # Up to how many bytes a file is listed with its hash: texts may be edited to others of the same length; images hardly can.
 HASHED = dict.fromkeys((".csv", ".html", ".json", ".jsonl", ".md", ".txt", ".yaml"), 2**20) | {".safetensors": 2**30}
 NAMED = 5  # files in a message
@@ -355,17 +355,12 @@ class OutputFolder:
             if found.kind == "partial":
                 self._delete(found)
 
-    def place(self, partial: Path, final: Path) -> None:
-        """Gives a folder that was written under `partial_of(final)` its name; files of others in an earlier one stay there."""
-        self.remove(final)
-        if not final.exists():
-            partial.rename(final)
-            return
-        for file in sorted(path for path in partial.rglob("*") if not path.is_dir()):
-            target = final / file.relative_to(partial)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            file.replace(target)
-        shutil.rmtree(partial)
+    @contextmanager
+    def writing_folder(self, path: Path) -> Iterator[Path]:
+        """As `focusdpo.foundation.files.writing_folder`; of an earlier one the files of others stay, and no more."""
+        with writing_folder(path) as partial:
+            yield partial
+            self.remove(path)
 
     def finish(self, through: bool = True) -> None:
         """Lists what is there: the work is through, or was stopped and may go on."""

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import struct
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -23,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from focusdpo.foundation.files import comes
+from focusdpo.foundation.files import comes, writing
 
 logger = logging.getLogger(__name__)
 
@@ -105,15 +104,11 @@ class TensorFiles:
     def write(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         final = self.path(key)
         final.parent.mkdir(parents=True, exist_ok=True)
-        partial = final.with_suffix(f".{uuid.uuid4().hex}.partial")  # another run may be at the same item
         contiguous = {name: value.cpu().contiguous() for name, value in tensors.items()}
         checksum = _checksum(safetensors.torch.save(contiguous))
-        try:
+        with writing(final, shared=True) as partial:  # another run may be at the same item
             partial.write_bytes(safetensors.torch.save(contiguous, {CHECKSUM: checksum}))
             _set_seal(partial, key)
-            partial.replace(final)
-        finally:
-            partial.unlink(missing_ok=True)
 
     def check(self) -> None:
         """Refuses what is no folder and cannot become one: NotADirectoryError."""
