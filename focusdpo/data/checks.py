@@ -26,7 +26,8 @@ from focusdpo.data.images import (
     read_image,
     token_size,
 )
-from focusdpo.data.records import PairRecord, Problem
+from focusdpo.data.lines import Problem
+from focusdpo.data.records import PairRecord
 from focusdpo.foundation.files import ReadableFile, checksum
 
 Check = Literal["full", "headers"]

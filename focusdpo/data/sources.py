@@ -27,7 +27,8 @@ from typing import Any, BinaryIO, Literal, Protocol
 
 from tqdm.auto import tqdm
 
-from focusdpo.data.records import FIELDS, FILE_NAME, PairRecord, Problem, RecordParser
+from focusdpo.data.lines import Problem, read_lines
+from focusdpo.data.records import FIELDS, FILE_NAME, PairRecord, RecordParser
 from focusdpo.data.shards import TarMember, list_samples
 from focusdpo.foundation.files import ReadableFile, checksum
 from focusdpo.foundation.packages import require_package
@@ -73,12 +74,11 @@ class JsonLines:
 
     def items(self) -> Iterator[PairRecord | Problem]:
         in_folder, parent = self.file.name in METADATA, self.file.parent
-        with self.file.open("rb") as stream:
-            for line, raw in enumerate(stream, start=1):
-                if not raw.strip():
-                    continue
-                parser = _RowParser(self.file, line) if in_folder else RecordParser(self.file, line, parent.joinpath)
-                yield from _items(parser, parser.parse_json(raw))
+
+        def parser(line: int) -> RecordParser:
+            return _RowParser(self.file, line) if in_folder else RecordParser(self.file, line, parent.joinpath)
+
+        return read_lines(self.file, parser)
 
     def count(self) -> int | None:
         with self.file.open("rb") as stream:
@@ -103,7 +103,7 @@ class Shard:
                 continue
             parser = RecordParser(self.file, line, functools.partial(self._locate, key, members))
             with members["json"].open("rb") as stream:
-                yield from _items(parser, parser.parse_json(stream.read()))
+                yield from parser.parse_json(stream.read())
         lines = {key: line for line, key in enumerate(samples, start=1)}
         for p in found:
             yield Problem(self.file, lines.get(p.key, 1), p.name, p.message, p.remedy, p.severity)
@@ -143,7 +143,7 @@ class _RowParser(RecordParser):
         super().__init__(file, line, file.parent.joinpath)
         self.table = table
 
-    def parse(self, value: object) -> PairRecord | None:
+    def parse(self, value: object) -> Sequence[PairRecord | Problem]:
         if isinstance(value, dict):
             given = {name: item for name, item in value.items() if item is not None}
             if self.file.name in METADATA:
@@ -299,7 +299,7 @@ class Table:
                         for parser, value, item in zip(parsers, values, found, strict=True):
                             value[name] = _python(item, name, parser)
                     for parser, value in zip(parsers, values, strict=True):
-                        yield from _items(parser, parser.parse(value))
+                        yield from parser.parse(value)
                     bar.update(len(parsers))
         except (OSError, ValueError, pa.ArrowException) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -453,7 +453,7 @@ class Csv:
                     if len(cells) != len(names):
                         parser.problem("line", f"has {len(cells)} cells, but there are {len(names)} columns", "write it again")
                     value = {name: cell for name, cell in zip(names, cells, strict=False) if cell}
-                    yield from _items(parser, parser.parse(value))
+                    yield from parser.parse(value)
         except UnicodeDecodeError as error:
             yield Problem(self.file, row + 1, "file", f"is not UTF-8 ({error.reason})", "save the file as UTF-8")
         except csv.Error as error:
@@ -466,12 +466,6 @@ class Csv:
         return checksum(self.file)
 
 
-def _items(parser: RecordParser, record: PairRecord | None) -> Iterator[PairRecord | Problem]:
-    yield from parser.problems
-    if record is not None:
-        yield record
-
-
 def items_of(source: Source) -> Iterator[PairRecord | Problem]:
     """What a source has; a problem where it has nothing."""
     nothing = True
@@ -480,22 +474,6 @@ def items_of(source: Source) -> Iterator[PairRecord | Problem]:
         yield item
     if nothing:
         yield Problem(source.file, 1, "file", "has no pair", "look whether it is the right file")
-
-
-def read_source(source: Source) -> tuple[list[PairRecord], list[Problem]]:
-    """Its records, and the problems of what is none."""
-    return _sorted(items_of(source))
-
-
-def _sorted(items: Iterator[PairRecord | Problem]) -> tuple[list[PairRecord], list[Problem]]:
-    records: list[PairRecord] = []
-    problems: list[Problem] = []
-    for item in items:
-        if isinstance(item, Problem):
-            problems.append(item)
-        else:
-            records.append(item)
-    return records, problems
 
 
 def find_sources(path: str | Path) -> list[Source]:
@@ -603,11 +581,6 @@ def _check_series(files: Sequence[Path]) -> None:
         if missing is not None:
             name = f"{stem}-{missing:0{len(total)}}-of-{total}{suffix}"
             raise FileNotFoundError(f"{folder} lacks {name} of {int(total)} files; copy it there")
-
-
-def parse_pairs(path: str | Path) -> tuple[list[PairRecord], list[Problem]]:
-    """Reads all records of a dataset without opening an image: those that parse, and the problems of those that do not."""
-    return _sorted(item for source in find_sources(path) for item in items_of(source))
 
 
 def content_checksum(path: str | Path) -> str:

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from focusdpo.data.checks import CheckedPair
 from focusdpo.data.images import ROOM, Size, read_image, read_mask
-from focusdpo.data.records import Problem
+from focusdpo.data.lines import Problem
 from focusdpo.data.validation import check_pairs
 from focusdpo.foundation.files import stamp, write_stamped
 from focusdpo.foundation.output_folder import OutputFolder
