@@ -185,6 +185,17 @@ def check_stamped(name: str, path: Path, command: str, overwrite: bool, hint: st
         )
 
 
+def read_object(file: Path) -> dict[str, Any]:
+    """The object of a JSON file; ValueError says what the file holds instead."""
+    try:
+        value = json.loads(file.read_bytes())
+    except RecursionError as error:
+        raise ValueError(f"it is nested too deeply ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds a {type(value).__name__}")
+    return value
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file, whole, with null for numbers that do not exist, such as the interval of a single value."""
     write_whole(path, json.dumps(_without_nan(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")

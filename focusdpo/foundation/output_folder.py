@@ -8,7 +8,6 @@ person puts there, or changes, after that is not the command's any more. What fi
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import re
@@ -27,7 +26,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from focusdpo.foundation.files import checksum, comes, write_json, writing_folder
+from focusdpo.foundation.files import checksum, comes, read_object, write_json, writing_folder
 from focusdpo.foundation.launch import Launch
 
 logger = logging.getLogger(__name__)
@@ -112,11 +111,11 @@ class OutputFolder:
     def _read_list(self) -> Mapping[str, Any] | None:
         """What the command said at its last start or end; None where it said nothing, or it is damaged."""
         try:
-            value = json.loads(self._list_file.read_bytes())
+            value = read_object(self._list_file)
             files, notes = value["files"], value["notes"]
             sound = isinstance(files, dict | None) and isinstance(notes, dict)
             return value if sound and all(isinstance(written, list) for written in (files or {}).values()) else None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError):
             return None
 
     @property
@@ -413,11 +412,8 @@ class OutputFolder:
 def read_begun(setting: str, file: Path) -> dict[str, Any]:
     """The settings that a command left in its folder when it began; ValueError where they cannot be read."""
     try:
-        value = json.loads(file.read_bytes())
-        if not isinstance(value, dict):
-            raise ValueError(f"it holds a {type(value).__name__}")
-        return value
-    except (ValueError, RecursionError) as error:
+        return read_object(file)
+    except ValueError as error:
         raise ValueError(
             f"{setting}: {file} is damaged ({error}), so that nothing tells how the work there was begun; start anew with "
             "--overwrite true, or name another folder"
@@ -564,7 +560,7 @@ def _holder(own: Path) -> str:
     while not (own / "holder.json").exists() and time.monotonic() < until:
         time.sleep(0.02)
     try:
-        holder = json.loads((own / "holder.json").read_bytes())
+        holder = read_object(own / "holder.json")
         return f"focusdpo {holder['command']}, process {holder['pid']} on {holder['host']} since {holder['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError):
         return "another process"

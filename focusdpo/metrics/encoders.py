@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -18,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, BitImageProcessorPil
 
-from focusdpo.foundation.files import checksum, fingerprint, hash_of
+from focusdpo.foundation.files import checksum, fingerprint, hash_of, read_object
 
 # model_type in a folder's config.json, by the setting that names the folder; and the class that loads it.
 KINDS: dict[str, dict[str, str]] = {
@@ -102,8 +101,8 @@ def _kind(setting: str, folder: Path) -> tuple[str, str]:
     if not file.is_file():
         raise FileNotFoundError(f"{setting}: {folder} has no config.json; expected a folder that save_pretrained wrote")
     try:
-        found = json.loads(file.read_text()).get("model_type")
-    except (ValueError, AttributeError) as error:
+        found = read_object(file).get("model_type")
+    except ValueError as error:
         raise ValueError(f"{setting}: {file} is not a model's configuration ({error})") from error
     kinds = KINDS if setting == "fid" else {setting: KINDS[setting]}
     for kind, types in kinds.items():
