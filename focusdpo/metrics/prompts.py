@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from focusdpo.data.lines import DatasetError, Problem, read_lines, split_problems, text_fault
 from focusdpo.data.records import FIELDS, Reference, ReferencesParser
+from focusdpo.foundation.choices import ReferencePhotos
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -68,7 +69,7 @@ class Subjects:
     photos: dict[Path, tuple[Path, ...]]
 
 
-def find_subjects(manifest: Path, prompts: Sequence[Prompt], references: Literal["listed", "all"]) -> Subjects:
+def find_subjects(manifest: Path, prompts: Sequence[Prompt], references: ReferencePhotos) -> Subjects:
     """Tells subjects apart by their reference's image, or with "all" by its folder, and finds the photos to compare with.
 
     A subject is called as its folder where that tells it from the others, as in DreamBench, else as its file.
