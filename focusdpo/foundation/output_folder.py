@@ -7,26 +7,20 @@ person puts there, or changes, after that is not the command's any more. What fi
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import re
 import shutil
-import socket
-import time
 import uuid
-import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from focusdpo.foundation.files import checksum, comes, read_object, write_json, writing_folder
+from focusdpo.foundation.folder_lock import FolderLock
 from focusdpo.foundation.launch import Launch
 
 logger = logging.getLogger(__name__)
@@ -42,9 +36,7 @@ HASHED = dict.fromkeys((".csv", ".html", ".json", ".jsonl", ".md", ".txt", ".yam
 NAMED = 5  # files in a message
 # A pipeline that diffusers saved under the name model, as patterns.
 PIPELINE_WRITTEN = (r"model/model_index\.json", r"model/[a-z_0-9]+/[\w.-]+\.(json|jinja|model|safetensors|txt)")
-INTRODUCED = 2.0  # seconds in which a process that took a lock says who it is
 SHOWN = ".seen-by-all-"  # begins the name of a file that tells whether all processes of a launch see one folder
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def under(folder: str, patterns: Iterable[str]) -> tuple[str, ...]:
@@ -97,7 +89,7 @@ class OutputFolder:
         self.command = command
         self._parts = [[re.compile(part) if part != BELOW else BELOW for part in each.split("/")] for each in patterns]
         self._whole = [re.compile(each.replace(BELOW, ".+")) for each in patterns]
-        self._lock = _Lock(path) if leads else None
+        self._lock = FolderLock(path / OWN) if leads else None
         self._claimed = False
         self._notes: dict[str, Any] = {}
         self._checked = _Expected()
@@ -475,92 +467,3 @@ def _prune(folder: Path) -> None:
     for place, _, _ in os.walk(folder, topdown=False):
         with suppress(OSError):
             Path(place).rmdir()
-
-
-class _Lock:
-    """The lock of an output folder: one process holds it, the operating system lets go of it when that process ends.
-
-    Folders that were made for it alone go away again when it is released before the work has begun.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._own = folder / OWN
-        self._made: list[Path] = []
-        self._lock: FileLock | None = None
-        self._end: Any = None
-
-    def acquire(self, setting: str, command: str) -> None:
-        file = self._own.resolve() / "lock"
-        if self._lock is not None and file.exists():
-            return
-        if self._own.is_file():  # of an earlier version, which only `begin` may change
-            return
-        self.release()
-        try:
-            for path in reversed((self._own, *self._own.parents)):
-                if not path.exists():
-                    path.mkdir(exist_ok=True)
-                    self._made.append(path)
-            lock = FileLock(file, is_singleton=True, thread_local=False)
-            lock.acquire(blocking=False)
-        except Timeout as error:
-            raise BlockingIOError(
-                f"{setting}: {self._own.parent} is being written by {_holder(self._own)}; wait for it, stop it, or name "
-                "another folder"
-            ) from error
-        except (NotImplementedError, OSError) as error:
-            if isinstance(error, NotImplementedError) or error.errno in NO_LOCKS:
-                logger.warning("%s: %s cannot be locked; see that no other process writes there", setting, self._own.parent)
-                return
-            self._unmake()
-            raise PermissionError(
-                f"{setting}: {self._own.parent} cannot be written to ({error.strerror}); name another folder"
-            ) from error
-        self._lock = lock
-        self._end = weakref.finalize(self, _unlock, os.getpid(), lock, self._own, self._made)
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "command": command, "since": _now()}
-        with suppress(OSError):  # it only makes a message better
-            write_json(self._own / "holder.json", holder)
-
-    def keep(self) -> None:
-        """The folders stay."""
-        self._made.clear()
-
-    def release(self) -> None:
-        if self._end is not None:
-            self._end()
-        self._lock = self._end = None
-        self._made = []
-
-    def _unmake(self) -> None:
-        for path in reversed(self._made):
-            with suppress(OSError):
-                path.rmdir()
-        self._made = []
-
-
-def _unlock(process: int, lock: FileLock, own: Path, made: list[Path]) -> None:
-    if os.getpid() != process:  # a fork's copy
-        return
-    for name in ("holder.json", "lock") if own in made else ("holder.json",):
-        (own / name).unlink(missing_ok=True)
-    lock.release()
-    for path in reversed(made):
-        with suppress(OSError):  # somebody has put something there
-            path.rmdir()
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _holder(own: Path) -> str:
-    """Who has the lock; that process says so a moment after it took it."""
-    until = time.monotonic() + INTRODUCED
-    while not (own / "holder.json").exists() and time.monotonic() < until:
-        time.sleep(0.02)
-    try:
-        holder = read_object(own / "holder.json")
-        return f"focusdpo {holder['command']}, process {holder['pid']} on {holder['host']} since {holder['since']}"
-    except (OSError, ValueError, KeyError):
-        return "another process"
