@@ -94,7 +94,10 @@ class _RegionParser(LineParser[list[Region]]):
 
     def of_box(self, image: GeneratedImage, field: str, item: object) -> Picture | None:
         box = self.box(field, item, (int, float))
-        return None if box is None else Picture(image.path, box=box)
+        if box is None:
+            return None
+        left, top, right, bottom = map(float, box)  # as the names of kept embeddings have them
+        return Picture(image.path, box=(left, top, right, bottom))
 
     def of_mask(self, image: GeneratedImage, field: str, item: object) -> Picture | None:
         name = self.text(field, item, 'write it like "masks/3_1_dog.png", or null', "the path of a mask")
