@@ -5,6 +5,7 @@ All become records whose images open at random: batches, exact resume, cache and
 
 from __future__ import annotations
 
+import abc
 import bisect
 import csv
 import datetime
@@ -23,7 +24,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Protocol
+from typing import Any, BinaryIO, Literal
 
 from tqdm.auto import tqdm
 
@@ -50,27 +51,27 @@ EXPECTED = (
 )
 
 
-class Source(Protocol):
+@dataclass(frozen=True)
+class Source(abc.ABC):
     """One file of records."""
 
-    @property
-    def file(self) -> Path: ...
+    file: Path
 
+    @abc.abstractmethod
     def items(self) -> Iterator[PairRecord | Problem]:
         """One after the other the records that parse, without opening an image, and the problems of those that do not."""
 
     def count(self) -> int | None:
         """About how many records there are, where that is known without reading them."""
+        return None
 
     def digest(self) -> str:
-        """Changes where records change."""
+        """Changes where records change. All of the file is read through once, images included."""
+        return checksum(self.file)
 
 
-@dataclass
-class JsonLines:
+class JsonLines(Source):
     """pairs.jsonl, or an image folder's metadata.jsonl; paths are relative to it."""
-
-    file: Path
 
     def items(self) -> Iterator[PairRecord | Problem]:
         in_folder, parent = self.file.name in METADATA, self.file.parent
@@ -84,15 +85,9 @@ class JsonLines:
         with self.file.open("rb") as stream:
             return sum(block.count(b"\n") for block in iter(lambda: stream.read(2**20), b""))
 
-    def digest(self) -> str:
-        return checksum(self.file)
 
-
-@dataclass
-class Shard:
+class Shard(Source):
     """A tar in WebDataset's layout: a pair's members share their name up to the first dot, and its .json names the others."""
-
-    file: Path
 
     def items(self) -> Iterator[PairRecord | Problem]:
         samples, found = list_samples(self.file)
@@ -107,9 +102,6 @@ class Shard:
         lines = {key: line for line, key in enumerate(samples, start=1)}
         for p in found:
             yield Problem(self.file, lines.get(p.key, 1), p.name, p.message, p.remedy, p.severity)
-
-    def count(self) -> int | None:
-        return None
 
     @staticmethod
     def _locate(key: str, members: dict[str, TarMember], name: str) -> ReadableFile:
@@ -227,14 +219,11 @@ class Cell:
         return f"{self.table.file}, row {self.row + 1}, {self.field}"
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(Source):
     """A parquet file whose columns are the fields of a record, or an image folder's metadata.parquet.
 
     Its values are read when they are asked for, see `_Cells`. What goes to a loader's processes is the file's name.
     """
-
-    file: Path
 
     def __reduce__(self) -> tuple[type[Table], tuple[Path]]:
         return Table, (self.file,)
@@ -324,12 +313,8 @@ class Table:
     def _field(self, column: str) -> str:
         return re.sub(r"(?<=.)_file_names?$", "", column) if self.file.name in METADATA else column
 
-    def digest(self) -> str:
-        """Of the whole file: the footer alone may be the same for other images. It is read through once, images included."""
-        return checksum(self.file)
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Opened:
     """What is known of a parquet file before its values; what `_Cells` knows it by."""
 
@@ -342,12 +327,6 @@ class _Opened:
         """The first row of each row group, and the number of rows."""
         sizes = [self.metadata.row_group(group).num_rows for group in range(self.metadata.num_row_groups)]
         return [0, *itertools.accumulate(sizes)]
-
-    def __hash__(self) -> int:
-        return id(self)
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
 
 
 def _identity(file: Path) -> tuple[int, ...]:
@@ -434,11 +413,8 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_CELLS.__init__)  # type: ignore[misc]  # a process of its own has its own files and lock
 
 
-@dataclass
-class Csv:
+class Csv(Source):
     """An image folder's metadata.csv; paths are relative to it, lists and objects are JSON text."""
-
-    file: Path
 
     def items(self) -> Iterator[PairRecord | Problem]:
         row = 0
@@ -458,12 +434,6 @@ class Csv:
             yield Problem(self.file, row + 1, "file", f"is not UTF-8 ({error.reason})", "save the file as UTF-8")
         except csv.Error as error:
             yield Problem(self.file, row + 1, "file", f"cannot be read as CSV ({error})", "write it again")
-
-    def count(self) -> int | None:
-        return None
-
-    def digest(self) -> str:
-        return checksum(self.file)
 
 
 def items_of(source: Source) -> Iterator[PairRecord | Problem]:

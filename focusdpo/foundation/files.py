@@ -90,16 +90,12 @@ def writing(path: Path, shared: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def writing_folder(path: Path, shared: bool = False) -> Iterator[Path]:
+def writing_folder(path: Path) -> Iterator[Path]:
     """Gives an empty folder to write to; it gets its own name where nothing was raised, and is deleted otherwise.
 
     Where there is a folder of that name, its files of the same names are replaced, and others stay.
-
-    Args:
-        path: the folder.
-        shared: as in `partial_of`.
     """
-    partial = partial_of(path, shared)
+    partial = partial_of(path)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
