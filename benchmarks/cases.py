@@ -115,7 +115,7 @@ def _our_similarity(x: FocusInputs) -> tuple[Tensor, ...]:
 
 
 def _eager_similarity(x: FocusInputs) -> tuple[Tensor, ...]:
-    return (spec.cross_layer_similarity(x.target, x.reference, x.reference_mask, [1.0] * len(x.target)),)
+    return (spec.cross_layer_similarity(x.target, x.reference, x.reference_mask),)
 
 
 def _exact_similarity(x: FocusInputs) -> tuple[Tensor, ...]:

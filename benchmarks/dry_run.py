@@ -165,9 +165,9 @@ def launch_steps() -> None:
 
     update = SimilarityAccumulator.update
 
-    def updated(self: SimilarityAccumulator, target: Any, reference: Any, weight: float = 1.0) -> None:
+    def updated(self: SimilarityAccumulator, target: Any, reference: Any) -> None:
         self._mask = empty(self._mask)
-        update(self, empty(target), empty(reference), weight)
+        update(self, empty(target), empty(reference))
 
     for name, targets in (("flux1", (512, 1024)), ("flux2-klein-4b", (512,))):
         work = Workload(name, torch.device("meta"))

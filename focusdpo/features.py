@@ -71,7 +71,6 @@ class SimilarityTap:
         num_target: P.
         reference_mask: [B, R, Q], not zero where token q shows subject r.
         rows: the part of the batch to look at, when winner and loser run as one batch; B rows.
-        layer_weights: one positive weight per path; None weights all alike.
         pooling, backend: as in `focusdpo_kernels.cross_layer_similarity`.
 
     Example:
@@ -89,7 +88,6 @@ class SimilarityTap:
         num_target: int,
         reference_mask: Tensor,
         rows: slice = slice(None),
-        layer_weights: Sequence[float] | None = None,
         pooling: str = "reference",
         backend: str | None = None,
     ) -> None:
@@ -97,10 +95,7 @@ class SimilarityTap:
             raise ValueError("paths: no block to tap; name at least one")
         if len(set(paths)) != len(paths):
             raise ValueError(f"paths: a block is named twice in {list(paths)}")
-        if layer_weights is not None and len(layer_weights) != len(paths):
-            raise ValueError(f"layer_weights: got {len(layer_weights)} weights for {len(paths)} blocks")
         self._blocks = {path: _find(model, path) for path in paths}
-        self._weights = dict(zip(paths, layer_weights or [1.0] * len(paths), strict=True))
         self._image_tokens = image_tokens
         self._num_target = num_target
         self._rows = rows
@@ -128,7 +123,7 @@ class SimilarityTap:
             self._seen.add(path)
             tokens = self._image_tokens(output)[self._rows].detach()
             target, reference = tokens[:, : self._num_target], tokens[:, self._num_target :]
-            self._similarity.update(target, reference, self._weights[path])
+            self._similarity.update(target, reference)
 
         return hook
 

@@ -11,8 +11,6 @@ from focusdpo_kernels import focus_field_of_images, topk_mask
 from focusdpo_kernels.checks import REALS, check_prior, check_scores, check_shape, check_tensor
 from focusdpo_kernels.reference import binary_prior
 
-MATCH_COUNTS = ("reference", "prior")
-
 
 @dataclass(frozen=True)
 class FocusMask:

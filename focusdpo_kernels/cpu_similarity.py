@@ -64,11 +64,9 @@ def layer_similarity(target: Tensor, reference: Tensor, reference_mask: Tensor) 
     return dots / (norms_pooled * norms.clamp_min(spec.EPS))
 
 
-def cross_layer_similarity(
-    target: Sequence[Tensor], reference: Sequence[Tensor], reference_mask: Tensor, layer_weights: Sequence[float]
-) -> Tensor:
+def cross_layer_similarity(target: Sequence[Tensor], reference: Sequence[Tensor], reference_mask: Tensor) -> Tensor:
     """E4; as in the specification."""
     total = target[0].new_zeros((), dtype=torch.float32)
-    for target_n, reference_n, weight in zip(target, reference, layer_weights, strict=True):
-        total = total + weight * layer_similarity(target_n, reference_n, reference_mask)
-    return spec.finish_similarity(total, sum(layer_weights), reference_mask)
+    for target_n, reference_n in zip(target, reference, strict=True):
+        total = total + layer_similarity(target_n, reference_n, reference_mask)
+    return spec.finish_similarity(total, len(target), reference_mask)

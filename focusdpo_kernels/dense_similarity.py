@@ -1,6 +1,6 @@
 """Dense cross-layer similarity, `pooling="max"`: the best match among a subject's tokens (docs/method.md, E4').
 
-    S[r, p] = sum_n w[n] max_{q: m[r, q]} cos(h_ref[n, q], h_tgt[n, p]) / sum_n w[n]
+    S[r, p] = sum_n max_{q: m[r, q]} cos(h_ref[n, q], h_tgt[n, p]) / N
 
 Tiled like flash attention: a program keeps the running maximum of its target tokens while tiles of reference tokens pass, so
 the Q x P matrix never reaches memory. Products run on tensor cores for fp16 and bf16, in full precision for fp32, and
@@ -20,7 +20,7 @@ from torch import Tensor
 from focusdpo_kernels import reference as spec
 from focusdpo_kernels.backend import INTERPRETED, device_guard
 from focusdpo_kernels.launch import TRITON_DTYPES, Launch, Registers, ceil_div, next_power_of_2
-from focusdpo_kernels.layers import REFERENCE, TARGET, is_vectorizable, pointer_table, table_rows, table_weight
+from focusdpo_kernels.layers import REFERENCE, TARGET, is_vectorizable, pointer_table, table_rows
 
 
 @triton.jit(do_not_specialize=["N", "T"])
@@ -80,7 +80,6 @@ def _dense_kernel(
     mask_p = offs_p < P
     offs_r = tl.arange(0, R_PAD)
     total = tl.zeros([R_PAD, BLOCK_P], tl.float32)
-    total_weight = 0.0
     for n in range(N):
         target, stride_p, width_p = table_rows(table_ptr, n, b, TARGET, DTYPE, CONTIGUOUS)
         reference, stride_q, width_q = table_rows(table_ptr, n, b, REFERENCE, DTYPE, CONTIGUOUS)
@@ -109,15 +108,13 @@ def _dense_kernel(
                 # A NaN token is never the best match.
                 found = tl.where((m != 0)[None, :] & (cosine == cosine), cosine, float("-inf"))
                 best = tl.where((offs_r == r)[:, None], tl.maximum(best, tl.max(found, axis=1)[None, :]), best)
-        w = table_weight(table_ptr, n)
-        total += w * best
-        total_weight += w
+        total += best
     mask_out = (offs_r < R)[:, None] & mask_p[None, :]
     out = out_ptr + (b * R + offs_r[:, None]) * P + offs_p[None, :]
     if ACCUMULATE:
         total += tl.load(out, mask=mask_out, other=0.0)
     else:
-        total = tl.div_rn(total, total_weight)
+        total = tl.div_rn(total, tl.cast(N, tl.float32))
     tl.store(out, total, mask=mask_out)
 
 
@@ -167,16 +164,14 @@ def _launches(dtype: torch.dtype, subjects: int, contiguous: bool, accumulate: b
     return norms[0], norms[1], dense
 
 
-def launch_dense(
-    target: Sequence[Tensor], reference: Sequence[Tensor], mask: Tensor, weights: Sequence[float], out: Tensor, accumulate: bool
-) -> None:
-    """Writes S into `out` [B, R, P], or adds weighted cosines to it where `accumulate`. `mask` is uint8."""
+def launch_dense(target: Sequence[Tensor], reference: Sequence[Tensor], mask: Tensor, out: Tensor, accumulate: bool) -> None:
+    """Writes S into `out` [B, R, P], or adds cosines to it where `accumulate`. `mask` is uint8."""
     batch, subjects, patches = out.shape
     tokens, width = reference[0].shape[1:]
     layers, device = len(target), out.device
     contiguous = is_vectorizable([*target, *reference])
     norm_target, norm_reference, dense = _launches(target[0].dtype, subjects, contiguous, accumulate)
-    table = pointer_table(target, reference, weights)
+    table = pointer_table(target, reference)
     inverse_target = torch.empty((batch, layers, patches), dtype=torch.float32, device=device)
     inverse_reference = torch.empty((batch, layers, tokens), dtype=torch.float32, device=device)
     with device_guard(out):

@@ -6,7 +6,6 @@ table describes one layer. Where there is one layer only, it is passed as it is.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 
 import torch
@@ -14,11 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Columns of a row: pointer and three strides of the target, the same of the reference, bits of the fp32 weight.
+# Columns of a row: pointer and three strides of the target, and the same of the reference.
 TARGET = tl.constexpr(0)
 REFERENCE = tl.constexpr(4)
-WEIGHT = tl.constexpr(8)
-COLUMNS = tl.constexpr(9)
+COLUMNS = tl.constexpr(8)
 
 
 @triton.jit
@@ -48,12 +46,6 @@ def table_rows(table_ptr, n, b, SIDE: tl.constexpr, DTYPE: tl.constexpr, CONTIGU
     return base, stride, width
 
 
-@triton.jit
-def table_weight(table_ptr, n):
-    """Layer n's weight in the average."""
-    return tl.load(table_ptr + n * COLUMNS + WEIGHT).to(tl.int32).to(tl.float32, bitcast=True)
-
-
 def is_vectorizable(layers: Sequence[Tensor]) -> bool:
     """Unit stride along the width, and rows that start on 16 bytes."""
     lanes = 16 // layers[0].element_size()
@@ -62,17 +54,14 @@ def is_vectorizable(layers: Sequence[Tensor]) -> bool:
     )
 
 
-def pointer_table(target: Sequence[Tensor], reference: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+def pointer_table(target: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
     """[N, COLUMNS] int64 on the layers' device, without waiting for it.
 
     Args:
         target, reference: N tensors each, of one shape, dtype and device.
-        weights: N weights.
     """
-    rows = []
-    for h_tgt, h_ref, weight in zip(target, reference, weights, strict=True):
-        bits = struct.unpack("<i", struct.pack("<f", weight))[0]
-        rows.append([h_tgt.data_ptr(), *h_tgt.stride(), h_ref.data_ptr(), *h_ref.stride(), bits])
+    pairs = zip(target, reference, strict=True)
+    rows = [[number for h in pair for number in (h.data_ptr(), *h.stride())] for pair in pairs]
     device = target[0].device
     if device.type == "cpu":
         return torch.tensor(rows, dtype=torch.int64, device=device)

@@ -1,7 +1,7 @@
 """Pooled cross-layer similarity, `pooling="reference"` (docs/method.md, E3 and E4).
 
     c[r, n] = sum_q m[r, q] h_ref[n, q] / sum_q m[r, q],    u[r, n] = c / |c|
-    S[r, p] = sum_n w[n] <u[r, n], h_tgt[n, p]> / |h_tgt[n, p]| / sum_n w[n]
+    S[r, p] = sum_n <u[r, n], h_tgt[n, p]> / |h_tgt[n, p]| / N
 
 `_pool_kernel` reads each reference token once and sums it into its subjects, `_unit_kernel` turns the sums into unit vectors,
 `_compare_kernel` reads each target token once. The sums over tokens and over widths are matrix products of a tile of hidden
@@ -29,7 +29,7 @@ from torch import Tensor
 from focusdpo_kernels import reference as spec
 from focusdpo_kernels.backend import INTERPRETED, device_guard
 from focusdpo_kernels.launch import POINTERS, TRITON_DTYPES, Launch, Registers, ceil_div, next_power_of_2
-from focusdpo_kernels.layers import REFERENCE, TARGET, is_vectorizable, pointer_table, table_rows, table_weight
+from focusdpo_kernels.layers import REFERENCE, TARGET, is_vectorizable, pointer_table, table_rows
 
 FILL = 512  # programs that fill a large GPU: about four for each multiprocessor
 MIN_SPAN, MAX_SPAN = 128, 2048  # reference tokens of a program: fewer are not worth a split, more leave a long tail
@@ -227,7 +227,7 @@ def _compare_kernel(
                 u = u.to(tl.float32)
             dot = tl.dot(h, u, dot, input_precision="ieee")
             square += tl.sum(x * x, axis=1)
-        scale = tl.div_rn(table_weight(table_ptr, n), SCALE * tl.maximum(tl.sqrt_rn(square), EPS))
+        scale = tl.div_rn(1.0, SCALE * tl.maximum(tl.sqrt_rn(square), EPS))
         total += tl.sum(tl.reshape(dot, [BLOCK_P, PARTS_PAD, R_PAD]), axis=1) * scale[:, None]
     offs_r = tl.arange(0, R_PAD)
     mask_out = mask_p[:, None] & (offs_r < R)[None, :]
@@ -235,14 +235,14 @@ def _compare_kernel(
     tl.store(out, total, mask=mask_out)
 
 
-@triton.jit(do_not_specialize=["P", "SPLITS"])
+@triton.jit(do_not_specialize=["N", "P", "SPLITS"])
 def _average_kernel(
     part_ptr,  # [B, SPLITS, R, P] fp32
     count_ptr,  # [B, R] fp32
     out_ptr,  # [B, R, P] fp32
+    N,
     P,
     SPLITS,
-    total_weight,
     R: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
@@ -254,7 +254,8 @@ def _average_kernel(
     for split in range(SPLITS):
         total += tl.load(part_ptr + ((b * SPLITS + split) * R + r) * P + offs_p, mask=mask_p, other=0.0)
     present = tl.load(count_ptr + b * R + r) > 0
-    tl.store(out_ptr + (b * R + r) * P + offs_p, tl.where(present, tl.div_rn(total, total_weight), float("-inf")), mask=mask_p)
+    mean = tl.div_rn(total, tl.cast(N, tl.float32))
+    tl.store(out_ptr + (b * R + r) * P + offs_p, tl.where(present, mean, float("-inf")), mask=mask_p)
 
 
 class _Launches(NamedTuple):
@@ -273,8 +274,8 @@ def _launches(dtype: torch.dtype, subjects: int, contiguous: bool) -> _Launches:
     # The interpreter's dot takes the bits of bf16 for integers; products of bf16 are exact in fp32 as well.
     upcast = {"UPCAST": INTERPRETED and dtype == torch.bfloat16}
     scaled = {"EPS": spec.EPS, "SCALE": SCALE}
-    floats = dict.fromkeys(("sum_ptr", "part_count_ptr", "count_ptr", "part_ptr", "out_ptr", "total_weight"), "*fp32")
-    types = {**floats, "total_weight": "fp32", "table_ptr": "*i64", "unit_ptr": POINTERS[dtype], "mask_ptr": "*u8"}
+    floats = dict.fromkeys(("sum_ptr", "part_count_ptr", "count_ptr", "part_ptr", "out_ptr"), "*fp32")
+    types = {**floats, "table_ptr": "*i64", "unit_ptr": POINTERS[dtype], "mask_ptr": "*u8"}
     # Rows of 128 bytes and more, four tiles deep: some 100 KiB on their way to a multiprocessor (docs/performance.md).
     # Without unit stride every element has a 64-bit address of its own, and fp32 runs on ordinary cores: fewer rows, or
     # registers spill.
@@ -340,15 +341,13 @@ def token_splits(layers: int, blocks: int, tokens: int) -> int:
     return max(min(wanted, ceil_div(tokens, MIN_SPAN)), 1)
 
 
-def launch_pooled(
-    target: Sequence[Tensor], reference: Sequence[Tensor], mask: Tensor, weights: Sequence[float], out: Tensor
-) -> None:
+def launch_pooled(target: Sequence[Tensor], reference: Sequence[Tensor], mask: Tensor, out: Tensor) -> None:
     """Writes S into `out` [B, R, P]. `mask` is uint8."""
     batch, subjects, patches = out.shape
     tokens, width = reference[0].shape[1:]
     layers, device, dtype = len(target), out.device, target[0].dtype
     pool, unit, compare, average = _launches(dtype, subjects, is_vectorizable([*target, *reference]))
-    table = pointer_table(target, reference, weights)
+    table = pointer_table(target, reference)
 
     def floats(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
@@ -370,7 +369,7 @@ def launch_pooled(
         unit((batch, layers, subjects), sums, part_count, units, count, layers, width, splits)
         compare((batch, tiles, layer_splits), table, units, parts, layers, patches, width, layers_each)
         grid = (batch, subjects, ceil_div(patches, average.constants["BLOCK_P"]))
-        average(grid, parts, count, out, patches, layer_splits, float(sum(weights)))
+        average(grid, parts, count, out, layers, patches, layer_splits)
 
 
 def launches() -> Iterator[Launch]:

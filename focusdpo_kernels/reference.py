@@ -97,24 +97,20 @@ def _cosine(a: Tensor, b: Tensor) -> Tensor:
     return a @ b.mT / (norm_a[:, :, None] * norm_b[:, None, :])
 
 
-def finish_similarity(total: Tensor, total_weight: float, reference_mask: Tensor) -> Tensor:
+def finish_similarity(total: Tensor, layers: int, reference_mask: Tensor) -> Tensor:
     """E4's average over layers; a subject without a reference token gets -inf."""
     absent = (reference_mask == 0).all(-1, keepdim=True)  # [B, R, 1]
-    return (total / total_weight).masked_fill_(absent, -math.inf)  # in place: the quotient is nobody else's
+    return (total / layers).masked_fill_(absent, -math.inf)  # in place: the quotient is nobody else's
 
 
 def cross_layer_similarity(
-    target: Sequence[Tensor],
-    reference: Sequence[Tensor],
-    reference_mask: Tensor,
-    layer_weights: Sequence[float],
-    pooling: str = "reference",
+    target: Sequence[Tensor], reference: Sequence[Tensor], reference_mask: Tensor, pooling: str = "reference"
 ) -> Tensor:
-    """E4: S[b, r, p], the weighted mean over layers of `layer_similarity`."""
+    """E4: S[b, r, p], the mean over layers of `layer_similarity`."""
     total = torch.zeros((), device=target[0].device)
-    for target_n, reference_n, weight in zip(target, reference, layer_weights, strict=True):
-        total = total + weight * layer_similarity(target_n, reference_n, reference_mask, pooling)
-    return finish_similarity(total, sum(layer_weights), reference_mask)
+    for target_n, reference_n in zip(target, reference, strict=True):
+        total = total + layer_similarity(target_n, reference_n, reference_mask, pooling)
+    return finish_similarity(total, len(target), reference_mask)
 
 
 def topk_mask(scores: Tensor, k: int | Tensor) -> Tensor:

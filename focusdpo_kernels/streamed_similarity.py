@@ -1,7 +1,7 @@
 """Pooled similarity layer by layer, in two launches each (docs/method.md, E3 and E4).
 
     c[r] = sum_q m[r, q] h_ref[q] / sum_q m[r, q]
-    S[r, p] = sum_n w[n] <c[r, n], h_tgt[n, p]> / |c[r, n]| / |h_tgt[n, p]| / sum_n w[n]
+    S[r, p] = sum_n <c[r, n], h_tgt[n, p]> / |c[r, n]| / |h_tgt[n, p]| / N
 
 One layer has few tokens for a large GPU, so both launches split the width as well. `_pool_layer_kernel` sums the reference
 tokens into their subjects. A program of `_compare_layer_kernel` makes the mean tokens of its slice of the width from those
@@ -91,7 +91,6 @@ def _pool_layer_kernel(
     sums,  # Sums
     parts,  # Parts of the previous layer
     total_ptr,  # [B, R, P] fp32: the layers before the previous one
-    weight,  # of the previous layer
     layers,  # before this one
     SLICES,  # of the previous layer
     TILES,  # programs for it, none at the first layer
@@ -119,7 +118,7 @@ def _pool_layer_kernel(
         row = tl.arange(0, ROWS)
         mask_p = (row < R)[:, None] & (offs_p < P)[None, :]
         so_far = total_ptr + (b * R + row[:, None]) * P + offs_p[None, :]
-        cosine = weight * cosine + tl.load(so_far, mask=mask_p & (layers > 1), other=0.0)
+        cosine += tl.load(so_far, mask=mask_p & (layers > 1), other=0.0)
         tl.store(so_far, cosine, mask=mask_p)
     else:
         split = (program - TILES) % SPLITS
@@ -225,8 +224,6 @@ def _average_layers_kernel(
     count_ptr,  # as in Sums
     total_ptr,
     out_ptr,  # [B, R, P] fp32
-    weight,  # of the last layer
-    total_weight,
     layers,
     P,
     SPLITS,
@@ -239,14 +236,15 @@ def _average_layers_kernel(
     b = tl.program_id(0).to(tl.int64)
     row = tl.arange(0, ROWS)
     offs_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    total = weight * _cosines(parts, b, offs_p, P, SLICES, R, ROWS, EPS)
+    total = _cosines(parts, b, offs_p, P, SLICES, R, ROWS, EPS)
     mask_out = (row < R)[:, None] & (offs_p < P)[None, :]
     offsets = (b * R + row[:, None]) * P + offs_p[None, :]
     total += tl.load(total_ptr + offsets, mask=mask_out & (layers > 1), other=0.0)
     count = tl.zeros([ROWS], tl.float32)
     for split in range(SPLITS):
         count += tl.load(count_ptr + (b * SPLITS + split) * R + row, mask=row < R, other=0.0)
-    tl.store(out_ptr + offsets, tl.where((count > 0)[:, None], tl.div_rn(total, total_weight), float("-inf")), mask=mask_out)
+    mean = tl.div_rn(total, tl.cast(layers, tl.float32))
+    tl.store(out_ptr + offsets, tl.where((count > 0)[:, None], mean, float("-inf")), mask=mask_out)
 
 
 class _Launches(NamedTuple):
@@ -268,7 +266,7 @@ def _launches(dtype: torch.dtype, subjects: int, contiguous: bool) -> _Launches:
     }
     rows = {"R": subjects, "ROWS": next_power_of_2(subjects + 1)}
     fp32, strides = "*fp32", ("i32",) * 3
-    buffers: dict[str, Any] = {"sums": Sums(fp32, fp32), "parts": Parts(fp32, fp32), "total_ptr": fp32, "weight": "fp32"}
+    buffers: dict[str, Any] = {"sums": Sums(fp32, fp32), "parts": Parts(fp32, fp32), "total_ptr": fp32}
     pool = Launch(
         _pool_layer_kernel,
         {
@@ -309,7 +307,7 @@ def _launches(dtype: torch.dtype, subjects: int, contiguous: bool) -> _Launches:
         {**rows, "EPS": spec.EPS, "BLOCK_P": BLOCK_P},
         threads=128,
         registers=Registers(64, 64, 72, 32),
-        types={**buffers, "count_ptr": fp32, "out_ptr": fp32, "total_weight": "fp32"},
+        types={**buffers, "count_ptr": fp32, "out_ptr": fp32},
     )
     return _Launches(pool, compare, average)
 
@@ -356,10 +354,9 @@ class StreamedSimilarity:
         self.total = torch.empty(shape, dtype=torch.float32, device=device)  # [B, R, P]: all layers but the last
         self._plans: dict[tuple[bool, int, torch.dtype], _Plan] = {}
         self._last: _Plan | None = None
-        self._last_weight = 0.0
         self._layers = 0
 
-    def add(self, target: Tensor, reference: Tensor, mask: Tensor, weight: float) -> None:
+    def add(self, target: Tensor, reference: Tensor, mask: Tensor) -> None:
         """Adds a layer: target [B, P, D], reference [B, Q, D], mask [B, R, Q] uint8."""
         if self.total.numel() == 0:
             return
@@ -369,7 +366,7 @@ class StreamedSimilarity:
             plan = self._plans[kind] = _Plan(target, reference, self.total.shape[1], contiguous=kind[0])
         last = self._last or plan
         tiles = last.tiles if self._layers else 0
-        previous = (self._last_weight, self._layers, last.slices, tiles)
+        previous = (self._layers, last.slices, tiles)
         # All else that a kernel gets here is the same for all layers of a plan, or not specialised on.
         hidden, tokens, taken = (Strided(tensor, *tensor.stride()) for tensor in (target, reference, mask))
         key = (*hidden[1:], *tokens[1:], *taken[1:], *(tensor.data_ptr() % 16 == 0 for tensor in (target, reference, mask)))
@@ -378,19 +375,18 @@ class StreamedSimilarity:
             grid = (batch, tiles + plan.pool_programs, 1)
             plan.pool(key, grid, tokens, taken, plan.sums, last.parts, self.total, *previous, *plan.pool_sizes)
             plan.compare(key, plan.compare_grid, hidden, plan.sums, plan.parts, *plan.compare_sizes)
-        self._last, self._last_weight = plan, weight
+        self._last = plan
         self._layers += 1
 
-    def average(self, total_weight: float) -> Tensor:
-        """S [B, R, P] of the layers so far, whose weights add up to `total_weight`; more may follow."""
+    def average(self) -> Tensor:
+        """S [B, R, P] of the layers so far; more may follow."""
         out = torch.empty_like(self.total)
         plan = self._last
         if plan is not None:
             batch, _, patches = out.shape
-            weights = (self._last_weight, total_weight)
             sizes = (self._layers, patches, plan.splits, plan.slices)
             with device_guard(out):
-                plan.average((batch, plan.tiles), plan.parts, plan.sums.counts, self.total, out, *weights, *sizes)
+                plan.average((batch, plan.tiles), plan.parts, plan.sums.counts, self.total, out, *sizes)
         return out
 
 

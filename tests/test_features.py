@@ -63,19 +63,6 @@ def test_streams_what_the_kernels_compute_at_once(reentrant, recomputed):
     torch.testing.assert_close(tap.scores(), expected)
 
 
-@pytest.mark.parametrize("pooling", ["reference", "max"])
-def test_blocks_of_unequal_weight(pooling):
-    model, mask, image = Blocks(), torch.rand(2, 3, 4) > 0.3, torch.randn(2, 9, 8)
-    with tapped(model, image, mask, layer_weights=[3.0, 0.5], pooling=pooling) as tap, torch.no_grad():
-        model(image)
-    layers = [model.seen[0], model.seen[2]]
-    options = {"layer_weights": [3.0, 0.5], "pooling": pooling}
-    expected = cross_layer_similarity([h[:, :5] for h in layers], [h[:, 5:] for h in layers], mask, **options)
-    torch.testing.assert_close(tap.scores(), expected)
-    alike = cross_layer_similarity([h[:, :5] for h in layers], [h[:, 5:] for h in layers], mask, pooling=pooling)
-    assert not torch.allclose(expected, alike, atol=1e-3)
-
-
 def test_hooks_are_removed_even_after_an_error():
     model, mask = Blocks(), torch.ones(2, 1, 4)
     with pytest.raises(RuntimeError, match="stop"), tapped(model, None, mask):
@@ -132,8 +119,6 @@ def test_refusals():
         tapped(model, None, mask, paths=())
     with pytest.raises(ValueError, match="^paths: a block is named twice in .'blocks.0', 'blocks.0'.$"):
         tapped(model, None, mask, paths=("blocks.0", "blocks.0"))
-    with pytest.raises(ValueError, match="^layer_weights: got 1 weights for 2 blocks$"):
-        tapped(model, None, mask, layer_weights=[1.0])
     with pytest.raises(ValueError, match="none such"), tapped(model, None, mask, backend="none such"):
         model(torch.randn(2, 9, 8))
     with tapped(model, None, mask) as tap:

@@ -156,14 +156,14 @@ def _subjects_together(root: Path, classes: dict[str, str]) -> list[tuple[str, s
     return [(pair[0], pair[1]) for pair in pairs if len(pair) == 2 and all(photos(root, name) for name in pair)]
 
 
-def read_classes(root: Path) -> dict[str, str]:
-    """Class by subject, from prompts_and_classes.txt."""
+def read_classes(root: Path, setting: str = "root") -> dict[str, str]:
+    """Class by subject, from prompts_and_classes.txt; messages name the setting that names the folder."""
     file = root / CLASSES_FILE
     if not file.is_file():
-        raise FileNotFoundError(f"root: no {CLASSES_FILE} in {root}; expected a DreamBench folder")
+        raise FileNotFoundError(f"{setting}: no {CLASSES_FILE} in {root}; expected a DreamBench folder")
     rows = [line.strip().split(",") for line in file.read_text().splitlines()]
     classes = {row[0]: row[1] for row in rows if len(row) == 2 and row[0].isidentifier() and row[0] != "subject_name"}
-    require(bool(classes), f"root: {file}", "no line", "lines like dog2,dog")
+    require(bool(classes), f"{setting}: {file}", "no line", "lines like dog2,dog")
     return classes
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from focusdpo.data.images import ImageError, attempt, read_size
-from focusdpo.data.records import MAX_REFERENCES, DatasetError, LineError, Problem, parse_line, text_fault
+from focusdpo.data.lines import DatasetError, LineParser, Problem, read_lines, split_problems
 
 FILE_NAME = "scenes.jsonl"
 FIELDS = {"prompt": True, "scene": True, "subjects": True, "meta": False}
@@ -84,16 +84,10 @@ def load_scenes(path: str | Path, progress: bool = True) -> list[Scene]:
         file = file / FILE_NAME
     if not file.is_file():
         raise FileNotFoundError(f"scenes: no such file: {file}; expected a {FILE_NAME}, or a folder that holds one")
-    scenes: list[Scene] = []
-    problems: list[Problem] = []
-    for number, raw in enumerate(file.read_bytes().splitlines(), start=1):
-        if raw.strip():
-            scene, found = _parse(file, number, raw)
-            problems += found
-            if scene is not None:
-                scenes.append(scene)
+    lines = read_lines(file, lambda line: _SceneParser(file, line))
+    scenes, problems = split_problems(lines)
     if not scenes and not problems:
-        problems.append(Problem(file, 1, "file", "has no scene; write one JSON object a line"))
+        problems.append(Problem(file, 1, "file", "has no scene", "write one JSON object a line"))
     with ThreadPoolExecutor() as pool:
         # A photo that is missing shows in each of its subjects.
         checked = pool.map(lambda scene: list(dict.fromkeys(_check_files(scene))), scenes)
@@ -104,72 +98,36 @@ def load_scenes(path: str | Path, progress: bool = True) -> list[Scene]:
     return scenes
 
 
-def _parse(file: Path, line: int, raw: bytes) -> tuple[Scene | None, list[Problem]]:
-    problems: list[Problem] = []
+class _SceneParser(LineParser[Scene]):
+    """Makes a scene of a line."""
 
-    def problem(name: str, message: str) -> None:
-        problems.append(Problem(file, line, name, message))
+    DOCS = "docs/build.md"
 
-    def fields(prefix: str, value: dict[str, Any], known: dict[str, bool]) -> None:
-        for name in (name for name, required in known.items() if required and name not in value):
-            problem(prefix + name, "is missing")
-        for name in (name for name in value if name not in known):
-            problem(prefix + name, f"is not a field; known are {', '.join(known)} (free values go into meta of the scene)")
-
-    def text(name: str, value: object) -> str:
-        fault = text_fault(value)
-        if fault is not None:
-            problem(name, fault)
-        return "" if fault is not None else str(value)
-
-    def box(name: str, value: object) -> Box | None:
-        match value:
-            case [int(left), int(top), int(right), int(bottom)] if 0 <= left < right and 0 <= top < bottom:
-                return left, top, right, bottom
-        problem(name, f"expected [left, top, right, bottom] in whole pixels, got {value!r}")
-        return None
-
-    try:
-        value = parse_line(raw)
-    except LineError as error:
-        problem(error.field, f"{error.message}; {error.remedy}")
-        return None, problems
-    if not isinstance(value, dict):
-        problem("line", f"expected a JSON object, got {type(value).__name__}")
-        return None, problems
-    fields("", value, FIELDS)
-    prompt = text("prompt", value["prompt"]) if "prompt" in value else ""
-    image = file.parent / text("scene", value["scene"]) if "scene" in value else file
-    if not isinstance(value.get("meta", {}), dict):
-        problem("meta", f"expected an object, got {type(value['meta']).__name__}")
-    listed = value.get("subjects", [])
-    if "subjects" in value and not (isinstance(listed, list) and 1 <= len(listed) <= MAX_REFERENCES):
-        got = f"{len(listed)} items" if isinstance(listed, list) else type(listed).__name__
-        problem("subjects", f"expected a list of 1 to {MAX_REFERENCES} subjects, got {got}")
-        listed = []
-    subjects = []
-    for index, item in enumerate(listed):
-        prefix = f"subjects[{index}]"
-        if not isinstance(item, dict):
-            problem(prefix, f'expected an object like {{"class_name": "dog", "reference": "rex.png"}}, got {item!r}')
-            continue
-        fields(f"{prefix}.", item, SUBJECT_FIELDS)
-        given = {name: item[name] for name in item if item[name] is not None}
-        texts = {name: text(f"{prefix}.{name}", given[name]) for name in ("class_name", "name", *PATHS) if name in given}
-        boxes = {name: box(f"{prefix}.{name}", given[name]) for name in BOXES if name in given}
-        paths = {name: file.parent / texts[name] for name in PATHS if name in texts}
-        if "reference" in paths and "class_name" in texts:
-            subjects.append(
-                SceneSubject(
-                    texts["class_name"],
-                    texts.get("name", str(paths["reference"])),
-                    View(image, paths.get("mask"), boxes.get("box")),
-                    View(paths["reference"], paths.get("reference_mask"), boxes.get("reference_box")),
+    def make(self, value: dict[str, Any]) -> Scene | None:
+        self.check_fields("", value, FIELDS)
+        folder = self.file.parent
+        prompt = self.text("prompt", value["prompt"], "write what the scene shows") if "prompt" in value else None
+        name = self.text("scene", value["scene"], 'write it like "scene.png"') if "scene" in value else None
+        meta, image = self.meta(value), folder / (name or "")
+        subjects = []
+        remedy, example = "give each subject of the prompt one", '{"class_name": "dog", "reference": "rex.png"}'
+        listed = self.objects("subjects", value["subjects"], SUBJECT_FIELDS, remedy, example) if "subjects" in value else ()
+        for place, item in listed:
+            given = {name: item[name] for name in item if item[name] is not None}
+            named = [name for name in ("class_name", "name", *PATHS) if name in given]
+            texts = {name: self.text(place + name, given[name], "write it as text") or "" for name in named}
+            boxes = {name: self.box(place + name, given[name], (int,)) for name in BOXES if name in given}
+            paths = {name: folder / texts[name] for name in PATHS if name in texts}
+            if "reference" in paths and "class_name" in texts:
+                subjects.append(
+                    SceneSubject(
+                        texts["class_name"],
+                        texts.get("name", str(paths["reference"])),
+                        View(image, paths.get("mask"), boxes.get("box")),
+                        View(paths["reference"], paths.get("reference_mask"), boxes.get("reference_box")),
+                    )
                 )
-            )
-    if problems:
-        return None, problems
-    return Scene(file, line, prompt, image, tuple(subjects), value.get("meta", {})), problems
+        return None if prompt is None else Scene(self.file, self.line, prompt, image, tuple(subjects), meta)
 
 
 def _check_files(scene: Scene) -> Iterator[Problem]:

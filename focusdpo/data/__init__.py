@@ -2,7 +2,8 @@
 
 from focusdpo.data.buckets import leave_out_misfits
 from focusdpo.data.dataset import Encodings, PairBatch, PairDataset, PairSample, PairSizes, SizeBatches, collate
-from focusdpo.data.records import DatasetError, PairRecord, Problem, Reference
+from focusdpo.data.lines import DatasetError, Problem
+from focusdpo.data.records import PairRecord, Reference
 from focusdpo.data.references import LongestSide, Placement, ReferenceRule
 from focusdpo.data.stream import PairStream
 from focusdpo.data.validation import load_pairs

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from focusdpo.data.dataset import PairDataset, reference_mask
 from focusdpo.data.images import read_mask, read_size
-from focusdpo.data.records import DatasetError, Problem
+from focusdpo.data.lines import DatasetError, Problem
 from focusdpo.data.references import Placement
 from focusdpo.foundation.files import ReadableFile
 

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageChops
@@ -26,10 +26,11 @@ from focusdpo.data.images import (
     read_image,
     token_size,
 )
-from focusdpo.data.records import PairRecord, Problem
+from focusdpo.data.lines import Problem
+from focusdpo.data.records import PairRecord
+from focusdpo.foundation.choices import Check
 from focusdpo.foundation.files import ReadableFile, checksum
 
-Check = Literal["full", "headers"]
 T = TypeVar("T")
 
 COMPARED_AT = 512  # pixels of the longest side at which winner, loser and prior are compared, token by token

@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 
 from focusdpo.data.checks import changed_tokens
 from focusdpo.data.images import ImageBytes, ImageError, attempt, inside, read_alpha, read_gray, read_image
-from focusdpo.data.records import FILE_NAME, MAX_REFERENCES, text_fault
+from focusdpo.data.lines import MAX_REFERENCES, text_fault
+from focusdpo.data.records import FILE_NAME
 from focusdpo.data.shards import image_suffix
 from focusdpo.foundation.files import ReadableFile
 from focusdpo.foundation.packages import require_package

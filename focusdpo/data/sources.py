@@ -5,6 +5,7 @@ All become records whose images open at random: batches, exact resume, cache and
 
 from __future__ import annotations
 
+import abc
 import bisect
 import csv
 import datetime
@@ -23,11 +24,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Protocol
+from typing import Any, BinaryIO, Literal
 
 from tqdm.auto import tqdm
 
-from focusdpo.data.records import FIELDS, FILE_NAME, PairRecord, Problem, RecordParser
+from focusdpo.data.lines import Problem, read_lines
+from focusdpo.data.records import FIELDS, FILE_NAME, PairRecord, RecordParser
 from focusdpo.data.shards import TarMember, list_samples
 from focusdpo.foundation.files import ReadableFile, checksum
 from focusdpo.foundation.packages import require_package
@@ -49,50 +51,43 @@ EXPECTED = (
 )
 
 
-class Source(Protocol):
+@dataclass(frozen=True)
+class Source(abc.ABC):
     """One file of records."""
 
-    @property
-    def file(self) -> Path: ...
+    file: Path
 
+    @abc.abstractmethod
     def items(self) -> Iterator[PairRecord | Problem]:
         """One after the other the records that parse, without opening an image, and the problems of those that do not."""
 
     def count(self) -> int | None:
         """About how many records there are, where that is known without reading them."""
+        return None
 
     def digest(self) -> str:
-        """Changes where records change."""
+        """Changes where records change. All of the file is read through once, images included."""
+        return checksum(self.file)
 
 
-@dataclass
-class JsonLines:
+class JsonLines(Source):
     """pairs.jsonl, or an image folder's metadata.jsonl; paths are relative to it."""
-
-    file: Path
 
     def items(self) -> Iterator[PairRecord | Problem]:
         in_folder, parent = self.file.name in METADATA, self.file.parent
-        with self.file.open("rb") as stream:
-            for line, raw in enumerate(stream, start=1):
-                if not raw.strip():
-                    continue
-                parser = _RowParser(self.file, line) if in_folder else RecordParser(self.file, line, parent.joinpath)
-                yield from _items(parser, parser.parse_json(raw))
+
+        def parser(line: int) -> RecordParser:
+            return _RowParser(self.file, line) if in_folder else RecordParser(self.file, line, parent.joinpath)
+
+        return read_lines(self.file, parser)
 
     def count(self) -> int | None:
         with self.file.open("rb") as stream:
             return sum(block.count(b"\n") for block in iter(lambda: stream.read(2**20), b""))
 
-    def digest(self) -> str:
-        return checksum(self.file)
 
-
-@dataclass
-class Shard:
+class Shard(Source):
     """A tar in WebDataset's layout: a pair's members share their name up to the first dot, and its .json names the others."""
-
-    file: Path
 
     def items(self) -> Iterator[PairRecord | Problem]:
         samples, found = list_samples(self.file)
@@ -103,13 +98,10 @@ class Shard:
                 continue
             parser = RecordParser(self.file, line, functools.partial(self._locate, key, members))
             with members["json"].open("rb") as stream:
-                yield from _items(parser, parser.parse_json(stream.read()))
+                yield from parser.parse_json(stream.read())
         lines = {key: line for line, key in enumerate(samples, start=1)}
         for p in found:
             yield Problem(self.file, lines.get(p.key, 1), p.name, p.message, p.remedy, p.severity)
-
-    def count(self) -> int | None:
-        return None
 
     @staticmethod
     def _locate(key: str, members: dict[str, TarMember], name: str) -> ReadableFile:
@@ -143,7 +135,7 @@ class _RowParser(RecordParser):
         super().__init__(file, line, file.parent.joinpath)
         self.table = table
 
-    def parse(self, value: object) -> PairRecord | None:
+    def parse(self, value: object) -> Sequence[PairRecord | Problem]:
         if isinstance(value, dict):
             given = {name: item for name, item in value.items() if item is not None}
             if self.file.name in METADATA:
@@ -227,14 +219,11 @@ class Cell:
         return f"{self.table.file}, row {self.row + 1}, {self.field}"
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(Source):
     """A parquet file whose columns are the fields of a record, or an image folder's metadata.parquet.
 
     Its values are read when they are asked for, see `_Cells`. What goes to a loader's processes is the file's name.
     """
-
-    file: Path
 
     def __reduce__(self) -> tuple[type[Table], tuple[Path]]:
         return Table, (self.file,)
@@ -299,7 +288,7 @@ class Table:
                         for parser, value, item in zip(parsers, values, found, strict=True):
                             value[name] = _python(item, name, parser)
                     for parser, value in zip(parsers, values, strict=True):
-                        yield from _items(parser, parser.parse(value))
+                        yield from parser.parse(value)
                     bar.update(len(parsers))
         except (OSError, ValueError, pa.ArrowException) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -324,12 +313,8 @@ class Table:
     def _field(self, column: str) -> str:
         return re.sub(r"(?<=.)_file_names?$", "", column) if self.file.name in METADATA else column
 
-    def digest(self) -> str:
-        """Of the whole file: the footer alone may be the same for other images. It is read through once, images included."""
-        return checksum(self.file)
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Opened:
     """What is known of a parquet file before its values; what `_Cells` knows it by."""
 
@@ -342,12 +327,6 @@ class _Opened:
         """The first row of each row group, and the number of rows."""
         sizes = [self.metadata.row_group(group).num_rows for group in range(self.metadata.num_row_groups)]
         return [0, *itertools.accumulate(sizes)]
-
-    def __hash__(self) -> int:
-        return id(self)
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
 
 
 def _identity(file: Path) -> tuple[int, ...]:
@@ -434,11 +413,8 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_CELLS.__init__)  # type: ignore[misc]  # a process of its own has its own files and lock
 
 
-@dataclass
-class Csv:
+class Csv(Source):
     """An image folder's metadata.csv; paths are relative to it, lists and objects are JSON text."""
-
-    file: Path
 
     def items(self) -> Iterator[PairRecord | Problem]:
         row = 0
@@ -453,23 +429,11 @@ class Csv:
                     if len(cells) != len(names):
                         parser.problem("line", f"has {len(cells)} cells, but there are {len(names)} columns", "write it again")
                     value = {name: cell for name, cell in zip(names, cells, strict=False) if cell}
-                    yield from _items(parser, parser.parse(value))
+                    yield from parser.parse(value)
         except UnicodeDecodeError as error:
             yield Problem(self.file, row + 1, "file", f"is not UTF-8 ({error.reason})", "save the file as UTF-8")
         except csv.Error as error:
             yield Problem(self.file, row + 1, "file", f"cannot be read as CSV ({error})", "write it again")
-
-    def count(self) -> int | None:
-        return None
-
-    def digest(self) -> str:
-        return checksum(self.file)
-
-
-def _items(parser: RecordParser, record: PairRecord | None) -> Iterator[PairRecord | Problem]:
-    yield from parser.problems
-    if record is not None:
-        yield record
 
 
 def items_of(source: Source) -> Iterator[PairRecord | Problem]:
@@ -480,22 +444,6 @@ def items_of(source: Source) -> Iterator[PairRecord | Problem]:
         yield item
     if nothing:
         yield Problem(source.file, 1, "file", "has no pair", "look whether it is the right file")
-
-
-def read_source(source: Source) -> tuple[list[PairRecord], list[Problem]]:
-    """Its records, and the problems of what is none."""
-    return _sorted(items_of(source))
-
-
-def _sorted(items: Iterator[PairRecord | Problem]) -> tuple[list[PairRecord], list[Problem]]:
-    records: list[PairRecord] = []
-    problems: list[Problem] = []
-    for item in items:
-        if isinstance(item, Problem):
-            problems.append(item)
-        else:
-            records.append(item)
-    return records, problems
 
 
 def find_sources(path: str | Path) -> list[Source]:
@@ -603,11 +551,6 @@ def _check_series(files: Sequence[Path]) -> None:
         if missing is not None:
             name = f"{stem}-{missing:0{len(total)}}-of-{total}{suffix}"
             raise FileNotFoundError(f"{folder} lacks {name} of {int(total)} files; copy it there")
-
-
-def parse_pairs(path: str | Path) -> tuple[list[PairRecord], list[Problem]]:
-    """Reads all records of a dataset without opening an image: those that parse, and the problems of those that do not."""
-    return _sorted(item for source in find_sources(path) for item in items_of(source))
 
 
 def content_checksum(path: str | Path) -> str:

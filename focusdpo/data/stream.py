@@ -14,8 +14,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from focusdpo.data.checks import check_pair
 from focusdpo.data.dataset import PairDataset, PairSample
-from focusdpo.data.records import DatasetError, PairRecord, Problem
-from focusdpo.data.sources import find_sources, read_source
+from focusdpo.data.lines import DatasetError, Problem, split_problems
+from focusdpo.data.records import PairRecord
+from focusdpo.data.sources import find_sources, items_of
 
 
 class PairStream(IterableDataset[PairSample]):
@@ -80,7 +81,7 @@ class PairStream(IterableDataset[PairSample]):
     def _files(self) -> Iterator[list[PairRecord]]:
         """The records of each file, in the epoch's order."""
         for number in self._order(len(self._sources)):
-            records, problems = read_source(self._sources[number])
+            records, problems = split_problems(items_of(self._sources[number]))
             errors = [problem for problem in problems if problem.severity == "error"]
             if errors:
                 raise DatasetError(errors)

@@ -12,11 +12,13 @@ from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
-from focusdpo.data.checks import Check, CheckedPair, Comparison, check_pair
+from focusdpo.data.checks import CheckedPair, Comparison, check_pair
 from focusdpo.data.dataset import PairSizes, SizeRules
 from focusdpo.data.headers import INDEX
-from focusdpo.data.records import DatasetError, PairRecord, Problem, collector_paused
+from focusdpo.data.lines import DatasetError, Problem
+from focusdpo.data.records import PairRecord, collector_paused
 from focusdpo.data.sources import find_sources, items_of
+from focusdpo.foundation.choices import Check
 from focusdpo.foundation.text import printable
 
 logger = logging.getLogger(__name__)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
+from focusdpo.foundation.choices import KernelBackend
 from focusdpo.foundation.settings import require
 
 
@@ -33,7 +33,7 @@ class DemoConfig:
     resolution: int = 192
     seed: int = 0
     overlays: int = 3
-    backend: Literal["triton", "torch"] | None = None
+    backend: KernelBackend | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:

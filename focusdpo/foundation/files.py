@@ -8,6 +8,8 @@ import json
 import math
 import os
 import re
+import shutil
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +20,7 @@ from typing import Any, Literal, Protocol
 from safetensors import safe_open
 
 COMES = 65.0  # seconds in which a network file system shows what others wrote: Linux keeps for a minute what was not there
+HOST = re.sub(r"\W", "_", socket.gethostname())
 PART = 2**26  # bytes of a large file that are hashed at once
 
 
@@ -45,9 +48,14 @@ def comes(file: Path) -> bool:
     return True
 
 
-def partial_of(path: Path) -> Path:
-    """The name under which a file or folder is written before it gets its own, so that what has that is whole."""
-    return path.with_name(f".{path.name}.partial")
+def partial_of(path: Path, shared: bool = False) -> Path:
+    """The name under which a file or folder is written before it gets its own, so that what has that is whole.
+
+    Args:
+        path: the file or folder.
+        shared: whether other processes, on this machine or others, may write it at the same time: each has its own name.
+    """
+    return path.with_name(f".{path.name}.{HOST}-{os.getpid()}.partial" if shared else f".{path.name}.partial")
 
 
 def write_whole(path: Path, text: str, errors: str = "strict") -> None:
@@ -67,19 +75,40 @@ def writing(path: Path, shared: bool = False) -> Iterator[Path]:
 
     Args:
         path: the file.
-        shared: whether other processes may write it at the same time; what killed ones have left is deleted.
+        shared: as in `partial_of`; what killed processes of this machine have left is deleted.
     """
-    partial = partial_of(path)
+    partial = partial_of(path, shared)
     if shared:
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-            if not _lives(left.name.split(".")[-2]):
+        for left in path.parent.glob(f".{glob.escape(path.name)}.{HOST}-*.partial"):
+            if not _lives(left.name.removesuffix(".partial").rpartition("-")[2]):
                 left.unlink(missing_ok=True)
     try:
         yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing_folder(path: Path) -> Iterator[Path]:
+    """Gives an empty folder to write to; it gets its own name where nothing was raised, and is deleted otherwise.
+
+    Where there is a folder of that name, its files of the same names are replaced, and others stay.
+    """
+    partial = partial_of(path)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if not path.exists():
+            partial.rename(path)
+            return
+        for file in sorted(file for file in partial.rglob("*") if not file.is_dir()):
+            target = path / file.relative_to(partial)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _lives(process: str) -> bool:
@@ -150,6 +179,17 @@ def check_stamped(name: str, path: Path, command: str, overwrite: bool, hint: st
             f"{name}: {path} was not written by `focusdpo {command}`, or was changed since, and is left as it is; name another "
             "file"
         )
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The object of a JSON file; ValueError says what the file holds instead."""
+    try:
+        value = json.loads(file.read_bytes())
+    except RecursionError as error:
+        raise ValueError(f"it is nested too deeply ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds a {type(value).__name__}")
+    return value
 
 
 def write_json(path: Path, value: Any) -> None:

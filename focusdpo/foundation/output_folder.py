@@ -7,27 +7,20 @@ person puts there, or changes, after that is not the command's any more. What fi
 
 from __future__ import annotations
 
-import errno
-import json
 import logging
 import os
 import re
 import shutil
-import socket
-import time
 import uuid
-import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from focusdpo.foundation.files import checksum, comes, write_json
+from focusdpo.foundation.files import checksum, comes, read_object, write_json, writing_folder
+from focusdpo.foundation.folder_lock import FolderLock
 from focusdpo.foundation.launch import Launch
 
 logger = logging.getLogger(__name__)
@@ -37,15 +30,13 @@ LEGACY = b"Made by focusdpo;"  # a file of that name began so in versions that k
 BELOW = "**"  # last part of a pattern: whatever lies there, however deep
 LINK = ["link"]  # listed of a symbolic link, whatever it leads to
 WRITTEN = "written"  # a note: what stood in files that people edit
-PARTIAL = re.compile(r"\.(.+?)(\.\d+)?\.partial")  # see partial_of; the number is the process where several write
+PARTIAL = re.compile(r"\.(.+?)(\.(\w+-)?\d+)?\.partial")  # see partial_of; versions before 0.2 named no machine
 # Up to how many bytes a file is listed with its hash: texts may be edited to others of the same length; images hardly can.
 HASHED = dict.fromkeys((".csv", ".html", ".json", ".jsonl", ".md", ".txt", ".yaml"), 2**20) | {".safetensors": 2**30}
 NAMED = 5  # files in a message
 # A pipeline that diffusers saved under the name model, as patterns.
 PIPELINE_WRITTEN = (r"model/model_index\.json", r"model/[a-z_0-9]+/[\w.-]+\.(json|jinja|model|safetensors|txt)")
-INTRODUCED = 2.0  # seconds in which a process that took a lock says who it is
 SHOWN = ".seen-by-all-"  # begins the name of a file that tells whether all processes of a launch see one folder
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def under(folder: str, patterns: Iterable[str]) -> tuple[str, ...]:
@@ -98,7 +89,7 @@ class OutputFolder:
         self.command = command
         self._parts = [[re.compile(part) if part != BELOW else BELOW for part in each.split("/")] for each in patterns]
         self._whole = [re.compile(each.replace(BELOW, ".+")) for each in patterns]
-        self._lock = _Lock(path) if leads else None
+        self._lock = FolderLock(path / OWN) if leads else None
         self._claimed = False
         self._notes: dict[str, Any] = {}
         self._checked = _Expected()
@@ -112,11 +103,11 @@ class OutputFolder:
     def _read_list(self) -> Mapping[str, Any] | None:
         """What the command said at its last start or end; None where it said nothing, or it is damaged."""
         try:
-            value = json.loads(self._list_file.read_bytes())
+            value = read_object(self._list_file)
             files, notes = value["files"], value["notes"]
             sound = isinstance(files, dict | None) and isinstance(notes, dict)
             return value if sound and all(isinstance(written, list) for written in (files or {}).values()) else None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError):
             return None
 
     @property
@@ -355,17 +346,12 @@ class OutputFolder:
             if found.kind == "partial":
                 self._delete(found)
 
-    def place(self, partial: Path, final: Path) -> None:
-        """Gives a folder that was written under `partial_of(final)` its name; files of others in an earlier one stay there."""
-        self.remove(final)
-        if not final.exists():
-            partial.rename(final)
-            return
-        for file in sorted(path for path in partial.rglob("*") if not path.is_dir()):
-            target = final / file.relative_to(partial)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            file.replace(target)
-        shutil.rmtree(partial)
+    @contextmanager
+    def writing_folder(self, path: Path) -> Iterator[Path]:
+        """As `focusdpo.foundation.files.writing_folder`; of an earlier one the files of others stay, and no more."""
+        with writing_folder(path) as partial:
+            yield partial
+            self.remove(path)
 
     def finish(self, through: bool = True) -> None:
         """Lists what is there: the work is through, or was stopped and may go on."""
@@ -418,11 +404,8 @@ class OutputFolder:
 def read_begun(setting: str, file: Path) -> dict[str, Any]:
     """The settings that a command left in its folder when it began; ValueError where they cannot be read."""
     try:
-        value = json.loads(file.read_bytes())
-        if not isinstance(value, dict):
-            raise ValueError(f"it holds a {type(value).__name__}")
-        return value
-    except (ValueError, RecursionError) as error:
+        return read_object(file)
+    except ValueError as error:
         raise ValueError(
             f"{setting}: {file} is damaged ({error}), so that nothing tells how the work there was begun; start anew with "
             "--overwrite true, or name another folder"
@@ -484,92 +467,3 @@ def _prune(folder: Path) -> None:
     for place, _, _ in os.walk(folder, topdown=False):
         with suppress(OSError):
             Path(place).rmdir()
-
-
-class _Lock:
-    """The lock of an output folder: one process holds it, the operating system lets go of it when that process ends.
-
-    Folders that were made for it alone go away again when it is released before the work has begun.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._own = folder / OWN
-        self._made: list[Path] = []
-        self._lock: FileLock | None = None
-        self._end: Any = None
-
-    def acquire(self, setting: str, command: str) -> None:
-        file = self._own.resolve() / "lock"
-        if self._lock is not None and file.exists():
-            return
-        if self._own.is_file():  # of an earlier version, which only `begin` may change
-            return
-        self.release()
-        try:
-            for path in reversed((self._own, *self._own.parents)):
-                if not path.exists():
-                    path.mkdir(exist_ok=True)
-                    self._made.append(path)
-            lock = FileLock(file, is_singleton=True, thread_local=False)
-            lock.acquire(blocking=False)
-        except Timeout as error:
-            raise BlockingIOError(
-                f"{setting}: {self._own.parent} is being written by {_holder(self._own)}; wait for it, stop it, or name "
-                "another folder"
-            ) from error
-        except (NotImplementedError, OSError) as error:
-            if isinstance(error, NotImplementedError) or error.errno in NO_LOCKS:
-                logger.warning("%s: %s cannot be locked; see that no other process writes there", setting, self._own.parent)
-                return
-            self._unmake()
-            raise PermissionError(
-                f"{setting}: {self._own.parent} cannot be written to ({error.strerror}); name another folder"
-            ) from error
-        self._lock = lock
-        self._end = weakref.finalize(self, _unlock, os.getpid(), lock, self._own, self._made)
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "command": command, "since": _now()}
-        with suppress(OSError):  # it only makes a message better
-            write_json(self._own / "holder.json", holder)
-
-    def keep(self) -> None:
-        """The folders stay."""
-        self._made.clear()
-
-    def release(self) -> None:
-        if self._end is not None:
-            self._end()
-        self._lock = self._end = None
-        self._made = []
-
-    def _unmake(self) -> None:
-        for path in reversed(self._made):
-            with suppress(OSError):
-                path.rmdir()
-        self._made = []
-
-
-def _unlock(process: int, lock: FileLock, own: Path, made: list[Path]) -> None:
-    if os.getpid() != process:  # a fork's copy
-        return
-    for name in ("holder.json", "lock") if own in made else ("holder.json",):
-        (own / name).unlink(missing_ok=True)
-    lock.release()
-    for path in reversed(made):
-        with suppress(OSError):  # somebody has put something there
-            path.rmdir()
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _holder(own: Path) -> str:
-    """Who has the lock; that process says so a moment after it took it."""
-    until = time.monotonic() + INTRODUCED
-    while not (own / "holder.json").exists() and time.monotonic() < until:
-        time.sleep(0.02)
-    try:
-        holder = json.loads((own / "holder.json").read_bytes())
-        return f"focusdpo {holder['command']}, process {holder['pid']} on {holder['host']} since {holder['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"

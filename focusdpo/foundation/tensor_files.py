@@ -11,19 +11,19 @@ import json
 import logging
 import os
 import struct
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from focusdpo.foundation.files import comes
+from focusdpo.foundation.files import comes, tensor_shapes, writing
 
 logger = logging.getLogger(__name__)
 
@@ -92,11 +92,11 @@ class TensorFiles:
         try:
             state = path.stat()
             if state.st_mtime_ns % SECOND == _seal(key):
-                return fits(_shapes(_header(path, state.st_size)))
+                return fits(tensor_shapes(path))
             tensors = _read(path)
         except FileNotFoundError:
             return False
-        except (DamagedError, OSError) as error:
+        except (DamagedError, SafetensorError, OSError) as error:
             logger.warning("%s: %s is damaged (%s), made again", self.name, path, error)
             return False
         _set_seal(path, key)
@@ -105,15 +105,11 @@ class TensorFiles:
     def write(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         final = self.path(key)
         final.parent.mkdir(parents=True, exist_ok=True)
-        partial = final.with_suffix(f".{uuid.uuid4().hex}.partial")  # another run may be at the same item
         contiguous = {name: value.cpu().contiguous() for name, value in tensors.items()}
         checksum = _checksum(safetensors.torch.save(contiguous))
-        try:
+        with writing(final, shared=True) as partial:  # another run may be at the same item
             partial.write_bytes(safetensors.torch.save(contiguous, {CHECKSUM: checksum}))
             _set_seal(partial, key)
-            partial.replace(final)
-        finally:
-            partial.unlink(missing_ok=True)
 
     def check(self) -> None:
         """Refuses what is no folder and cannot become one: NotADirectoryError."""
@@ -133,54 +129,35 @@ class TensorFiles:
 
 CHECKSUM = "sha256"  # in a file's metadata
 SECOND = 10**9  # in nanoseconds
-MAX_HEADER = 2**20  # bytes
-
-Header = dict[str, dict[str, object]]
 
 
 def _read(path: Path) -> dict[str, Tensor]:
     """The tensors of a file; DamagedError where they are not what was written."""
     content = path.read_bytes()
-    header = _header(path, len(content))
-    written = header.get("__metadata__", {}).get(CHECKSUM)
+    try:
+        tensors = safetensors.torch.load(content)  # which looks at the whole header
+    except (SafetensorError, KeyError) as error:  # the latter of a type that there is not
+        raise DamagedError(str(error)) from error
+    written = _split(content)[0].get("__metadata__", {}).get(CHECKSUM)
     if written is None:
         raise DamagedError("it has no checksum")
     if _checksum(content) != written:
         raise DamagedError("its content is not what was written")
-    try:
-        return safetensors.torch.load(content)
-    except SafetensorError as error:
-        raise DamagedError(str(error)) from error
+    return tensors
 
 
-def _header(path: Path, size: int) -> Header:
-    """What stands before the tensors; DamagedError where it cannot be, or where the file is longer or shorter than it says."""
-    with path.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        text = stream.read(length) if length <= MAX_HEADER else b""
-    try:
-        header: Header = json.loads(text)
-        ends = [value["data_offsets"][1] for name, value in header.items() if name != "__metadata__"]  # type: ignore[index]
-        _shapes(header)
-        if 8 + length + max(ends, default=0) != size:
-            raise DamagedError(f"it has {size} bytes, not {8 + length + max(ends, default=0)}")
-        return header
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise error if isinstance(error, DamagedError) else DamagedError("its header cannot be read") from error
-
-
-def _shapes(header: Header) -> dict[str, list[int]]:
-    return {name: list(value["shape"]) for name, value in header.items() if name != "__metadata__"}  # type: ignore[call-overload]
+def _split(content: bytes) -> tuple[dict[str, Any], memoryview]:
+    """A file's header and its tensors' bytes."""
+    (length,) = struct.unpack("<Q", content[:8])
+    return json.loads(content[8 : 8 + length]), memoryview(content)[8 + length :]
 
 
 def _checksum(content: bytes) -> str:
     """Of a file's tensors with their names, types and shapes, whatever its metadata."""
-    (length,) = struct.unpack("<Q", content[:8])
-    header = json.loads(content[8 : 8 + length])
+    header, tensors = _split(content)
     header.pop("__metadata__", None)
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    digest.update(memoryview(content)[8 + length :])
+    digest.update(tensors)
     return digest.hexdigest()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from focusdpo.foundation.choices import DinoTransform, ReferencePhotos
 from focusdpo.foundation.settings import require
 from focusdpo.metrics import LEVEL, RESAMPLES
 
@@ -47,9 +48,9 @@ class EvaluateConfig:
     dinov2: str | None = None
     fid: str | None = None
     real: str | None = None
-    references: Literal["listed", "all"] = "listed"
+    references: ReferencePhotos = "listed"
     reference_crop: Literal["none", "mask"] = "none"
-    dino_transform: Literal["folder", "original"] = "folder"
+    dino_transform: DinoTransform = "folder"
     images_per_prompt: int | None = None
     allow_missing: bool = False
     regions: str | None = None

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +17,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, BitImageProcessorPil
 
-from focusdpo.foundation.files import checksum, fingerprint, hash_of
+from focusdpo.foundation.choices import DinoTransform
+from focusdpo.foundation.files import checksum, fingerprint, hash_of, read_object
 
 # model_type in a folder's config.json, by the setting that names the folder; and the class that loads it.
 KINDS: dict[str, dict[str, str]] = {
@@ -29,7 +29,6 @@ KINDS: dict[str, dict[str, str]] = {
 EXAMPLES = {"clip": "openai/clip-vit-large-patch14", "dino": "facebook/dino-vits16", "dinov2": "facebook/dinov2-base"}
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
-Transform = Literal["folder", "original"]
 T_contra = TypeVar("T_contra", contravariant=True)
 
 
@@ -57,7 +56,7 @@ class Encoders:
     truncated: Callable[[Sequence[str]], list[str]] | None = None  # the texts that are too long for CLIP
 
 
-def load_encoder(setting: str, folder: Path, device: str, transform: Transform = "folder") -> Encoders:
+def load_encoder(setting: str, folder: Path, device: str, transform: DinoTransform = "folder") -> Encoders:
     """Loads a model and says how to use it.
 
     CLIP's embedding is its projection, DINO's the [CLS] token after the last layer norm, DINOv2's the same.
@@ -102,8 +101,8 @@ def _kind(setting: str, folder: Path) -> tuple[str, str]:
     if not file.is_file():
         raise FileNotFoundError(f"{setting}: {folder} has no config.json; expected a folder that save_pretrained wrote")
     try:
-        found = json.loads(file.read_text()).get("model_type")
-    except (ValueError, AttributeError) as error:
+        found = read_object(file).get("model_type")
+    except ValueError as error:
         raise ValueError(f"{setting}: {file} is not a model's configuration ({error})") from error
     kinds = KINDS if setting == "fid" else {setting: KINDS[setting]}
     for kind, types in kinds.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from focusdpo.data.records import DatasetError, Problem
+from focusdpo.data.lines import DatasetError, Problem
 from focusdpo.metrics.config import EvaluateConfig
 from focusdpo.metrics.encoders import Encoder, Encoders, check_device, load_encoder, load_inception
 from focusdpo.metrics.images import Content, FoundImages, GeneratedImage, Picture, find_images, read_contents

@@ -6,9 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-from focusdpo.data.records import FIELDS, DatasetError, Problem, RecordParser, Reference, text_fault
+from focusdpo.data.lines import DatasetError, Problem, read_lines, split_problems, text_fault
+from focusdpo.data.records import FIELDS, Reference, ReferencesParser
+from focusdpo.foundation.choices import ReferencePhotos
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -23,26 +25,20 @@ class Prompt:
     others: tuple[Path, ...] = ()
 
 
-class _PromptParser(RecordParser):
+class _PromptParser(ReferencesParser[Prompt]):
     """Makes a prompt of a line; of a pair's line, winner, loser and prior are not looked at."""
 
-    def __init__(self, file: Path, line: int) -> None:
-        super().__init__(file, line, lambda text: file.parent / text)
-        self.found: Prompt | None = None
-
-    def parse(self, value: object) -> None:
-        if not isinstance(value, dict):
-            self.problem("line", f"expected a JSON object, got {type(value).__name__}", "write one object a line")
-            return
+    def make(self, value: dict[str, Any]) -> Prompt | None:
         self.check_fields("", value, {name: name in ("prompt", "references") for name in FIELDS})
         text = self.text("prompt", value["prompt"], "write what the image shows") if "prompt" in value else None
         references = self.references(value["references"]) if "references" in value else ()
-        if text is not None and not self.problems:
-            named = [value.get("winner"), value.get("loser"), value.get("prior")]
-            flat = [name for item in named for name in (item if isinstance(item, list) else [item])]
-            masks = [Path(str(reference.mask)) for reference in references if reference.mask is not None]
-            others = [self.file.parent / str(name) for name in flat if text_fault(name) is None]  # others name no file
-            self.found = Prompt(self.line, text, references, (*masks, *others))
+        if text is None:
+            return None
+        named = [value.get("winner"), value.get("loser"), value.get("prior")]
+        flat = [name for item in named for name in (item if isinstance(item, list) else [item])]
+        masks = [Path(str(reference.mask)) for reference in references if reference.mask is not None]
+        others = [self.file.parent / str(name) for name in flat if text_fault(name) is None]  # others name no file
+        return Prompt(self.line, text, references, (*masks, *others))
 
 
 def read_prompts(manifest: Path) -> list[Prompt]:
@@ -56,17 +52,8 @@ def read_prompts(manifest: Path) -> list[Prompt]:
         raise FileNotFoundError(
             f"manifest: no such file: {manifest}; focusdpo data dreambench writes single.jsonl, multi.jsonl"
         )
-    prompts: list[Prompt] = []
-    problems: list[Problem] = []
-    with manifest.open("rb") as stream:
-        for line, raw in enumerate(stream, start=1):
-            if not raw.strip():
-                continue
-            parser = _PromptParser(manifest, line)
-            parser.parse_json(raw)
-            problems += parser.problems
-            if parser.found is not None:
-                prompts.append(parser.found)
+    lines = read_lines(manifest, lambda line: _PromptParser(manifest, line, manifest.parent.joinpath))
+    prompts, problems = split_problems(lines)
     if not prompts and not problems:
         problems.append(Problem(manifest, 1, "line", "the file is empty", "write a prompt a line"))
     if problems:
@@ -82,7 +69,7 @@ class Subjects:
     photos: dict[Path, tuple[Path, ...]]
 
 
-def find_subjects(manifest: Path, prompts: Sequence[Prompt], references: Literal["listed", "all"]) -> Subjects:
+def find_subjects(manifest: Path, prompts: Sequence[Prompt], references: ReferencePhotos) -> Subjects:
     """Tells subjects apart by their reference's image, or with "all" by its folder, and finds the photos to compare with.
 
     A subject is called as its folder where that tells it from the others, as in DreamBench, else as its file.

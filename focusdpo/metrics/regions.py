@@ -9,14 +9,14 @@ pixels.
 
 from __future__ import annotations
 
-import json
-import math
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
-from focusdpo.data.records import DatasetError, Problem
+from focusdpo.data.lines import DatasetError, LineParser, Problem, read_lines, split_problems
 from focusdpo.metrics.images import Content, GeneratedImage, Picture
 
 
@@ -49,66 +49,59 @@ class FoundRegions:
         }
 
 
+@dataclass
 class _Lines:
-    """Reads the lines, and collects what is wrong with them."""
+    """What the lines are about: images by name, the number of their references by line of the manifest, and lines by image."""
 
-    def __init__(self, file: Path, images: Sequence[GeneratedImage], subjects: Mapping[int, int]) -> None:
-        self.file = file
-        self.images = {image.name: image for image in images}
-        self.subjects = subjects
-        self.line = 0
-        self.seen: dict[str, int] = {}
-        self.regions: list[Region] = []
-        self.problems: list[Problem] = []
+    images: dict[str, GeneratedImage]
+    subjects: Mapping[int, int]
+    seen: dict[str, int] = field(default_factory=dict)
 
-    def problem(self, field: str, message: str, remedy: str) -> None:
-        self.problems.append(Problem(self.file, self.line, field, message, remedy))
 
-    def read(self, raw: bytes) -> None:
-        try:
-            value = json.loads(raw.decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            return self.problem("line", f"is not JSON ({error})", "write one object a line")
-        kinds = {"boxes", "masks"} & set(value) if isinstance(value, dict) else set()
+class _RegionParser(LineParser[list[Region]]):
+    """Makes a region of each subject of a line's image."""
+
+    DOCS = "docs/evaluation.md"
+
+    def __init__(self, file: Path, line: int, lines: _Lines) -> None:
+        super().__init__(file, line)
+        self.lines = lines
+
+    def make(self, value: dict[str, Any]) -> list[Region] | None:
+        kinds = {"boxes", "masks"} & set(value)
         if len(kinds) != 1 or set(value) != {"image", *kinds}:
-            got = f"got {reprlib.repr(value)}"
-            return self.problem(
-                "line", f'expected "image" and either "boxes" or "masks", {got}', "docs/evaluation.md has examples"
-            )
+            message = f'expected "image" and either "boxes" or "masks", got {reprlib.repr(value)}'
+            self.problem("line", message, f"{self.DOCS} has examples")
+            return None
         (kind,) = kinds
         name, items = value["image"], value[kind]
-        image = self.images.get(name) if isinstance(name, str) else None
+        image = self.lines.images.get(name) if isinstance(name, str) else None
         if image is None:
-            return self.problem("image", f"{reprlib.repr(name)} is no evaluated image", "name it by its path in --images")
-        if self.seen.setdefault(image.name, self.line) != self.line:
-            return self.problem("image", f"{name} stands in line {self.seen[image.name]} as well", "keep one of them")
-        expected = self.subjects[image.line]
+            self.problem("image", f"{reprlib.repr(name)} is no evaluated image", "name it by its path in --images")
+            return None
+        if self.lines.seen.setdefault(name, self.line) != self.line:
+            self.problem("image", f"{name} stands in line {self.lines.seen[name]} as well", "keep one of them")
+            return None
+        expected = self.lines.subjects[image.line]
         if not isinstance(items, list) or len(items) != expected:
             got = f"{len(items)}" if isinstance(items, list) else type(items).__name__
             message = f"expected a list of {expected}, as line {image.line} of the manifest has references; got {got}"
-            return self.problem(kind, message, "give each reference one, or null where the subject is missing")
-        for index, item in enumerate(items):
-            picture = None
-            if item is not None:
-                picture = self.box(image, index, item) if kind == "boxes" else self.mask(image, index, item)
-            self.regions.append(Region(image, index, picture, self.line))
-
-    def box(self, image: GeneratedImage, index: int, item: object) -> Picture | None:
-        edges = [float(edge) for edge in item if type(edge) in (int, float)] if isinstance(item, list) else []
-        if isinstance(item, list) and len(item) == len(edges) == 4:
-            left, top, right, bottom = edges
-            if 0 <= left < right < math.inf and 0 <= top < bottom < math.inf:
-                return Picture(image.path, box=(left, top, right, bottom))
-        expected = f"expected [left, top, right, bottom] in pixels, got {reprlib.repr(item)}"
-        self.problem(f"boxes[{index}]", expected, "left below right, top below bottom, none below 0")
-        return None
-
-    def mask(self, image: GeneratedImage, index: int, item: object) -> Picture | None:
-        if not isinstance(item, str) or not item.strip() or "\0" in item:
-            expected = f"expected the path of a mask, got {reprlib.repr(item)}"
-            self.problem(f"masks[{index}]", expected, 'write it like "masks/3_1_dog.png", or null')
+            self.problem(kind, message, "give each reference one, or null where the subject is missing")
             return None
-        return Picture(image.path, mask=self.file.parent / item)
+        find = self.of_box if kind == "boxes" else self.of_mask
+        found = enumerate(None if item is None else find(image, f"{kind}[{i}]", item) for i, item in enumerate(items))
+        return [Region(image, index, picture, self.line) for index, picture in found]
+
+    def of_box(self, image: GeneratedImage, field: str, item: object) -> Picture | None:
+        box = self.box(field, item, (int, float))
+        if box is None:
+            return None
+        left, top, right, bottom = map(float, box)  # as the names of kept embeddings have them
+        return Picture(image.path, box=(left, top, right, bottom))
+
+    def of_mask(self, image: GeneratedImage, field: str, item: object) -> Picture | None:
+        name = self.text(field, item, 'write it like "masks/3_1_dog.png", or null', "the path of a mask")
+        return None if name is None else Picture(image.path, mask=self.file.parent / name)
 
 
 def read_regions(
@@ -131,19 +124,17 @@ def read_regions(
         raise FileNotFoundError(f"regions: no such file: {file}")
     if not any(subjects[image.line] > 1 for image in images):
         raise ValueError("regions: no prompt has two references; leakage is between subjects, so leave regions out")
-    lines = _Lines(file, images, subjects)
-    with file.open("rb") as stream:
-        for lines.line, raw in enumerate(stream, start=1):
-            if raw.strip():
-                lines.read(raw)
-    if lines.problems:
-        raise DatasetError(lines.problems, "regions cannot be used")
+    lines = _Lines({image.name: image for image in images}, subjects)
+    found = read_lines(file, lambda line: _RegionParser(file, line, lines))
+    regions, problems = split_problems(found)
+    if problems:
+        raise DatasetError(problems, "regions cannot be used")
     left = tuple(image.name for image in images if image.name not in lines.seen)
     if left and not allow_missing:
         raise ValueError(
             f"regions: {file} has no line for {len(left)} images, as {left[0]}; add them, or go on with --allow_missing true"
         )
-    return FoundRegions(file, tuple(lines.regions), left)
+    return FoundRegions(file, tuple(chain.from_iterable(regions)), left)
 
 
 def check_sizes(found: FoundRegions, contents: Mapping[Path, Content]) -> FoundRegions:

@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from focusdpo.foundation.files import write_whole
+from focusdpo.foundation.files import write_whole, writing
 from focusdpo.foundation.text import cell, printable
 from focusdpo.metrics.summary import Line
 
@@ -94,10 +94,9 @@ def draw_subjects(
         row[0].set_ylim(len(shown) - 0.5, -0.5)
     rest = f"; the {len(shown)} of {len(subjects)} subjects that are lowest in {title}" if len(shown) < len(subjects) else ""
     figure.suptitle(f"Per subject, {level:.0%} intervals over prompts; blue: all{rest}", fontsize=11)
-    partial = file.with_name(f".{file.name}.partial")
-    figure.savefig(partial, dpi=110, format="png")
+    with writing(file) as partial:
+        figure.savefig(partial, dpi=110, format="png")
     plt.close(figure)
-    partial.replace(file)
 
 
 def _draw_panel(axis: Any, lines: Sequence[Line | None], whole: Line, label: str) -> None:

@@ -8,7 +8,6 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast
 
@@ -80,15 +79,6 @@ class TokenLayout:
     def num_reference(self) -> int:
         return sum(rows * columns for rows, columns in self.references)
 
-    @cached_property
-    def reference_slices(self) -> tuple[slice, ...]:
-        """Where each reference's tokens stand in the concatenation of all references."""
-        slices, start = [], 0
-        for rows, columns in self.references:
-            slices.append(slice(start, start + rows * columns))
-            start += rows * columns
-        return tuple(slices)
-
 
 @dataclass(frozen=True)
 class PromptEmbeddings:
@@ -144,6 +134,7 @@ class Backbone(abc.ABC):
     reference_rule: ClassVar[ReferenceRule]  # how its pipeline brings references to size
     prompt_rule: ClassVar[ReferenceRule | None] = None  # how the text encoder sees the references, where it does
     adapted_layers: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")  # ends of names, the default
+    tapped: ClassVar[tuple[str, ...]] = ("transformer_blocks", "single_transformer_blocks")  # lists of blocks, as they run
     negative_prompt: ClassVar[str] = ""  # what classifier-free guidance leads away from
     merged_layers: Sequence[str] = ()  # of a LoRA that is part of the frozen weights: sampling may go by it
     transformer: Any  # an nn.Module; what the trainer calls on it comes from diffusers' mixins
@@ -243,9 +234,16 @@ class Backbone(abc.ABC):
     def predict(self, noisy: Tensor, t: Tensor, prompts: PromptEmbeddings, references: Tensor, layout: TokenLayout) -> Tensor:
         """Velocity [B, P, C] of noisy target tokens [B, P, C] at times t [B], given reference tokens [B, Q, C]."""
 
-    @abc.abstractmethod
     def tap_paths(self) -> list[str]:
         """Paths in `transformer` of the blocks whose output can be tapped, in the order they run."""
+        return [f"{name}.{i}" for name in self.tapped for i in range(len(getattr(self.transformer, name)))]
+
+    @classmethod
+    def count_tapped(cls, pipeline: Path) -> int:
+        """How many blocks of a pipeline's local folder can be tapped, from its configs alone."""
+        kind = getattr(diffusers, DiffusionPipeline.load_config(pipeline)["transformer"][1])
+        transformer = _transformer(kind, str(pipeline), None, torch.float32, torch.device("meta"))
+        return sum(len(getattr(transformer, name)) for name in cls.tapped)
 
     @abc.abstractmethod
     def image_tokens(self, output: Any) -> Tensor:

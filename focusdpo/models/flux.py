@@ -153,11 +153,6 @@ class Flux1(Backbone):
         # 512 px, where FLUX.1's is 0.63. Its training has FLUX.1's.
         return super().time_shift(tokens // 64 if self._is_uno else tokens, steps)
 
-    def tap_paths(self) -> list[str]:
-        double = [f"transformer_blocks.{i}" for i in range(len(self.transformer.transformer_blocks))]
-        single = [f"single_transformer_blocks.{i}" for i in range(len(self.transformer.single_transformer_blocks))]
-        return double + single
-
     def image_tokens(self, output: Any) -> Tensor:
         return output[1]  # (text stream, image stream), for both kinds of block since diffusers 0.35
 

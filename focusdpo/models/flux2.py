@@ -133,11 +133,6 @@ class Flux2(Backbone):
     def _mu(self, tokens: int, steps: int) -> float:
         return float(compute_empirical_mu(tokens, steps))
 
-    def tap_paths(self) -> list[str]:
-        double = [f"transformer_blocks.{i}" for i in range(len(self.transformer.transformer_blocks))]
-        single = [f"single_transformer_blocks.{i}" for i in range(len(self.transformer.single_transformer_blocks))]
-        return double + single
-
     def image_tokens(self, output: Any) -> Tensor:
         if isinstance(output, tuple):  # of a double block: (text stream, image stream)
             return output[1]

@@ -20,13 +20,14 @@ import struct
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import safetensors.torch
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from torch import Tensor
 
+from focusdpo.foundation.choices import LoraForm
 from focusdpo.foundation.files import write_bytes
 from focusdpo.models.lora_fusion import Update, fuse
 from focusdpo.models.lora_keys import FAMILY_KEY, PEFT_PREFIX, name_backbone
@@ -35,9 +36,8 @@ from focusdpo.models.lora_reading import LORA_FILE, Lora, swap_halves
 from focusdpo.models.lora_settings import CONFIG_FILE, PREFIX
 from focusdpo.models.uno_lora import UNO_FILE, diffusers_to_uno
 
-Form = Literal["diffusers", "peft", "comfyui", "kohya", "uno"]
 PEFT_FILE = "adapter_model.safetensors"  # PEFT's name for it
-FILES: dict[Form, tuple[str, ...]] = {
+FILES: dict[LoraForm, tuple[str, ...]] = {
     "diffusers": (LORA_FILE,),
     "peft": (PEFT_FILE, CONFIG_FILE),
     "comfyui": ("lora_comfyui.safetensors",),
@@ -46,7 +46,7 @@ FILES: dict[Form, tuple[str, ...]] = {
 }
 
 
-def lora_files(lora: Lora, form: Form) -> dict[str, bytes]:
+def lora_files(lora: Lora, form: LoraForm) -> dict[str, bytes]:
     """The files of a form by name, the same bytes whenever and wherever they are made.
 
     Raises:
@@ -73,7 +73,7 @@ def lora_files(lora: Lora, form: Form) -> dict[str, bytes]:
     return {file: _serialized(states[0], metadata)}
 
 
-def write_lora(folder: Path, lora: Lora, form: Form) -> None:
+def write_lora(folder: Path, lora: Lora, form: LoraForm) -> None:
     """Writes the files of a form into a folder, which is made; each at once or not at all. Errors as `lora_files`."""
     files = lora_files(lora, form)
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ def _adapter_config(layers: Mapping[str, Update], families: tuple[Family, ...]) 
     }
 
 
-def _original(layers: Mapping[str, Update], family: Family, form: Form) -> dict[str, Tensor]:
+def _original(layers: Mapping[str, Update], family: Family, form: LoraForm) -> dict[str, Tensor]:
     """The state dict under the original code's names."""
     state: dict[str, Tensor] = {}
     for name, module in sorted(dict(map(family.original, layers)).items()):

@@ -64,6 +64,7 @@ class QwenEditPlus(Backbone):
     """Qwen-Image-Edit-Plus, trained without classifier-free guidance; sampling needs it, and keeps each token's norm."""
 
     name = "qwen-edit-plus"
+    tapped = ("transformer_blocks",)
     pipelines = (QwenImageEditPlusPipeline,)
     reference_rule = QwenReferences(VAE_IMAGE_SIZE)
     prompt_rule = QwenReferences(CONDITION_IMAGE_SIZE)
@@ -124,9 +125,6 @@ class QwenEditPlus(Backbone):
     def guide(self, velocity: Tensor, negative: Tensor, scale: float) -> Tensor:
         guided = super().guide(velocity, negative, scale)
         return guided * (velocity.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
-
-    def tap_paths(self) -> list[str]:
-        return [f"transformer_blocks.{i}" for i in range(len(self.transformer.transformer_blocks))]
 
     def image_tokens(self, output: Any) -> Tensor:
         return output[1]  # (text stream, image stream)

@@ -1,7 +1,7 @@
 """Self-contained HTML pages: one file with its plots, pictures and tables, which opens without a server or a network.
 
-A page is a template under `templates/` that is rendered into `base.html`. Within it, `{% call section("Heading") %}` makes a
-section that the table of contents lists.
+A template under `templates/` is rendered into `sections.html`. Within it, `{% call section("Heading") %}` makes a section that
+the table of contents lists.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ from focusdpo.foundation.files import check_stamped, stamp, write_stamped
 
 HEIGHT = 280  # pixels of a plot that names none
 COLOURS = ("#3987e5", "#e07b39", "#2fa36b", "#a06bd6", "#c94f7c", "#1ba3b8")  # told apart, and legible on white and on black
+
+TEMPLATES = Environment(
+    loader=PackageLoader("focusdpo.pages", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+)
 
 
 def check_page(page: Path, command: str, overwrite: bool) -> None:
@@ -106,12 +110,9 @@ def write_page(path: Path, command: str, title: str, template: str, **values: An
         contents.append((anchor, heading))
         return Markup('<section id="{}"><h2>{}</h2>{}</section>').format(anchor, heading, Markup(caller()))
 
-    environment = Environment(
-        loader=PackageLoader("focusdpo.pages", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    body = environment.get_template(template).render(values, title=title, section=section)
-    text = environment.get_template("base.html").render(
-        title=title, body=Markup(body), contents=contents, plotly=Markup(get_plotlyjs()), stamp=stamp(command)
+    sections = Markup(TEMPLATES.get_template(template).render(values, title=title, section=section))
+    text = TEMPLATES.get_template("sections.html").render(
+        title=title, sections=sections, contents=contents, plotly=Markup(get_plotlyjs()), stamp=stamp(command)
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_stamped(path, text, command, errors="backslashreplace")

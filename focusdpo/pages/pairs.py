@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from PIL import Image, ImageChops, ImageFilter, ImageOps
 from tqdm.auto import tqdm
 
 from focusdpo.data.checks import CheckedPair
 from focusdpo.data.images import ROOM, Size, read_image, read_mask
-from focusdpo.data.records import Problem
+from focusdpo.data.lines import Problem
 from focusdpo.data.validation import check_pairs
 from focusdpo.foundation.files import stamp, write_stamped
 from focusdpo.foundation.output_folder import OutputFolder
@@ -134,15 +133,14 @@ def _render(path: str, folder: Path, cards: list[Card]) -> str:
     # The page makes elements of the few cards in sight: ten thousand at once would keep a browser busy for a minute.
     data = {"folder": quote(f"{folder.parent.name}/{folder.name}"), "cards": [_as_json(card) for card in cards]}
     values: dict[str, Any] = {
+        "title": f"{path}: {len(cards)} pairs",
         "path": path,
         "count": len(cards),
         "classes": classes.most_common(),
         "kinds": kinds,
         "fields": fields,
     }
-    loader = PackageLoader("focusdpo.pages", "templates")
-    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template("page.html").render(values, data=_in_script(data), stamp=stamp(COMMAND))
+    return pages.TEMPLATES.get_template("pairs.html").render(values, data=_in_script(data), stamp=stamp(COMMAND))
 
 
 def _as_json(card: Card) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Protocol
@@ -109,30 +109,27 @@ class Checkpoints:
             step: its number.
             parts: by name; an optimiser's or a moving average's tensors may be split over processes.
         """
-        final = self._folder / f"step-{step:06d}"
-        partial = partial_of(final)
+        final = self._folder / f"step-{step:06d}"  # of a resumed run that came by again, in the earlier one's place
         is_main = self._accelerator.is_main_process
+        with self._out.writing_folder(final) if is_main else nullcontext(partial_of(final)) as partial:
+            self._launch.wait("the checkpoint's folder is made")
+            adapter = adapter_state(self._transformer)
+            state = {name: whole(part.state_dict()) for name, part in parts.items()}
+            if is_main:
+                save_file(adapter, partial / ADAPTER_FILE)
+                torch.save(state, partial / STATE_FILE)
+                self._backbone.save_lora(partial / "lora", adapter, peft=False)
+                (partial / SETTINGS_FILE).write_text(json.dumps(self._settings, indent=1))
+            if is_deepspeed(self._accelerator):
+                self._backbone.transformer.save_checkpoint(str(partial), DEEPSPEED_FOLDER, exclude_frozen_parameters=True)
+            save_accelerator_state(str(partial), [], [], [], [], self._accelerator.process_index, self._accelerator.step)
+            self._launch.wait("the checkpoint's parts are written")
+            if is_main:
+                checksums = {name: checksum(partial / name) for name in _files(partial)}
+                (partial / CHECKSUMS_FILE).write_text(json.dumps(checksums, indent=1))
+                for path in (*(partial / name for name in _files(partial)), partial):
+                    _to_disk(path)  # before the name says that it is whole
         if is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        self._launch.wait("the checkpoint's folder is made")
-        adapter = adapter_state(self._transformer)
-        state = {name: whole(part.state_dict()) for name, part in parts.items()}
-        if is_main:
-            save_file(adapter, partial / ADAPTER_FILE)
-            torch.save(state, partial / STATE_FILE)
-            self._backbone.save_lora(partial / "lora", adapter, peft=False)
-            (partial / SETTINGS_FILE).write_text(json.dumps(self._settings, indent=1))
-        if is_deepspeed(self._accelerator):
-            self._backbone.transformer.save_checkpoint(str(partial), DEEPSPEED_FOLDER, exclude_frozen_parameters=True)
-        save_accelerator_state(str(partial), [], [], [], [], self._accelerator.process_index, self._accelerator.step)
-        self._launch.wait("the checkpoint's parts are written")
-        if is_main:
-            checksums = {name: checksum(partial / name) for name in _files(partial)}
-            (partial / CHECKSUMS_FILE).write_text(json.dumps(checksums, indent=1))
-            for path in (*(partial / name for name in _files(partial)), partial):
-                _to_disk(path)  # before the name says that it is whole
-            self._out.place(partial, final)  # of a resumed run that came by again, in the earlier one's place
             _to_disk(self._folder)
             self._out.remember(LAST_CHECKPOINT, final.name)
             self._keep_to_limit()

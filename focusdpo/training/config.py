@@ -10,6 +10,22 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from focusdpo.foundation.choices import (
+    Autocast,
+    BackboneName,
+    Check,
+    EntropyMethod,
+    FeatureSource,
+    KernelBackend,
+    LoserScale,
+    LossType,
+    MaskFrom,
+    MatchCount,
+    Optimizer,
+    Quantization,
+    Reduction,
+    WeightDtype,
+)
 from focusdpo.foundation.settings import require as _require
 
 
@@ -49,12 +65,12 @@ class ModelConfig:
     """
 
     path: str
-    backbone: Literal["flux", "kontext", "flux2", "qwen-edit-plus"] = "flux"
+    backbone: BackboneName = "flux"
     revision: str | None = None
     base_lora: str | None = None
     base_lora_scale: float = 1.0
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    quantization: Literal["nf4", "fp8"] | None = None
+    dtype: WeightDtype = "bf16"
+    quantization: Quantization | None = None
     guidance: float = 1.0
     max_sequence_length: int = 512
     gradient_checkpointing: bool = True
@@ -113,7 +129,7 @@ class DataConfig:
     batch_size: int = 1
     num_workers: int = 2
     shuffle: bool = True
-    check: Literal["full", "headers"] = "full"
+    check: Check = "full"
     cache: str | None = None
     reference_cache: str | None = None
 
@@ -178,12 +194,12 @@ class FocusConfig:
     mask: Literal["focus", "prior", "none"] = "focus"
     tau: float = 0.1
     gamma: float = 0.3
-    match_count: Literal["reference", "prior"] | int | float = "reference"
+    match_count: MatchCount = "reference"
     per_subject: bool = False
     layers: Literal["all"] | list[int] = "all"
-    mask_from: Literal["winner", "each"] = "winner"
-    feature_source: Literal["policy", "reference"] = "policy"
-    entropy_method: Literal["kde", "histogram"] = "kde"
+    mask_from: MaskFrom = "winner"
+    feature_source: FeatureSource = "policy"
+    entropy_method: EntropyMethod = "kde"
     entropy_bins: int = 32
     entropy_sigma: float = 0.01
 
@@ -235,13 +251,13 @@ class LossConfig:
 
     beta: float = 2000.0
     auto_beta: float | None = None
-    reduction: Literal["mean", "sum", "masked_mean"] = "mean"
+    reduction: Reduction = "mean"
     mask_power: Literal[1, 2] = 1
-    loss_type: Literal["sigmoid", "ipo", "hinge", "sft"] = "sigmoid"
+    loss_type: LossType = "sigmoid"
     label_smoothing: float = 0.0
     winner_anchor: float = 0.0
     reference_anchor: float = 0.0
-    loser_scale: Literal["sdpo", "sdpo_batch"] | None = None
+    loser_scale: LoserScale | None = None
     sdpo_mu: float = 0.0
     timestep_weight: Literal["none", "noise"] = "none"
     draws: int | None = None
@@ -303,7 +319,7 @@ class OptimConfig:
         ema_decay: Decay of a moving average of the adapter, which is saved beside it as lora_ema; 0 keeps none.
     """
 
-    optimizer: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
+    optimizer: Optimizer = "adamw"
     lr: float = 2e-5
     beta1: float = 0.9
     beta2: float = 0.999
@@ -422,7 +438,7 @@ class TrainConfig:
     push_to_hub: HubConfig = field(default_factory=HubConfig)
     max_steps: int = 1000
     gradient_accumulation: int = 1
-    mixed_precision: Literal["no", "bf16"] = "bf16"
+    mixed_precision: Autocast = "bf16"
     seed: int = 0
     deterministic: bool = True
     collective_timeout: float = 600.0
@@ -434,7 +450,7 @@ class TrainConfig:
     run_name: str | None = None
     resume: str | None = None
     overwrite: bool = False
-    backend: Literal["triton", "torch"] | None = None
+    backend: KernelBackend | None = None
     cpu: bool = False
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from focusdpo.data import PairDataset
-from focusdpo.data.records import Problem
+from focusdpo.data.lines import Problem
 from focusdpo.data.sources import content_checksum
 from focusdpo.foundation.files import KNOWN_DIGESTS, fingerprint, hash_of, is_stamped, write_json, write_whole
 from focusdpo.foundation.launch import Launch

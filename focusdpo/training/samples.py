@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,6 @@ from focusdpo.data import PairBatch, PairDataset, PairRecord, collate
 from focusdpo.data.images import to_pil
 from focusdpo.drawing.contact_sheets import read_picture, sample_sheet
 from focusdpo.drawing.overlays import MaskAtTime, draw_overlays
-from focusdpo.foundation.files import partial_of
 from focusdpo.foundation.launch import Launch
 from focusdpo.foundation.output_folder import OutputFolder, step_folders
 from focusdpo.models import BACKBONES, Backbone
@@ -187,20 +185,17 @@ class Samples:
     def _write(self, number: int, drawn: Sequence[_Drawn]) -> dict[str, Image.Image]:
         """Writes the files of a step; returns its sheets and pages of masks by name."""
         final = self._folder / f"step-{number:06d}"
-        partial = partial_of(final)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
         pages = {}
-        for one in drawn:
-            pair, name = self._pairs[one.index], str(one.index)
-            one.sample.save(partial / f"{name}_sample.png")
-            untrained = read_picture(self._folder / "step-000000" / f"{name}_sample.png") if number else None
-            before = {} if untrained is None else {"step 0": untrained}
-            images = {**before, f"step {number}": one.sample, "winner": to_pil(pair.winner)}
-            pages[name] = sample_sheet(pair.prompt, [to_pil(image) for image in pair.references], images)
-            pages[name].save(partial / f"{name}.png")
-            if one.masks:
-                (partial / f"{name}_masks.png").write_bytes(one.masks)
-                pages[f"{name}_masks"] = Image.open(io.BytesIO(one.masks)).convert("RGB")
-        self._out.place(partial, final)
+        with self._out.writing_folder(final) as partial:
+            for one in drawn:
+                pair, name = self._pairs[one.index], str(one.index)
+                one.sample.save(partial / f"{name}_sample.png")
+                untrained = read_picture(self._folder / "step-000000" / f"{name}_sample.png") if number else None
+                before = {} if untrained is None else {"step 0": untrained}
+                images = {**before, f"step {number}": one.sample, "winner": to_pil(pair.winner)}
+                pages[name] = sample_sheet(pair.prompt, [to_pil(image) for image in pair.references], images)
+                pages[name].save(partial / f"{name}.png")
+                if one.masks:
+                    (partial / f"{name}_masks.png").write_bytes(one.masks)
+                    pages[f"{name}_masks"] = Image.open(io.BytesIO(one.masks)).convert("RGB")
         return pages

@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader
 
 from focusdpo.data import DatasetError, LongestSide, PairDataset, PairStream, load_pairs
 from focusdpo.data.shards import write_shards
-from focusdpo.data.sources import Shard, content_checksum, find_sources, parse_pairs
+from focusdpo.data.sources import Shard, content_checksum, find_sources
 from focusdpo.foundation.files import checksum
+from tests.data import parse_pairs
 from tests.training.test_resume import SETTINGS, assert_same, train  # noqa: F401 (the settings of its runs)
 
 datasets = pytest.importorskip("datasets")

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from focusdpo.commands import cli
+from focusdpo.foundation.files import HOST, writing, writing_folder
 from focusdpo.foundation.output_folder import OutputFolder, free_name, step_folders, under
 from focusdpo.training.config import SamplesConfig
 from focusdpo.training.run_folder import finished_at
@@ -121,13 +122,47 @@ def test_what_a_kill_left_is_known(tmp_path):
     out = folder_at(tmp_path)
     out.check(False, HINT)
     out.begin(clear=True)
-    write(tmp_path, OWN | {"notes": "mine", "images/.5.png.partial": "half", ".result.json.partial": "half"})
+    halves = ("images/.5.png.partial", ".result.json.partial", ".log.jsonl.12.partial", f".log.jsonl.{HOST}-12.partial")
+    write(tmp_path, OWN | {"notes": "mine"} | dict.fromkeys(halves, "half"))
     out.release()
     again = folder_at(tmp_path)
     assert again.is_unfinished
     again.check(True, HINT)
     again.begin(clear=True)
     assert names(tmp_path) == ["notes"]
+
+
+def test_what_a_kill_left_of_a_shared_file_goes_and_what_another_writes_stays(tmp_path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    stays = [f".page.html.{HOST}-{os.getppid()}.partial", f".page.html.elsewhere-{ended.pid}.partial"]
+    write(tmp_path, dict.fromkeys([f".page.html.{HOST}-{ended.pid}.partial", *stays], "half"))
+    with writing(tmp_path / "page.html", shared=True) as partial:
+        partial.write_text("whole")
+    assert names(tmp_path) == sorted([*stays, "page.html"])
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "kept" / "scene"
+
+    def write_half():
+        with writing_folder(folder) as partial:
+            write(partial, {"half.png": "half"})
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half()
+    assert names(tmp_path) == [] and not folder.exists()
+    write(folder, {"old.png": "old", "deep/other.png": "other"})
+    with writing_folder(folder) as partial:
+        write(partial, {"old.png": "new", "deep/new.png": "new"})
+        assert (folder / "old.png").read_text() == "old"
+    assert {name: (folder / name).read_text() for name in names(folder)} == {
+        "old.png": "new",
+        "deep/new.png": "new",
+        "deep/other.png": "other",
+    }
+    assert [path.name for path in folder.parent.iterdir()] == ["scene"]
 
 
 @pytest.mark.parametrize("inner", [False, True])
@@ -282,6 +317,7 @@ def test_names(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
+from focusdpo.foundation.files import HOST, writing, writing_folder
 from focusdpo.foundation.output_folder import OutputFolder
 out = OutputFolder("out", Path(sys.argv[1]), "draw", [r"result\\.json"])
 out.check(True, "")

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from focusdpo.building.scenes import load_scenes
-from focusdpo.data import LongestSide, PairDataset, load_pairs
+from focusdpo.data import DatasetError, LongestSide, PairDataset, PairRecord, Reference, load_pairs
 from focusdpo.data.checks import check_pair
 from focusdpo.data.dataset import SizeRules
 from focusdpo.data.images import (
@@ -36,7 +36,6 @@ from focusdpo.data.images import (
     read_photo,
     read_size,
 )
-from focusdpo.data.records import DatasetError, PairRecord, Reference
 from focusdpo.data.shards import image_suffix, write_shards
 from focusdpo.data.validation import validate
 

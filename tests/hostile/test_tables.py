@@ -20,8 +20,9 @@ from focusdpo.building.scenes import load_scenes
 from focusdpo.data import DatasetError, LongestSide, PairDataset, load_pairs
 from focusdpo.data import sources as sources_module
 from focusdpo.data.shards import write_shards
-from focusdpo.data.sources import content_checksum, find_sources, parse_pairs
+from focusdpo.data.sources import content_checksum, find_sources
 from focusdpo.metrics.prompts import read_prompts
+from tests.data import parse_pairs
 
 pa = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")

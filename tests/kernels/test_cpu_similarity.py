@@ -49,17 +49,16 @@ def make(layers, batch, patches, tokens, width, subjects, dtype):
 @pytest.mark.usefixtures("threads")
 def test_no_less_exact_than_the_specification(shape, dtype):
     target, reference, mask = make(*shape, dtype)
-    weights = [1.0, 0.5, 2.0][: shape[0]]
-    arguments = ([t.double() for t in target], [r.double() for r in reference], mask, weights)
+    arguments = ([t.double() for t in target], [r.double() for r in reference], mask)
     exact = spec.cross_layer_similarity(*arguments)
-    plain = spec.cross_layer_similarity(target, reference, mask, weights)
-    actual = cross_layer_similarity(target, reference, mask, layer_weights=weights, backend="torch")
+    plain = spec.cross_layer_similarity(target, reference, mask)
+    actual = cross_layer_similarity(target, reference, mask, backend="torch")
     assert actual.dtype == torch.float32
     bound = 2 * float((plain.double() - exact).abs().max()) + 1e-7
     torch.testing.assert_close(actual.double(), exact, rtol=0, atol=bound)
     streamed = SimilarityAccumulator(mask, backend="torch")
-    for t, r, w in zip(target, reference, weights, strict=True):
-        streamed.update(t, r, w)
+    for t, r in zip(target, reference, strict=True):
+        streamed.update(t, r)
     torch.testing.assert_close(streamed.result().double(), exact, rtol=0, atol=bound)
 
 
@@ -78,7 +77,7 @@ def test_the_rest_runs_as_specified(monkeypatch, dtype, pooling):
     target, reference, mask = make(1, 1, 5, 4, 8, 2, dtype)
     monkeypatch.setattr(cpu_similarity, "layer_similarity", lambda *args: pytest.fail("in blocks"))
     scores = cross_layer_similarity(target, reference, mask, pooling=pooling, backend="torch")
-    assert torch.equal(scores, spec.cross_layer_similarity(target, reference, mask, [1.0], pooling))
+    assert torch.equal(scores, spec.cross_layer_similarity(target, reference, mask, pooling))
     SimilarityAccumulator(mask, pooling=pooling, backend="torch").update(target[0], reference[0])
 
 
@@ -86,7 +85,7 @@ def test_small_layers_run_as_specified(monkeypatch):
     target, reference, mask = make(1, 1, 64, 4, 8, 2, torch.bfloat16)
     monkeypatch.setattr(cpu_similarity, "MIN_ELEMENTS", 64 * 8 + 1)
     scores = cross_layer_similarity(target, reference, mask, backend="torch")
-    assert torch.equal(scores, spec.cross_layer_similarity(target, reference, mask, [1.0]))
+    assert torch.equal(scores, spec.cross_layer_similarity(target, reference, mask))
     assert not cpu_similarity.takes(target[0], "reference")
     monkeypatch.setattr(cpu_similarity, "MIN_ELEMENTS", 64 * 8)
     assert cpu_similarity.takes(target[0], "reference")
@@ -122,7 +121,7 @@ def test_a_compiler_is_given_the_specification():
     target, reference, mask = make(2, 1, 300, 140, 16, 2, torch.bfloat16)
     torch.compiler.reset()
     compiled = torch.compile(lambda *args: cross_layer_similarity(*args, backend="torch"), fullgraph=True, backend="eager")
-    expected = spec.cross_layer_similarity(target, reference, mask, [1.0, 1.0])
+    expected = spec.cross_layer_similarity(target, reference, mask)
     assert torch.equal(compiled(target, reference, mask), expected)
 
 

@@ -30,10 +30,10 @@ def operators():
     plain = [x.detach() for x in predictions]
     rows, scales = tensor(3, 2), tensor(ROWS, 2)
     return {
-        "similarity": (cross_layer_similarity_op, ([tensor(2, 6, 4)], [tensor(2, 5, 4)], mask, [1.0], "reference")),
+        "similarity": (cross_layer_similarity_op, ([tensor(2, 6, 4)], [tensor(2, 5, 4)], mask, "reference")),
         "dense similarity": (
             cross_layer_similarity_op,
-            ([tensor(2, 6, 4)] * 2, [tensor(2, 5, 4)] * 2, mask, [1.0, 2.0], "max"),
+            ([tensor(2, 6, 4)] * 2, [tensor(2, 5, 4)] * 2, mask, "max"),
         ),
         "top-K": (topk_mask_op, (tensor(2, 3, 6), k, 0)),
         "structure": (structure_field_op, (tensor(2, 3, 6), None, 2, prior, False)),

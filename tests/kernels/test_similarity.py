@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -66,10 +65,10 @@ def test_matches_float64(shape, dtype, backend, pooling):
     torch.testing.assert_close(scores.double(), truth(target, reference, mask, pooling), rtol=0, atol=5e-7)
 
 
-def stream(target, reference, mask, weights=None, **options):
+def stream(target, reference, mask, **options):
     accumulator = SimilarityAccumulator(mask, **options)
-    for h_tgt, h_ref, weight in zip(target, reference, weights or [1.0] * len(target), strict=True):
-        accumulator.update(h_tgt, h_ref, weight)
+    for h_tgt, h_ref in zip(target, reference, strict=True):
+        accumulator.update(h_tgt, h_ref)
     return accumulator.result()
 
 
@@ -103,10 +102,8 @@ def test_streamed_layers_may_differ():
     hidden.append(torch.randn(2, 40, 65, device=DEVICE).bfloat16()[..., 1:])  # rows that start between 16 bytes
     target, reference = [h[:, :22] for h in hidden], [h[:, 22:] for h in hidden]
     mask = torch.rand(2, 3, 18, device=DEVICE) > 0.4
-    weights = [1.0, 2.0, 0.5, 3.0, 1.0, 0.25, 4.0]
-    exact = [truth([t], [r], mask) * w for t, r, w in zip(target, reference, weights, strict=True)]
-    expected = torch.stack(exact).sum(0) / sum(weights)
-    actual = stream(target, reference, mask, weights, backend="triton")
+    expected = truth(target, reference, mask)
+    actual = stream(target, reference, mask, backend="triton")
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=5e-7)
 
 
@@ -145,7 +142,6 @@ def test_every_layer_is_checked(backend):
             (TypeError, "reference: got dtype torch.float16", (target, reference.half())),
             (TypeError, r"target\[0\]: expected a tensor", (None, reference)),
             (TypeError, r"reference\[0\]: expected a tensor", (target, [reference])),
-            (ValueError, "layer_weights: got ", (target, reference, -1.0)),
         ):
             with pytest.raises(error, match=message):
                 accumulator.update(*arguments)
@@ -179,9 +175,8 @@ def test_a_captured_call_keeps_no_host_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pytest.fail("host memory that a graph would read again"))
     monkeypatch.setattr(layers, "written_table", lambda rows, device: (rows, device))
-    rows, device = layers.pointer_table([Captured()] * 2, [Captured()] * 2, [1.0, 0.5])
-    assert device == Captured.device and [row[:8] for row in rows] == [[2**47 + 16, 7, 5, 1] * 2] * 2
-    assert [row[8] for row in rows] == [0x3F800000, 0x3F000000]
+    rows, device = layers.pointer_table([Captured()] * 2, [Captured()] * 2)
+    assert device == Captured.device and rows == [[2**47 + 16, 7, 5, 1] * 2] * 2
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
@@ -193,21 +188,6 @@ def test_accumulator_gives_the_same(backend, pooling):
         accumulator.update(h_tgt, h_ref)
     expected = cross_layer_similarity(target, reference, mask, pooling=pooling, backend=backend)
     torch.testing.assert_close(accumulator.result(), expected, rtol=0, atol=2e-7)
-
-
-@pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_layer_weights(backend):
-    target, reference, mask = make(2, 1, 7, 5, 20, 2, torch.float32)
-    each = [cross_layer_similarity([t], [r], mask, backend=backend) for t, r in zip(target, reference, strict=True)]
-    weighted = cross_layer_similarity(target, reference, mask, layer_weights=[1.0, 3.0], backend=backend)
-    torch.testing.assert_close(weighted, 0.25 * each[0] + 0.75 * each[1], rtol=0, atol=2e-7)
-    for same in (torch.tensor([1.0, 3.0]), np.array([1, 3], np.float32), (1, 3)):
-        again = cross_layer_similarity(target, reference, mask, layer_weights=same, backend=backend)
-        assert torch.equal(again, weighted)
-    accumulator = SimilarityAccumulator(mask, backend=backend)
-    accumulator.update(target[0], reference[0], weight=1.0)
-    accumulator.update(target[1], reference[1], weight=3.0)
-    torch.testing.assert_close(accumulator.result(), weighted, rtol=0, atol=2e-7)
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)

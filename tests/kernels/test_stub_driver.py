@@ -168,7 +168,7 @@ def test_a_launch_again_is_of_the_kernel_that_would_be_chosen():
             accumulator = SimilarityAccumulator(torch.ones(1, 2, 16))
             for n in range(3):
                 h = torch.randn(1, 40, width + offset + 16 * n).to(dtype)[..., offset : width + offset]
-                accumulator.update(h[:, :24], h[:, 24:], 1.0 + n)
+                accumulator.update(h[:, :24], h[:, 24:])
         accumulator = SimilarityAccumulator(torch.ones(1, 2, 16))
         for offset in (0, 1, 0):  # nothing differs but where rows start
             h = torch.randn(1, 40, 66).bfloat16()[..., offset : 64 + offset]

@@ -41,7 +41,6 @@ def test_position_ids_are_unos():
     expected += [(0, 4 + row, 6 + column) for row in range(2) for column in range(3)]
     expected += [(0, 4 + 2 + row, 6 + 3 + column) for row in range(3) for column in range(2)]
     assert position_ids(LAYOUT).tolist() == [list(map(float, ids)) for ids in expected]
-    assert LAYOUT.reference_slices == (slice(0, 6), slice(6, 12))
 
 
 def test_images_to_tokens_and_back(backbone):

@@ -171,7 +171,7 @@ def test_taps(tmp_path, layers):
     backbone = Flux2.from_pretrained(str(folder), dtype=torch.float32, max_sequence_length=TEXT)
     paths = [f"transformer_blocks.{i}" for i in range(layers[0])]
     paths += [f"single_transformer_blocks.{i}" for i in range(layers[1])]
-    assert backbone.tap_paths() == paths
+    assert backbone.tap_paths() == paths and Flux2.count_tapped(folder) == 3
     outputs = []
     for path in paths:
         backbone.transformer.get_submodule(path).register_forward_hook(

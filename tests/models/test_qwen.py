@@ -165,11 +165,12 @@ def test_another_pipeline_is_refused(tiny_flux):
 
 @pytest.mark.parametrize("run", ["eager", "checkpointed", "compiled"])
 @pytest.mark.parametrize("kind", ["2509", "2511"])
-def test_taps(load, kind, run):
+def test_taps(load, folders, kind, run):
     backbone, arguments = load(kind), inputs()
     mask = torch.rand(2, 2, LAYOUT.num_reference) > 0.3
     transformer = backbone.transformer
     assert backbone.tap_paths() == ["transformer_blocks.0", "transformer_blocks.1"]
+    assert QwenEditPlus.count_tapped(folders[kind]) == 2
     layers = image_streams(transformer, list(transformer.transformer_blocks), lambda: backbone.predict(*arguments))
     assert [x.shape for x in layers] == [(2, LAYOUT.num_target + LAYOUT.num_reference, 32)] * 2
     expected = cross_layer_similarity([h[:, :24] for h in layers], [h[:, 24:] for h in layers], mask)

@@ -68,7 +68,7 @@ def test_dreambench_holds_photos_out(monkeypatch):
     from focusdpo.building import dreambench
 
     classes = {name: kind for name, kind in dreambench.read_classes(SHARED).items() if name in ("dog5", "teapot")}
-    monkeypatch.setattr(dreambench, "read_classes", lambda root: classes)
+    monkeypatch.setattr(dreambench, "read_classes", lambda *_: classes)
     found = identities_of(str(SHARED), 96)
     assert {one.class_name for one in found} == {"dog", "teapot"} and len(found) == 6
     for one in found:

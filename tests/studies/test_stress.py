@@ -327,6 +327,8 @@ def test_the_model_of_a_run_and_what_is_refused(flux_model, tmp_path, monkeypatc
             config_of(flux_model, out, **changes)
     with pytest.raises(FileNotFoundError, match=r"model.path: no such folder: /nowhere"):
         prepare_stress(config_of(ModelConfig("/nowhere"), out))
+    with pytest.raises(FileNotFoundError, match=r"^dreambench: no prompts_and_classes.txt in .*; expected a DreamBench folder"):
+        prepare_stress(config_of(flux_model, out, dreambench=str(tmp_path)))
     (tmp_path / "prompts_and_classes.txt").write_text("subject_name,class\ndog,dog\n")
     with pytest.raises(FileNotFoundError, match=r"dreambench: .* lacks dog/01.jpg, .*; complete it, or leave dreambench out"):
         prepare_stress(config_of(flux_model, out, dreambench=str(tmp_path)))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from focusdpo.foundation.settings import require
+from focusdpo.models import BACKBONES
 from focusdpo.models.base import pipeline_folder
 from focusdpo.studies.config import AblationConfig
 from focusdpo.studies.masks import parts_of
@@ -69,7 +69,7 @@ def blocks_of(text: str, model: ModelConfig) -> str | list[int]:
     """`focus.layers` of a value of the grid: "all", a third of the tapped blocks, or their numbers."""
     if text == "all":
         return "all"
-    count = tapped_blocks(model)
+    count = BACKBONES[model.backbone].count_tapped(pipeline_folder(model.path, model.revision))
     if text in THIRDS:
         require(count >= len(THIRDS), "layers", text, f"no thirds of a model with {count} blocks")
         return list(parts_of(count, len(THIRDS))[THIRDS.index(text)])
@@ -79,10 +79,3 @@ def blocks_of(text: str, model: ModelConfig) -> str | list[int]:
         raise ValueError(f'layers: got {text!r}; expected "all", {", ".join(THIRDS)}, or numbers such as "0,2,4"') from error
     require(all(0 <= number < count for number in numbers), "layers", text, f"blocks from 0 to {count - 1}")
     return numbers
-
-
-def tapped_blocks(model: ModelConfig) -> int:
-    """How many blocks a pipeline's transformer has, from its configuration alone."""
-    folder = pipeline_folder(model.path, model.revision)
-    settings = json.loads((folder / "transformer" / "config.json").read_text())
-    return int(settings["num_layers"]) + int(settings.get("num_single_layers", 0))

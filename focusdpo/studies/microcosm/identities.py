@@ -42,11 +42,7 @@ def check_source(dreambench: str | None) -> None:
         from focusdpo.building.dreambench import read_classes
         from focusdpo.building.dreambench_scenes import photos
 
-        try:
-            classes = read_classes(Path(dreambench))
-        except (FileNotFoundError, ValueError) as error:
-            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-            raise kind(f"dreambench: {str(error).removeprefix('root: ')}") from error
+        classes = read_classes(Path(dreambench), "dreambench")
         _check_classes(dreambench, [name for subject, name in classes.items() if len(photos(Path(dreambench), subject)) >= 2])
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from focusdpo.data.records import FILE_NAME
-from focusdpo.foundation.files import partial_of, write_json, write_whole, writing
+from focusdpo.foundation.files import write_json, write_whole, writing, writing_folder
 from focusdpo.foundation.output_folder import PIPELINE_WRITTEN
 from focusdpo.studies.config import MicrocosmConfig
 from focusdpo.studies.microcosm.autoencoder import psnr, restore, train_autoencoder
@@ -260,11 +259,9 @@ def _save_tensors(tensors: dict[str, Tensor], target: Path) -> None:
 
 
 def _save_folder(save: Callable[[Path], object], target: Path) -> None:
-    """Saves a folder under another name first, so that a kill leaves no half of it."""
-    unfinished = partial_of(target)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    save(unfinished)
-    unfinished.rename(target)
+    """Writes a folder whole or not at all."""
+    with writing_folder(target) as partial:
+        save(partial)
 
 
 def _thinned(losses: list[float], points: int = 100) -> list[tuple[int, float]]:

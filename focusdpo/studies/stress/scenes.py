@@ -7,8 +7,6 @@ in the winner, exactly. Scene n of both kinds has the same places: kinds differ 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from tqdm.auto import tqdm
 
 from focusdpo.building.composing import Box, put
 from focusdpo.data.records import FILE_NAME
-from focusdpo.foundation.files import partial_of, write_whole
+from focusdpo.foundation.files import write_whole, writing_folder
 from focusdpo.studies.config import KINDS, Kind, StressConfig
 from focusdpo.studies.stress.subjects import Cast, CutOut
 
@@ -33,12 +31,9 @@ def write_scenes(config: StressConfig, cast: Cast, folder: Path) -> Path:
     for kind, number in tqdm(wanted, desc="composing scenes", unit="scene", leave=False):
         scene = folder / f"{kind}-{number:04d}"
         if not (scene / LINE).is_file():
-            partial = partial_of(scene)
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            line = _write_scene(config, cast, kind, number, partial, scene.name)
-            (partial / LINE).write_text(json.dumps(line))
-            os.replace(partial, scene)
+            with writing_folder(scene) as partial:
+                line = _write_scene(config, cast, kind, number, partial, scene.name)
+                (partial / LINE).write_text(json.dumps(line))
         lines.append((scene / LINE).read_text())
     file = folder / FILE_NAME
     write_whole(file, "\n".join(lines) + "\n")

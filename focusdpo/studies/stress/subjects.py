@@ -115,7 +115,7 @@ def _dreambench(root: Path) -> Cast:
     from focusdpo.building.dreambench import read_classes
     from focusdpo.studies.stress.cutting import Cutter
 
-    classes = read_classes(root)
+    classes = read_classes(root, "dreambench")
     files = {(name, number): root / name / f"{number:02d}.jpg" for name, numbers in VIEWS.items() for number in numbers}
     files |= {(name, number): root / name / f"{number:02d}.jpg" for name, number in BACKGROUNDS}
     absent = [str(file.relative_to(root)) for file in files.values() if not file.is_file()]
