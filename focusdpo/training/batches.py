@@ -31,8 +31,8 @@ from focusdpo.data.records import collector_paused
 from focusdpo.foundation.files import ReadableFile, checksum
 from focusdpo.foundation.launch import Launch
 from focusdpo.training.config import DataConfig, FocusConfig, TrainConfig
-from focusdpo.training.layouts import size_rules
-from focusdpo.training.seeding import turns_at
+from focusdpo.training.image_sizes import size_rules
+from focusdpo.training.seeding import round_robin_places
 from focusdpo.training.signals import leave_to_parent
 
 logger = logging.getLogger(__name__)
@@ -319,15 +319,15 @@ class TrainingBatches:
     def epoch_of(self, position: int) -> int:
         return position // self._rounds
 
-    def turns(self, position: int, batch: PairBatch) -> list[int]:
-        """Turns of a batch of this process, where times take turns from pair to pair and from process to process."""
+    def round_robin_places(self, position: int, batch: PairBatch) -> list[int]:
+        """Places of a batch's pairs, where listed times go in turn from pair to pair and from process to process."""
         epoch, place = divmod(position, self._rounds)
         share = self._share(epoch)
         if self._pairs_before[0] != epoch:  # batches may be smaller than data.batch_size
             sizes = (sum(map(len, batches)) for batches in share)
             self._pairs_before = epoch, [0, *accumulate(sizes)]
         earlier = sum(map(len, share[place][: self._accelerator.process_index]))
-        return turns_at(self._pairs_before[1][place] + earlier, epoch, len(batch.prompts))
+        return round_robin_places(self._pairs_before[1][place] + earlier, epoch, len(batch.prompts))
 
     def pairs_of_epochs(self, start: int, end: int) -> dict[int, set[int]]:
         """Indices of the pairs, of all processes, by epoch, at the positions from start to end."""

@@ -41,14 +41,13 @@ from focusdpo.training.health import Alarm, Health
 from focusdpo.training.hub import check_hub, upload
 from focusdpo.training.loading import check_files_and_packages, load_backbone
 from focusdpo.training.memory import batch_advice, batch_text, explained, run_advice
-from focusdpo.training.metrics import Averager, Smoothed, peak_memory_mib, step_metrics
 from focusdpo.training.model_card import write_model_card
 from focusdpo.training.optimizers import build_optimizer, step_size
 from focusdpo.training.reference_cache import ReferenceCache
 from focusdpo.training.run_files import ALARMS_FILE, CHECKPOINTS_FOLDER, METRICS_FILE, SAMPLES_FOLDER, VALIDATION_FILE
 from focusdpo.training.run_folder import RunFolder, shared_settings
 from focusdpo.training.samples import Samples
-from focusdpo.training.seeding import fixed_turns, generators, turns_at
+from focusdpo.training.seeding import batch_generators, fixed_round_robin_places, round_robin_places
 from focusdpo.training.sharding import (
     check_devices,
     check_launch,
@@ -60,6 +59,7 @@ from focusdpo.training.sharding import (
 )
 from focusdpo.training.signals import StopError, StopSignals
 from focusdpo.training.step import PreferenceStep, StepResult
+from focusdpo.training.step_metrics import Averager, Smoothed, peak_memory_mib, step_metrics
 from focusdpo.training.tracking import check_trackers, start_trackers
 from focusdpo.training.trained_model import add_policy
 from focusdpo_kernels.backend import resolve_backend
@@ -225,11 +225,13 @@ class Trainer:
         config, accelerator = self.config, self.accelerator
         draw = self._draw_of(self.progress.batches) if config.loss.draws else None
         position = self.progress.batches * accelerator.num_processes + accelerator.process_index
-        drawn = generators(config.seed, position, batch.indices, draw)
-        turns = self.batches.turns(self.progress.batches, batch) if draw is None else fixed_turns(batch.indices, draw)
+        drawn = batch_generators(config.seed, position, batch.indices, draw)
+        places = self.batches.round_robin_places(self.progress.batches, batch)
+        if draw is not None:
+            places = fixed_round_robin_places(batch.indices, draw)
         kept = None if self.references is None or draw is None else self.references.read(batch.indices, draw)
         with accelerator.autocast():
-            return self.step(batch, drawn, reference=kept, turns=turns)
+            return self.step(batch, drawn, reference=kept, round_robin=places)
 
     def _draw_of(self, position: int) -> int:
         """Number of the fixed draw at a position: another one each epoch."""
@@ -502,9 +504,9 @@ class Trainer:
             self._signals.check()
             generator = torch.Generator().manual_seed(VALIDATION_SEED + place)
             self._running = dataset, batch.indices
-            turns = turns_at(sum(map(len, plan[: place % len(plan)])), 0, len(batch.prompts))
+            places = round_robin_places(sum(map(len, plan[: place % len(plan)])), 0, len(batch.prompts))
             with accelerator.autocast():
-                result = self.step(batch.to(accelerator.device), generator, turns=turns)
+                result = self.step(batch.to(accelerator.device), generator, round_robin=places)
             self._running = None
             averager.add(step_metrics(result), len(batch.prompts) if place < len(plan) else 0)
         self.module.train(was_training)

@@ -19,7 +19,7 @@ from PIL import Image
 from focusdpo.training import batches
 from focusdpo.training.batches import load_records
 from focusdpo.training.config import DataConfig, ModelConfig, TrainConfig
-from focusdpo.training.metrics import Averager, Smoothed, step_metrics
+from focusdpo.training.step_metrics import Averager, Smoothed, step_metrics
 
 NAN = math.nan
 TIMES = [0.1, 0.3, 0.35, 0.9]  # in the bins 0.00, 0.25, 0.25 and 0.75

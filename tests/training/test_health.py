@@ -12,8 +12,8 @@ from focusdpo.loss import FocusDPOOutput
 from focusdpo.mask import FocusMask
 from focusdpo.training.config import FocusConfig, LossConfig
 from focusdpo.training.health import WINDOW, Health
-from focusdpo.training.metrics import Averager, step_metrics
 from focusdpo.training.step import StepResult
+from focusdpo.training.step_metrics import Averager, step_metrics
 
 HEALTHY = {
     "loss": 0.6,

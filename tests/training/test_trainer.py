@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from focusdpo.data import DatasetError, collate
 from focusdpo.foundation.journals import read_metrics
 from focusdpo.training.config import FocusConfig, LoraConfig, LossConfig, ModelConfig, OptimConfig
-from focusdpo.training.seeding import generators
+from focusdpo.training.seeding import batch_generators
 from focusdpo.training.trainer import Trainer
 from tests.runs import lora_of, rows_of
 
@@ -270,7 +270,7 @@ def test_seed_decides_times_and_noise(config):
     for number, seed in enumerate((0, 1, 0)):
         trainer = Trainer(dataclasses.replace(config, seed=seed, output_dir=f"{config.output_dir}{number}"))
         batch = collate([trainer.train_set[0]])
-        noised.append(trainer.step.noise(batch, generators(seed, 0, batch.indices, None)))
+        noised.append(trainer.step.noise(batch, batch_generators(seed, 0, batch.indices, None)))
         AcceleratorState._reset_state(reset_partial_state=True)
     assert torch.equal(noised[0].tokens, noised[2].tokens)
     assert not torch.equal(noised[0].t, noised[1].t)
