@@ -231,12 +231,13 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in step_folders(folder) if (path / ADAPTER_FILE).is_file()]
 
 
-def find_checkpoint(resume: str, folder: Path) -> Path | None:
-    """The checkpoint that `resume` names: the latest undamaged one of `folder`, or a checkpoint's own folder.
+def find_checkpoint(chosen: str, folder: Path, name: str = "resume") -> Path | None:
+    """The checkpoint that a setting names: the latest undamaged one of `folder`, or a checkpoint's own folder.
 
     Args:
-        resume: "latest", or the folder of a checkpoint.
+        chosen: "latest", or the folder of a checkpoint.
         folder: where "latest" looks.
+        name: of the setting, for messages.
 
     Returns:
         None where "latest" finds none, because there is none yet.
@@ -245,23 +246,23 @@ def find_checkpoint(resume: str, folder: Path) -> Path | None:
         FileNotFoundError: the named folder is no checkpoint.
         ValueError: it is damaged, or all that "latest" found are.
     """
-    if resume != "latest":
-        path = Path(resume)
+    if chosen != "latest":
+        path = Path(chosen)
         if not (path / ADAPTER_FILE).is_file():
             raise FileNotFoundError(
-                f"resume: {path} is not a checkpoint (no {ADAPTER_FILE} in it); pass 'latest' or its folder"
+                f"{name}: {path} is not a checkpoint (no {ADAPTER_FILE} in it); pass 'latest' or its folder"
             )
         if wrong := damage(path):
-            raise ValueError(f"resume: {path} is damaged ({wrong}); resume from the one before it, or from 'latest'")
+            raise ValueError(f"{name}: {path} is damaged ({wrong}); resume from the one before it, or from 'latest'")
         return path
     complete = complete_checkpoints(folder)
     for path in reversed(complete):
         wrong = damage(path)
         if wrong is None:
             return path
-        logger.warning("resume: %s is damaged (%s), going back to the one before it", path, wrong)
+        logger.warning("%s: %s is damaged (%s), going back to the one before it", name, path, wrong)
     if complete:
         raise ValueError(
-            f"resume: all {len(complete)} checkpoints under {folder} are damaged; start anew with --overwrite true"
+            f"{name}: all {len(complete)} checkpoints under {folder} are damaged; start anew with --overwrite true"
         )
     return None

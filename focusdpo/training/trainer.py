@@ -39,7 +39,7 @@ from focusdpo.training.config import TrainConfig
 from focusdpo.training.determinism import repeatable
 from focusdpo.training.health import Alarm, Health
 from focusdpo.training.hub import check_hub, upload
-from focusdpo.training.loading import check_files_and_packages, load_backbone
+from focusdpo.training.loading import check_files_and_packages, load_backbone, make_policy
 from focusdpo.training.memory import batch_advice, batch_text, explained, run_advice
 from focusdpo.training.model_card import write_model_card
 from focusdpo.training.optimizers import build_optimizer, step_size
@@ -61,7 +61,6 @@ from focusdpo.training.signals import StopError, StopSignals
 from focusdpo.training.step import PreferenceStep, StepResult
 from focusdpo.training.step_metrics import Averager, Smoothed, peak_memory_mib, step_metrics
 from focusdpo.training.tracking import check_trackers, start_trackers
-from focusdpo.training.trained_model import add_policy
 from focusdpo_kernels.backend import resolve_backend
 
 logger = logging.getLogger(__name__)
@@ -156,7 +155,7 @@ class Trainer:
             self.backbone = load_backbone(config, parts, self.accelerator.device, transformer_device=place)
         self.module = self.backbone.transformer
         with self._explained("the model was made ready"):
-            add_policy(self.backbone, config, run.checkpoint, self.accelerator.device)
+            make_policy(self.backbone, config, run.checkpoint, self.accelerator.device)
         if config.model.gradient_checkpointing:
             self.module.enable_gradient_checkpointing()
         if config.model.compile:

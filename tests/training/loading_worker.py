@@ -29,7 +29,7 @@ def loaded(*arguments, **places):
 
 
 def with_buffers(backbone, *arguments):
-    add_policy(backbone, *arguments)
+    make_policy(backbone, *arguments)
     backbone.transformer.register_buffer("kept", torch.full((3,), 1.0 + rank))
     backbone.transformer.register_buffer("derived", torch.full((2, 2), 3 + rank), persistent=False)
 
@@ -39,8 +39,8 @@ rank = PartialState(cpu=True).process_index
 PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU  # as in distributed_worker
 before: list[int] = []
 left_out: list[bool] = []  # whether transformers would leave something to another process
-load, add_policy = training.load_backbone, training.add_policy
-training.load_backbone, training.add_policy = loaded, with_buffers
+load, make_policy = training.load_backbone, training.make_policy
+training.load_backbone, training.make_policy = loaded, with_buffers
 trainer = training.Trainer(config)
 taken = peak() - before[0]
 state = {name: whole(value) for name, value in trainer.module.state_dict().items()}
