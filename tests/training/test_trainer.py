@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from focusdpo.data import DatasetError, collate
 from focusdpo.foundation.journals import read_metrics
+from focusdpo.training.callbacks import Callback
 from focusdpo.training.config import FocusConfig, LoraConfig, LossConfig, ModelConfig, OptimConfig
 from focusdpo.training.seeding import batch_generators
 from focusdpo.training.trainer import Trainer
@@ -36,24 +37,21 @@ def run(config):
     return rows_of(config), rows_of(config, "validation"), lora_of(config), trainer
 
 
-def test_resume_gives_the_same_bits(config, tmp_path, monkeypatch):
+class Killed(Callback):
+    def on_step_end(self, trainer, row):
+        if row["step"] == 5:
+            raise KeyboardInterrupt
+
+
+def test_resume_gives_the_same_bits(config, tmp_path):
     straight, validation, lora, _ = run(config)
     assert [row["step"] for row in straight] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in validation] == [0, 3, 6]
     AcceleratorState._reset_state(reset_partial_state=True)
 
     config.output_dir = str(tmp_path / "interrupted")
-    interrupted = Trainer(config)
-    log = interrupted._log
-
-    def killed(row):
-        log(row)
-        if interrupted.progress.step == 5:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(interrupted, "_log", killed)
     with pytest.raises(KeyboardInterrupt):
-        interrupted.train()
+        Trainer(config, callbacks=[Killed()]).train()
     assert len(read_metrics(tmp_path / "interrupted" / "metrics.jsonl")) == 5
     AcceleratorState._reset_state(reset_partial_state=True)
 
