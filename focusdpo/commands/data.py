@@ -139,7 +139,7 @@ def prepare_validation(config: ValidateConfig) -> Callable[[], None]:
     from focusdpo.data.sources import find_sources
     from focusdpo.data.validation import validate
     from focusdpo.foundation.files import check_stamped, stamp, write_stamped
-    from focusdpo.training.layouts import size_rules
+    from focusdpo.training.image_sizes import size_rules
 
     find_sources(config.path)
     if config.json not in (None, "-"):

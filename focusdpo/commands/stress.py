@@ -51,8 +51,7 @@ def prepare_stress(config: StressConfig) -> Callable[[], None]:
     from focusdpo.foundation.files import write_json
     from focusdpo.studies.stress.subjects import cast_of
     from focusdpo.studies.stress.work import load_scene
-    from focusdpo.training.loading import check_files_and_packages
-    from focusdpo.training.trained_model import checkpoint_of, load_step
+    from focusdpo.training.loading import check_files_and_packages, checkpoint_of, load_step
 
     run = run_of(config)
     checkpoint = None if config.config is None else checkpoint_of("checkpoint", run, config.checkpoint)

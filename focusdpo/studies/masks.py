@@ -37,8 +37,8 @@ def prepare_masks(config: MasksConfig) -> Callable[[], None]:
     """
     from focusdpo.data import collate, load_pairs
     from focusdpo.training.batches import check_match_count, dataset_of
+    from focusdpo.training.loading import checkpoint_of, load_step
     from focusdpo.training.run_config import read_run_config
-    from focusdpo.training.trained_model import checkpoint_of, load_step
 
     run = read_run_config("config", config.config)
     out = OutputFolder("out", Path(config.out), "masks", WRITTEN)

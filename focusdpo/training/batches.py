@@ -31,8 +31,8 @@ from focusdpo.data.records import collector_paused
 from focusdpo.foundation.files import ReadableFile, checksum
 from focusdpo.foundation.launch import Launch
 from focusdpo.training.config import DataConfig, FocusConfig, TrainConfig
-from focusdpo.training.layouts import size_rules
-from focusdpo.training.seeding import turns_at
+from focusdpo.training.image_sizes import size_rules
+from focusdpo.training.seeding import fixed_round_robin_places, round_robin_places
 from focusdpo.training.signals import leave_to_parent
 
 logger = logging.getLogger(__name__)
@@ -208,12 +208,14 @@ def check_match_count(focus: FocusConfig, datasets: Sequence[PairDataset]) -> No
             raise ValueError(f"focus.match_count: got {count}; {message}")
 
 
+def in_order(dataset: PairDataset, batch_size: int) -> list[list[int]]:
+    """All pairs once in batches of one layout, as indices; always the same ones."""
+    return SizeBatches(dataset, batch_size, shuffle=False, seed=0).epoch(0)
+
+
 def sizes_vary(datasets: Sequence[PairDataset], batch_size: int) -> bool:
     """Whether the model sees more than one number of pairs or tokens."""
-    seen = set()
-    for dataset in datasets:
-        for batch in SizeBatches(dataset, batch_size, shuffle=False, seed=0).epoch(0):
-            seen.add((len(batch), dataset.sizes[batch[0]].tokens))
+    seen = {(len(batch), each.sizes[batch[0]].tokens) for each in datasets for batch in in_order(each, batch_size)}
     return len(seen) > 1
 
 
@@ -316,25 +318,31 @@ class TrainingBatches:
                 if position % self._config.gradient_accumulation == 0:
                     accumulated = []
 
-    def epoch_of(self, position: int) -> int:
-        return position // self._rounds
+    def draw_of(self, position: int) -> int | None:
+        """Number of the fixed draw of times and noise at a position, another one each epoch; None without `loss.draws`."""
+        draws = self._config.loss.draws
+        return None if draws is None else position // self._rounds % draws
 
-    def turns(self, position: int, batch: PairBatch) -> list[int]:
-        """Turns of a batch of this process, where times take turns from pair to pair and from process to process."""
+    def round_robin_places(self, position: int, batch: PairBatch) -> list[int]:
+        """Places of a batch's pairs, where listed times go in turn from pair to pair and from process to process."""
+        draw = self.draw_of(position)
+        if draw is not None:
+            return fixed_round_robin_places(batch.indices, draw)
         epoch, place = divmod(position, self._rounds)
         share = self._share(epoch)
         if self._pairs_before[0] != epoch:  # batches may be smaller than data.batch_size
             sizes = (sum(map(len, batches)) for batches in share)
             self._pairs_before = epoch, [0, *accumulate(sizes)]
         earlier = sum(map(len, share[place][: self._accelerator.process_index]))
-        return turns_at(self._pairs_before[1][place] + earlier, epoch, len(batch.prompts))
+        return round_robin_places(self._pairs_before[1][place] + earlier, epoch, len(batch.prompts))
 
-    def pairs_of_epochs(self, start: int, end: int) -> dict[int, set[int]]:
-        """Indices of the pairs, of all processes, by epoch, at the positions from start to end."""
+    def pairs_of_draws(self, start: int, end: int) -> dict[int, set[int]]:
+        """Indices of the pairs, of all processes, by fixed draw, at the positions from start to end."""
         pairs: dict[int, set[int]] = {}
         for position in range(start, end):
             epoch, place = divmod(position, self._rounds)
-            pairs.setdefault(epoch, set()).update(index for batch in self._share(epoch)[place] for index in batch)
+            draw = self.draw_of(position) or 0
+            pairs.setdefault(draw, set()).update(index for batch in self._share(epoch)[place] for index in batch)
         return pairs
 
     def _share(self, epoch: int) -> list[list[list[int]]]:

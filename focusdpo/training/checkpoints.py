@@ -21,19 +21,21 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint.stateful import Stateful
 
 from focusdpo.foundation.files import checksum, partial_of
 from focusdpo.foundation.launch import Launch
 from focusdpo.foundation.output_folder import OutputFolder, free_name, step_folders
 from focusdpo.models import Backbone
 from focusdpo.training.adapter import adapter_state, load_adapter_state
+from focusdpo.training.run_files import CHECKPOINTS_FOLDER
 from focusdpo.training.sharding import is_deepspeed, split_like, split_optimizer_state, whole
 
 logger = logging.getLogger(__name__)
@@ -44,14 +46,6 @@ CHECKSUMS_FILE = "checksums.json"
 STATE_FILE = "state.pt"
 DEEPSPEED_FOLDER = "deepspeed"
 LAST_CHECKPOINT = "checkpoint"  # the name of the latest, a note beside the list of the run's files
-
-
-class Stateful(Protocol):
-    """What a checkpoint keeps the state of."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class Progress:
@@ -67,8 +61,8 @@ class Progress:
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update({"owes": False} | state)  # earlier versions saved after all of that
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        vars(self).update({"owes": False} | state_dict)  # earlier versions saved after all of that
 
 
 class Checkpoints:
@@ -77,7 +71,6 @@ class Checkpoints:
     Args:
         accelerator, launch: of the run.
         out: the run's folder.
-        folder: where checkpoints go, in it.
         backbone: whose transformer carries the adapter.
         settings: what decides the run's numbers; kept in each checkpoint.
         limit: how many are kept; None keeps all.
@@ -88,7 +81,6 @@ class Checkpoints:
         accelerator: Accelerator,
         launch: Launch,
         out: OutputFolder,
-        folder: Path,
         backbone: Backbone,
         settings: dict[str, Any],
         limit: int | None = None,
@@ -96,7 +88,7 @@ class Checkpoints:
         self._accelerator = accelerator
         self._launch = launch
         self._out = out
-        self._folder = folder
+        self._folder = out.path / CHECKPOINTS_FOLDER
         self._backbone = backbone
         self._transformer = backbone.transformer  # before it gets wrapped
         self._settings = settings
@@ -228,12 +220,13 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in step_folders(folder) if (path / ADAPTER_FILE).is_file()]
 
 
-def find_checkpoint(resume: str, folder: Path) -> Path | None:
-    """The checkpoint that `resume` names: the latest undamaged one of `folder`, or a checkpoint's own folder.
+def find_checkpoint(chosen: str, folder: Path, name: str = "resume") -> Path | None:
+    """The checkpoint that a setting names: the latest undamaged one of `folder`, or a checkpoint's own folder.
 
     Args:
-        resume: "latest", or the folder of a checkpoint.
+        chosen: "latest", or the folder of a checkpoint.
         folder: where "latest" looks.
+        name: of the setting, for messages.
 
     Returns:
         None where "latest" finds none, because there is none yet.
@@ -242,23 +235,23 @@ def find_checkpoint(resume: str, folder: Path) -> Path | None:
         FileNotFoundError: the named folder is no checkpoint.
         ValueError: it is damaged, or all that "latest" found are.
     """
-    if resume != "latest":
-        path = Path(resume)
+    if chosen != "latest":
+        path = Path(chosen)
         if not (path / ADAPTER_FILE).is_file():
             raise FileNotFoundError(
-                f"resume: {path} is not a checkpoint (no {ADAPTER_FILE} in it); pass 'latest' or its folder"
+                f"{name}: {path} is not a checkpoint (no {ADAPTER_FILE} in it); pass 'latest' or its folder"
             )
         if wrong := damage(path):
-            raise ValueError(f"resume: {path} is damaged ({wrong}); resume from the one before it, or from 'latest'")
+            raise ValueError(f"{name}: {path} is damaged ({wrong}); resume from the one before it, or from 'latest'")
         return path
     complete = complete_checkpoints(folder)
     for path in reversed(complete):
         wrong = damage(path)
         if wrong is None:
             return path
-        logger.warning("resume: %s is damaged (%s), going back to the one before it", path, wrong)
+        logger.warning("%s: %s is damaged (%s), going back to the one before it", name, path, wrong)
     if complete:
         raise ValueError(
-            f"resume: all {len(complete)} checkpoints under {folder} are damaged; start anew with --overwrite true"
+            f"{name}: all {len(complete)} checkpoints under {folder} are damaged; start anew with --overwrite true"
         )
     return None

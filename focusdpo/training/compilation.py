@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from focusdpo.models import Backbone
 
@@ -67,20 +68,11 @@ def _with_settings(forward: Callable[..., Any], sizes_vary: bool) -> Callable[..
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if sizes_vary:
-            _mark_dynamic((args, kwargs))
+            for value in tree_leaves((args, kwargs)):
+                # What may be batch or tokens: every dimension but the last, which is of features.
+                for dim in range(value.ndim - 1) if isinstance(value, Tensor) else ():
+                    torch._dynamo.maybe_mark_dynamic(value, dim)
         with settings:
             return forward(*args, **kwargs)
 
     return run
-
-
-def _mark_dynamic(value: Any) -> None:
-    """Marks what may be batch or tokens in all tensors: every dimension but the last, which is of features."""
-    if isinstance(value, Tensor):
-        for dim in range(value.ndim - 1):
-            torch._dynamo.maybe_mark_dynamic(value, dim)
-    elif isinstance(value, dict):
-        _mark_dynamic(tuple(value.values()))
-    elif isinstance(value, tuple | list):
-        for item in value:
-            _mark_dynamic(item)

@@ -8,14 +8,19 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from focusdpo.foundation.journals import read_steps
+from focusdpo.training.callbacks import Callback, Row
 from focusdpo.training.config import TrainConfig
+from focusdpo.training.run_files import METRICS_FILE
+
+if TYPE_CHECKING:
+    from focusdpo.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
-
-Row = dict[str, float]
 
 WINDOW = 50  # steps
 RISEN = 1.05  # of the reference's errors
@@ -49,21 +54,34 @@ class Alarm:
     message: str
 
 
-class Health:
-    """Watches a run's rows.
+def skipped(step: int, gradient_norm: float, pairs: Sequence[tuple[str, bool]]) -> Alarm:
+    """The alarm of a step that is skipped for its gradient; its pairs by file and line, and whether each has a finite loss."""
+    spoilt = [place for place, is_finite in pairs if not is_finite]
+    message = f"skipped, the gradient norm is {gradient_norm}; its pairs: {', '.join(place for place, _ in pairs)}"
+    if 0 < len(spoilt) < len(pairs):
+        message += f"; without a finite loss: {', '.join(spoilt)}"
+    return Alarm("non_finite_gradient", step, message)
 
-    Args:
-        config: of the run.
-        callback: called with each alarm, after it was logged.
-    """
 
-    def __init__(self, config: TrainConfig, callback: Callable[[Alarm], None] | None = None) -> None:
+class Health(Callback):
+    """Watches a run's rows, and raises and logs alarms."""
+
+    def __init__(self, config: TrainConfig) -> None:
         self._config = config
-        self._callback = callback
         self._rows: deque[Row] = deque(maxlen=WINDOW)
         self._read = READ + (("focus/coverage", "focus/detail_share") if config.focus.mask == "focus" else ())
         self._raised: set[str] = set()
         self._unwanted: set[str] = set()  # raised once in a run
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        self.restore(read_steps(trainer.folder / METRICS_FILE))  # which `Journals` has cut to the step
+
+    def on_step_end(self, trainer: Trainer, row: Row) -> None:
+        for alarm in self.update(row):
+            trainer.notify("on_alarm", alarm)
+
+    def on_alarm(self, trainer: Trainer, alarm: Alarm) -> None:
+        logger.warning("step %d, %s: %s", alarm.step, alarm.name, alarm.message)
 
     def restore(self, rows: Iterable[Row]) -> None:
         """Takes the rows before a resume, one after the other; what they raise was raised before."""
@@ -87,14 +105,7 @@ class Health:
             if row.get(name, 0) > 0 and name not in self._unwanted:
                 self._unwanted.add(name)
                 alarms.append(Alarm(name.removeprefix("focus/"), step, f"{100 * row[name]:.0f} % of its pairs {message}"))
-        for alarm in alarms:
-            self.report(alarm)
         return alarms
-
-    def report(self, alarm: Alarm) -> None:
-        logger.warning("step %d, %s: %s", alarm.step, alarm.name, alarm.message)
-        if self._callback is not None:
-            self._callback(alarm)
 
     def _mean(self, name: str) -> float:
         return sum(row[name] for row in self._rows) / len(self._rows)

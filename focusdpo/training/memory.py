@@ -41,8 +41,8 @@ import dataclasses
 import functools
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,17 +51,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
-from focusdpo.data import PairDataset, SizeBatches
+from focusdpo.data import PairDataset
 from focusdpo.data.images import PATCH_SIZE
-from focusdpo.models import BACKBONES, PromptEmbeddings, TokenLayout
+from focusdpo.models import BACKBONES, Backbone, PromptEmbeddings, TokenLayout
 from focusdpo.models.base import pipeline_folder
 from focusdpo.models.quantization import BITS, quantized_layers
 from focusdpo.models.sizes import Architecture, parameters
 from focusdpo.training.adapter import add_adapter
-from focusdpo.training.batches import dataset_of
+from focusdpo.training.batches import dataset_of, in_order
 from focusdpo.training.config import DataConfig, LoraConfig, ModelConfig, TrainConfig
 
 GIB = 2**30
@@ -126,9 +126,28 @@ def estimate(
     trained = sum(p.numel() for p in add_adapter(backbone, lora, seed=0))
     backbone.transformer.train()
 
-    images, channels = 2 * pairs, backbone.transformer.config.in_channels
+    kept, block, temporaries, tokens = _activations(backbone, model, mixed_precision, layout, 2 * pairs)
+    return Estimate(
+        frozen_weights=frozen,
+        companions=architecture.companions * dtype.itemsize,
+        adapter_weights=4 * trained,
+        adapter_gradients=4 * trained,
+        optimizer_state=STATE_BYTES[optimizer] * trained,
+        kept_activations=kept,
+        recomputed_block=block,
+        temporaries=temporaries,
+        tokens=tokens,
+    )
+
+
+def _activations(
+    backbone: Backbone, model: ModelConfig, mixed_precision: str, layout: TokenLayout, images: int
+) -> tuple[int, int, int, int]:
+    """Bytes of kept activations, a recomputed block, temporaries and tokens, of a step on the meta device."""
+    channels = backbone.transformer.config.in_channels
+    shapes = backbone.prompt_shapes().items()
     prompts = PromptEmbeddings(
-        {name: torch.empty(images, *shape, dtype=dtype, device="meta") for name, shape in backbone.prompt_shapes().items()}
+        {name: torch.empty(images, *shape, dtype=backbone.dtype, device="meta") for name, shape in shapes}
     )
     noisy = torch.empty(images, layout.num_target, channels, device="meta")
     references = torch.empty(images, layout.num_reference, channels, device="meta")
@@ -150,17 +169,7 @@ def estimate(
         inputs = (noisy, references, t, *prompts.tensors.values())
         with LiveBytes(*backbone.transformer.parameters(), *backbone.transformer.buffers(), *inputs) as live, device:
             torch.autograd.backward([backbone.predict(noisy, t, prompts, references, layout).sum()])
-    return Estimate(
-        frozen_weights=frozen,
-        companions=architecture.companions * dtype.itemsize,
-        adapter_weights=4 * trained,
-        adapter_gradients=4 * trained,
-        optimizer_state=STATE_BYTES[optimizer] * trained,
-        kept_activations=kept,
-        recomputed_block=block,
-        temporaries=max(live.peak - kept - block, 0),
-        tokens=compared,
-    )
+    return kept, block, max(live.peak - kept - block, 0), compared
 
 
 @dataclass(frozen=True)
@@ -357,12 +366,8 @@ class _Device(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return {name: _cast(item, dtype) for name, item in value.items()}
-    return tuple(_cast(item, dtype) for item in value) if isinstance(value, tuple) else value
+def _cast(values: Any, dtype: torch.dtype) -> Any:
+    return tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, values)
 
 
 def advice(architecture: Architecture, config: TrainConfig, layout_of: Callable[[DataConfig], TokenLayout], pairs: int) -> str:
@@ -394,15 +399,6 @@ def advice(architecture: Architecture, config: TrainConfig, layout_of: Callable[
     return f"The estimate of its memory:\n{now}\nWhat would save most, each by itself:\n{lines}"
 
 
-@contextmanager
-def explained(doing: str, explain: Callable[[], str]) -> Iterator[None]:
-    """Says what was going on when memory runs out inside, and what `explain` returns: torch.OutOfMemoryError."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise torch.OutOfMemoryError(f"out of memory while {doing}. {explain()}") from error
-
-
 def batch_text(dataset: PairDataset, indices: list[int]) -> str:
     """A batch of a dataset's pairs in words."""
     return f"{len(indices)} pair{'s' * (len(indices) > 1)} of {dataset.sizes[indices[0]]}"
@@ -428,8 +424,7 @@ def run_advice(config: TrainConfig, dataset: PairDataset, encoding: bool = False
         return f"VAE and text encoders take {weights}, an image or prompt comes on top; lower data.resolution, or free memory"
     if config.data.cache is not None:
         architecture = dataclasses.replace(architecture, companions=0)
-    batches = SizeBatches(dataset, config.data.batch_size, shuffle=False, seed=0).epoch(0)
-    largest = max(batches, key=lambda batch: len(batch) * dataset.sizes[batch[0]].tokens)
+    largest = max(in_order(dataset, config.data.batch_size), key=lambda batch: len(batch) * dataset.sizes[batch[0]].tokens)
     return f"The largest batch is {batch_text(dataset, largest)}. {batch_advice(architecture, config, dataset, largest)}"
 
 

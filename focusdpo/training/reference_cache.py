@@ -25,8 +25,8 @@ from focusdpo.models.base_lora import base_lora_checksum
 from focusdpo.training.batches import in_rounds, load_batches
 from focusdpo.training.cache import EncodingReader
 from focusdpo.training.config import TrainConfig
-from focusdpo.training.seeding import fixed_draw, fixed_turns
-from focusdpo.training.step import PreferenceStep, Reference
+from focusdpo.training.seeding import fixed_generator, fixed_round_robin_places
+from focusdpo.training.step import PreferenceStep, ReferenceOutput
 
 FORMAT = 2  # of the files
 
@@ -107,13 +107,13 @@ class ReferenceCache:
 
     def _compute(self, batch: PairBatch, draw: int) -> dict[str, Tensor]:
         with torch.no_grad(), self._accelerator.autocast():
-            drawn = [fixed_draw(self._config.seed, batch.indices[0], draw)]
-            noised = self._step.noise(batch, drawn, turns=fixed_turns(batch.indices, draw))
-            reference = self._step.reference(noised, batch)
+            drawn = [fixed_generator(self._config.seed, batch.indices[0], draw)]
+            noised = self._step.noise(batch, drawn, round_robin=fixed_round_robin_places(batch.indices, draw))
+            reference = self._step.reference_output(noised, batch)
         scores = {} if reference.scores is None else {"scores": reference.scores}
         return {"prediction": reference.prediction, **scores}
 
-    def read(self, indices: Sequence[int], draw: int) -> Reference:
+    def read(self, indices: Sequence[int], draw: int) -> ReferenceOutput:
         """The reference's predictions for the pairs of a batch."""
         pairs = [self._files.read(self._key(index, draw)) for index in indices]
 
@@ -122,7 +122,7 @@ class ReferenceCache:
             rows = len(pairs[0][name])
             return torch.stack([pair[name][row] for row in range(rows) for pair in pairs]).to(self._accelerator.device)
 
-        return Reference(stacked("prediction"), stacked("scores") if self._has_scores else None)
+        return ReferenceOutput(stacked("prediction"), stacked("scores") if self._has_scores else None)
 
     def _key(self, index: int, draw: int) -> str:
         masks = [reference.mask for reference in self._dataset.records[index].references if self._has_scores]

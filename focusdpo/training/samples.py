@@ -5,11 +5,10 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor
@@ -19,13 +18,18 @@ from focusdpo.data import PairBatch, PairDataset, PairRecord, collate
 from focusdpo.data.images import to_pil
 from focusdpo.drawing.contact_sheets import read_picture, sample_sheet
 from focusdpo.drawing.overlays import MaskAtTime, draw_overlays
-from focusdpo.foundation.launch import Launch
 from focusdpo.foundation.output_folder import OutputFolder, step_folders
 from focusdpo.models import BACKBONES, Backbone
 from focusdpo.training.batches import dataset_of
+from focusdpo.training.callbacks import Callback
 from focusdpo.training.config import TrainConfig
+from focusdpo.training.loading import load_backbone
+from focusdpo.training.run_files import SAMPLES_FOLDER
 from focusdpo.training.step import PreferenceStep
 from focusdpo.training.tracking import log_images
+
+if TYPE_CHECKING:
+    from focusdpo.training.trainer import Trainer
 
 MASK_TIMES = (0.1, 0.5, 0.9)
 
@@ -36,7 +40,7 @@ def masks_at(step: PreferenceStep, batch: PairBatch, times: Sequence[float], see
 
 
 @dataclass(frozen=True)
-class _Drawn:
+class _Made:
     """What a process made for a pair: the sample, and the page of its masks as PNG, empty where there are none."""
 
     index: int
@@ -44,7 +48,7 @@ class _Drawn:
     masks: bytes
 
 
-class Samples:
+class Samples(Callback):
     """Samples of the first held-out pairs, with their masks.
 
     Each step that has some gets a folder with three files per pair: the sample beside references, winner and what the model
@@ -54,22 +58,15 @@ class Samples:
         config: of the run.
         records: held-out pairs.
         out: the run's folder.
-        folder: where the folders of the steps go, in it.
-        load_vae: loads a backbone with the VAE alone; called where the run's has none.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        records: Sequence[PairRecord],
-        out: OutputFolder,
-        folder: Path,
-        load_vae: Callable[[], Backbone],
-    ) -> None:
+    in_all_processes = True
+
+    def __init__(self, config: TrainConfig, records: Sequence[PairRecord], out: OutputFolder) -> None:
+        self._config = config
         self._settings = config.samples
         self._out = out
-        self._folder = folder
-        self._load_vae = load_vae
+        self._folder = out.path / SAMPLES_FOLDER
         shown = records[: config.samples.count] if config.samples.every else []
         self._pairs = dataset_of(shown, config.data, config.model.backbone)
         self._negatives: PairDataset | None = None
@@ -78,36 +75,33 @@ class Samples:
             prompt = BACKBONES[config.model.backbone].negative_prompt
             negatives = [replace(record, prompt=prompt) for record in shown]
             self._negatives = dataset_of(negatives, config.data, config.model.backbone)
-        self._vae: Backbone | None = None
+        self._vae: Backbone | None = None  # a backbone with the VAE alone, where the run's has none
 
     @property
     def datasets(self) -> list[PairDataset]:
         """What has to be encoded for them."""
         return [self._pairs, *([] if self._negatives is None else [self._negatives])]
 
-    def tidy(self, number: int) -> None:
-        """Deletes what lies beyond a step of the run, which is about to be made again."""
-        for step, path in step_folders(self._folder):
-            if step > number:
+    def on_train_begin(self, trainer: Trainer) -> None:
+        """Deletes what lies beyond the step, which is about to be made again."""
+        for step, path in step_folders(self._folder) if trainer.launch.is_main else ():
+            if step > trainer.progress.step:
                 self._out.remove(path)
 
+    def between_steps(self, trainer: Trainer) -> None:
+        if trainer.is_due(self._settings.every):
+            self.make(trainer.progress.step, trainer, trainer.check_stop)
+
     @torch.no_grad()
-    def draw(
-        self,
-        number: int,
-        step: PreferenceStep,
-        accelerator: Accelerator,
-        launch: Launch,
-        on_step: Callable[[], object] = lambda: None,
-    ) -> None:
+    def make(self, number: int, trainer: Trainer, on_step: Callable[[], object] = lambda: None) -> None:
         """Makes the samples of a step of the run, if it has any; all processes call it, and share the pairs.
 
         Args:
             number: of the optimiser step.
-            step: the preference step.
-            accelerator, launch: of the run.
-            on_step: called after each step of the sampler, equally often in all processes; what it raises ends the drawing.
+            trainer: whose model makes them.
+            on_step: called after each step of the sampler, equally often in all processes; what it raises ends the sampling.
         """
+        step, accelerator, launch = trainer.step, trainer.accelerator, trainer.launch
         rank, processes, count = launch.rank, launch.size, len(self._pairs)
         if not count:
             return
@@ -127,7 +121,7 @@ class Samples:
             bar.update()
             on_step()
 
-        drawn = []
+        made = []
         with bar:
             for index in (i * processes + rank for i in range(rounds)):
                 batch = collate([self._pairs[index % count]]).to(accelerator.device)
@@ -137,12 +131,12 @@ class Samples:
                 page = io.BytesIO()
                 if masks:
                     draw_overlays(batch, masks, page, f"step {number}: {batch.prompts[0]}")
-                drawn.append(_Drawn(index, self._decode(tokens, grid, step.backbone), page.getvalue()))
+                made.append(_Made(index, self._decode(tokens, grid, step.backbone), page.getvalue()))
         module.train(was_training)
-        launch.wait("samples are drawn")
-        drawn = [one for one in gather_object(drawn) if one.index < count]
+        launch.wait("samples are made")
+        made = [one for one in gather_object(made) if one.index < count]
         if launch.is_main:
-            pages = self._write(number, drawn)
+            pages = self._write(number, made)
             log_images(accelerator, {f"samples/{name}": np.asarray(page) for name, page in pages.items()}, number)
         launch.wait("samples are written")
 
@@ -175,19 +169,19 @@ class Samples:
         if backbone.pipeline.vae is not None:
             return to_pil(backbone.decode_images(tokens, grid)[0])
         if self._vae is None:
-            self._vae = self._load_vae()
+            self._vae = load_backbone(self._config, "vae")
         self._vae.vae.to(tokens.device)
         try:
             return to_pil(self._vae.decode_images(tokens, grid)[0])
         finally:
             self._vae.vae.to("cpu")  # the run was told to keep it off the device
 
-    def _write(self, number: int, drawn: Sequence[_Drawn]) -> dict[str, Image.Image]:
+    def _write(self, number: int, made: Sequence[_Made]) -> dict[str, Image.Image]:
         """Writes the files of a step; returns its sheets and pages of masks by name."""
         final = self._folder / f"step-{number:06d}"
         pages = {}
         with self._out.writing_folder(final) as partial:
-            for one in drawn:
+            for one in made:
                 pair, name = self._pairs[one.index], str(one.index)
                 one.sample.save(partial / f"{name}_sample.png")
                 untrained = read_picture(self._folder / "step-000000" / f"{name}_sample.png") if number else None

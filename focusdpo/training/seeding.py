@@ -1,4 +1,8 @@
-"""Where times, noise and dropout of a training batch come from: seeds that follow from the settings and a place alone."""
+"""Where times, noise and dropout of a training batch come from: seeds that follow from the settings and a place alone.
+
+By default a pair meets new times and noise whenever it comes. With `loss.draws` it has that many fixed ones, its draws, which
+are numbered from 0.
+"""
 
 from __future__ import annotations
 
@@ -14,29 +18,33 @@ def seeded(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
-def fixed_draw(seed: int, index: int, draw: int) -> torch.Generator:
-    """Times and noise of a pair's n-th fixed draw, in whatever batch and epoch it comes."""
+def fixed_generator(seed: int, index: int, draw: int) -> torch.Generator:
+    """Gives time and noise of one of a pair's fixed draws, in whatever batch and epoch it comes."""
     return seeded(seed, index, draw, 1)
 
 
-def generators(seed: int, position: int, indices: Sequence[int], draw: int | None) -> torch.Generator | list[torch.Generator]:
-    """What draws times and noise of a batch, after the global generator, which dropout draws from, was seeded.
+def batch_generators(
+    seed: int, position: int, indices: Sequence[int], draw: int | None
+) -> torch.Generator | list[torch.Generator]:
+    """What gives times and noise of a batch: one generator, or with fixed draws one for each pair.
+
+    The global generator, which dropout uses, is seeded as well.
 
     Args:
         seed: of the run.
         position: of the batch among those of all processes.
         indices: of its pairs.
-        draw: number of the fixed draw; None draws anew at every position.
+        draw: number of the fixed draw; None where times and noise are new at every position.
     """
     here = seeded(seed, position)
     torch.manual_seed(here.initial_seed())
-    return here if draw is None else [fixed_draw(seed, index, draw) for index in indices]
+    return here if draw is None else [fixed_generator(seed, index, draw) for index in indices]
 
 
-def turns_at(start: int, epoch: int, pairs: int) -> list[int]:
-    """Turns of the pairs of a batch.
+def round_robin_places(start: int, epoch: int, pairs: int) -> list[int]:
+    """Places of a batch's pairs in the round robin of listed times.
 
-    Each epoch begins one turn further: a pair whose place never changes would otherwise always meet the same time.
+    Each epoch begins one place further: a pair that never moves would otherwise always meet the same time.
 
     Args:
         start: how many pairs of the epoch come before the batch's first.
@@ -46,6 +54,6 @@ def turns_at(start: int, epoch: int, pairs: int) -> list[int]:
     return [start + epoch + i for i in range(pairs)]
 
 
-def fixed_turns(indices: Sequence[int], draw: int) -> list[int]:
-    """Turns of a batch's pairs in their n-th fixed draw: through its draws each pair meets one time after the other."""
+def fixed_round_robin_places(indices: Sequence[int], draw: int) -> list[int]:
+    """The same in a fixed draw: through its draws each pair meets one time after the other."""
     return [index + draw for index in indices]

@@ -57,7 +57,7 @@ class Noised:
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceOutput:
     """What the reference model makes of a noised batch.
 
     prediction: [2B, P, C]. scores: S [B, R, P] of its features, or [2B, R, P] for a mask from each image; None where the mask
@@ -96,17 +96,17 @@ class PreferenceStep:
         batch: PairBatch,
         generator: torch.Generator | Sequence[torch.Generator],
         t: Tensor | None = None,
-        reference: Reference | None = None,
-        turns: Sequence[int] | None = None,
+        reference: ReferenceOutput | None = None,
+        round_robin: Sequence[int] | None = None,
     ) -> StepResult:
         """The loss of a batch.
 
         Args:
             batch: pairs, on the model's device.
-            generator, t, turns: of times and noise, see `noise`.
-            reference: what `reference` gave for the same pairs, times and noise; None computes it.
+            generator, t, round_robin: of times and noise, see `noise`.
+            reference: what `reference_output` gave for the same pairs, times and noise; None computes it.
         """
-        return self.compare(self.noise(batch, generator, t, turns), batch, reference)
+        return self.compare(self.noise(batch, generator, t, round_robin), batch, reference)
 
     @torch.no_grad()
     def noise(
@@ -114,7 +114,7 @@ class PreferenceStep:
         batch: PairBatch,
         generator: torch.Generator | Sequence[torch.Generator],
         t: Tensor | None = None,
-        turns: Sequence[int] | None = None,
+        round_robin: Sequence[int] | None = None,
     ) -> Noised:
         """Encodes a batch and brings winner and loser to the same times with the same noise (E2).
 
@@ -122,13 +122,13 @@ class PreferenceStep:
             batch: pairs, on the model's device.
             generator: CPU generator of times and noise, which are then the same on every device; or one for each pair.
             t: times [B]; None draws them as `loss.times` says.
-            turns: numbers of the pairs' turns, where times take turns; None counts from 0.
+            round_robin: places of the pairs in the round robin, where listed times go in turn; None counts from 0.
         """
         pairs = len(batch.prompts)
         draws = [(generator, pairs)] if isinstance(generator, torch.Generator) else [(own, 1) for own in generator]
         clean, given = self._clean(batch), self.condition(batch)  # [2B, P, C]
         if t is None:
-            numbers = list(range(pairs)) if turns is None else list(turns)
+            numbers = list(range(pairs)) if round_robin is None else list(round_robin)
             shift = self.backbone.training_shift(given.layout.num_target) if self.loss.shift == "auto" else self.loss.shift
             drawn, start = [], 0
             for own, count in draws:
@@ -186,11 +186,11 @@ class PreferenceStep:
             backend=self.backend,
         )
 
-    def reference(self, noised: Noised, batch: PairBatch) -> Reference:
+    def reference_output(self, noised: Noised, batch: PairBatch) -> ReferenceOutput:
         """Runs the reference model on a noised batch."""
         taps = self._taps_of_mask(noised, batch, "reference")
         prediction = self.predict(noised, taps, "reference")
-        return Reference(prediction, taps[0].scores() if taps else None)
+        return ReferenceOutput(prediction, taps[0].scores() if taps else None)
 
     @torch.no_grad()
     def predictions(self, noised: Noised, batch: PairBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -240,16 +240,16 @@ class PreferenceStep:
             backend=self.backend,
         )
 
-    def compare(self, noised: Noised, batch: PairBatch, reference: Reference | None = None) -> StepResult:
+    def compare(self, noised: Noised, batch: PairBatch, reference: ReferenceOutput | None = None) -> StepResult:
         """Runs reference and policy on a noised batch, forms the mask and takes the loss.
 
         Args:
             noised: tokens and conditioning of the batch.
             batch: the pairs themselves: the mask looks at their pixels, priors and reference masks.
-            reference: what `reference` gave for it; None computes it.
+            reference: what `reference_output` gave for it; None computes it.
         """
         if reference is None:
-            reference = self.reference(noised, batch)
+            reference = self.reference_output(noised, batch)
         taps = self._taps_of_mask(noised, batch, "policy")
         policy = self.predict(noised, taps)
         scores = taps[0].scores() if taps else reference.scores

@@ -11,20 +11,20 @@ from torch import Tensor
 from focusdpo.training.config import LossConfig
 
 
-def draw_times(loss: LossConfig, generator: torch.Generator, turns: Sequence[int], shift: float) -> Tensor:
-    """Times t in [0, 1] of as many pairs as there are turns, fp32 [B] on the CPU.
+def draw_times(loss: LossConfig, generator: torch.Generator, round_robin: Sequence[int], shift: float) -> Tensor:
+    """Times t in [0, 1] of as many pairs as there are places, fp32 [B] on the CPU.
 
     Args:
         loss: `times`, `time_order`, `logit_mean` and `logit_std`.
         generator: CPU generator.
-        turns: number of each pair's turn, which picks its time where a list's times take turns.
+        round_robin: each pair's place in the round robin, which picks its time where listed times go in turn.
         shift: s of t' = s t / (1 + (s - 1) t), as in SD3 and in diffusers' schedulers.
     """
-    count = len(turns)
+    count = len(round_robin)
     if isinstance(loss.times, list):
         listed = torch.tensor(loss.times, dtype=torch.float32)
         if loss.time_order == "round_robin":
-            return listed[torch.tensor(turns) % len(listed)]
+            return listed[torch.tensor(round_robin) % len(listed)]
         return listed[torch.randint(len(listed), (count,), generator=generator)]
     scheme = "logit_normal" if loss.times == "logit_normal" else "none"
     t = compute_density_for_timestep_sampling(

@@ -6,13 +6,18 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 
 from focusdpo.foundation.files import write_whole
+from focusdpo.training.callbacks import Callback, Row
 from focusdpo.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from focusdpo.training.trainer import Trainer
 
 
 def check_trackers(config: TrainConfig) -> None:
@@ -30,19 +35,28 @@ def check_trackers(config: TrainConfig) -> None:
         raise ValueError(f"trackers: wandb cannot log in ({error}); run `wandb login`, {hint}") from error
 
 
-def start_trackers(accelerator: Accelerator, config: TrainConfig, step: int) -> None:
-    """Opens the run's trackers; what TensorBoard has beyond a step is dropped, as it is about to be computed again."""
-    folder = Path(config.output_dir)
-    trackers: list[GeneralTracker] = []
-    for name in config.trackers if accelerator.is_main_process else ():
-        if name == "tensorboard":
-            trackers.append(TensorBoardTracker(name, str(folder), purge_step=step + 1))
-        else:
-            # By one id a resumed run goes on in the same place; steps that W&B knows already it leaves as they are.
-            run = {"id": _wandb_id(folder), "resume": "allow", "name": config.run_name or folder.resolve().name}
-            trackers.append(WandBTracker(config.project, **run, dir=str(folder), config=asdict(config)))
-    accelerator.log_with = trackers
-    accelerator.init_trackers(config.project)
+class Trackers(Callback):
+    """Sends metrics to the trackers that a run names. `log_images` sends images to them."""
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        """Opens them; what TensorBoard has beyond the step is dropped, as it is about to be computed again."""
+        config, folder = trainer.config, trainer.folder
+        trackers: list[GeneralTracker] = []
+        for name in config.trackers:
+            if name == "tensorboard":
+                trackers.append(TensorBoardTracker(name, str(folder), purge_step=trainer.progress.step + 1))
+            else:
+                # By one id a resumed run goes on in the same place; steps that W&B knows already it leaves as they are.
+                run = {"id": _wandb_id(folder), "resume": "allow", "name": config.run_name or folder.resolve().name}
+                trackers.append(WandBTracker(config.project, **run, dir=str(folder), config=asdict(config)))
+        trainer.accelerator.log_with = trackers
+        trainer.accelerator.init_trackers(config.project)
+
+    def on_step_end(self, trainer: Trainer, row: Row) -> None:
+        trainer.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=int(row["step"]))
+
+    def on_evaluate(self, trainer: Trainer, row: Row) -> None:
+        self.on_step_end(trainer, {name if name == "step" else f"validation/{name}": value for name, value in row.items()})
 
 
 def log_images(accelerator: Accelerator, images: Mapping[str, np.ndarray], step: int) -> None:

@@ -23,7 +23,7 @@ from focusdpo.models.tiny_flux import write_tiny_flux
 from focusdpo.training.batches import dataset_of
 from focusdpo.training.cache import EncodingCache
 from focusdpo.training.config import DataConfig, FocusConfig, LossConfig, ModelConfig, TrainConfig
-from focusdpo.training.layouts import reference_rules, size_rules
+from focusdpo.training.image_sizes import reference_rules, size_rules
 from focusdpo.training.step import PreferenceStep
 from focusdpo.training.trainer import Trainer
 from tests.tiny_flux2 import write_tiny_flux2

@@ -19,7 +19,7 @@ from focusdpo.data.headers import HeaderIndex, kept_folder
 from focusdpo.data.references import LongestSide, UnoReferences
 from focusdpo.data.validation import validate
 from focusdpo.models import BACKBONES
-from focusdpo.training.layouts import rules_of
+from focusdpo.training.image_sizes import rules_of
 
 RULES = {"resolution": 32, "reference_rule": LongestSide(32)}
 

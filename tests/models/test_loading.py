@@ -13,7 +13,7 @@ from focusdpo.models.sizes import META
 from focusdpo.models.tiny_flux import write_tiny_flux
 from focusdpo.training import sharding
 from focusdpo.training.config import DataConfig, LoraConfig, ModelConfig, TrainConfig
-from focusdpo.training.trained_model import add_policy
+from focusdpo.training.loading import make_policy
 from tests.tiny_flux2 import write_tiny_flux2
 from tests.tiny_qwen import write_tiny_qwen
 
@@ -38,7 +38,7 @@ def test_a_transformer_without_weights_is_the_same_otherwise(pipeline):
     for place in (None, META):
         backbone = BACKBONES[name].from_pretrained(folder, dtype=torch.bfloat16, parts="transformer", transformer_device=place)
         assert backbone.device == (place or torch.device("cpu"))
-        add_policy(backbone, config, None, torch.device("cpu"))
+        make_policy(backbone, config, None, torch.device("cpu"))
         backbones.append(backbone)
     whole, empty = backbones
     assert described(empty.transformer) == described(whole.transformer)
@@ -56,13 +56,13 @@ def test_a_base_lora_leaves_a_transformer_without_weights_alone(pipeline, tmp_pa
     name, folder = pipeline
     config = TrainConfig(ModelConfig(folder, backbone=name), DataConfig("pairs"), "run", lora=LoraConfig(rank=4, alpha=4))
     backbone = BACKBONES[name].from_pretrained(folder, dtype=torch.float32, parts="transformer")
-    add_policy(backbone, config, None, torch.device("cpu"))
+    make_policy(backbone, config, None, torch.device("cpu"))
     backbone.save_lora(tmp_path, peft=False)
     config.model.base_lora = str(tmp_path)
     merged = []
     for place in (None, META):
         backbone = BACKBONES[name].from_pretrained(folder, dtype=torch.float32, parts="transformer", transformer_device=place)
-        add_policy(backbone, config, None, torch.device("cpu"))
+        make_policy(backbone, config, None, torch.device("cpu"))
         merged.append(backbone.merged_layers)
     assert merged[0] and merged[0] == merged[1]
 

@@ -24,8 +24,8 @@ from focusdpo.studies.config import MasksConfig
 from focusdpo.studies.masks import groups_of, prepare_masks
 from focusdpo.training.batches import dataset_of
 from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, ModelConfig, TrainConfig
+from focusdpo.training.loading import load_step
 from focusdpo.training.run_config import read_run_config
-from focusdpo.training.trained_model import load_step
 
 GRID = (6, 6)
 

@@ -23,7 +23,7 @@ from focusdpo.studies.stress.scenes import compose, write_scenes
 from focusdpo.studies.stress.subjects import BACKGROUNDS, DREAMBENCH, PHOTOGRAPHED, VIEWS, CutOut, cast_of
 from focusdpo.studies.stress.summary import by_scene
 from focusdpo.training.config import ModelConfig
-from focusdpo.training.trained_model import load_step
+from focusdpo.training.loading import load_step
 from tests import ROOT
 from tests.tiny_flux2 import write_tiny_flux2
 from tests.tiny_qwen import write_tiny_qwen
@@ -261,7 +261,7 @@ def test_a_killed_test_goes_on_to_the_same_numbers(flux_model, tmp_path, monkeyp
     check_results(found, tmp_path / "killed")
 
     # A finished one is averaged again without the model; with more scenes only these are measured.
-    monkeypatch.setattr("focusdpo.training.trained_model.load_step", None)
+    monkeypatch.setattr("focusdpo.training.loading.load_step", None)
     prepare_stress(dataclasses.replace(config, level=0.5))()
     monkeypatch.undo()
     with pytest.raises(

@@ -13,8 +13,9 @@ from accelerate.utils import DistributedType
 from transformers.integrations import is_fsdp_enabled
 
 from focusdpo.commands.cli import parse_config
-from focusdpo.training import trainer as training
+from focusdpo.training import prepared_run
 from focusdpo.training.sharding import whole
+from focusdpo.training.trainer import Trainer
 
 
 def peak() -> int:
@@ -29,7 +30,7 @@ def loaded(*arguments, **places):
 
 
 def with_buffers(backbone, *arguments):
-    add_policy(backbone, *arguments)
+    make_policy(backbone, *arguments)
     backbone.transformer.register_buffer("kept", torch.full((3,), 1.0 + rank))
     backbone.transformer.register_buffer("derived", torch.full((2, 2), 3 + rank), persistent=False)
 
@@ -39,9 +40,9 @@ rank = PartialState(cpu=True).process_index
 PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU  # as in distributed_worker
 before: list[int] = []
 left_out: list[bool] = []  # whether transformers would leave something to another process
-load, add_policy = training.load_backbone, training.add_policy
-training.load_backbone, training.add_policy = loaded, with_buffers
-trainer = training.Trainer(config)
+load, make_policy = prepared_run.load_backbone, prepared_run.make_policy
+prepared_run.load_backbone, prepared_run.make_policy = loaded, with_buffers
+trainer = Trainer(config)
 taken = peak() - before[0]
 state = {name: whole(value) for name, value in trainer.module.state_dict().items()}
 encoders = [part for name, part in trainer.backbone.pipeline.components.items() if name.startswith("text_encoder")]

@@ -20,10 +20,11 @@ import torch
 from focusdpo.commands.cli import main
 from focusdpo.data import validation
 from focusdpo.foundation import files
-from focusdpo.training import cache, step, trainer
+from focusdpo.training import cache, prepared_run, step, trainer
 
 case, rank = os.environ.get("CASE", ""), int(os.environ["RANK"])
-compare, take_step, run_step = step.PreferenceStep.compare, trainer.Trainer._take_step, trainer.Trainer._run_step
+compare = step.PreferenceStep.compare
+optimizer_step, compute_loss = trainer.Trainer._optimizer_step, trainer.Trainer._compute_loss
 
 files.COMES = 1.0
 
@@ -52,27 +53,27 @@ elif case in ("hangs", "dies"):
             if case == "dies":
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(1000)
-        return take_step(self, batches)
+        return optimizer_step(self, batches)
 
-    trainer.Trainer._take_step = missing
+    trainer.Trainer._optimizer_step = missing
 elif case == "slow":
 
     def slow(self, batch):
         time.sleep(0.2)
-        return run_step(self, batch)
+        return compute_loss(self, batch)
 
-    trainer.Trainer._run_step = slow
+    trainer.Trainer._compute_loss = slow
 elif case == "counts":
     check_pair, checksum = validation.check_pair, cache.checksum
     validation.check_pair = lambda *args: (note("checked"), check_pair(*args))[1]
     cache.checksum = functools.wraps(checksum)(lambda file: (note("hashed"), checksum(file))[1])
-    load_backbone = trainer.load_backbone
+    load_backbone = prepared_run.load_backbone
 
     def late(config, parts, *args, **kwargs):
         if parts == "encoders" and rank == 0:
             time.sleep(1.2 * config.collective_timeout)
         return load_backbone(config, parts, *args, **kwargs)
 
-    trainer.load_backbone = late
+    prepared_run.load_backbone = late
 
 main(["train", *sys.argv[1:]])

@@ -8,7 +8,7 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from focusdpo.commands import cli
 from focusdpo.models import TokenLayout
 from focusdpo.models.sizes import released
-from focusdpo.training.layouts import reference_rules
+from focusdpo.training.image_sizes import reference_rules
 from focusdpo.training.memory import estimate, launched
 from tests import ROOT
 

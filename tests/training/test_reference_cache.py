@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 
 from focusdpo.demo.scenes import write_dataset
 from focusdpo.training.config import FocusConfig, LoraConfig, LossConfig
-from focusdpo.training.seeding import fixed_draw, generators, seeded
+from focusdpo.training.seeding import batch_generators, fixed_generator, seeded
 from focusdpo.training.step import PreferenceStep
 from focusdpo.training.trainer import Trainer
 from tests import runs
@@ -43,13 +43,13 @@ def train(config):
 @pytest.fixture
 def reference_runs(monkeypatch):
     """Pairs that the reference model has run on."""
-    runs, original = [], PreferenceStep.reference
+    runs, original = [], PreferenceStep.reference_output
 
     def counted(self, noised, batch):
         runs.extend(batch.indices)
         return original(self, noised, batch)
 
-    monkeypatch.setattr(PreferenceStep, "reference", counted)
+    monkeypatch.setattr(PreferenceStep, "reference_output", counted)
     return runs
 
 
@@ -175,12 +175,13 @@ def test_draws_come_in_turn_by_epoch(config):
 
 
 def test_seeds():
-    assert fixed_draw(0, 3, 1).initial_seed() == fixed_draw(0, 3, 1).initial_seed()
-    draws = [fixed_draw(seed, index, draw).initial_seed() for seed in (0, 1) for index in (0, 1) for draw in (0, 1)]
+    assert fixed_generator(0, 3, 1).initial_seed() == fixed_generator(0, 3, 1).initial_seed()
+    draws = [fixed_generator(seed, index, draw).initial_seed() for seed in (0, 1) for index in (0, 1) for draw in (0, 1)]
     assert len(set(draws)) == 8
-    single = generators(7, 5, [2, 3], None)
+    single = batch_generators(7, 5, [2, 3], None)
     assert single.initial_seed() == seeded(7, 5).initial_seed() == torch.initial_seed()
-    assert [g.initial_seed() for g in generators(7, 5, [2, 3], 1)] == [fixed_draw(7, i, 1).initial_seed() for i in (2, 3)]
+    each = [generator.initial_seed() for generator in batch_generators(7, 5, [2, 3], 1)]
+    assert each == [fixed_generator(7, i, 1).initial_seed() for i in (2, 3)]
     assert torch.initial_seed() == seeded(7, 5).initial_seed(), "dropout differs from epoch to epoch all the same"
 
 

@@ -93,7 +93,7 @@ def test_samples_change_no_number(config, tmp_path):
     assert not (second.folder / "samples").exists()
     state, was_training = torch.get_rng_state(), first.module.training
     first.module.train()
-    first.samples.draw(9, first.step, first.accelerator, first.launch)
+    first.samples.make(9, first)
     assert torch.equal(torch.get_rng_state(), state) and first.module.training
     first.module.train(was_training)
 

@@ -25,7 +25,7 @@ from focusdpo.foundation.journals import read_metrics, read_rows
 from focusdpo.training.checkpoints import complete_checkpoints, damage
 from tests import ROOT
 
-WORKER = str(ROOT / "tests" / "several_worker.py")
+WORKER = str(ROOT / "tests" / "training" / "several_worker.py")
 LONG = 150  # seconds, on a busy machine
 
 

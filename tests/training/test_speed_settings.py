@@ -189,7 +189,7 @@ def test_sizes_that_vary_share_graphs(graphs, tiny_flux):
 
 def test_the_trainer_knows_whether_sizes_vary(config, monkeypatch):
     seen = []
-    monkeypatch.setattr("focusdpo.training.trainer.compile_blocks", lambda backbone, **options: seen.append(options))
+    monkeypatch.setattr("focusdpo.training.prepared_run.compile_blocks", lambda backbone, **options: seen.append(options))
     compiled = dataclasses.replace(config.model, compile=True, activation_budget=0.5)
     for model, batch_size, resolution in [
         (compiled, 1, 16),

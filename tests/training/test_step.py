@@ -21,7 +21,7 @@ from focusdpo.models import Flux1, TokenLayout
 from focusdpo.models.tiny_flux import write_tiny_flux
 from focusdpo.training.adapter import add_adapter
 from focusdpo.training.config import FocusConfig, LoraConfig, LossConfig
-from focusdpo.training.seeding import fixed_turns, turns_at
+from focusdpo.training.seeding import fixed_round_robin_places, round_robin_places
 from focusdpo.training.step import PreferenceStep
 
 GRID, REFERENCES, PATCH = (4, 6), ((2, 3), (3, 3)), 16
@@ -460,13 +460,13 @@ def test_turns(models, batch):
     focus, loss = settings("in turn")
     step = PreferenceStep(models.ours, focus, loss)
     for turns in ((4, 5, 6), (2, 7, 0)):
-        result = step(batch, torch.Generator().manual_seed(SEED), turns=turns)
+        result = step(batch, torch.Generator().manual_seed(SEED), round_robin=turns)
         check(result, recompute(models, batch, focus, loss, turns=turns), models.ours)
-    each = step(batch, [torch.Generator().manual_seed(seed) for seed in (4, 8, 2)], turns=(4, 5, 9))
+    each = step(batch, [torch.Generator().manual_seed(seed) for seed in (4, 8, 2)], round_robin=(4, 5, 9))
     check(each, recompute(models, batch, focus, loss, seeds=(4, 8, 2), turns=(4, 5, 9)), models.ours)
     assert each.t.tolist() == pytest.approx([0.9, 0.6, 0.3])
-    assert turns_at(10, 3, 2) == [13, 14], "each epoch begins one further"
-    assert fixed_turns([4, 9], 2) == [6, 11]
+    assert round_robin_places(10, 3, 2) == [13, 14], "each epoch begins one further"
+    assert fixed_round_robin_places([4, 9], 2) == [6, 11]
 
 
 def test_given_times_are_taken(models, batch):
@@ -479,7 +479,7 @@ def test_the_reference_given_is_the_reference_computed(models, batch):
     for name in ("default", "of the reference", "each of the reference", "prior"):
         step = PreferenceStep(models.ours, *settings(name))
         noised = step.noise(batch, torch.Generator().manual_seed(SEED))
-        kept = step.reference(noised, batch)
+        kept = step.reference_output(noised, batch)
         first, second = step.compare(noised, batch), step.compare(noised, batch, kept)
         assert torch.equal(first.output.loss, second.output.loss) and torch.equal(first.output.margin, second.output.margin)
         assert not kept.prediction.requires_grad
@@ -502,7 +502,7 @@ def test_masks_and_predictions_are_the_steps_own(models, batch):
         noised = step.noise(batch, torch.Generator().manual_seed(SEED), torch.full((PAIRS,), 0.4))
         policy, reference, scores = step.predictions(noised, batch)
         assert torch.equal(scores, result.focus.scores) and not policy.requires_grad
-        assert torch.equal(reference, step.reference(noised, batch).prediction) and not torch.allclose(policy, reference)
+        assert torch.equal(reference, step.reference_output(noised, batch).prediction) and not torch.allclose(policy, reference)
         assert torch.equal(policy, step.predict(noised))
 
 

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 from focusdpo.data import DatasetError, collate
 from focusdpo.foundation.journals import read_metrics
+from focusdpo.training.callbacks import Callback
 from focusdpo.training.config import FocusConfig, LoraConfig, LossConfig, ModelConfig, OptimConfig
-from focusdpo.training.seeding import generators
+from focusdpo.training.seeding import batch_generators
 from focusdpo.training.trainer import Trainer
 from tests.runs import lora_of, rows_of
 
@@ -36,24 +37,21 @@ def run(config):
     return rows_of(config), rows_of(config, "validation"), lora_of(config), trainer
 
 
-def test_resume_gives_the_same_bits(config, tmp_path, monkeypatch):
+class Killed(Callback):
+    def on_step_end(self, trainer, row):
+        if row["step"] == 5:
+            raise KeyboardInterrupt
+
+
+def test_resume_gives_the_same_bits(config, tmp_path):
     straight, validation, lora, _ = run(config)
     assert [row["step"] for row in straight] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in validation] == [0, 3, 6]
     AcceleratorState._reset_state(reset_partial_state=True)
 
     config.output_dir = str(tmp_path / "interrupted")
-    interrupted = Trainer(config)
-    log = interrupted._log
-
-    def killed(row):
-        log(row)
-        if interrupted.progress.step == 5:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(interrupted, "_log", killed)
     with pytest.raises(KeyboardInterrupt):
-        interrupted.train()
+        Trainer(config, callbacks=[Killed()]).train()
     assert len(read_metrics(tmp_path / "interrupted" / "metrics.jsonl")) == 5
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -270,7 +268,7 @@ def test_seed_decides_times_and_noise(config):
     for number, seed in enumerate((0, 1, 0)):
         trainer = Trainer(dataclasses.replace(config, seed=seed, output_dir=f"{config.output_dir}{number}"))
         batch = collate([trainer.train_set[0]])
-        noised.append(trainer.step.noise(batch, generators(seed, 0, batch.indices, None)))
+        noised.append(trainer.step.noise(batch, batch_generators(seed, 0, batch.indices, None)))
         AcceleratorState._reset_state(reset_partial_state=True)
     assert torch.equal(noised[0].tokens, noised[2].tokens)
     assert not torch.equal(noised[0].t, noised[1].t)

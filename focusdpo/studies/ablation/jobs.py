@@ -139,7 +139,7 @@ def _train(job: Job) -> Result:
 def _judge_untrained(job: Job) -> Result:
     trainer = _trainer(replace(job.config, overwrite=True))
     try:
-        trainer.samples.draw(0, trainer.step, trainer.accelerator, trainer.launch)
+        trainer.samples.make(0, trainer)
         values = _judged(job, trainer)
     finally:
         trainer.accelerator.free_memory()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import sys
 
@@ -74,32 +73,6 @@ def _bins(values: Tensor, count: int) -> Tensor:
 def _known(fact: Tensor, of: Tensor) -> Tensor:
     """1 or 0 as numbers, and NaN where what the fact is of is not a number."""
     return torch.where(of.isnan(), of, fact.to(of.dtype))
-
-
-class Smoothed:
-    """The exponential mean of what comes one by one, for reading as it changes.
-
-    It is without bias from the first value on, as Adam's moments are: of x_1 to x_n it is the mean with the weights
-    (1 - rate)^(n - i). What is not finite is passed over: one such step would hide all later ones. Before any value it is NaN.
-
-    Args:
-        rate: weight of the newest value in the long run, about 1 over the number of values that count.
-    """
-
-    def __init__(self, rate: float = 0.05) -> None:
-        self._rate = rate
-        self._sum = self._weight = 0.0
-
-    def add(self, value: float) -> float:
-        """Takes a value, and returns the mean with it."""
-        if math.isfinite(value):
-            self._sum += self._rate * (value - self._sum)
-            self._weight += self._rate * (1 - self._weight)
-        return self.value
-
-    @property
-    def value(self) -> float:
-        return self._sum / self._weight if self._weight else math.nan
 
 
 class Averager:
