@@ -57,7 +57,7 @@ def test_pairs_differ_inside_the_prior_alone_and_show_whom_they_say(identities, 
 
 
 def test_scenes_are_of_two_classes(identities):
-    scenes = [draw_scene(identities, np.random.default_rng(seed)) for seed in range(50)]
+    scenes = [draw_scene(identities, 32, np.random.default_rng(seed)) for seed in range(50)]
     assert all(identities[a].class_name != identities[b].class_name for a, b in (scene.identities for scene in scenes))
     assert len({scene.identities for scene in scenes}) > 40
 

@@ -29,6 +29,10 @@ class Identity:
     views: tuple[Image.Image, ...]
     held_out: tuple[Image.Image, ...]
 
+    def photos(self, held_out: bool) -> tuple[Image.Image, ...]:
+        """Those that the judgement sees, or the others."""
+        return self.held_out if held_out else self.views
+
 
 def check_source(dreambench: str | None) -> None:
     """Refuses a DreamBench folder that is none.
