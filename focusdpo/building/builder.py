@@ -13,12 +13,13 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from focusdpo.building.candidate import Draft
+from focusdpo.building.candidate import IMAGES, Draft
 from focusdpo.building.config import BuildConfig
 from focusdpo.building.ray_cluster import check_cluster
 from focusdpo.building.scenes import FILE_NAME as SCENES_FILE
 from focusdpo.building.scenes import Scene, load_scenes
 from focusdpo.data.records import FILE_NAME
+from focusdpo.data.writing import write_lines
 from focusdpo.foundation.files import checksum, write_whole
 from focusdpo.foundation.journals import Journal, read_rows
 from focusdpo.foundation.output_folder import OutputFolder, read_begun
@@ -31,7 +32,6 @@ MANIFEST = "manifest.jsonl"  # one line for each draft that is done
 SETTINGS = "build.json"
 REJECTED = "rejected.jsonl"
 REPORT = "report.json"
-IMAGES = "images"  # a folder per pair in it
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 # What a build writes, see `focusdpo.foundation.output_folder`.
 WRITTEN = (
@@ -196,7 +196,7 @@ def finish(out: OutputFolder, outcomes: list[dict[str, Any]], config: BuildConfi
             reasons["failed" if verdict == "failed" else outcome[verdict]] += 1
             rejected.append({**place, verdict: outcome[verdict]})
     for name, lines in ((FILE_NAME, pairs), (REJECTED, rejected)):
-        write_whole(folder / name, "".join(json.dumps(line) + "\n" for line in lines))
+        write_lines(folder / name, lines)
     rate = built / seconds if built else 0.0
     report = {
         "drafts": len(outcomes),

@@ -14,6 +14,7 @@ from focusdpo.building.scenes import Scene, SceneSubject, View
 Pixels = NDArray[np.uint8]  # [H, W, 3], RGB
 Mask = NDArray[np.bool_]  # [H, W]
 
+IMAGES = "images"  # a folder per pair in it
 KEPT = ("index", "variant", "seed", "record", "rejected", "failed", "pair", "hash")  # of a draft that is done
 
 
@@ -29,6 +30,12 @@ class Photo:
     view: View
     pixels: Pixels
     mask: Mask | None = None
+
+    @property
+    def region(self) -> Mask:
+        """The mask, where a segmentation has given it."""
+        assert self.mask is not None
+        return self.mask
 
 
 @dataclass

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import numpy as np
 import torch
 from PIL import Image
 
+from focusdpo.building.blending import box_of
 from focusdpo.building.candidate import Draft, Photo
 
 
@@ -44,9 +44,7 @@ class CaptionModel:
 
     @torch.inference_mode()
     def _caption(self, photo: Photo) -> str:
-        assert photo.mask is not None
-        rows, columns = (np.flatnonzero(photo.mask.any(axis=axis)) for axis in (1, 0))
-        crop = Image.fromarray(photo.pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
+        crop = Image.fromarray(photo.pixels[box_of(photo.region)])
         text = self._prompt.format(class_name=photo.subject.class_name)
         inputs = self._inputs(crop, text).to(self.device)
         tokens = self._model.generate(**inputs, max_new_tokens=self._max_new_tokens, do_sample=False)

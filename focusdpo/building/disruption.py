@@ -65,7 +65,7 @@ class Embedded(Disruption):
         ways: dict[str, Callable[[], tuple[Pixels, Mask, dict[str, object]] | None]] = {
             "swap": lambda: self._swap(draft, number, loser),
             "recolour": lambda: self._repaint(draft, number, loser, recolour(loser, rng)),
-            "retexture": lambda: self._repaint(draft, number, loser, retexture(loser, self._mask(draft, number), rng)),
+            "retexture": lambda: self._repaint(draft, number, loser, retexture(loser, draft.subjects[number].region, rng)),
             "leak": lambda: self._leak(draft, number, loser, rng),
         }
         for kind in draft.kinds[number]:
@@ -75,14 +75,8 @@ class Embedded(Disruption):
                 return pixels, region, {"kind": kind, **note}
         raise Rejected(f"nothing to disrupt with: {', '.join(sorted(draft.kinds[number]))} does not apply")
 
-    @staticmethod
-    def _mask(draft: Draft, number: int) -> Mask:
-        mask = draft.subjects[number].mask
-        assert mask is not None
-        return mask
-
     def _repaint(self, draft: Draft, number: int, loser: Pixels, painted: Pixels) -> tuple[Pixels, Mask, dict[str, object]]:
-        mask = self._mask(draft, number)
+        mask = draft.subjects[number].region
         return paste(loser, painted, mask, edge=3), mask, {}
 
     def _leak(
@@ -92,17 +86,16 @@ class Embedded(Disruption):
         if not others:
             return None
         other = int(rng.choice(others))
-        mask, reference = self._mask(draft, number), draft.references[other]
-        assert reference.mask is not None
-        painted = transfer_colours(loser, mask, reference.pixels, reference.mask)
+        mask, reference = draft.subjects[number].region, draft.references[other]
+        painted = transfer_colours(loser, mask, reference.pixels, reference.region)
         return paste(loser, painted, mask, edge=3), mask, {"from": other}
 
     def _swap(self, draft: Draft, number: int, loser: Pixels) -> tuple[Pixels, Mask, dict[str, object]] | None:
-        mask = self._mask(draft, number)
+        mask = draft.subjects[number].region
         others = np.zeros_like(mask)
         for index in range(len(draft.subjects)):
             if index != number:
-                others |= self._mask(draft, index) | draft.priors[index]
+                others |= draft.subjects[index].region | draft.priors[index]
         fits = [fit for donor in draft.donors.get(number, []) if (fit := fit_donor(donor, mask)) is not None]
         if not fits:
             return None
@@ -125,11 +118,10 @@ def fit_donor(donor: Photo, mask: Mask) -> tuple[float, Photo, Pixels, Mask] | N
         how well it covers (intersection over union), the donor, its pixels [H, W, 3] and its mask [H, W] in the scene; None
         where it does not fit: it is cut off by its photo where the subject is not, or is too small.
     """
-    assert donor.mask is not None
-    if not donor.mask.any() or not cut_edges(donor.mask) <= cut_edges(mask):
+    if not donor.region.any() or not cut_edges(donor.region) <= cut_edges(mask):
         return None
-    rows, columns = box_of(donor.mask)
-    cutout, shape = donor.pixels[rows, columns], donor.mask[rows, columns].astype(np.float32)
+    rows, columns = box_of(donor.region)
+    cutout, shape = donor.pixels[rows, columns], donor.region[rows, columns].astype(np.float32)
     place_rows, place_columns = box_of(mask)
     height, width = mask.shape
     bottom, middle = place_rows.stop, (place_columns.start + place_columns.stop) / 2
@@ -161,7 +153,7 @@ def fit_donor(donor: Photo, mask: Mask) -> tuple[float, Photo, Pixels, Mask] | N
     score, move = best
     if score < LEAST_FIT:
         return None
-    pixels, inside = move_cutout(cutout, donor.mask[rows, columns], move, (width, height))
+    pixels, inside = move_cutout(cutout, donor.region[rows, columns], move, (width, height))
     return score, donor, pixels, inside
 
 
@@ -180,11 +172,10 @@ def cut_edges(mask: Mask) -> set[str]:
 
 def relight(pixels: Pixels, inside: Mask, scene: Pixels, subjects: Mask, donor: Photo) -> Pixels:
     """A donor in the scene's light: its lightness moves half of the way that the two backgrounds are apart."""
-    assert donor.mask is not None
-    if subjects.all() or donor.mask.all():
+    if subjects.all() or donor.region.all():
         return pixels
     lab = to_lab(pixels)
-    there, here = to_lab(donor.pixels)[~donor.mask, 0].mean(), to_lab(scene)[~subjects, 0].mean()
+    there, here = to_lab(donor.pixels)[~donor.region, 0].mean(), to_lab(scene)[~subjects, 0].mean()
     gain = float(np.clip(np.sqrt((here + 5) / (there + 5)), 0.75, 1.15))
     lab[..., 0] = np.clip(lab[..., 0] * gain, 0, 100)
     return to_rgb(lab)

@@ -17,6 +17,7 @@ from focusdpo.building.candidate import Draft, Mask, Pixels
 from focusdpo.building.config import DisruptionConfig
 from focusdpo.building.disruption import Disruption
 from focusdpo.data.images import PATCH_SIZE
+from focusdpo.data.writing import image_of
 
 
 class Inpainting(Disruption):
@@ -35,12 +36,10 @@ class Inpainting(Disruption):
         self._has_strength = "strength" in inspect.signature(self._pipeline.__call__).parameters
 
     def change(self, draft: Draft, number: int, loser: Pixels) -> tuple[Pixels, Mask, dict[str, object]]:
-        mask = draft.subjects[number].mask
-        assert mask is not None
-        region = grow(mask, 4)
+        region = grow(draft.subjects[number].region, 4)
         for index, other in enumerate(draft.subjects):
-            if index != number and other.mask is not None:
-                region &= ~other.mask
+            if index != number:
+                region &= ~other.region
         rows, columns = box_of(region, round(self._config.margin * max(side.stop - side.start for side in box_of(region))))
         crop, inside = loser[rows, columns], region[rows, columns]
         scale = self._config.resolution / max(inside.shape)
@@ -50,7 +49,7 @@ class Inpainting(Disruption):
         image = self._pipeline(
             prompt=self._config.prompt.format(caption=caption, class_name=class_name),
             image=Image.fromarray(crop).resize((width, height), Image.Resampling.LANCZOS),
-            mask_image=Image.fromarray(inside.astype(np.uint8) * 255).resize((width, height), Image.Resampling.NEAREST),
+            mask_image=image_of(inside).resize((width, height), Image.Resampling.NEAREST),
             height=height,
             width=width,
             num_inference_steps=self._config.steps,

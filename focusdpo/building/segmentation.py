@@ -47,8 +47,7 @@ class Segmentation:
             draft.donors[number] = [donor for donor in donors if self._usable(donor)]
         for index, photo in enumerate(draft.subjects):
             for other in draft.subjects[:index]:
-                assert photo.mask is not None and other.mask is not None
-                overlap = (photo.mask & other.mask).sum() / max(min(photo.mask.sum(), other.mask.sum()), 1)
+                overlap = (photo.region & other.region).sum() / max(min(photo.region.sum(), other.region.sum()), 1)
                 if overlap > 0.5:
                     raise Rejected("two subjects have the same mask")
 

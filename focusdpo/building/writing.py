@@ -6,12 +6,10 @@ import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from focusdpo.building.candidate import Draft, Mask, Pixels
+from focusdpo.building.candidate import IMAGES, Draft
 from focusdpo.building.gates import pair_hash
-
-IMAGES = "images"  # a folder per pair in it
+from focusdpo.data.writing import image_of, pair_line, png_saver
 
 
 class Write:
@@ -27,24 +25,14 @@ class Write:
         target = self._folder / IMAGES / draft.name
         partial = target.with_name(f".{draft.name}.{os.getpid()}.partial")
         partial.mkdir(parents=True)
-
-        def save(name: str, pixels: Pixels | Mask) -> str:
-            values = pixels.astype(np.uint8) * 255 if pixels.dtype == np.bool_ else pixels
-            Image.fromarray(values).save(partial / f"{name}.png", compress_level=1)
-            return f"{IMAGES}/{draft.name}/{name}.png"
-
-        references = []
-        for number, photo in enumerate(draft.references):
-            assert photo.mask is not None
-            reference = {"image": save(f"reference{number}", photo.pixels), "mask": save(f"reference{number}_mask", photo.mask)}
-            references.append({**reference, "class_name": photo.subject.class_name})
-        line = {
-            "prompt": draft.record.prompt,
-            "references": references,
-            "winner": save("winner", draft.scene),
-            "loser": save("loser", draft.loser),
-            "prior": [save(f"prior{number}", prior) for number, prior in enumerate(draft.priors)],
-            "meta": {
+        draft.pair = pair_line(
+            png_saver(partial, listed=f"{IMAGES}/{draft.name}/", compress_level=1),
+            draft.record.prompt,
+            [(image_of(one.pixels), image_of(one.region), one.subject.class_name) for one in draft.references],
+            image_of(draft.scene),
+            image_of(draft.loser),
+            [image_of(prior) for prior in draft.priors],
+            {
                 **draft.record.meta,
                 "scene_line": draft.record.line,
                 "variant": draft.variant,
@@ -52,11 +40,10 @@ class Write:
                 "captions": draft.captions,
                 **draft.notes,
             },
-        }
+        )
         # Of a build that was killed before it had noted the pair, or whose manifest was damaged, each file is replaced.
         target.mkdir(parents=True, exist_ok=True)
         for file in partial.iterdir():
             file.replace(target / file.name)
         partial.rmdir()
-        draft.pair = line
         draft.hash = pair_hash(draft.scene, draft.loser, np.logical_or.reduce(draft.priors))

@@ -383,7 +383,7 @@ def test_dreambench_scenes(flux_model, tmp_path):
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="no DreamBench here")
 def test_every_photo_that_is_named_can_be_cut_out():
     pytest.importorskip("cv2", reason="needs the extra build: pip install 'focusdpo[build]'")
-    from focusdpo.studies.stress.cutting import Cutter
+    from focusdpo.building.cutting import Cutter
 
     cutter = Cutter()
     for name, numbers in VIEWS.items():

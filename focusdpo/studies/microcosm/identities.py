@@ -84,9 +84,9 @@ def _fitted(image: Image.Image, longest: int) -> Image.Image:
 
 def _dreambench(root: Path, longest: int) -> list[Identity]:
     """Subjects with at least two photographs that can be cut out; of four or more, two are held out, of fewer one."""
+    from focusdpo.building.cutting import Cutter
     from focusdpo.building.dreambench import read_classes
     from focusdpo.building.dreambench_scenes import photos
-    from focusdpo.studies.stress.cutting import Cutter
 
     cutter, found = Cutter(), []
     for name, class_name in tqdm(read_classes(root).items(), desc="cutting subjects out", unit="subject", leave=False):

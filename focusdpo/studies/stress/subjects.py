@@ -111,8 +111,8 @@ def _photographed(config: StressConfig) -> SubjectSource:
 def _dreambench(root: Path) -> SubjectSource:
     """DreamBench's dogs, cut out by GrabCut; a subject's reference is another photo of it, as it was taken."""
     require_package("cv2", "dreambench", "build")
+    from focusdpo.building.cutting import Cutter
     from focusdpo.building.dreambench import read_classes
-    from focusdpo.studies.stress.cutting import Cutter
 
     classes = read_classes(root)
     files = {(name, number): root / name / f"{number:02d}.jpg" for name, numbers in VIEWS.items() for number in numbers}
