@@ -15,11 +15,11 @@ Pixels = NDArray[np.uint8]  # [H, W, 3], RGB
 Mask = NDArray[np.bool_]  # [H, W]
 
 IMAGES = "images"  # a folder per pair in it
-KEPT = ("index", "variant", "seed", "record", "rejected", "failed", "pair", "hash")  # of a draft that is done
+KEPT = ("index", "variant", "seed", "record", "rejected", "failed", "pair", "hash")  # of a candidate that is done
 
 
 class Rejected(Exception):  # noqa: N818  a verdict, not an error
-    """A stage will not make a pair of this draft; the message is the reason that is counted and listed."""
+    """A stage will not make a pair of this candidate; the message is the reason that is counted and listed."""
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Photo:
 
 
 @dataclass
-class Draft:
+class Candidate:
     """One pair in the making: every stage adds its part.
 
     Attributes:
@@ -94,27 +94,28 @@ class Draft:
 
 
 class Stage(Protocol):
-    """A step of the pipeline: reads and completes a draft.
+    """A step of the pipeline: reads and completes a candidate.
 
-    `device` says where it runs: stages of one device that follow each other share a worker. Raises Rejected to give a draft up.
+    `device` says where it runs: stages of one device that follow each other share a worker. Raises Rejected to give up a
+    candidate.
     """
 
     device: str
 
-    def __call__(self, draft: Draft) -> None: ...
+    def __call__(self, candidate: Candidate) -> None: ...
 
 
-def run_stages(stages: Sequence[Stage], draft: Draft) -> Draft:
-    """Applies the stages, up to the first that gives the draft up. An exception fails this draft, not the build."""
+def run_stages(stages: Sequence[Stage], candidate: Candidate) -> Candidate:
+    """Applies the stages, up to the first that gives the candidate up. An exception fails this candidate, not the build."""
     for stage in stages:
-        if draft.done:
+        if candidate.done:
             break
         try:
-            stage(draft)
+            stage(candidate)
         except Rejected as reason:
-            draft.rejected = str(reason)
+            candidate.rejected = str(reason)
         except Exception as error:
-            draft.failed = f"{type(stage).__name__}: {type(error).__name__}: {error}"
-    if draft.done:  # nobody needs the pixels any more, and they would travel
-        draft = Draft(**{name: getattr(draft, name) for name in KEPT})
-    return draft
+            candidate.failed = f"{type(stage).__name__}: {type(error).__name__}: {error}"
+    if candidate.done:  # nobody needs the pixels any more, and they would travel
+        candidate = Candidate(**{name: getattr(candidate, name) for name in KEPT})
+    return candidate

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from focusdpo.building.blending import box_of
-from focusdpo.building.candidate import Draft, Photo
+from focusdpo.building.candidate import Candidate, Photo
 
 
 class ClassNames:
@@ -16,8 +16,8 @@ class ClassNames:
 
     device = "cpu"
 
-    def __call__(self, draft: Draft) -> None:
-        draft.captions = [subject.class_name for subject in draft.record.subjects]
+    def __call__(self, candidate: Candidate) -> None:
+        candidate.captions = [subject.class_name for subject in candidate.record.subjects]
 
 
 class CaptionModel:
@@ -39,8 +39,8 @@ class CaptionModel:
         self._processor = AutoProcessor.from_pretrained(path, local_files_only=True)
         self._model = AutoModelForImageTextToText.from_pretrained(path, local_files_only=True).to(device).eval()
 
-    def __call__(self, draft: Draft) -> None:
-        draft.captions = [self._caption(photo) for photo in draft.subjects]
+    def __call__(self, candidate: Candidate) -> None:
+        candidate.captions = [self._caption(photo) for photo in candidate.subjects]
 
     @torch.inference_mode()
     def _caption(self, photo: Photo) -> str:

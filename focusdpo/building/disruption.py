@@ -19,17 +19,18 @@ from focusdpo.building.blending import (
     to_rgb,
     transfer_colours,
 )
-from focusdpo.building.candidate import Draft, Mask, Photo, Pixels, Rejected
+from focusdpo.building.candidate import Candidate, Mask, Photo, Pixels, Rejected
 
+Change = tuple[Pixels, Mask, dict[str, object]]  # the changed loser, where it may differ, and notes for the pair's meta
 LEAST_FIT = 0.5  # intersection over union of a donor and the subject that it replaces
 
 
 class Disruption:
-    """Changes the subjects that a draft names; a subclass says how."""
+    """Changes the subjects that a candidate names; a subclass says how."""
 
     device = "cpu"
 
-    def change(self, draft: Draft, number: int, loser: Pixels) -> tuple[Pixels, Mask, dict[str, object]]:
+    def change(self, candidate: Candidate, number: int, loser: Pixels) -> Change:
         """Subject `number` becomes another instance.
 
         Returns:
@@ -37,19 +38,19 @@ class Disruption:
         """
         raise NotImplementedError
 
-    def __call__(self, draft: Draft) -> None:
-        assert draft.scene is not None
-        loser = draft.scene
-        draft.priors = [np.zeros(loser.shape[:2], bool) for _ in draft.subjects]
+    def __call__(self, candidate: Candidate) -> None:
+        assert candidate.scene is not None
+        loser = candidate.scene
+        candidate.priors = [np.zeros(loser.shape[:2], bool) for _ in candidate.subjects]
         notes = []
-        for number in draft.changing:
+        for number in candidate.changing:
             before = loser
-            loser, region, note = self.change(draft, number, loser)
+            loser, region, note = self.change(candidate, number, loser)
             loser = np.where(region[..., None], loser, before)
-            draft.priors[number] = _closed((loser != before).any(axis=-1))
+            candidate.priors[number] = _closed((loser != before).any(axis=-1))
             notes.append({"subject": number, **note})
-        draft.loser = loser
-        draft.notes["disruption"] = notes
+        candidate.loser = loser
+        candidate.notes["disruption"] = notes
 
 
 def _closed(changed: Mask) -> Mask:
@@ -60,43 +61,41 @@ def _closed(changed: Mask) -> Mask:
 class Embedded(Disruption):
     """Disruptions without weights: another instance from a photo, turned hues, a pattern, another subject's colours."""
 
-    def change(self, draft: Draft, number: int, loser: Pixels) -> tuple[Pixels, Mask, dict[str, object]]:
-        rng = draft.rng(f"disruption {number}")
-        ways: dict[str, Callable[[], tuple[Pixels, Mask, dict[str, object]] | None]] = {
-            "swap": lambda: self._swap(draft, number, loser),
-            "recolour": lambda: self._repaint(draft, number, loser, recolour(loser, rng)),
-            "retexture": lambda: self._repaint(draft, number, loser, retexture(loser, draft.subjects[number].region, rng)),
-            "leak": lambda: self._leak(draft, number, loser, rng),
+    def change(self, candidate: Candidate, number: int, loser: Pixels) -> Change:
+        rng, mask = candidate.rng(f"disruption {number}"), candidate.subjects[number].region
+
+        def painted(pixels: Pixels) -> Change:
+            return paste(loser, pixels, mask, edge=3), mask, {}
+
+        ways: dict[str, Callable[[], Change | None]] = {
+            "swap": lambda: self._swap(candidate, number, loser),
+            "recolour": lambda: painted(recolour(loser, rng)),
+            "retexture": lambda: painted(retexture(loser, mask, rng)),
+            "leak": lambda: self._leak(candidate, number, loser, rng),
         }
-        for kind in draft.kinds[number]:
+        for kind in candidate.kinds[number]:
             changed = ways[kind]()
             if changed is not None:
                 pixels, region, note = changed
                 return pixels, region, {"kind": kind, **note}
-        raise Rejected(f"nothing to disrupt with: {', '.join(sorted(draft.kinds[number]))} does not apply")
+        raise Rejected(f"nothing to disrupt with: {', '.join(sorted(candidate.kinds[number]))} does not apply")
 
-    def _repaint(self, draft: Draft, number: int, loser: Pixels, painted: Pixels) -> tuple[Pixels, Mask, dict[str, object]]:
-        mask = draft.subjects[number].region
-        return paste(loser, painted, mask, edge=3), mask, {}
-
-    def _leak(
-        self, draft: Draft, number: int, loser: Pixels, rng: np.random.Generator
-    ) -> tuple[Pixels, Mask, dict[str, object]] | None:
-        others = [index for index in range(len(draft.subjects)) if index != number]
+    def _leak(self, candidate: Candidate, number: int, loser: Pixels, rng: np.random.Generator) -> Change | None:
+        others = [index for index in range(len(candidate.subjects)) if index != number]
         if not others:
             return None
         other = int(rng.choice(others))
-        mask, reference = draft.subjects[number].region, draft.references[other]
+        mask, reference = candidate.subjects[number].region, candidate.references[other]
         painted = transfer_colours(loser, mask, reference.pixels, reference.region)
         return paste(loser, painted, mask, edge=3), mask, {"from": other}
 
-    def _swap(self, draft: Draft, number: int, loser: Pixels) -> tuple[Pixels, Mask, dict[str, object]] | None:
-        mask = draft.subjects[number].region
+    def _swap(self, candidate: Candidate, number: int, loser: Pixels) -> Change | None:
+        mask = candidate.subjects[number].region
         others = np.zeros_like(mask)
-        for index in range(len(draft.subjects)):
+        for index in range(len(candidate.subjects)):
             if index != number:
-                others |= draft.subjects[index].region | draft.priors[index]
-        fits = [fit for donor in draft.donors.get(number, []) if (fit := fit_donor(donor, mask)) is not None]
+                others |= candidate.subjects[index].region | candidate.priors[index]
+        fits = [fit for donor in candidate.donors.get(number, []) if (fit := fit_donor(donor, mask)) is not None]
         if not fits:
             return None
         score, donor, pixels, inside = max(fits, key=lambda fit: fit[0])

@@ -84,11 +84,11 @@ def test_learning_goes_on_to_the_same_weights(tmp_path, monkeypatch):
         model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
         seen = []
 
-        def loss(draws):
+        def loss(generator):
             seen.append(len(seen))
             if stop is not None and len(seen) > stop:
                 raise KeyboardInterrupt
-            x = torch.randn(16, 4, generator=draws)
+            x = torch.randn(16, 4, generator=generator)
             return (model(x) - x.sum(1, keepdim=True)).square().mean()
 
         folder.mkdir(exist_ok=True)
@@ -110,7 +110,7 @@ def test_a_loss_that_is_not_finite_ends_the_learning(tmp_path, monkeypatch):
     monkeypatch.setattr(learning, "SAVE_SECONDS", 0.0)
     model, steps = nn.Linear(4, 1), iter([0.0, 0.0, float("nan"), 0.0])
 
-    def loss(draws):
+    def loss(generator):
         return model(torch.ones(1, 4)).square().mean() + next(steps)
 
     with pytest.raises(FloatingPointError, match="test: the loss is nan in step 3"):

@@ -42,12 +42,12 @@ def train_flow(
     side, reference_side = (pictures.shape[-1] // PATCH_SIZE for pictures in (world.scenes, world.references))
     layout = TokenLayout((side, side), ((reference_side, reference_side),) * 2)
 
-    def loss(draws: torch.Generator) -> Tensor:
-        picked = torch.randint(len(scenes), (batch,), generator=draws)
-        views = torch.randint(VIEWS, (batch, 2), generator=draws)
+    def loss(generator: torch.Generator) -> Tensor:
+        picked = torch.randint(len(scenes), (batch,), generator=generator)
+        views = torch.randint(VIEWS, (batch, 2), generator=generator)
         given = references[world.identities[picked] * VIEWS + views].flatten(1, 2)  # [B, 2 * Q, C]
-        noise = torch.randn(batch, *scenes.shape[1:], generator=draws).to(scenes.device)
-        t = compute_density_for_timestep_sampling("logit_normal", batch, logit_mean=0.0, logit_std=1.0, generator=draws)
+        noise = torch.randn(batch, *scenes.shape[1:], generator=generator).to(scenes.device)
+        t = compute_density_for_timestep_sampling("logit_normal", batch, logit_mean=0.0, logit_std=1.0, generator=generator)
         t = t.to(scenes.device)
         noisy, velocity = at_times(scenes[picked], noise, t)
         text = PromptEmbeddings({name: value[texts[picked]] for name, value in embedded.tensors.items()})
