@@ -1,4 +1,4 @@
-"""Who lives in the microcosm: identities cut from real photographs, several of each class."""
+"""The microcosm's identities: subjects cut from real photographs, several of each class."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def check_source(dreambench: str | None) -> None:
 
 
 def identities_of(dreambench: str | None, longest: int) -> list[Identity]:
-    """Who lives in the microcosm, each subject as it is and in two other colours.
+    """The identities: each subject as it is and in two other colours.
 
     Args:
         dreambench: folder of DreamBench; None takes scikit-image's photographs, one of each subject.
