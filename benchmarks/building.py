@@ -16,7 +16,7 @@ import cv2
 import torch
 
 from benchmarks.machine import device_name
-from focusdpo.building.candidate import Draft
+from focusdpo.building.candidate import Candidate
 from focusdpo.building.config import BuildConfig
 from focusdpo.building.engines import Worker, steps
 from focusdpo.building.scenes import load_scenes
@@ -42,11 +42,11 @@ def measure(scenes: Path, out: Path, resolution: int) -> None:
     records = load_scenes(scenes, progress=False)
     worker = Worker(steps(config, records))
     started, spent = time.perf_counter(), time.process_time()
-    drafts = [worker(Draft(index, 0, 0, record)) for index, record in enumerate(records)]
+    candidates = [worker(Candidate(index, 0, 0, record)) for index, record in enumerate(records)]
     seconds, spent = time.perf_counter() - started, time.process_time() - spent
-    pairs = sum(draft.pair is not None for draft in drafts)
+    pairs = sum(candidate.pair is not None for candidate in candidates)
     print(
-        f"{scenes.stem}: {pairs} pairs of {len(drafts)} drafts in {seconds:.1f} s ({pairs / seconds:.2f} pairs/s), "
+        f"{scenes.stem}: {pairs} pairs of {len(candidates)} candidates in {seconds:.1f} s ({pairs / seconds:.2f} pairs/s), "
         f"{spent:.1f} s of one core's time ({pairs / spent:.2f} pairs/s)"
     )
 

@@ -13,12 +13,13 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from focusdpo.building.candidate import Draft
+from focusdpo.building.candidate import IMAGES, Candidate
 from focusdpo.building.config import BuildConfig
 from focusdpo.building.ray_cluster import check_cluster
 from focusdpo.building.scenes import FILE_NAME as SCENES_FILE
 from focusdpo.building.scenes import Scene, load_scenes
 from focusdpo.data.records import FILE_NAME
+from focusdpo.data.writing import write_lines
 from focusdpo.foundation.files import checksum, write_whole
 from focusdpo.foundation.journals import Journal, read_rows
 from focusdpo.foundation.output_folder import OutputFolder, read_begun
@@ -27,11 +28,10 @@ from focusdpo.foundation.settings import differences, flat
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.jsonl"  # one line for each draft that is done
+MANIFEST = "manifest.jsonl"  # one line for each candidate that is done
 SETTINGS = "build.json"
 REJECTED = "rejected.jsonl"
 REPORT = "report.json"
-IMAGES = "images"  # a folder per pair in it
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 # What a build writes, see `focusdpo.foundation.output_folder`.
 WRITTEN = (
@@ -103,7 +103,7 @@ def build(config: BuildConfig, scenes: Sequence[Scene], settings: dict[str, Any]
 
     Raises:
         ChildProcessError: workers were killed.
-        ValueError: there are too few GPUs for the workers, or no draft became a pair.
+        ValueError: there are too few GPUs for the workers, or no candidate became a pair.
     """
     from focusdpo.building.engines import run_plain, steps  # imports OpenCV
     from focusdpo.building.ray_engine import run_ray
@@ -111,15 +111,15 @@ def build(config: BuildConfig, scenes: Sequence[Scene], settings: dict[str, Any]
     folder = out.path
     write_whole(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
     done = read_manifest(folder)
-    drafts = [Draft(i, v, config.seed, scene) for i, scene in enumerate(scenes) for v in range(config.pairs_per_scene)]
-    same = duplicates_of([done[draft.name] for draft in drafts if draft.name in done], config)
+    candidates = [Candidate(i, v, config.seed, scene) for i, scene in enumerate(scenes) for v in range(config.pairs_per_scene)]
+    same = duplicates_of([done[candidate.name] for candidate in candidates if candidate.name in done], config)
     lost = [name for name, row in done.items() if "pair" in row and name not in same and not _has_images(folder, row["pair"])]
     if lost:
         logger.warning("%s: images of %d pairs are lost (of %s first), and are built again", folder, len(lost), min(lost))
         done = {name: row for name, row in done.items() if name not in lost}
-    left = [draft for draft in drafts if "failed" in done.get(draft.name, {"failed": "not built"})]
-    if len(left) < len(drafts):
-        logger.info("%d of %d drafts were done before", len(drafts) - len(left), len(drafts))
+    left = [candidate for candidate in candidates if "failed" in done.get(candidate.name, {"failed": "not built"})]
+    if len(left) < len(candidates):
+        logger.info("%d of %d candidates were done before", len(candidates) - len(left), len(candidates))
     started = time.perf_counter()
     manifest = Journal(folder / MANIFEST)
     pipeline = steps(config, scenes)
@@ -134,19 +134,19 @@ def build(config: BuildConfig, scenes: Sequence[Scene], settings: dict[str, Any]
     if config.engine == "ray":
         out.tidy()  # what actors have left that were killed and begun again
     seconds = time.perf_counter() - started
-    finish(out, [done[draft.name] for draft in drafts], config, len(left), seconds)
+    finish(out, [done[candidate.name] for candidate in candidates], config, len(left), seconds)
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """The outcomes of a build by name; where a draft was built again, the last.
+    """The outcomes of a build by name; where a candidate was built again, the last.
 
-    Those of damaged lines are not among them: their drafts are built again.
+    Those of damaged lines are not among them: their candidates are built again.
     """
     return {row["name"]: row for row in read_rows(folder / MANIFEST) if _is_outcome(row)}
 
 
 def _is_outcome(row: dict[str, Any]) -> bool:
-    """Whether a row of the manifest is what `Draft.outcome` gives."""
+    """Whether a row of the manifest is what `Candidate.outcome` gives."""
     kinds = {"pair": dict, "rejected": str, "failed": str}
     known = [kind for kind in kinds if isinstance(row.get(kind), kinds[kind])]
     places = {"name": str, "line": int, "variant": int} | ({"hash": str} if known == ["pair"] else {})
@@ -196,7 +196,7 @@ def finish(out: OutputFolder, outcomes: list[dict[str, Any]], config: BuildConfi
             reasons["failed" if verdict == "failed" else outcome[verdict]] += 1
             rejected.append({**place, verdict: outcome[verdict]})
     for name, lines in ((FILE_NAME, pairs), (REJECTED, rejected)):
-        write_whole(folder / name, "".join(json.dumps(line) + "\n" for line in lines))
+        write_lines(folder / name, lines)
     rate = built / seconds if built else 0.0
     report = {
         "drafts": len(outcomes),
@@ -209,7 +209,7 @@ def finish(out: OutputFolder, outcomes: list[dict[str, Any]], config: BuildConfi
         "workers": config.workers,
     }
     write_whole(folder / REPORT, json.dumps(report, indent=2) + "\n")
-    logger.info("%d pairs of %d drafts in %s", len(pairs), len(outcomes), folder / FILE_NAME)
+    logger.info("%d pairs of %d candidates in %s", len(pairs), len(outcomes), folder / FILE_NAME)
     for reason, count in reasons.most_common():
         logger.info("%d: %s", count, reason)
     if built:
@@ -217,4 +217,4 @@ def finish(out: OutputFolder, outcomes: list[dict[str, Any]], config: BuildConfi
     if reasons["failed"]:
         logger.warning("%d failed: %s has the errors; the same command tries them again", reasons["failed"], folder / REJECTED)
     if not pairs:
-        raise ValueError(f"no draft became a pair; {folder / REJECTED} says why")
+        raise ValueError(f"no candidate became a pair; {folder / REJECTED} says why")

@@ -14,11 +14,12 @@ from focusdpo.building.scenes import Scene, SceneSubject, View
 Pixels = NDArray[np.uint8]  # [H, W, 3], RGB
 Mask = NDArray[np.bool_]  # [H, W]
 
-KEPT = ("index", "variant", "seed", "record", "rejected", "failed", "pair", "hash")  # of a draft that is done
+IMAGES = "images"  # a folder per pair in it
+KEPT = ("index", "variant", "seed", "record", "rejected", "failed", "pair", "hash")  # of a candidate that is done
 
 
 class Rejected(Exception):  # noqa: N818  a verdict, not an error
-    """A stage will not make a pair of this draft; the message is the reason that is counted and listed."""
+    """A stage will not make a pair of this candidate; the message is the reason that is counted and listed."""
 
 
 @dataclass
@@ -30,9 +31,15 @@ class Photo:
     pixels: Pixels
     mask: Mask | None = None
 
+    @property
+    def region(self) -> Mask:
+        """The mask, where a segmentation has given it."""
+        assert self.mask is not None
+        return self.mask
+
 
 @dataclass
-class Draft:
+class Candidate:
     """One pair in the making: every stage adds its part.
 
     Attributes:
@@ -87,27 +94,28 @@ class Draft:
 
 
 class Stage(Protocol):
-    """A step of the pipeline: reads and completes a draft.
+    """A step of the pipeline: reads and completes a candidate.
 
-    `device` says where it runs: stages of one device that follow each other share a worker. Raises Rejected to give a draft up.
+    `device` says where it runs: stages of one device that follow each other share a worker. Raises Rejected to give up a
+    candidate.
     """
 
     device: str
 
-    def __call__(self, draft: Draft) -> None: ...
+    def __call__(self, candidate: Candidate) -> None: ...
 
 
-def run_stages(stages: Sequence[Stage], draft: Draft) -> Draft:
-    """Applies the stages, up to the first that gives the draft up. An exception fails this draft, not the build."""
+def run_stages(stages: Sequence[Stage], candidate: Candidate) -> Candidate:
+    """Applies the stages, up to the first that gives the candidate up. An exception fails this candidate, not the build."""
     for stage in stages:
-        if draft.done:
+        if candidate.done:
             break
         try:
-            stage(draft)
+            stage(candidate)
         except Rejected as reason:
-            draft.rejected = str(reason)
+            candidate.rejected = str(reason)
         except Exception as error:
-            draft.failed = f"{type(stage).__name__}: {type(error).__name__}: {error}"
-    if draft.done:  # nobody needs the pixels any more, and they would travel
-        draft = Draft(**{name: getattr(draft, name) for name in KEPT})
-    return draft
+            candidate.failed = f"{type(stage).__name__}: {type(error).__name__}: {error}"
+    if candidate.done:  # nobody needs the pixels any more, and they would travel
+        candidate = Candidate(**{name: getattr(candidate, name) for name in KEPT})
+    return candidate

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import numpy as np
 import torch
 from PIL import Image
 
-from focusdpo.building.candidate import Draft, Photo
+from focusdpo.building.blending import box_of
+from focusdpo.building.candidate import Candidate, Photo
 
 
 class ClassNames:
@@ -16,8 +16,8 @@ class ClassNames:
 
     device = "cpu"
 
-    def __call__(self, draft: Draft) -> None:
-        draft.captions = [subject.class_name for subject in draft.record.subjects]
+    def __call__(self, candidate: Candidate) -> None:
+        candidate.captions = [subject.class_name for subject in candidate.record.subjects]
 
 
 class CaptionModel:
@@ -39,14 +39,12 @@ class CaptionModel:
         self._processor = AutoProcessor.from_pretrained(path, local_files_only=True)
         self._model = AutoModelForImageTextToText.from_pretrained(path, local_files_only=True).to(device).eval()
 
-    def __call__(self, draft: Draft) -> None:
-        draft.captions = [self._caption(photo) for photo in draft.subjects]
+    def __call__(self, candidate: Candidate) -> None:
+        candidate.captions = [self._caption(photo) for photo in candidate.subjects]
 
     @torch.inference_mode()
     def _caption(self, photo: Photo) -> str:
-        assert photo.mask is not None
-        rows, columns = (np.flatnonzero(photo.mask.any(axis=axis)) for axis in (1, 0))
-        crop = Image.fromarray(photo.pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
+        crop = Image.fromarray(photo.pixels[box_of(photo.region)])
         text = self._prompt.format(class_name=photo.subject.class_name)
         inputs = self._inputs(crop, text).to(self.device)
         tokens = self._model.generate(**inputs, max_new_tokens=self._max_new_tokens, do_sample=False)

@@ -1,47 +1,116 @@
-"""Cut-outs put into scenes, and alone on white: how stress test and microcosm make their pictures."""
+"""Cut-outs put into scenes before a photo, and alone on white: how demo, stress test and microcosm make their pictures."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
+import numpy as np
 from PIL import Image, ImageEnhance
 
-SHARE = 0.94  # of a reference's side that its subject fills
+from focusdpo.data.images import Size
+from focusdpo.data.writing import image_of
+
+SHARE = 0.94  # of a reference's longest side that its subject fills
+TIE = 1e-9  # pixels within which two places are as near: sums of shares are not exact
 Box = tuple[float, float, float, float]  # left, top, width, height in shares of a scene's side
+Range = tuple[float, float]
 
 
-def put(scene: Image.Image, cutout: Image.Image, box: Box, grounded: bool = False) -> Image.Image:
-    """Pastes a cut-out into a scene, as large as its box allows, at the bottom of the box, in the middle.
+def draw_background(photo: Image.Image, side: int, shares: Range, brightness: Range, rng: np.random.Generator) -> Image.Image:
+    """A square part of a photo in another light, RGB of `side` pixels.
 
     Args:
-        scene: RGB, square; changed.
-        cutout: RGBA.
-        box: where.
-        grounded: stand at the bottom of the scene instead, as what a photo cuts off there would end in the air.
+        photo: RGB.
+        side: in pixels.
+        shares: how much of the photo's shorter side the part may take.
+        brightness: of the light.
+        rng: draws both, and where the part lies.
+    """
+    extent = min(photo.size) * float(rng.uniform(*shares))
+    left, top = (float(rng.uniform(0, length - extent)) for length in photo.size)
+    part = photo.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + extent, top + extent))
+    return ImageEnhance.Brightness(part).enhance(float(rng.uniform(*brightness)))
+
+
+def draw_boxes(
+    rng: np.random.Generator, widths: Range, heights: Range, gap: float = 0.0, top: float = 0.05, pixels: int | None = None
+) -> list[Box]:
+    """One box in the left half of a scene, and one in the right.
+
+    Args:
+        rng: draws sizes and places.
+        widths, heights: of the boxes.
+        gap: between a box and its half's edges.
+        top: the highest place.
+        pixels: round all down to whole ones of a scene's side.
+    """
+
+    def draw(low: float, high: float) -> float:
+        value = float(rng.uniform(low, high))
+        return value if pixels is None else math.floor(value * pixels) / pixels
+
+    boxes = []
+    for half in range(2):
+        width, height = draw(*widths), draw(*heights)
+        boxes.append((half / 2 + draw(gap, 0.5 - gap - width), draw(top, 0.95 - height), width, height))
+    return boxes
+
+
+def at_bottom(box: Box) -> Box:
+    """The box at the bottom of the scene, for what a photo cuts off there and would end in the air elsewhere."""
+    left, _, width, height = box
+    return left, 1 - height, width, height
+
+
+def compose(
+    background: Image.Image, cutouts: Sequence[Image.Image], boxes: Sequence[Box]
+) -> tuple[Image.Image, list[Image.Image]]:
+    """The scene of cut-outs in their boxes, each as large as its box allows, at the bottom of it and in the middle.
+
+    Args:
+        background: RGB, square.
+        cutouts: RGBA.
+        boxes: one of each.
 
     Returns:
-        Its opacity (L, 0 to 255) in the scene.
+        the scene, and the opacity of each cut-out in it (L, 0 to 255).
     """
-    side = scene.width
-    left, top, width, height = box
-    scale = min(width * side / cutout.width, height * side / cutout.height)
-    size = max(round(cutout.width * scale), 1), max(round(cutout.height * scale), 1)
-    image = cutout.resize(size, Image.Resampling.LANCZOS)
-    bottom = side if grounded else round((top + height) * side)
-    corner = round((left + width / 2) * side - size[0] / 2), bottom - size[1]
-    scene.paste(image, corner, image)
-    opacity = Image.new("L", scene.size)
-    opacity.paste(image.getchannel("A"), corner)
-    return opacity
+    scene, side, opacities = background.copy(), background.width, []
+    for cutout, (left, top, width, height) in zip(cutouts, boxes, strict=True):
+        image = _scaled(cutout, min(width * side / cutout.width, height * side / cutout.height))
+        middle, bottom = (left + width / 2) * side, round((top + height) * side)
+        # Of two places as near to the middle, the left one.
+        corner = math.ceil(middle - image.width / 2 - 0.5 - TIE), bottom - image.height
+        scene.paste(image, corner, image)
+        opacity = Image.new("L", scene.size)
+        opacity.paste(image.getchannel("A"), corner)
+        opacities.append(opacity)
+    return scene, opacities
 
 
-def on_white(cutout: Image.Image, side: int, brightness: float, share: float = SHARE) -> tuple[Image.Image, Image.Image]:
-    """A cut-out alone on white in another light, and its mask (L, 0 and 255); both square, of `side` pixels."""
-    scale = share * side / max(cutout.size)
-    size = max(round(cutout.width * scale), 1), max(round(cutout.height * scale), 1)
-    image = cutout.resize(size, Image.Resampling.LANCZOS)
+def compose_pair(
+    background: Image.Image, cutouts: Sequence[Image.Image], boxes: Sequence[Box], changed: int, disrupted: Image.Image
+) -> tuple[Image.Image, Image.Image, Image.Image]:
+    """Winner and loser, which has a disrupted cut-out in the place of number `changed`, and the region (L, 0
+    and 255) where they can differ."""
+    others = [disrupted if i == changed else cutout for i, cutout in enumerate(cutouts)]
+    (winner, own), (loser, swapped) = compose(background, cutouts, boxes), compose(background, others, boxes)
+    return winner, loser, image_of((np.asarray(own[changed]) > 0) | (np.asarray(swapped[changed]) > 0))
+
+
+def on_white(cutout: Image.Image, size: Size, brightness: float = 1.0, share: float = SHARE) -> tuple[Image.Image, Image.Image]:
+    """A cut-out alone on white in another light, and its mask (L, 0 and 255), both of `size`."""
+    image = _scaled(cutout, share * max(size) / max(cutout.size))
     alpha = image.getchannel("A")
     lit = ImageEnhance.Brightness(image.convert("RGB")).enhance(brightness)
-    canvas, mask = Image.new("RGB", (side, side), "white"), Image.new("L", (side, side))
-    corner = (side - size[0]) // 2, (side - size[1]) // 2
+    canvas, mask = Image.new("RGB", size, "white"), Image.new("L", size)
+    corner = (size[0] - image.width) // 2, (size[1] - image.height) // 2
     canvas.paste(lit, corner, alpha)
     mask.paste(alpha.point(lambda a: 255 if a >= 128 else 0), corner)
     return canvas, mask
+
+
+def _scaled(cutout: Image.Image, scale: float) -> Image.Image:
+    size = max(round(cutout.width * scale), 1), max(round(cutout.height * scale), 1)
+    return cutout.resize(size, Image.Resampling.LANCZOS)

@@ -19,17 +19,18 @@ from focusdpo.building.blending import (
     to_rgb,
     transfer_colours,
 )
-from focusdpo.building.candidate import Draft, Mask, Photo, Pixels, Rejected
+from focusdpo.building.candidate import Candidate, Mask, Photo, Pixels, Rejected
 
+Change = tuple[Pixels, Mask, dict[str, object]]  # the changed loser, where it may differ, and notes for the pair's meta
 LEAST_FIT = 0.5  # intersection over union of a donor and the subject that it replaces
 
 
 class Disruption:
-    """Changes the subjects that a draft names; a subclass says how."""
+    """Changes the subjects that a candidate names; a subclass says how."""
 
     device = "cpu"
 
-    def change(self, draft: Draft, number: int, loser: Pixels) -> tuple[Pixels, Mask, dict[str, object]]:
+    def change(self, candidate: Candidate, number: int, loser: Pixels) -> Change:
         """Subject `number` becomes another instance.
 
         Returns:
@@ -37,19 +38,19 @@ class Disruption:
         """
         raise NotImplementedError
 
-    def __call__(self, draft: Draft) -> None:
-        assert draft.scene is not None
-        loser = draft.scene
-        draft.priors = [np.zeros(loser.shape[:2], bool) for _ in draft.subjects]
+    def __call__(self, candidate: Candidate) -> None:
+        assert candidate.scene is not None
+        loser = candidate.scene
+        candidate.priors = [np.zeros(loser.shape[:2], bool) for _ in candidate.subjects]
         notes = []
-        for number in draft.changing:
+        for number in candidate.changing:
             before = loser
-            loser, region, note = self.change(draft, number, loser)
+            loser, region, note = self.change(candidate, number, loser)
             loser = np.where(region[..., None], loser, before)
-            draft.priors[number] = _closed((loser != before).any(axis=-1))
+            candidate.priors[number] = _closed((loser != before).any(axis=-1))
             notes.append({"subject": number, **note})
-        draft.loser = loser
-        draft.notes["disruption"] = notes
+        candidate.loser = loser
+        candidate.notes["disruption"] = notes
 
 
 def _closed(changed: Mask) -> Mask:
@@ -60,50 +61,41 @@ def _closed(changed: Mask) -> Mask:
 class Embedded(Disruption):
     """Disruptions without weights: another instance from a photo, turned hues, a pattern, another subject's colours."""
 
-    def change(self, draft: Draft, number: int, loser: Pixels) -> tuple[Pixels, Mask, dict[str, object]]:
-        rng = draft.rng(f"disruption {number}")
-        ways: dict[str, Callable[[], tuple[Pixels, Mask, dict[str, object]] | None]] = {
-            "swap": lambda: self._swap(draft, number, loser),
-            "recolour": lambda: self._repaint(draft, number, loser, recolour(loser, rng)),
-            "retexture": lambda: self._repaint(draft, number, loser, retexture(loser, self._mask(draft, number), rng)),
-            "leak": lambda: self._leak(draft, number, loser, rng),
+    def change(self, candidate: Candidate, number: int, loser: Pixels) -> Change:
+        rng, mask = candidate.rng(f"disruption {number}"), candidate.subjects[number].region
+
+        def painted(pixels: Pixels) -> Change:
+            return paste(loser, pixels, mask, edge=3), mask, {}
+
+        ways: dict[str, Callable[[], Change | None]] = {
+            "swap": lambda: self._swap(candidate, number, loser),
+            "recolour": lambda: painted(recolour(loser, rng)),
+            "retexture": lambda: painted(retexture(loser, mask, rng)),
+            "leak": lambda: self._leak(candidate, number, loser, rng),
         }
-        for kind in draft.kinds[number]:
+        for kind in candidate.kinds[number]:
             changed = ways[kind]()
             if changed is not None:
                 pixels, region, note = changed
                 return pixels, region, {"kind": kind, **note}
-        raise Rejected(f"nothing to disrupt with: {', '.join(sorted(draft.kinds[number]))} does not apply")
+        raise Rejected(f"nothing to disrupt with: {', '.join(sorted(candidate.kinds[number]))} does not apply")
 
-    @staticmethod
-    def _mask(draft: Draft, number: int) -> Mask:
-        mask = draft.subjects[number].mask
-        assert mask is not None
-        return mask
-
-    def _repaint(self, draft: Draft, number: int, loser: Pixels, painted: Pixels) -> tuple[Pixels, Mask, dict[str, object]]:
-        mask = self._mask(draft, number)
-        return paste(loser, painted, mask, edge=3), mask, {}
-
-    def _leak(
-        self, draft: Draft, number: int, loser: Pixels, rng: np.random.Generator
-    ) -> tuple[Pixels, Mask, dict[str, object]] | None:
-        others = [index for index in range(len(draft.subjects)) if index != number]
+    def _leak(self, candidate: Candidate, number: int, loser: Pixels, rng: np.random.Generator) -> Change | None:
+        others = [index for index in range(len(candidate.subjects)) if index != number]
         if not others:
             return None
         other = int(rng.choice(others))
-        mask, reference = self._mask(draft, number), draft.references[other]
-        assert reference.mask is not None
-        painted = transfer_colours(loser, mask, reference.pixels, reference.mask)
+        mask, reference = candidate.subjects[number].region, candidate.references[other]
+        painted = transfer_colours(loser, mask, reference.pixels, reference.region)
         return paste(loser, painted, mask, edge=3), mask, {"from": other}
 
-    def _swap(self, draft: Draft, number: int, loser: Pixels) -> tuple[Pixels, Mask, dict[str, object]] | None:
-        mask = self._mask(draft, number)
+    def _swap(self, candidate: Candidate, number: int, loser: Pixels) -> Change | None:
+        mask = candidate.subjects[number].region
         others = np.zeros_like(mask)
-        for index in range(len(draft.subjects)):
+        for index in range(len(candidate.subjects)):
             if index != number:
-                others |= self._mask(draft, index) | draft.priors[index]
-        fits = [fit for donor in draft.donors.get(number, []) if (fit := fit_donor(donor, mask)) is not None]
+                others |= candidate.subjects[index].region | candidate.priors[index]
+        fits = [fit for donor in candidate.donors.get(number, []) if (fit := fit_donor(donor, mask)) is not None]
         if not fits:
             return None
         score, donor, pixels, inside = max(fits, key=lambda fit: fit[0])
@@ -125,11 +117,10 @@ def fit_donor(donor: Photo, mask: Mask) -> tuple[float, Photo, Pixels, Mask] | N
         how well it covers (intersection over union), the donor, its pixels [H, W, 3] and its mask [H, W] in the scene; None
         where it does not fit: it is cut off by its photo where the subject is not, or is too small.
     """
-    assert donor.mask is not None
-    if not donor.mask.any() or not cut_edges(donor.mask) <= cut_edges(mask):
+    if not donor.region.any() or not cut_edges(donor.region) <= cut_edges(mask):
         return None
-    rows, columns = box_of(donor.mask)
-    cutout, shape = donor.pixels[rows, columns], donor.mask[rows, columns].astype(np.float32)
+    rows, columns = box_of(donor.region)
+    cutout, shape = donor.pixels[rows, columns], donor.region[rows, columns].astype(np.float32)
     place_rows, place_columns = box_of(mask)
     height, width = mask.shape
     bottom, middle = place_rows.stop, (place_columns.start + place_columns.stop) / 2
@@ -161,7 +152,7 @@ def fit_donor(donor: Photo, mask: Mask) -> tuple[float, Photo, Pixels, Mask] | N
     score, move = best
     if score < LEAST_FIT:
         return None
-    pixels, inside = move_cutout(cutout, donor.mask[rows, columns], move, (width, height))
+    pixels, inside = move_cutout(cutout, donor.region[rows, columns], move, (width, height))
     return score, donor, pixels, inside
 
 
@@ -180,11 +171,10 @@ def cut_edges(mask: Mask) -> set[str]:
 
 def relight(pixels: Pixels, inside: Mask, scene: Pixels, subjects: Mask, donor: Photo) -> Pixels:
     """A donor in the scene's light: its lightness moves half of the way that the two backgrounds are apart."""
-    assert donor.mask is not None
-    if subjects.all() or donor.mask.all():
+    if subjects.all() or donor.region.all():
         return pixels
     lab = to_lab(pixels)
-    there, here = to_lab(donor.pixels)[~donor.mask, 0].mean(), to_lab(scene)[~subjects, 0].mean()
+    there, here = to_lab(donor.pixels)[~donor.region, 0].mean(), to_lab(scene)[~subjects, 0].mean()
     gain = float(np.clip(np.sqrt((here + 5) / (there + 5)), 0.75, 1.15))
     lab[..., 0] = np.clip(lab[..., 0] * gain, 0, 100)
     return to_rgb(lab)

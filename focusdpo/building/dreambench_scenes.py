@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from focusdpo.building.candidate import Mask, Photo, Pixels, Rejected
 from focusdpo.building.dreambench_boxes import BOXES, LEFT_OUT
-from focusdpo.building.scenes import SceneSubject, View
+from focusdpo.building.scenes import Box
 from focusdpo.data.images import read_size
+from focusdpo.data.writing import image_of, png_saver
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 COMPOSED = "composed"  # folder of the composed scenes
@@ -41,7 +42,7 @@ def photo_scenes(root: Path, out: Path, classes: dict[str, str]) -> list[dict[st
             reference = own[(index + 1) % len(own)]
             if reference != photo:
                 subject = _described(name, class_name, reference, out)
-                box = _box(photo)
+                box = box_in(photo)
                 subject |= {} if box is None else {"box": box}
                 lines.append({"prompt": f"a {class_name}", "scene": relative(photo, out), "subjects": [subject]})
     return lines
@@ -55,67 +56,68 @@ def composed_scenes(
     Yields:
         the scene's line, its images written to `out`; None where no two photos of the pair show whole subjects.
     """
-    from focusdpo.building.blending import box_of, fill_background, grow, move_cutout, put
-    from focusdpo.building.candidate import Photo, Rejected
-    from focusdpo.building.disruption import cut_edges, relight
-    from focusdpo.building.loading import read_pixels
-    from focusdpo.building.segmentation import GrabCut
+    from focusdpo.building.cutting import Cutter
+    from focusdpo.building.disruption import cut_edges
 
-    grabcut = GrabCut()
+    cutter, save = Cutter(), png_saver(out, f"{COMPOSED}/")
     (out / COMPOSED).mkdir(parents=True, exist_ok=True)
 
     def whole(name: str, rng: np.random.Generator) -> Photo | None:
         own = photos(root, name)
         for index in rng.permutation(len(own)) if len(own) > 1 else ():  # one photo is the reference
-            view = View(own[index], None, _as_box(_box(own[index])))
-            photo = Photo(SceneSubject(classes[name], name, view, view), view, read_pixels(view.image, resolution))
             try:
-                grabcut.complete(photo)
+                photo = cutter.segment(own[index], classes[name], resolution)
             except Rejected:
                 continue
-            if photo.mask is not None and not cut_edges(photo.mask) and photo.mask.mean() > 0.03:
+            if not cut_edges(photo.region) and photo.region.mean() > 0.03:
                 return photo
         return None
 
     for number, names in enumerate(pairs):
         rng = np.random.default_rng([seed, number])
-        cutouts = [whole(name, rng) for name in names]
-        first, second = cutouts
-        if first is None or second is None or first.mask is None or second.mask is None:
+        first, second = [whole(name, rng) for name in names]
+        if first is None or second is None:
             yield None
             continue
-        height, width = first.mask.shape
-        shown = grow(first.mask, 8)
-        scene = fill_background(first.pixels, shown, shown)
-        bottom = min(box_of(first.mask)[0].stop, round(0.95 * height))
-        middles = rng.permutation([0.26, 0.74]) * width
-        masks = []
-        for photo, middle in zip((first, second), middles, strict=True):
-            assert photo.mask is not None
-            rows, columns = box_of(photo.mask)
-            tall, wide = rows.stop - rows.start, columns.stop - columns.start
-            scale = min(0.6 * height / tall, 0.46 * width / wide, 0.95 * bottom / tall)
-            move = np.array([[scale, 0, middle - scale * wide / 2], [0, scale, bottom - scale * tall]], np.float32)
-            pixels, inside = move_cutout(photo.pixels[rows, columns], photo.mask[rows, columns], move, (width, height))
-            scene = put(scene, relight(pixels, inside, first.pixels, first.mask, photo), inside)
-            masks.append(inside)
+        scene, masks = _side_by_side((first, second), rng)
         subjects = []
-        for photo, inside, part in zip((first, second), masks, "ab", strict=True):
+        for photo, mask, part in zip((first, second), masks, "ab", strict=True):
             own = photos(root, photo.subject.name)
             reference = own[(own.index(photo.view.image) + 1) % len(own)]
-            mask = out / COMPOSED / f"{number:03d}_{part}.png"
-            Image.fromarray(inside.astype(np.uint8) * 255).save(mask)
             described = _described(photo.subject.name, photo.subject.class_name, reference, out)
-            subjects.append({**described, "mask": relative(mask, out)})
-        image = out / COMPOSED / f"{number:03d}.png"
-        Image.fromarray(scene).save(image)
+            subjects.append({**described, "mask": save(f"{number:03d}_{part}", image_of(mask))})
         prompt = f"a {classes[names[0]]} and a {classes[names[1]]}"
-        yield {"prompt": prompt, "scene": relative(image, out), "subjects": subjects}
+        yield {"prompt": prompt, "scene": save(f"{number:03d}", image_of(scene)), "subjects": subjects}
+
+
+def _side_by_side(pair: tuple[Photo, Photo], rng: np.random.Generator) -> tuple[Pixels, list[Mask]]:
+    """Both subjects before the background of the first one's photo, in its light, their outlines blended; and their masks.
+
+    Not as `composing` does it: these cut-outs come from segmentations and need blending, and fit the photo's own ground.
+    """
+    from focusdpo.building.blending import box_of, fill_background, grow, move_cutout, put
+    from focusdpo.building.disruption import relight
+
+    first = pair[0]
+    height, width = first.region.shape
+    shown = grow(first.region, 8)
+    scene = fill_background(first.pixels, shown, shown)
+    bottom = min(box_of(first.region)[0].stop, round(0.95 * height))
+    masks = []
+    for photo, middle in zip(pair, rng.permutation([0.26, 0.74]) * width, strict=True):
+        rows, columns = box_of(photo.region)
+        tall, wide = rows.stop - rows.start, columns.stop - columns.start
+        scale = min(0.6 * height / tall, 0.46 * width / wide, 0.95 * bottom / tall)
+        move = np.array([[scale, 0, middle - scale * wide / 2], [0, scale, bottom - scale * tall]], np.float32)
+        pixels, inside = move_cutout(photo.pixels[rows, columns], photo.region[rows, columns], move, (width, height))
+        scene = put(scene, relight(pixels, inside, first.pixels, first.region, photo), inside)
+        masks.append(inside)
+    return scene, masks
 
 
 def _described(name: str, class_name: str, reference: Path, out: Path) -> dict[str, Any]:
     described: dict[str, Any] = {"class_name": class_name, "name": name, "reference": relative(reference, out)}
-    box = _box(reference)
+    box = box_in(reference)
     return described if box is None else {**described, "reference_box": box}
 
 
@@ -123,17 +125,14 @@ def _number(photo: Path) -> int:
     return int(photo.stem) if photo.stem.isdecimal() else -1
 
 
-def _box(photo: Path) -> list[int] | None:
-    """Where the subject is, in pixels of the photo."""
+def box_in(photo: Path) -> Box | None:
+    """Where the subject is, in pixels of the photo; None where nobody has read it off."""
     shares = BOXES.get(photo.parent.name, {}).get(_number(photo))
     if shares is None:
         return None
     width, height = read_size(photo)
-    return [round(share * side / 100) for share, side in zip(shares, (width, height) * 2, strict=True)]
-
-
-def _as_box(edges: list[int] | None) -> tuple[int, int, int, int] | None:
-    return None if edges is None else (edges[0], edges[1], edges[2], edges[3])
+    left, top, right, bottom = (round(share * side / 100) for share, side in zip(shares, (width, height) * 2, strict=True))
+    return left, top, right, bottom
 
 
 def relative(path: Path, folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""Runs the stages over all drafts, here or in several processes; ray_engine.py does it on Ray, with the same pairs."""
+"""Runs the stages over all candidates, here or in several processes; ray_engine.py does it on Ray, with the same pairs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from focusdpo.building.candidate import Draft, Stage, run_stages
+from focusdpo.building.candidate import Candidate, Stage, run_stages
 from focusdpo.building.captioning import CaptionModel, ClassNames
 from focusdpo.building.config import BuildConfig, DisruptionConfig
 from focusdpo.building.disruption import Disruption, Embedded
@@ -57,34 +57,34 @@ def _inpainting(config: DisruptionConfig) -> Disruption:
 
 
 class Worker:
-    """Makes its stages when the first draft comes, and applies them."""
+    """Makes its stages when the first candidate comes, and applies them."""
 
     def __init__(self, steps: Sequence[Step]) -> None:
         self._steps = steps
         self._stages: list[Stage] | None = None
 
-    def __call__(self, draft: Draft) -> Draft:
+    def __call__(self, candidate: Candidate) -> Candidate:
         if self._stages is None:
             self._stages = [step.make() for step in self._steps]
-        return run_stages(self._stages, draft)
+        return run_stages(self._stages, candidate)
 
 
-def outcome_of(worker: Worker, draft: Draft) -> dict[str, Any]:
-    """What the manifest keeps of a draft."""
-    return worker(draft).outcome()
+def outcome_of(worker: Worker, candidate: Candidate) -> dict[str, Any]:
+    """What the manifest keeps of a candidate."""
+    return worker(candidate).outcome()
 
 
-def run_plain(steps: Sequence[Step], drafts: Sequence[Draft], workers: int) -> Generator[dict[str, Any]]:
-    """Here, or in `workers` processes. Yields each draft's outcome when it is done.
+def run_plain(steps: Sequence[Step], candidates: Sequence[Candidate], workers: int) -> Generator[dict[str, Any]]:
+    """Here, or in `workers` processes. Yields each candidate's outcome when it is done.
 
     Raises:
         ChildProcessError: a process was killed.
     """
     work = partial(outcome_of, Worker(steps))
-    count = min(workers, len(drafts))
+    count = min(workers, len(candidates))
     if count <= 1:
-        yield from map(work, drafts)
+        yield from map(work, candidates)
         return
     with Pool(count, work, attrgetter("name")) as pool:
-        for _, outcome in pool.run(drafts, tell_silence=True):
+        for _, outcome in pool.run(candidates, tell_silence=True):
             yield outcome

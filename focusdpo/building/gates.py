@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from focusdpo.building.blending import box_of, to_lab
-from focusdpo.building.candidate import Draft, Mask, Pixels, Rejected
+from focusdpo.building.candidate import Candidate, Mask, Pixels, Rejected
 from focusdpo.building.config import GatesConfig
 
 
@@ -61,7 +61,7 @@ class FeatureDistance:
 
 
 class Gates:
-    """Lets a draft pass, or says why not."""
+    """Lets a candidate pass, or says why not."""
 
     def __init__(self, config: GatesConfig) -> None:
         self._config = config
@@ -71,20 +71,20 @@ class Gates:
         )
         self._minimum = self._distance.minimum if config.min_change is None else config.min_change
 
-    def __call__(self, draft: Draft) -> None:
-        assert draft.scene is not None and draft.loser is not None
-        changed = np.logical_or.reduce(draft.priors)
-        if ((draft.scene != draft.loser).any(axis=-1) & ~changed).any():
+    def __call__(self, candidate: Candidate) -> None:
+        assert candidate.scene is not None and candidate.loser is not None
+        changed = np.logical_or.reduce(candidate.priors)
+        if ((candidate.scene != candidate.loser).any(axis=-1) & ~changed).any():
             raise Rejected("pixels outside the prior changed")
         area = float(changed.mean())
         if area < self._config.min_area:
             raise Rejected("the change is too small")
         if area > self._config.max_area:
             raise Rejected("the change is too large")
-        distance = self._distance(draft.scene, draft.loser, changed)
+        distance = self._distance(candidate.scene, candidate.loser, changed)
         if not distance >= self._minimum:
             raise Rejected("the change is not visible")
-        draft.notes |= {"area": round(area, 4), "change": round(distance, 3)}
+        candidate.notes |= {"area": round(area, 4), "change": round(distance, 3)}
 
 
 def pair_hash(winner: Pixels, loser: Pixels, changed: Mask) -> str:

@@ -13,10 +13,11 @@ from diffusers import AutoPipelineForInpainting, DiffusionPipeline
 from PIL import Image
 
 from focusdpo.building.blending import box_of, grow, poisson
-from focusdpo.building.candidate import Draft, Mask, Pixels
+from focusdpo.building.candidate import Candidate, Pixels
 from focusdpo.building.config import DisruptionConfig
-from focusdpo.building.disruption import Disruption
+from focusdpo.building.disruption import Change, Disruption
 from focusdpo.data.images import PATCH_SIZE
+from focusdpo.data.writing import image_of
 
 
 class Inpainting(Disruption):
@@ -34,28 +35,26 @@ class Inpainting(Disruption):
         self._pipeline.set_progress_bar_config(disable=True)
         self._has_strength = "strength" in inspect.signature(self._pipeline.__call__).parameters
 
-    def change(self, draft: Draft, number: int, loser: Pixels) -> tuple[Pixels, Mask, dict[str, object]]:
-        mask = draft.subjects[number].mask
-        assert mask is not None
-        region = grow(mask, 4)
-        for index, other in enumerate(draft.subjects):
-            if index != number and other.mask is not None:
-                region &= ~other.mask
+    def change(self, candidate: Candidate, number: int, loser: Pixels) -> Change:
+        region = grow(candidate.subjects[number].region, 4)
+        for index, other in enumerate(candidate.subjects):
+            if index != number:
+                region &= ~other.region
         rows, columns = box_of(region, round(self._config.margin * max(side.stop - side.start for side in box_of(region))))
         crop, inside = loser[rows, columns], region[rows, columns]
         scale = self._config.resolution / max(inside.shape)
         height, width = (max(round(side * scale / PATCH_SIZE), 1) * PATCH_SIZE for side in inside.shape)
-        caption, class_name = draft.captions[number], draft.subjects[number].subject.class_name
+        caption, class_name = candidate.captions[number], candidate.subjects[number].subject.class_name
         options = {"strength": self._config.strength} if self._has_strength else {}
         image = self._pipeline(
             prompt=self._config.prompt.format(caption=caption, class_name=class_name),
             image=Image.fromarray(crop).resize((width, height), Image.Resampling.LANCZOS),
-            mask_image=Image.fromarray(inside.astype(np.uint8) * 255).resize((width, height), Image.Resampling.NEAREST),
+            mask_image=image_of(inside).resize((width, height), Image.Resampling.NEAREST),
             height=height,
             width=width,
             num_inference_steps=self._config.steps,
             guidance_scale=self._config.guidance,
-            generator=torch.Generator().manual_seed(int(draft.rng(f"inpainting {number}").integers(2**31))),
+            generator=torch.Generator().manual_seed(int(candidate.rng(f"inpainting {number}").integers(2**31))),
             **options,
         ).images[0]
         painted = loser.copy()

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from focusdpo.building.candidate import Draft, Mask, Photo, Pixels
+from focusdpo.building.candidate import Candidate, Mask, Photo, Pixels
 from focusdpo.building.config import ALWAYS_APPLY, DisruptionConfig
 from focusdpo.building.scenes import Scene, SceneSubject, View
 from focusdpo.data.images import Size, read_image, read_mask, read_size, token_size
@@ -52,24 +52,26 @@ class Load:
                 by_class[subject.class_name].setdefault(subject.reference, subject)
         self._by_class = {name: list(views.values()) for name, views in by_class.items()}
 
-    def __call__(self, draft: Draft) -> None:
-        draft.scene = read_pixels(draft.record.image, self._resolution)
-        draft.subjects = [self._photo(s, s.scene, self._resolution) for s in draft.record.subjects]
-        draft.references = [self._photo(s, s.reference, self._reference_resolution) for s in draft.record.subjects]
-        count = len(draft.subjects)
-        draft.changing = range(count) if self._disruption.changed == "all" else [int(draft.rng("changing").integers(count))]
-        for number in draft.changing:
-            kinds = [str(kind) for kind in draft.rng(f"kinds {number}").permutation(self._disruption.kinds)]
-            draft.kinds[number] = kinds
+    def __call__(self, candidate: Candidate) -> None:
+        candidate.scene = read_pixels(candidate.record.image, self._resolution)
+        candidate.subjects = [self._photo(s, s.scene, self._resolution) for s in candidate.record.subjects]
+        candidate.references = [self._photo(s, s.reference, self._reference_resolution) for s in candidate.record.subjects]
+        count = len(candidate.subjects)
+        candidate.changing = (
+            range(count) if self._disruption.changed == "all" else [int(candidate.rng("changing").integers(count))]
+        )
+        for number in candidate.changing:
+            kinds = [str(kind) for kind in candidate.rng(f"kinds {number}").permutation(self._disruption.kinds)]
+            candidate.kinds[number] = kinds
             reached = kinds[: kinds.index("swap") + 1] if "swap" in kinds else []
             # Cutting donors out takes most of the time: not where another kind will be done first.
             if self._disruption.name == "embedded" and reached and not ALWAYS_APPLY & set(reached):
-                draft.donors[number] = self._draw(draft, number)
+                candidate.donors[number] = self._draw(candidate, number)
 
-    def _draw(self, draft: Draft, number: int) -> list[Photo]:
-        subject = draft.record.subjects[number]
+    def _draw(self, candidate: Candidate, number: int) -> list[Photo]:
+        subject = candidate.record.subjects[number]
         others = [s for s in self._by_class[subject.class_name] if s.name != subject.name]
-        drawn = draft.rng(f"donors {number}").permutation(len(others))[: self._disruption.donors]
+        drawn = candidate.rng(f"donors {number}").permutation(len(others))[: self._disruption.donors]
         return [self._photo(others[int(i)], others[int(i)].reference, self._reference_resolution) for i in drawn]
 
     def _photo(self, subject: SceneSubject, view: View, longest: int) -> Photo:

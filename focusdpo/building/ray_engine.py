@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from focusdpo.building.candidate import Draft
+from focusdpo.building.candidate import Candidate
 from focusdpo.building.engines import Step, Worker
 from focusdpo.building.ray_cluster import joined_cluster
 from focusdpo.foundation.workers import GOES_ON, Silence, set_threads
@@ -21,7 +21,7 @@ Segment = tuple[str, list[Step]]  # neighbouring stages on the same kind of devi
 
 
 class StageActor:
-    """The stages of one device; a draft comes and goes pickled, as arrays that Ray keeps cannot be written to.
+    """The stages of one device; a candidate comes and goes pickled, as arrays that Ray keeps cannot be written to.
 
     Args:
         threads: for each library that has its own.
@@ -31,39 +31,39 @@ class StageActor:
         self._workers: list[Worker] = []
         set_threads(threads)
 
-    def apply(self, kept: list[Any], segment: int, draft: bytes) -> tuple[bytes, dict[str, Any] | None]:
-        """The draft after a segment's stages, and what the manifest keeps of it, if it is done.
+    def apply(self, kept: list[Any], segment: int, candidate: bytes) -> tuple[bytes, dict[str, Any] | None]:
+        """The candidate after a segment's stages, and what the manifest keeps of it, if it is done.
 
         Args:
             kept: a reference to all segments, which is looked up once; in a list, so that Ray does not do it at each call. No
                 argument of the actor: one that is begun again could not count on it.
             segment: which of them.
-            draft: pickled.
+            candidate: pickled.
         """
         import ray
 
         if not self._workers:
             self._workers = [Worker(steps) for _, steps in ray.get(kept[0])]
-        done = self._workers[segment](pickle.loads(draft))
+        done = self._workers[segment](pickle.loads(candidate))
         return (b"", done.outcome()) if done.done else (pickle.dumps(done), None)
 
 
 @dataclass(frozen=True)
 class _Flight:
-    """A draft on its way through a chain: actors by device."""
+    """A candidate on its way through a chain: actors by device."""
 
-    draft: Draft
+    candidate: Candidate
     chain: dict[str, Any]
     segment: int
     content: Any  # its last actor's result, which holds what comes next
 
 
 def run_ray(
-    steps: Sequence[Step], drafts: Sequence[Draft], workers: int, ray_address: str | None = None
+    steps: Sequence[Step], candidates: Sequence[Candidate], workers: int, ray_address: str | None = None
 ) -> Generator[dict[str, Any]]:
     """On the Ray cluster that `ray_address` or RAY_ADDRESS names, or on one of its own.
 
-    Yields each draft's outcome when it is done.
+    Yields each candidate's outcome when it is done.
 
     Stages on the same kind of device share an actor; there are `workers` of each kind, and one for GPUs has a whole GPU. The
     folders of scenes and output have to be the same on every node.
@@ -73,16 +73,16 @@ def run_ray(
         ValueError: it has fewer GPUs than workers.
         ChildProcessError: an actor was killed again and again.
     """
-    if not drafts:
+    if not candidates:
         return
     import ray
 
     segments = [(device, list(group)) for device, group in groupby(steps, key=lambda step: step.device)]
     with joined_cluster(ray_address) as is_own:
-        shares = _shares({device for device, _ in segments}, min(workers, len(drafts)), is_own)
-        chains = [_start(shares) for _ in range(min(workers, len(drafts)))]
+        shares = _shares({device for device, _ in segments}, min(workers, len(candidates)), is_own)
+        chains = [_start(shares) for _ in range(min(workers, len(candidates)))]
         try:
-            yield from _fly(segments, drafts, chains)
+            yield from _fly(segments, candidates, chains)
         finally:
             for actor in (actor for chain in chains for actor in chain.values() if not is_own):
                 ray.kill(actor)
@@ -128,23 +128,25 @@ def _start(shares: dict[str, dict[str, float]]) -> dict[str, Any]:
     return {device: actor.options(**share, **often).remote(max(int(share["num_cpus"]), 1)) for device, share in shares.items()}
 
 
-def _fly(segments: Sequence[Segment], drafts: Sequence[Draft], chains: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Sends the drafts through the chains, a few at a time through each, and yields their outcomes as they come."""
+def _fly(
+    segments: Sequence[Segment], candidates: Sequence[Candidate], chains: Sequence[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Sends the candidates through the chains, a few at a time through each, and yields their outcomes as they come."""
     import ray
 
     kept = ray.put(segments)
     flights: dict[Any, _Flight] = {}  # by the reference to what says whether it is done
-    left = iter(drafts)
+    left = iter(candidates)
 
-    def send(draft: Draft, chain: dict[str, Any], segment: int, content: Any) -> None:
+    def send(candidate: Candidate, chain: dict[str, Any], segment: int, content: Any) -> None:
         apply = chain[segments[segment][0]].apply.options(num_returns=2)
         content, outcome = apply.remote([kept], segment, content)
-        flights[outcome] = _Flight(draft, chain, segment, content)
+        flights[outcome] = _Flight(candidate, chain, segment, content)
 
     def send_next(chain: dict[str, Any]) -> None:
-        draft = next(left, None)
-        if draft is not None:
-            send(draft, chain, 0, pickle.dumps(draft))
+        candidate = next(left, None)
+        if candidate is not None:
+            send(candidate, chain, 0, pickle.dumps(candidate))
 
     for _ in range(len(chains[0]) + 1):  # one at work in each actor, and one waiting
         for chain in chains:
@@ -153,13 +155,13 @@ def _fly(segments: Sequence[Segment], drafts: Sequence[Draft], chains: Sequence[
     while flights:
         ready, _ = ray.wait(list(flights), timeout=silence.left())
         if not ready:
-            silence.tell(flight.draft.name for flight in flights.values())
+            silence.tell(flight.candidate.name for flight in flights.values())
         for reference in ready:
-            at_work = [other.draft.name for other in flights.values() if other.chain is flights[reference].chain]
+            at_work = [other.candidate.name for other in flights.values() if other.chain is flights[reference].chain]
             flight = flights.pop(reference)
             outcome = _get(reference, at_work)
             if outcome is None:
-                send(flight.draft, flight.chain, flight.segment + 1, flight.content)
+                send(flight.candidate, flight.chain, flight.segment + 1, flight.content)
             else:
                 silence.broken()
                 send_next(flight.chain)
@@ -167,7 +169,7 @@ def _fly(segments: Sequence[Segment], drafts: Sequence[Draft], chains: Sequence[
 
 
 def _get(reference: Any, at_work: Sequence[str]) -> dict[str, Any] | None:
-    """What an actor says of a draft; `at_work` names the drafts in its chain, of which any may be what killed it."""
+    """What an actor says of a candidate; `at_work` names the candidates in its chain, of which any may be what killed it."""
     import ray
 
     try:

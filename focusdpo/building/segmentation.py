@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from focusdpo.building.blending import box_of
-from focusdpo.building.candidate import Draft, Mask, Photo, Pixels, Rejected
+from focusdpo.building.candidate import Candidate, Mask, Photo, Pixels, Rejected
 from focusdpo.building.scenes import Box, View
 from focusdpo.data.images import read_size
 
@@ -19,7 +19,7 @@ Area = tuple[float, float, float, float]  # left, top, right, bottom as shares o
 
 
 class Segmentation:
-    """Gives every photo of a draft a mask. What is given is kept; the rest is found by `find`, once per photo."""
+    """Gives every photo of a candidate a mask. What is given is kept; the rest is found by `find`, once per photo."""
 
     device = "cpu"
     REMEMBERED = 512  # masks, a quarter of a megabyte each at 512 px
@@ -40,15 +40,14 @@ class Segmentation:
         """
         raise NotImplementedError
 
-    def __call__(self, draft: Draft) -> None:
-        for photo in [*draft.subjects, *draft.references]:
+    def __call__(self, candidate: Candidate) -> None:
+        for photo in [*candidate.subjects, *candidate.references]:
             self.complete(photo)
-        for number, donors in draft.donors.items():
-            draft.donors[number] = [donor for donor in donors if self._usable(donor)]
-        for index, photo in enumerate(draft.subjects):
-            for other in draft.subjects[:index]:
-                assert photo.mask is not None and other.mask is not None
-                overlap = (photo.mask & other.mask).sum() / max(min(photo.mask.sum(), other.mask.sum()), 1)
+        for number, donors in candidate.donors.items():
+            candidate.donors[number] = [donor for donor in donors if self._usable(donor)]
+        for index, photo in enumerate(candidate.subjects):
+            for other in candidate.subjects[:index]:
+                overlap = (photo.region & other.region).sum() / max(min(photo.region.sum(), other.region.sum()), 1)
                 if overlap > 0.5:
                     raise Rejected("two subjects have the same mask")
 

@@ -17,7 +17,7 @@ from focusdpo.foundation.settings import check_begun
 from focusdpo.studies.config import KINDS, StressConfig
 
 if TYPE_CHECKING:  # seconds that --help need not wait for
-    from focusdpo.studies.stress.subjects import Cast
+    from focusdpo.studies.stress.subjects import SubjectSource
     from focusdpo.studies.stress.work import Arrays
     from focusdpo.training.config import TrainConfig
     from focusdpo.training.step import PreferenceStep
@@ -49,16 +49,16 @@ def prepare_stress(config: StressConfig) -> Callable[[], None]:
         FileExistsError, NotADirectoryError: the folder holds something else.
     """
     from focusdpo.foundation.files import write_json
-    from focusdpo.studies.stress.subjects import cast_of
+    from focusdpo.studies.stress.subjects import source_of
     from focusdpo.studies.stress.work import load_scene
     from focusdpo.training.loading import check_files_and_packages, checkpoint_of, load_step
 
     run = run_of(config)
     checkpoint = None if config.config is None else checkpoint_of("checkpoint", run, config.checkpoint)
     check_files_and_packages(run)
-    cast = cast_of(config)
+    source = source_of(config)
     folder = Path(config.output_dir)
-    settings = settings_of(config, run, checkpoint, cast)
+    settings = settings_of(config, run, checkpoint, source)
     known = folder / SETTINGS_FILE
     goes_on = not config.overwrite and known.is_file()
     if goes_on:
@@ -76,7 +76,7 @@ def prepare_stress(config: StressConfig) -> Callable[[], None]:
         with out:
             if not goes_on:
                 write_json(known, settings)
-            _test(config, run, cast, step, settings, measured)
+            _test(config, run, source, step, settings, measured)
 
     return work
 
@@ -99,14 +99,14 @@ def run_of(config: StressConfig) -> TrainConfig:
     return run
 
 
-def settings_of(config: StressConfig, run: TrainConfig, checkpoint: Path | None, cast: Cast) -> dict[str, Any]:
+def settings_of(config: StressConfig, run: TrainConfig, checkpoint: Path | None, source: SubjectSource) -> dict[str, Any]:
     """What decides the numbers of a scene, models and photos by their content."""
     from focusdpo.foundation.files import checksum
     from focusdpo.training.checkpoints import ADAPTER_FILE
     from focusdpo.training.run_folder import model_contents
 
     own = {name: value for name, value in asdict(config).items() if name not in FREE}
-    own["dreambench"] = cast.photos
+    own["dreambench"] = source.photos
     model = {name: value for name, value in asdict(run.model).items() if name not in ("path", "revision", "base_lora")}
     return {
         "settings": json.loads(json.dumps(own)),
@@ -128,7 +128,7 @@ def _measured(config: StressConfig, kind: str) -> list[Path]:
 def _test(
     config: StressConfig,
     run: TrainConfig,
-    cast: Cast,
+    source: SubjectSource,
     step: PreferenceStep | None,
     settings: dict[str, Any],
     measured: dict[Path, Arrays],
@@ -145,7 +145,7 @@ def _test(
     from focusdpo.studies.stress.work import measure_scene, save_scene
 
     folder = Path(config.output_dir)
-    records = load_pairs(str(write_scenes(config, cast, folder / SCENES)), "headers")
+    records = load_pairs(str(write_scenes(config, source, folder / SCENES)), "headers")
     dataset = PairDataset(
         records,
         resolution=config.resolution,

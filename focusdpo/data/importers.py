@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 from PIL import Image, ImageChops
 from tqdm.auto import tqdm
 
@@ -20,6 +19,7 @@ from focusdpo.data.images import ImageBytes, ImageError, attempt, inside, read_a
 from focusdpo.data.lines import MAX_REFERENCES, text_fault
 from focusdpo.data.records import FILE_NAME
 from focusdpo.data.shards import image_suffix
+from focusdpo.data.writing import image_of, pair_line, write_lines
 from focusdpo.foundation.files import ReadableFile
 from focusdpo.foundation.packages import require_package
 
@@ -30,6 +30,7 @@ T = TypeVar("T")
 IMAGES = "images"  # folder of what an import writes beside pairs.jsonl
 UNO_SCORE = 4.0  # UNO-1M's own rating of a couple of images, of which UNO trains on the full marks
 LOGGED = 3  # entries of each reason for dropping
+Stored = Path | bytes  # an image that lies in a file, or is to be written to one
 COLUMNS = ("caption", "jpg_0", "jpg_1", "label_0")
 
 
@@ -65,29 +66,33 @@ class Writer:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.lines: list[str] = []
+        self.lines: list[dict[str, Any]] = []
         self.dropped = Dropped()
         (folder / IMAGES).mkdir(parents=True, exist_ok=True)
 
-    def add(self, **record: Any) -> None:
-        self.lines.append(json.dumps(record))
+    def add(self, index: int, prompt: str, references: Sequence[Stored], winner: Stored, loser: Stored, prior: Stored) -> None:
+        """A pair, whose images are stored unless they lie in files already."""
 
-    def save(self, name: str, image: Image.Image | bytes) -> str:
-        """Stores an image, and returns its path for the record."""
-        suffix = image_suffix(image) if isinstance(image, bytes) else "png"
-        path = self.folder / IMAGES / f"{name}.{suffix}"
-        if isinstance(image, bytes):
+        def save(part: str, image: Stored) -> str:
+            if isinstance(image, Path):
+                return Path(os.path.relpath(image.resolve(), self.folder.resolve())).as_posix()
+            path = self.folder / IMAGES / f"{index:07}_{part}.{image_suffix(image)}"
             path.write_bytes(image)
-        else:
-            image.save(path)
-        return f"{IMAGES}/{path.name}"
+            return f"{IMAGES}/{path.name}"
+
+        given = [(reference, None, None) for reference in references]
+        self.lines.append(pair_line(save, prompt, given, winner, loser, prior))
+
+    def mask(self, name: str, mask: Image.Image) -> Path:
+        """Stores a mask that is made here."""
+        path = self.folder / IMAGES / f"{name}.png"
+        mask.save(path)
+        return path
 
     def finish(self) -> None:
         if not self.lines:
             raise ValueError(f"nothing was imported: {self.summary()}")
-        partial = self.folder / f".{FILE_NAME}.partial"
-        partial.write_text("\n".join(self.lines) + "\n")
-        partial.replace(self.folder / FILE_NAME)
+        write_lines(self.folder / FILE_NAME, self.lines)
 
     def summary(self) -> str:
         reasons = [f"{count} dropped: {reason}" for reason, count in self.dropped.most_common()]
@@ -195,21 +200,16 @@ def import_uno(file: Path, losers: Path, priors: Path | None, folder: Path, prog
                 if not os.path.isfile(path):
                     raise UnfitError("no reference", str(path))
             images = _check(winner, loser, row.references, prior)
-            changed = Image.fromarray(changed_tokens(*images).astype(np.uint8) * 255)
-            if prior is None and changed.getbbox() is None:
+            changed = changed_tokens(*images)
+            if prior is None and not changed.any():
                 raise UnfitError("winner and loser hardly differ", f"{winner} and {loser}")
         except UnfitError as error:
             writer.dropped.add(row.number, error)
             continue
-        writer.add(
-            prompt=row.prompt,
-            references=[{"image": _relative(path, folder)} for path in row.references],
-            winner=_relative(winner, folder),
-            loser=_relative(loser, folder),
-            prior=writer.save(f"{index:07}_prior", changed.resize(images[0].size, Image.Resampling.NEAREST))
-            if prior is None
-            else _relative(prior, folder),
-        )
+        if prior is None:
+            marked = image_of(changed).resize(images[0].size, Image.Resampling.NEAREST)
+            prior = writer.mask(f"{index:07}_prior", marked)
+        writer.add(index, row.prompt, row.references, winner, loser, prior)
     writer.finish()
     return writer
 
@@ -281,16 +281,8 @@ def import_pickapic(
         except UnfitError as error:
             writer.dropped.add(index, error)
             continue
-        name = f"{index:07}"
-        writer.add(
-            prompt=prompt,
-            references=[{"image": writer.save(f"{name}_reference{i}", image.data)} for i, image in enumerate(shown)],
-            winner=writer.save(f"{name}_winner", winner.data),
-            loser=writer.save(f"{name}_loser", loser.data),
-            prior=writer.save("whole_{}x{}".format(*size), Image.new("L", size, 255))
-            if mask is None
-            else writer.save(f"{name}_prior", mask.data),
-        )
+        marked = mask.data if mask is not None else writer.mask("whole_{}x{}".format(*size), Image.new("L", size, 255))
+        writer.add(index, prompt, [image.data for image in shown], winner.data, loser.data, marked)
     writer.finish()
     return writer
 
@@ -330,7 +322,3 @@ def _bytes(value: Any) -> ImageBytes:
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
-
-
-def _relative(path: Path, folder: Path) -> str:
-    return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import BinaryIO, Literal
 
 from tqdm.auto import tqdm
 
 from focusdpo.data.images import ImageBytes, open_file, open_image
 from focusdpo.data.records import PairRecord
+from focusdpo.data.writing import pair_line
 from focusdpo.foundation.files import ReadableFile
 from focusdpo.foundation.packages import require_package
 
@@ -134,20 +135,7 @@ def _members(record: PairRecord) -> dict[str, bytes]:
         members[name] = data
         return name
 
-    references: list[dict[str, Any]] = []
-    for i, reference in enumerate(record.references):
-        references.append({"image": add(f"reference{i}", reference.image)})
-        if reference.mask is not None:
-            references[i]["mask"] = add(f"reference{i}_mask", reference.mask)
-        if reference.class_name is not None:
-            references[i]["class_name"] = reference.class_name
-    priors = [add(f"prior{i}" if record.per_subject else "prior", file) for i, file in enumerate(record.prior)]
-    value = {
-        "prompt": record.prompt,
-        "references": references,
-        "winner": add("winner", record.winner),
-        "loser": add("loser", record.loser),
-        "prior": priors if record.per_subject else priors[0],
-        "meta": record.meta,
-    }
-    return {"json": json.dumps(value).encode(), **members}
+    references = [(one.image, one.mask, one.class_name) for one in record.references]
+    prior = list(record.prior) if record.per_subject else record.prior[0]
+    line = pair_line(add, record.prompt, references, record.winner, record.loser, prior, record.meta)
+    return {"json": json.dumps(line).encode(), **members}

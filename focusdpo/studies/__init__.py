@@ -1,4 +1,4 @@
 """What is asked of trained models and methods: masks, ablations, the stress test, the microcosm.
 
-These run models and training; `focusdpo.evaluation` measures and draws what they give.
+These run models and training; `focusdpo.metrics` measures images whoever made them.
 """

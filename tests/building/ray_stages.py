@@ -7,20 +7,20 @@ import signal
 import time
 from pathlib import Path
 
-from focusdpo.building.candidate import Draft, Rejected
+from focusdpo.building.candidate import Candidate, Rejected
 
 
 class WaitFor:
-    """The last draft waits for a file, the others are done at once."""
+    """The last candidate waits for a file, the others are done at once."""
 
     device = "cpu"
 
     def __init__(self, last: int, file: Path) -> None:
         self._last, self._file = last, file
 
-    def __call__(self, draft: Draft) -> None:
+    def __call__(self, candidate: Candidate) -> None:
         until = time.monotonic() + 30
-        while draft.index == self._last and not self._file.exists():
+        while candidate.index == self._last and not self._file.exists():
             if time.monotonic() > until:
                 raise TimeoutError(f"{self._file} never came")
             time.sleep(0.02)
@@ -28,15 +28,15 @@ class WaitFor:
 
 
 class Killed:
-    """The process of draft 1 is killed, as often as `times` says."""
+    """The process of candidate 1 is killed, as often as `times` says."""
 
     device = "cpu"
 
     def __init__(self, folder: Path, times: int) -> None:
         self._folder, self._times = folder, times
 
-    def __call__(self, draft: Draft) -> None:
-        if draft.index == 1 and len(list(self._folder.iterdir())) < self._times:
+    def __call__(self, candidate: Candidate) -> None:
+        if candidate.index == 1 and len(list(self._folder.iterdir())) < self._times:
             (self._folder / str(os.getpid())).touch()
             os.kill(os.getpid(), signal.SIGKILL)
         raise Rejected("seen")

@@ -22,7 +22,7 @@ pytest.importorskip("imagehash", reason="needs the extra build: pip install 'foc
 import cv2
 
 from focusdpo.building.builder import prepare_build
-from focusdpo.building.candidate import Draft
+from focusdpo.building.candidate import Candidate
 from focusdpo.building.config import BuildConfig
 from focusdpo.building.engines import run_plain, steps
 from focusdpo.building.scenes import load_scenes
@@ -43,7 +43,7 @@ def scenes(tmp_path_factory):
 
 @pytest.fixture
 def command(scenes, tmp_path):
-    """Of a build and of DreamBench, each with two workers and many drafts."""
+    """Of a build and of DreamBench, each with two workers and many candidates."""
     make_photos(tmp_path)
     build = ["build", "--scenes", str(scenes), "--output_dir", str(tmp_path / "build")]
     dreambench = ["dreambench", "--root", str(tmp_path / "photos"), "--output_dir", str(tmp_path / "dreambench")]
@@ -83,7 +83,7 @@ def test_workers_end_with_their_parent(command, tmp_path, name, number):
     assert manifest.read_bytes() == done
     if (name, number) == ("dreambench", signal.SIGKILL):  # the same command goes on, and comes through
         ended = subprocess.run(command[name], cwd=ROOT, capture_output=True, text=True, timeout=100)
-        assert ended.returncode == 0 and "drafts were done before" in ended.stderr, ended.stderr[-3000:]
+        assert ended.returncode == 0 and "candidates were done before" in ended.stderr, ended.stderr[-3000:]
         assert load_pairs(manifest.parent, progress=False)
 
 
@@ -120,8 +120,8 @@ def test_an_interrupted_build_has_no_workers_left(scenes, tmp_path, monkeypatch)
 def pipeline(scenes, tmp_path):
     config = BuildConfig(str(scenes), str(tmp_path / "out"), resolution=128, reference_resolution=128)
     records = load_scenes(scenes, progress=False)
-    drafts = [Draft(i, v, 0, record) for i, record in enumerate(records) for v in range(2)]
-    return steps(config, records), drafts
+    candidates = [Candidate(i, v, 0, record) for i, record in enumerate(records) for v in range(2)]
+    return steps(config, records), candidates
 
 
 def test_begun_after_opencvs_threads_and_told_of_when_they_stand_still(pipeline, monkeypatch, caplog):
@@ -140,7 +140,7 @@ def test_begun_after_opencvs_threads_and_told_of_when_they_stand_still(pipeline,
     caplog.clear()
     with caplog.at_level(logging.WARNING, "focusdpo"):
         left = list(outcomes)
-    assert sorted(outcome["name"] for outcome in [first, *left]) == sorted(draft.name for draft in pipeline[1])
+    assert sorted(outcome["name"] for outcome in [first, *left]) == sorted(candidate.name for candidate in pipeline[1])
     told = [record.getMessage() for record in caplog.records if "no worker has given a result" in record.getMessage()]
     assert told and all("at work on: 000000" in message for message in told)
     assert not [process for process in stopped if psutil.pid_exists(process.pid)]

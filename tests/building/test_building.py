@@ -22,7 +22,7 @@ pytest.importorskip("imagehash", reason="needs the extra build: pip install 'foc
 
 from focusdpo.building import builder
 from focusdpo.building.builder import prepare_build
-from focusdpo.building.candidate import Draft, Rejected
+from focusdpo.building.candidate import Candidate, Rejected
 from focusdpo.building.config import BuildConfig, DisruptionConfig, GatesConfig, SegmentationConfig
 from focusdpo.building.gates import Gates, duplicates, pair_hash
 from focusdpo.building.scenes import load_scenes
@@ -130,7 +130,7 @@ def test_a_second_start_builds_nothing(built, caplog):
     before = tree(config.output_dir)
     with caplog.at_level(logging.INFO, "focusdpo"):
         prepare_build(config)()
-    assert "24 of 24 drafts were done before" in caplog.text and "built in" not in caplog.text
+    assert "24 of 24 candidates were done before" in caplog.text and "built in" not in caplog.text
     assert tree(config.output_dir) == before
 
 
@@ -224,8 +224,8 @@ def test_a_failure_is_listed_and_tried_again(config, tmp_path, caplog):
     assert not [item for item in rejections(config) if "failed" in item]
 
 
-def draft(winner, loser, priors):
-    return Draft(0, 0, 0, None, scene=winner, loser=loser, priors=priors)
+def candidate(winner, loser, priors):
+    return Candidate(0, 0, 0, None, scene=winner, loser=loser, priors=priors)
 
 
 @pytest.fixture
@@ -248,18 +248,18 @@ def halves():
 )
 def test_gates(halves, settings, reason):
     winner, loser, prior = halves
-    passing = draft(winner, loser, [prior])
+    passing = candidate(winner, loser, [prior])
     Gates(GatesConfig())(passing)
     assert passing.notes["area"] == 0.5 and passing.notes["change"] > 20
     with pytest.raises(Rejected, match=reason):
-        Gates(GatesConfig(**settings))(draft(winner, loser, [prior]))
+        Gates(GatesConfig(**settings))(candidate(winner, loser, [prior]))
 
 
 def test_one_level_of_one_pixel_outside_the_prior_is_seen(halves):
     winner, loser, prior = halves
     loser[40, 50, 1] ^= 1
     with pytest.raises(Rejected, match="outside the prior"):
-        Gates(GatesConfig())(draft(winner, loser, [prior]))
+        Gates(GatesConfig())(candidate(winner, loser, [prior]))
 
 
 def test_duplicates_are_found_exactly():
@@ -304,7 +304,7 @@ def test_a_scene_given_twice_is_a_duplicate(config, tmp_path):
     config.scenes = str(twice)
 
     def changed(seed, index):
-        return Draft(index, 0, seed, None).rng("changing").integers(2)
+        return Candidate(index, 0, seed, None).rng("changing").integers(2)
 
     config.seed = next(seed for seed in range(99) if changed(seed, 0) == changed(seed, 2))
     assert len(build(config)) == 2
@@ -386,7 +386,7 @@ def test_a_missing_model_is_an_error_before_anything_is_written(config):
 
 def test_no_pair_at_all_is_an_error(config):
     config.gates = GatesConfig(min_change=500.0)
-    with pytest.raises(ValueError, match="no draft became a pair"):
+    with pytest.raises(ValueError, match="no candidate became a pair"):
         prepare_build(config)()
     assert {item["rejected"] for item in rejections(config)} == {"the change is not visible"}
 

@@ -13,7 +13,7 @@ pytest.importorskip("cv2", reason="needs the extra build: pip install 'focusdpo[
 pytest.importorskip("imagehash", reason="needs the extra build: pip install 'focusdpo[build]'")
 
 from focusdpo.building.builder import prepare_build
-from focusdpo.building.candidate import Draft, Photo, Rejected
+from focusdpo.building.candidate import Candidate, Photo, Rejected
 from focusdpo.building.captioning import CaptionModel
 from focusdpo.building.config import BuildConfig, CaptioningConfig, DisruptionConfig, GatesConfig, SegmentationConfig
 from focusdpo.building.gates import FeatureDistance
@@ -91,9 +91,9 @@ def photo(scene, pixels, mask):
 
 def test_a_caption_of_the_subject(folder, pixels):
     (scene, *_) = load_scenes(folder / "scenes", progress=False)
-    draft = Draft(0, 0, 0, scene, subjects=[photo(scene, pixels, square(pixels))])
-    CaptionModel(str(folder / "captioner"), "a photo of {class_name}", 5, "cpu")(draft)
-    (caption,) = draft.captions
+    candidate = Candidate(0, 0, 0, scene, subjects=[photo(scene, pixels, square(pixels))])
+    CaptionModel(str(folder / "captioner"), "a photo of {class_name}", 5, "cpu")(candidate)
+    (caption,) = candidate.captions
     assert caption and caption.isprintable()
 
 
@@ -117,12 +117,14 @@ def test_inpainting_changes_the_region_alone(folder, tiny_flux, tmp_path, kind):
     mask[20:50, 10:40] = True
     losers = []
     for seed in (0, 0, 1):
-        draft = Draft(0, 0, seed, scene, subjects=[photo(scene, pixels, mask)], scene=pixels, captions=["a cat"], changing=[0])
-        stage(draft)
-        losers.append(draft.loser)
-        changed = (draft.loser != pixels).any(axis=-1)
+        candidate = Candidate(
+            0, 0, seed, scene, subjects=[photo(scene, pixels, mask)], scene=pixels, captions=["a cat"], changing=[0]
+        )
+        stage(candidate)
+        losers.append(candidate.loser)
+        changed = (candidate.loser != pixels).any(axis=-1)
         assert changed[mask].mean() > 0.9
-        assert not changed[:15].any() and not changed[:, 46:].any() and not (changed & ~draft.priors[0]).any()
+        assert not changed[:15].any() and not changed[:, 46:].any() and not (changed & ~candidate.priors[0]).any()
     assert (losers[0] == losers[1]).all() and (losers[0] != losers[2]).any(), "the seed decides"
 
 

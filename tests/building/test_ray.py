@@ -29,7 +29,7 @@ import ray
 
 from focusdpo.building import ray_cluster, ray_engine
 from focusdpo.building.builder import prepare_build
-from focusdpo.building.candidate import Draft
+from focusdpo.building.candidate import Candidate
 from focusdpo.building.config import BuildConfig, SegmentationConfig
 from focusdpo.building.dreambench import DreamBenchConfig, prepare_dreambench
 from focusdpo.building.engines import Step
@@ -78,8 +78,8 @@ def apart(monkeypatch):
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
 
 
-def drafts(count):
-    return [Draft(index, 0, 0, SimpleNamespace(line=index + 1)) for index in range(count)]
+def candidates(count):
+    return [Candidate(index, 0, 0, SimpleNamespace(line=index + 1)) for index in range(count)]
 
 
 # Which cluster.
@@ -197,9 +197,9 @@ def test_shares_of_the_cpus(monkeypatch, cpus, own, workers, devices, expected):
 
 
 def test_results_come_one_by_one_and_silence_is_told(tmp_path, cluster, monkeypatch, caplog):
-    """The last draft waits until all the others have been given out."""
+    """The last candidate waits until all the others have been given out."""
     monkeypatch.setattr(workers, "SILENCE", 0.2)
-    outcomes = run_ray([Step("cpu", partial(WaitFor, 39, tmp_path / "go"))], drafts(40), 1)
+    outcomes = run_ray([Step("cpu", partial(WaitFor, 39, tmp_path / "go"))], candidates(40), 1)
     with caplog.at_level(logging.WARNING, "focusdpo"):
         found = [next(outcomes) for _ in range(39)]
         (tmp_path / "go").touch()
@@ -212,7 +212,7 @@ def test_results_come_one_by_one_and_silence_is_told(tmp_path, cluster, monkeypa
 @pytest.mark.parametrize("times", [1, 9])
 def test_a_killed_actor_is_begun_again_a_few_times(tmp_path, cluster, monkeypatch, times):
     monkeypatch.setattr(ray_engine, "RETRIES", 1)
-    outcomes = run_ray([Step("cpu", partial(Killed, tmp_path, times))], drafts(3), 1)
+    outcomes = run_ray([Step("cpu", partial(Killed, tmp_path, times))], candidates(3), 1)
     if times == 1:
         assert sorted(outcome["line"] for outcome in outcomes) == [1, 2, 3]
         return
@@ -225,7 +225,7 @@ def test_a_killed_actor_is_begun_again_a_few_times(tmp_path, cluster, monkeypatc
 
 def test_what_a_stage_cannot_be_made_for(cluster):
     with pytest.raises(FileNotFoundError, match="^no such model$"):
-        list(run_ray([Step("cpu", Broken)], drafts(2), 1))
+        list(run_ray([Step("cpu", Broken)], candidates(2), 1))
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from focusdpo.data import load_pairs
+from focusdpo.demo.scenes import write_dataset
 from focusdpo.foundation.journals import read_metrics
 
 SMALL = ["--pairs", "6", "--held_out", "3", "--steps", "3", "--batch_size", "2", "--resolution", "96", "--overlays", "1"]
@@ -76,3 +79,14 @@ def test_an_earlier_demo_is_protected(finished):
     done = demo(folder)
     assert done.returncode == 1 and "holds an earlier run" in done.stderr and "--overwrite true" in done.stderr
     assert (folder / "sample.png").is_file()
+
+
+@pytest.mark.parametrize("resolution", [64, 80, 144])
+def test_references_show_their_subject_from_end_to_end(tmp_path, resolution):
+    """Also where half of the resolution is no whole number of tokens."""
+    for record in load_pairs(str(write_dataset(tmp_path, 6, resolution, seed=0))):
+        for reference in record.references:
+            inside = np.asarray(Image.open(reference.mask)) > 0
+            longer = int(np.argmax(inside.shape))
+            ends = inside.take([0, -1], axis=longer)
+            assert not ends.any(), "the subject is cut off"

@@ -57,7 +57,7 @@ def test_pairs_differ_inside_the_prior_alone_and_show_whom_they_say(identities, 
 
 
 def test_scenes_are_of_two_classes(identities):
-    scenes = [draw_scene(identities, np.random.default_rng(seed)) for seed in range(50)]
+    scenes = [draw_scene(identities, 32, np.random.default_rng(seed)) for seed in range(50)]
     assert all(identities[a].class_name != identities[b].class_name for a, b in (scene.identities for scene in scenes))
     assert len({scene.identities for scene in scenes}) > 40
 
@@ -84,11 +84,11 @@ def test_learning_goes_on_to_the_same_weights(tmp_path, monkeypatch):
         model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
         seen = []
 
-        def loss(draws):
+        def loss(generator):
             seen.append(len(seen))
             if stop is not None and len(seen) > stop:
                 raise KeyboardInterrupt
-            x = torch.randn(16, 4, generator=draws)
+            x = torch.randn(16, 4, generator=generator)
             return (model(x) - x.sum(1, keepdim=True)).square().mean()
 
         folder.mkdir(exist_ok=True)
@@ -110,7 +110,7 @@ def test_a_loss_that_is_not_finite_ends_the_learning(tmp_path, monkeypatch):
     monkeypatch.setattr(learning, "SAVE_SECONDS", 0.0)
     model, steps = nn.Linear(4, 1), iter([0.0, 0.0, float("nan"), 0.0])
 
-    def loss(draws):
+    def loss(generator):
         return model(torch.ones(1, 4)).square().mean() + next(steps)
 
     with pytest.raises(FloatingPointError, match="test: the loss is nan in step 3"):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from focusdpo.building.composing import at_bottom, compose
 from focusdpo.commands import cli
 from focusdpo.commands.stress import prepare_stress, run_of
 from focusdpo.data import LongestSide, PairDataset, collate, load_pairs
@@ -19,8 +20,8 @@ from focusdpo.models.tiny_flux import write_tiny_flux
 from focusdpo.studies.config import KINDS, StressConfig
 from focusdpo.studies.stress import measures, work
 from focusdpo.studies.stress.features import block_scores
-from focusdpo.studies.stress.scenes import compose, write_scenes
-from focusdpo.studies.stress.subjects import BACKGROUNDS, DREAMBENCH, PHOTOGRAPHED, VIEWS, CutOut, cast_of
+from focusdpo.studies.stress.scenes import write_scenes
+from focusdpo.studies.stress.subjects import BACKGROUNDS, DREAMBENCH, PHOTOGRAPHED, VIEWS, source_of
 from focusdpo.studies.stress.summary import by_scene
 from focusdpo.training.config import ModelConfig
 from focusdpo.training.loading import load_step
@@ -100,7 +101,7 @@ def flux_model(tiny_flux):
 def scenes(flux_model, tmp_path_factory):
     """Four scenes: their pairs.jsonl."""
     config = config_of(flux_model, resolution=96)
-    return write_scenes(config, cast_of(config), tmp_path_factory.mktemp("stress") / "scenes")
+    return write_scenes(config, source_of(config), tmp_path_factory.mktemp("stress") / "scenes")
 
 
 def batch_of(scenes, index=0, prompt_rule=None):
@@ -195,9 +196,10 @@ def test_regions_are_exact():
     for colour in ((255, 0, 0, 255), (0, 0, 255, 255)):
         image = Image.new("RGBA", (30, 40), (0, 255, 0, 0))
         ImageDraw.Draw(image).rectangle((4, 5, 25, 33), fill=colour)
-        cutouts.append(CutOut(image, grounded=len(cutouts) == 1))
-    places = [(0.0, 0.1, 30 / 64, 40 / 64), (0.5, 0.1, 30 / 64, 40 / 64)]
-    scene, regions = compose(background, cutouts, places)
+        cutouts.append(image)
+    boxes = [(0.0, 0.1, 30 / 64, 40 / 64), at_bottom((0.5, 0.1, 30 / 64, 40 / 64))]
+    scene, opacities = compose(background, cutouts, boxes)
+    regions = [np.asarray(opacity) >= 128 for opacity in opacities]
     pixels = np.asarray(scene)
     assert np.array_equal(regions[0], pixels[..., 0] > 127) and np.array_equal(regions[1], pixels[..., 2] > 127)
     assert regions[0].sum() == 22 * 29 and regions[1].sum() == 22 * 29
@@ -225,7 +227,7 @@ def test_scenes_are_pairs_with_the_same_places_in_both_kinds(scenes):
 
 def test_every_pair_comes_as_often_and_on_both_sides(flux_model, tmp_path):
     config = config_of(flux_model, scenes=21, resolution=64, reference_resolution=32)
-    records = load_pairs(str(write_scenes(config, cast_of(config), tmp_path / "scenes")), "headers")
+    records = load_pairs(str(write_scenes(config, source_of(config), tmp_path / "scenes")), "headers")
     alike = [record.meta["subjects"] for record in records[:21]]
     assert len({frozenset(names) for names in alike}) == 21 == len(PHOTOGRAPHED["alike"])
     sides = [np.argwhere(np.asarray(Image.open(record.prior[0])) > 0).mean(0)[1] < 32 for record in records[:21]]
@@ -372,7 +374,7 @@ def test_dreambench_scenes(flux_model, tmp_path):
         photo.save(root / name / f"{number:02d}.jpg")
     (root / "prompts_and_classes.txt").write_text("subject_name,class\n" + "".join(f"{name},{name}\n" for name in VIEWS))
     config = config_of(flux_model, dreambench=str(root), scenes=4)
-    records = load_pairs(str(write_scenes(config, cast_of(config), tmp_path / "scenes")), "full")
+    records = load_pairs(str(write_scenes(config, source_of(config), tmp_path / "scenes")), "full")
     for record in records:
         assert tuple(sorted(record.meta["subjects"])) in {tuple(sorted(pair)) for pair in DREAMBENCH[record.meta["kind"]]}
         for view in record.meta["views"]:
@@ -383,7 +385,7 @@ def test_dreambench_scenes(flux_model, tmp_path):
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="no DreamBench here")
 def test_every_photo_that_is_named_can_be_cut_out():
     pytest.importorskip("cv2", reason="needs the extra build: pip install 'focusdpo[build]'")
-    from focusdpo.studies.stress.cutting import Cutter
+    from focusdpo.building.cutting import Cutter
 
     cutter = Cutter()
     for name, numbers in VIEWS.items():

@@ -40,8 +40,11 @@ def train_autoencoder(vae: AutoencoderKL, world: World, steps: int, batch: int, 
     side = min(CROP, world.references.shape[-1])
     vae.to(memory_format=torch.channels_last).requires_grad_(True)
 
-    def loss(draws: torch.Generator) -> Tensor:
-        crops = [_crops(world.scenes, side, batch - batch // 4, draws), _crops(world.references, side, batch // 4, draws)]
+    def loss(generator: torch.Generator) -> Tensor:
+        crops = [
+            _crops(world.scenes, side, batch - batch // 4, generator),
+            _crops(world.references, side, batch // 4, generator),
+        ]
         images = unit(torch.cat(crops).to(device)).contiguous(memory_format=torch.channels_last)
         latents = vae.encode(images).latent_dist
         restored = vae.decode(latents.sample()).sample
@@ -62,11 +65,11 @@ def train_autoencoder(vae: AutoencoderKL, world: World, steps: int, batch: int, 
     return losses
 
 
-def _crops(images: Tensor, side: int, count: int, draws: torch.Generator) -> Tensor:
-    picked = torch.randint(len(images), (count,), generator=draws).tolist()
+def _crops(images: Tensor, side: int, count: int, generator: torch.Generator) -> Tensor:
+    picked = torch.randint(len(images), (count,), generator=generator).tolist()
     crops = []
     for index in picked:
-        top, left = (int(torch.randint(length - side + 1, (1,), generator=draws)) for length in images.shape[-2:])
+        top, left = (int(torch.randint(length - side + 1, (1,), generator=generator)) for length in images.shape[-2:])
         crops.append(images[index, :, top : top + side, left : left + side])
     return torch.stack(crops)
 

@@ -61,18 +61,18 @@ def train_classifier(
     device = classifier.head.weight.device
     nn.utils.convert_conv2d_weight_memory_format(classifier, torch.channels_last)
 
-    def loss(draws: torch.Generator) -> Tensor:
-        photos = torch.randint(len(world.scenes), (BATCH // 2,), generator=draws)
-        soft = torch.randint(len(restored), (BATCH // 2,), generator=draws)
+    def loss(generator: torch.Generator) -> Tensor:
+        photos = torch.randint(len(world.scenes), (BATCH // 2,), generator=generator)
+        soft = torch.randint(len(restored), (BATCH // 2,), generator=generator)
         regions = halves(torch.cat([world.scenes[photos], restored[soft]]).to(device) / 255)
         identities = world.identities[torch.cat([photos, soft])].flatten().to(device)
-        shift = torch.randint(-4, 5, (2,), generator=draws).tolist()
+        shift = torch.randint(-4, 5, (2,), generator=generator).tolist()
         regions = regions.roll(shift, dims=(2, 3))
-        coarse = 1 + 2 * float(torch.rand(1, generator=draws))
+        coarse = 1 + 2 * float(torch.rand(1, generator=generator))
         small = F.interpolate(regions, scale_factor=1 / coarse, mode="bilinear", antialias=True)
         regions = F.interpolate(small, size=regions.shape[-2:], mode="bilinear")
-        light = 0.85 + 0.3 * torch.rand(len(regions), 1, 1, 1, generator=draws)
-        noise = 0.05 * torch.rand(1, generator=draws) * torch.randn(regions.shape, generator=draws)
+        light = 0.85 + 0.3 * torch.rand(len(regions), 1, 1, 1, generator=generator)
+        noise = 0.05 * torch.rand(1, generator=generator) * torch.randn(regions.shape, generator=generator)
         regions = (regions * light.to(device) + noise.to(device)).clamp(0, 1)
         logits = classifier(regions.contiguous(memory_format=torch.channels_last))
         return F.cross_entropy(logits, identities, label_smoothing=0.05)

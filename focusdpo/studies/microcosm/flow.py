@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,8 +10,6 @@ from torch import Tensor
 
 from focusdpo.data.images import PATCH_SIZE
 from focusdpo.models import Backbone, PromptEmbeddings, TokenLayout
-from focusdpo.studies.microcosm.identities import Identity
-from focusdpo.studies.microcosm.identity_scenes import prompt_of
 from focusdpo.studies.microcosm.learning import learn
 from focusdpo.studies.microcosm.world import VIEWS, World
 from focusdpo.training.times import at_times
@@ -23,7 +20,6 @@ EMA_DECAY = 0.995
 def train_flow(
     backbone: Backbone,
     world: World,
-    identities: Sequence[Identity],
     steps: int,
     batch: int,
     lr: float,
@@ -35,25 +31,23 @@ def train_flow(
     Args:
         backbone: with its autoencoder; its transformer learns.
         world: scenes and references.
-        identities: for the prompts.
         steps, batch, lr: of the training.
         seed: of the draws.
         state_file: as in `learn`.
     """
     scenes, references = _encode(backbone, world.scenes), _encode(backbone, world.references)
-    prompts = [prompt_of(identities, scene) for scene in world.described]
-    known = sorted(set(prompts))
+    known = sorted(set(world.prompts))
     embedded = backbone.encode_prompts(known)
-    texts = torch.tensor([known.index(prompt) for prompt in prompts])
+    texts = torch.tensor([known.index(prompt) for prompt in world.prompts])
     side, reference_side = (pictures.shape[-1] // PATCH_SIZE for pictures in (world.scenes, world.references))
     layout = TokenLayout((side, side), ((reference_side, reference_side),) * 2)
 
-    def loss(draws: torch.Generator) -> Tensor:
-        picked = torch.randint(len(scenes), (batch,), generator=draws)
-        views = torch.randint(VIEWS, (batch, 2), generator=draws)
+    def loss(generator: torch.Generator) -> Tensor:
+        picked = torch.randint(len(scenes), (batch,), generator=generator)
+        views = torch.randint(VIEWS, (batch, 2), generator=generator)
         given = references[world.identities[picked] * VIEWS + views].flatten(1, 2)  # [B, 2 * Q, C]
-        noise = torch.randn(batch, *scenes.shape[1:], generator=draws).to(scenes.device)
-        t = compute_density_for_timestep_sampling("logit_normal", batch, logit_mean=0.0, logit_std=1.0, generator=draws)
+        noise = torch.randn(batch, *scenes.shape[1:], generator=generator).to(scenes.device)
+        t = compute_density_for_timestep_sampling("logit_normal", batch, logit_mean=0.0, logit_std=1.0, generator=generator)
         t = t.to(scenes.device)
         noisy, velocity = at_times(scenes[picked], noise, t)
         text = PromptEmbeddings({name: value[texts[picked]] for name, value in embedded.tensors.items()})

@@ -1,4 +1,4 @@
-"""Who lives in the microcosm: identities cut from real photographs, several of each class."""
+"""The microcosm's identities: subjects cut from real photographs, several of each class."""
 
 from __future__ import annotations
 
@@ -29,6 +29,10 @@ class Identity:
     views: tuple[Image.Image, ...]
     held_out: tuple[Image.Image, ...]
 
+    def photos(self, held_out: bool) -> tuple[Image.Image, ...]:
+        """Those that the judgement sees, or the others."""
+        return self.held_out if held_out else self.views
+
 
 def check_source(dreambench: str | None) -> None:
     """Refuses a DreamBench folder that is none.
@@ -47,7 +51,7 @@ def check_source(dreambench: str | None) -> None:
 
 
 def identities_of(dreambench: str | None, longest: int) -> list[Identity]:
-    """Who lives in the microcosm, each subject as it is and in two other colours.
+    """The identities: each subject as it is and in two other colours.
 
     Args:
         dreambench: folder of DreamBench; None takes scikit-image's photographs, one of each subject.
@@ -76,9 +80,9 @@ def _fitted(image: Image.Image, longest: int) -> Image.Image:
 
 def _dreambench(root: Path, longest: int) -> list[Identity]:
     """Subjects with at least two photographs that can be cut out; of four or more, two are held out, of fewer one."""
+    from focusdpo.building.cutting import Cutter
     from focusdpo.building.dreambench import read_classes
     from focusdpo.building.dreambench_scenes import photos
-    from focusdpo.studies.stress.cutting import Cutter
 
     cutter, found = Cutter(), []
     for name, class_name in tqdm(read_classes(root).items(), desc="cutting subjects out", unit="subject", leave=False):

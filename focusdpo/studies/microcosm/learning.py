@@ -69,10 +69,10 @@ def learn(
     bar = tqdm(total=steps, initial=len(losses), desc=name, unit="step", leave=False)
     saved = time.monotonic()
     while len(losses) < steps:
-        draws = seeded(seed, len(losses))
-        torch.manual_seed(draws.initial_seed())
+        generator = seeded(seed, len(losses))
+        torch.manual_seed(generator.initial_seed())
         with torch.autocast(parameters[0].device.type, torch.bfloat16, enabled=on_gpu):
-            value = loss(draws)
+            value = loss(generator)
         losses.append(float(value.detach()))
         if not math.isfinite(losses[-1]):
             raise FloatingPointError(f"{name}: the loss is {losses[-1]} in step {len(losses)}; another --seed may do better")

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from focusdpo.building.composing import on_white
+from focusdpo.building.composing import compose_pair, on_white
 from focusdpo.data.records import FILE_NAME
-from focusdpo.foundation.files import write_whole
+from focusdpo.data.writing import pair_line, png_saver, write_lines
 from focusdpo.studies.microcosm.identities import Identity
-from focusdpo.studies.microcosm.identity_scenes import LIGHT_RANGE, draw_scene, other_instance, prompt_of, render
+from focusdpo.studies.microcosm.identity_scenes import LIGHT_RANGE, draw_scene, other_instance
 
 REFERENCES = "references"
 
@@ -44,39 +43,35 @@ def write_pairs(
         pairs.jsonl, which is written last.
     """
     (folder / REFERENCES).mkdir(parents=True, exist_ok=True)
-    lines = []
+    size, lines = (reference_resolution, reference_resolution), []
     for index in tqdm(range(count), desc=f"composing {folder.name} pairs", unit="pair", leave=False):
         rng = np.random.default_rng([seed, index])
-        scene = draw_scene(identities, rng)
+        scene = draw_scene(identities, resolution, rng)
         changed = int(rng.integers(2))
         other = other_instance(identities, scene.identities[changed], rng)
-
-        def cutouts(number: int) -> tuple[Image.Image, ...]:
-            return identities[number].held_out if held_out else identities[number].views
-
         shown, references = [], []
-        for place, number in enumerate(scene.identities):
-            views = cutouts(number)
-            view = int(rng.integers(len(views)))
-            shown.append(views[view])
+        for number in scene.identities:
+            photos = identities[number].photos(held_out)
+            view = int(rng.integers(len(photos)))
+            shown.append(photos[view])
             # Another photograph of the subject, where there is one.
-            image, mask = on_white(views[(view + 1) % len(views)], reference_resolution, float(rng.uniform(*LIGHT_RANGE)))
-            name = f"{REFERENCES}/{index:05d}_{place}"
-            image.save(folder / f"{name}.png")
-            mask.save(folder / f"{name}_mask.png")
-            class_name = identities[number].class_name
-            references.append({"image": f"{name}.png", "mask": f"{name}_mask.png", "class_name": class_name})
-        swapped = list(shown)
-        swapped[changed] = cutouts(other)[int(rng.integers(len(cutouts(other))))]
-        winner, outlines = render(scene, shown, resolution)
-        loser, disrupted = render(scene, swapped, resolution)
-        prior = (np.asarray(outlines[changed]) > 0) | (np.asarray(disrupted[changed]) > 0)
-        names = {part: f"{index:05d}_{part}.png" for part in ("winner", "loser", "prior")}
-        winner.save(folder / names["winner"])
-        loser.save(folder / names["loser"])
-        Image.fromarray(prior.astype(np.uint8) * 255).save(folder / names["prior"])
+            reference = on_white(photos[(view + 1) % len(photos)], size, float(rng.uniform(*LIGHT_RANGE)))
+            references.append((*reference, identities[number].class_name))
+        photos = identities[other].photos(held_out)
+        disrupted = photos[int(rng.integers(len(photos)))]
+        winner, loser, prior = compose_pair(scene.background, shown, scene.boxes, changed, disrupted)
         meta = {"identities": list(scene.identities), "changed": changed, "loser_identity": other}
-        lines.append({"prompt": prompt_of(identities, scene), "references": references, **names, "meta": meta})
-    file = folder / FILE_NAME
-    write_whole(file, "".join(json.dumps(line) + "\n" for line in lines))
-    return file
+        lines.append(pair_line(_saver(folder, index), scene.prompt, references, winner, loser, prior, meta))
+    return write_lines(folder / FILE_NAME, lines)
+
+
+def _saver(folder: Path, index: int) -> Callable[[str, Image.Image], str]:
+    """References lie in a folder of their own."""
+    save_image, save_reference = png_saver(folder, f"{index:05d}_"), png_saver(folder, f"{REFERENCES}/{index:05d}_")
+
+    def save(part: str, image: Image.Image) -> str:
+        if part.startswith("reference"):
+            return save_reference(part.removeprefix("reference"), image)
+        return save_image(part, image)
+
+    return save

@@ -28,7 +28,7 @@ from focusdpo.studies.microcosm.identities import Identity, check_source, identi
 from focusdpo.studies.microcosm.judging import GeneratedRegions, verdicts
 from focusdpo.studies.microcosm.model import TEXT_TOKENS, build_model
 from focusdpo.studies.microcosm.pairs import write_pairs
-from focusdpo.studies.microcosm.world import World, compose
+from focusdpo.studies.microcosm.world import World, compose_world
 from focusdpo.training.config import (
     DataConfig,
     FocusConfig,
@@ -102,7 +102,7 @@ class Stages:
 
     def _compose(self, count: int, seed: int, held_out: bool) -> World:
         size = self.size
-        return compose(
+        return compose_world(
             self.identities, count, size.resolution, size.reference_resolution, self.config.seed + seed, held_out=held_out
         )
 
@@ -185,9 +185,7 @@ class Stages:
         backbone = build_model(size, self.identities, self.config.seed)
         backbone.pipeline.register_modules(vae=self._vae())
         backbone.to(self.device)
-        losses = train_flow(
-            backbone, self.world, self.identities, size.flow_steps, size.flow_batch, size.flow_lr, self.config.seed, state
-        )
+        losses = train_flow(backbone, self.world, size.flow_steps, size.flow_batch, size.flow_lr, self.config.seed, state)
         backbone.to(torch.device("cpu"))
         parameters = sum(parameter.numel() for parameter in backbone.transformer.parameters())
         facts = {"losses": _thinned(losses), "parameters": parameters}

@@ -1,4 +1,4 @@
-"""Who is composed with whom: cut-outs of real photos, and which of them look alike."""
+"""The subjects and backgrounds of the stress test: cut-outs of real photos, and which of them share a scene."""
 
 from __future__ import annotations
 
@@ -47,39 +47,38 @@ BACKGROUNDS = {
 
 
 @dataclass(frozen=True)
-class CutOut:
-    """A subject to be put into a scene: RGBA, cut to its outline; `grounded` where its photo cuts it off at the bottom."""
+class DrawnSubject:
+    """A subject, once to be put into a scene and once as the model is shown it.
 
-    image: Image.Image
+    cutout: RGBA, cut to its outline. grounded: whether its photo cuts it off at the bottom. reference: RGB.
+    reference_mask: L, 0 and 255. about: what was drawn.
+    """
+
+    cutout: Image.Image
     grounded: bool
+    reference: Image.Image
+    reference_mask: Image.Image
+    about: dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Reference:
-    """A subject as the model is shown it: an RGB image, and its mask (L, 0 and 255)."""
-
-    image: Image.Image
-    mask: Image.Image
-
-
-@dataclass(frozen=True)
-class Cast:
+class SubjectSource:
     """Where the subjects of the scenes come from.
 
-    pairs: names that share a scene, by kind. class_of: class of each name. view: a cut-out and a reference of a subject, of two
-    photos where there are two. background: an RGB photo without subjects. About each, what was drawn. photos: a hash of the
-    photos of a folder, None for those of a package.
+    pairs: names that share a scene, by kind. class_of: class of each name. draw: a subject by its name, of two photos where
+    there are two. background: an RGB photo without subjects, and what it is called. photos: a hash of the photos of a folder,
+    None for those of a package.
     """
 
     pairs: dict[Kind, list[tuple[str, str]]]
     class_of: dict[str, str]
-    view: Callable[[str, np.random.Generator], tuple[CutOut, Reference, dict[str, Any]]]
+    draw: Callable[[str, np.random.Generator], DrawnSubject]
     background: Callable[[np.random.Generator], tuple[Image.Image, str]]
     photos: str | None = None
 
 
-def cast_of(config: StressConfig) -> Cast:
-    """The cast of a test.
+def source_of(config: StressConfig) -> SubjectSource:
+    """Where a test's subjects come from.
 
     Raises:
         FileNotFoundError: photos of DreamBench are missing.
@@ -88,32 +87,32 @@ def cast_of(config: StressConfig) -> Cast:
     return _photographed(config) if config.dreambench is None else _dreambench(Path(config.dreambench))
 
 
-def _photographed(config: StressConfig) -> Cast:
+def _photographed(config: StressConfig) -> SubjectSource:
     """scikit-image's photos, one of each subject: its reference is the same cut-out, mirrored, turned and in other light."""
     require_package("skimage", "the stress test without --dreambench", "demo")
     from focusdpo.building.photos import backgrounds, subjects
 
     known = {subject.name: subject for subject in subjects()}
 
-    def view(name: str, rng: np.random.Generator) -> tuple[CutOut, Reference, dict[str, Any]]:
+    def draw(name: str, rng: np.random.Generator) -> DrawnSubject:
         changes = {"turned": float(rng.uniform(-12, 12)), "brightness": float(rng.choice([0.8, 1.2])), "mirrored": True}
         image = ImageOps.mirror(known[name].image).rotate(changes["turned"], Image.Resampling.BICUBIC, expand=True)
         side = config.reference_resolution // PATCH_SIZE * PATCH_SIZE
-        reference = Reference(*on_white(image, side, changes["brightness"], float(rng.uniform(0.75, 0.94))))
-        return CutOut(known[name].image, grounded=False), reference, {"reference_is": "the scene's photo", **changes}
+        reference = on_white(image, (side, side), changes["brightness"], float(rng.uniform(0.75, 0.94)))
+        return DrawnSubject(known[name].image, False, *reference, {"reference_is": "the scene's photo", **changes})
 
     def background(rng: np.random.Generator) -> tuple[Image.Image, str]:
         number = int(rng.integers(len(backgrounds())))
         return backgrounds()[number], f"background {number}"
 
-    return Cast(PHOTOGRAPHED, {name: subject.class_name for name, subject in known.items()}, view, background)
+    return SubjectSource(PHOTOGRAPHED, {name: subject.class_name for name, subject in known.items()}, draw, background)
 
 
-def _dreambench(root: Path) -> Cast:
+def _dreambench(root: Path) -> SubjectSource:
     """DreamBench's dogs, cut out by GrabCut; a subject's reference is another photo of it, as it was taken."""
     require_package("cv2", "dreambench", "build")
+    from focusdpo.building.cutting import Cutter
     from focusdpo.building.dreambench import read_classes
-    from focusdpo.studies.stress.cutting import Cutter
 
     classes = read_classes(root, "dreambench")
     files = {(name, number): root / name / f"{number:02d}.jpg" for name, numbers in VIEWS.items() for number in numbers}
@@ -123,17 +122,10 @@ def _dreambench(root: Path) -> Cast:
         raise FileNotFoundError(f"dreambench: {root} lacks {', '.join(absent)}; complete it, or leave dreambench out")
     cutter = Cutter()
 
-    def view(name: str, rng: np.random.Generator) -> tuple[CutOut, Reference, dict[str, Any]]:
+    def draw(name: str, rng: np.random.Generator) -> DrawnSubject:
         shown, other = (int(number) for number in rng.permutation(VIEWS[name])[:2])
-        cutout = cutter.cut_out(files[name, shown])
-        return (
-            CutOut(*cutout),
-            Reference(*cutter.photo(files[name, other])),
-            {
-                "scene_photo": f"{name}/{shown:02d}.jpg",
-                "reference_photo": f"{name}/{other:02d}.jpg",
-            },
-        )
+        about = {"scene_photo": f"{name}/{shown:02d}.jpg", "reference_photo": f"{name}/{other:02d}.jpg"}
+        return DrawnSubject(*cutter.cut_out(files[name, shown]), *cutter.photo(files[name, other]), about)
 
     def background(rng: np.random.Generator) -> tuple[Image.Image, str]:
         name, number = list(BACKGROUNDS)[int(rng.integers(len(BACKGROUNDS)))]
@@ -141,4 +133,4 @@ def _dreambench(root: Path) -> Cast:
         box = [share * side / 100 for share, side in zip(BACKGROUNDS[name, number], photo.size * 2, strict=True)]
         return photo.crop((round(box[0]), round(box[1]), round(box[2]), round(box[3]))), f"{name}/{number:02d}.jpg"
 
-    return Cast(DREAMBENCH, classes, view, background, hash_of(*(checksum(files[key]) for key in sorted(files))))
+    return SubjectSource(DREAMBENCH, classes, draw, background, hash_of(*(checksum(files[key]) for key in sorted(files))))

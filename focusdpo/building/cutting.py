@@ -10,11 +10,11 @@ from PIL import Image
 from focusdpo.building.blending import box_of, grow, matte
 from focusdpo.building.candidate import Mask, Photo, Pixels, Rejected
 from focusdpo.building.disruption import cut_edges
-from focusdpo.building.dreambench_boxes import BOXES
+from focusdpo.building.dreambench_scenes import box_in
 from focusdpo.building.loading import read_pixels
-from focusdpo.building.scenes import Box, SceneSubject, View
+from focusdpo.building.scenes import SceneSubject, View
 from focusdpo.building.segmentation import GrabCut
-from focusdpo.data.images import read_size
+from focusdpo.data.writing import image_of
 
 SIDE = 512  # of a photo when it is segmented, whatever the scene: which photos succeed depends on it
 EDGE = 1.5  # pixels over which a cut-out's outline fades
@@ -29,7 +29,7 @@ class Cutter:
     def photo(self, file: Path) -> tuple[Image.Image, Image.Image]:
         """A photo, and its subject's mask (L, 0 and 255)."""
         pixels, mask = self._segment(file)
-        return Image.fromarray(pixels), Image.fromarray(mask.astype(np.uint8) * 255)
+        return image_of(pixels), image_of(mask)
 
     def cut_out(self, file: Path) -> tuple[Image.Image, bool]:
         """A photo's subject as RGBA, and whether the photo cuts it off at the bottom."""
@@ -41,22 +41,15 @@ class Cutter:
         return image, "bottom" in cut_edges(mask)
 
     def _segment(self, file: Path) -> tuple[Pixels, Mask]:
-        name = file.parent.name
-        view = View(file, None, _box(file))
-        photo = Photo(SceneSubject(name, name, view, view), view, read_pixels(file, SIDE))
         try:
-            self._grabcut.complete(photo)
+            photo = self.segment(file, file.parent.name, SIDE)
         except Rejected as reason:
             raise ValueError(f"dreambench: {file}: {reason}; expected DreamBench's own photo") from reason
-        assert photo.mask is not None
-        return photo.pixels, photo.mask
+        return photo.pixels, photo.region
 
-
-def _box(file: Path) -> Box | None:
-    """Where the subject is, in pixels of the photo."""
-    shares = BOXES.get(file.parent.name, {}).get(int(file.stem))
-    if shares is None:
-        return None
-    width, height = read_size(file)
-    left, top, right, bottom = (round(share * side / 100) for share, side in zip(shares, (width, height) * 2, strict=True))
-    return left, top, right, bottom
+    def segment(self, file: Path, class_name: str, side: int) -> Photo:
+        """A photo with its mask, its longest side of `side` pixels; Rejected where no subject is found."""
+        view = View(file, None, box_in(file))
+        photo = Photo(SceneSubject(class_name, file.parent.name, view, view), view, read_pixels(file, side))
+        self._grabcut.complete(photo)
+        return photo
