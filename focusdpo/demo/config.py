@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from focusdpo.foundation.settings import require
+from focusdpo.training.config import KernelBackend
 
 
 @dataclass
@@ -33,7 +33,7 @@ class DemoConfig:
     resolution: int = 192
     seed: int = 0
     overlays: int = 3
-    backend: Literal["triton", "torch"] | None = None
+    backend: KernelBackend | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from focusdpo.foundation.settings import require
-from focusdpo.training.config import ModelConfig
+from focusdpo.training.config import FeatureSource, KernelBackend, MaskFrom, MatchCount, ModelConfig
 
 Variant = Literal["base", "sft", "dpo", "prior", "structure", "detail", "focus"]
 Grid = Literal["tau", "gamma", "match_count", "layers", "mask_from", "feature_source"]
@@ -91,12 +91,10 @@ class AblationConfig:
     grids: list[Grid] = field(default_factory=list)
     tau: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2, 0.4])
     gamma: list[float] = field(default_factory=lambda: [0.0, 0.3, 0.6])
-    match_count: list[Literal["reference", "prior"] | int | float] = field(
-        default_factory=lambda: ["reference", "prior", 0.1, 0.25]
-    )
+    match_count: list[MatchCount] = field(default_factory=lambda: ["reference", "prior", 0.1, 0.25])
     layers: list[str] = field(default_factory=lambda: ["all", "early", "middle", "late"])
-    mask_from: list[Literal["winner", "each"]] = field(default_factory=lambda: ["winner", "each"])
-    feature_source: list[Literal["policy", "reference"]] = field(default_factory=lambda: ["policy", "reference"])
+    mask_from: list[MaskFrom] = field(default_factory=lambda: ["winner", "each"])
+    feature_source: list[FeatureSource] = field(default_factory=lambda: ["policy", "reference"])
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     baseline: Variant = "dpo"
     max_steps: int | None = None
@@ -158,13 +156,13 @@ class StressConfig:
     reference_resolution: int = 320
     timesteps: list[float] = field(default_factory=lambda: [0.1, 0.5, 0.9])
     poolings: list[Pooling] = field(default_factory=lambda: ["reference", "max"])
-    match_counts: list[Literal["reference", "prior"] | int | float] = field(default_factory=lambda: ["reference", "prior"])
+    match_counts: list[MatchCount] = field(default_factory=lambda: ["reference", "prior"])
     level: float = 0.95
     resamples: int = 2000
     seed: int = 0
     output_dir: str = "stress"
     overwrite: bool = False
-    backend: Literal["triton", "torch"] | None = None
+    backend: KernelBackend | None = None
     cpu: bool = False
 
     def __post_init__(self) -> None:
@@ -283,7 +281,7 @@ class MicrocosmConfig:
     beta: float | None = None
     reduction: Literal["mean", "masked_mean"] = "mean"
     workers: int | None = None
-    backend: Literal["triton", "torch"] | None = None
+    backend: KernelBackend | None = None
     cpu: bool = False
     overwrite: bool = False
 

@@ -12,6 +12,18 @@ from typing import Literal
 
 from focusdpo.foundation.settings import require as _require
 
+# Choices that several commands offer.
+BackboneName = Literal["flux", "kontext", "flux2", "qwen-edit-plus"]
+WeightDtype = Literal["bf16", "fp32"]
+Quantization = Literal["nf4", "fp8"]
+Optimizer = Literal["adamw", "adamw8bit", "prodigy"]
+Autocast = Literal["no", "bf16"]
+Check = Literal["full", "headers"]
+KernelBackend = Literal["triton", "torch"]
+MatchCount = Literal["reference", "prior"] | int | float
+MaskFrom = Literal["winner", "each"]
+FeatureSource = Literal["policy", "reference"]
+
 
 def parse_ratios(name: str, texts: list[str] | None) -> list[tuple[int, int]] | None:
     """Aspect ratios as (width, height); ValueError for anything else."""
@@ -49,12 +61,12 @@ class ModelConfig:
     """
 
     path: str
-    backbone: Literal["flux", "kontext", "flux2", "qwen-edit-plus"] = "flux"
+    backbone: BackboneName = "flux"
     revision: str | None = None
     base_lora: str | None = None
     base_lora_scale: float = 1.0
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    quantization: Literal["nf4", "fp8"] | None = None
+    dtype: WeightDtype = "bf16"
+    quantization: Quantization | None = None
     guidance: float = 1.0
     max_sequence_length: int = 512
     gradient_checkpointing: bool = True
@@ -113,7 +125,7 @@ class DataConfig:
     batch_size: int = 1
     num_workers: int = 2
     shuffle: bool = True
-    check: Literal["full", "headers"] = "full"
+    check: Check = "full"
     cache: str | None = None
     reference_cache: str | None = None
 
@@ -178,11 +190,11 @@ class FocusConfig:
     mask: Literal["focus", "prior", "none"] = "focus"
     tau: float = 0.1
     gamma: float = 0.3
-    match_count: Literal["reference", "prior"] | int | float = "reference"
+    match_count: MatchCount = "reference"
     per_subject: bool = False
     layers: Literal["all"] | list[int] = "all"
-    mask_from: Literal["winner", "each"] = "winner"
-    feature_source: Literal["policy", "reference"] = "policy"
+    mask_from: MaskFrom = "winner"
+    feature_source: FeatureSource = "policy"
     entropy_method: Literal["kde", "histogram"] = "kde"
     entropy_bins: int = 32
     entropy_sigma: float = 0.01
@@ -198,9 +210,6 @@ class FocusConfig:
             _require(self.match_count >= 0, "focus.match_count", self.match_count, "0 or more tokens")
         distinct = self.layers == "all" or 0 < len(set(self.layers)) == len(self.layers)
         _require(distinct, "focus.layers", self.layers, '"all", or at least one block, each once')
-        from focusdpo_kernels.checks import check_estimator  # with the kernels, which only what trains needs
-
-        check_estimator(self.entropy_method, self.entropy_bins, self.entropy_sigma, "focus.entropy_")
 
 
 @dataclass
@@ -303,7 +312,7 @@ class OptimConfig:
         ema_decay: Decay of a moving average of the adapter, which is saved beside it as lora_ema; 0 keeps none.
     """
 
-    optimizer: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
+    optimizer: Optimizer = "adamw"
     lr: float = 2e-5
     beta1: float = 0.9
     beta2: float = 0.999
@@ -422,7 +431,7 @@ class TrainConfig:
     push_to_hub: HubConfig = field(default_factory=HubConfig)
     max_steps: int = 1000
     gradient_accumulation: int = 1
-    mixed_precision: Literal["no", "bf16"] = "bf16"
+    mixed_precision: Autocast = "bf16"
     seed: int = 0
     deterministic: bool = True
     collective_timeout: float = 600.0
@@ -434,10 +443,15 @@ class TrainConfig:
     run_name: str | None = None
     resume: str | None = None
     overwrite: bool = False
-    backend: Literal["triton", "torch"] | None = None
+    backend: KernelBackend | None = None
     cpu: bool = False
 
     def __post_init__(self) -> None:
+        # Here, not with the mask's other settings, whose defaults --help builds: it would wait for torch.
+        from focusdpo_kernels.checks import check_estimator
+
+        entropy = self.focus.entropy_method, self.focus.entropy_bins, self.focus.entropy_sigma
+        check_estimator(*entropy, prefix="focus.entropy_")
         _require(bool(self.output_dir), "output_dir", self.output_dir, "a folder")
         _require(self.max_steps >= 1, "max_steps", self.max_steps, "at least 1")
         _require(self.gradient_accumulation >= 1, "gradient_accumulation", self.gradient_accumulation, "at least 1")

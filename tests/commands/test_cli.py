@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import subprocess
 import sys
 import typing
@@ -145,7 +146,7 @@ def test_commands_of_two_words(tmp_path, capsys):
     for arguments, message in (
         (["data"], "one of {validate,"),
         (["data", "shred"], "'shred'"),
-        (["data", "shard", "pairs"], "out_dir"),
+        (["data", "shard", "pairs"], "are required: OUT_DIR"),
     ):
         with pytest.raises(SystemExit):
             cli.parse_config(arguments)
@@ -168,3 +169,45 @@ def test_every_setting_of_every_command_is_described(name, capsys):
         described = config_class.__doc__.split(f"{setting.split('.')[-1]}: ", 1)
         assert len(described) == 2, f"{setting} is not in the docstring"
         assert " ".join(described[1].split()[:2]) in text, f"{setting}: its meaning is not in --help"
+
+
+@pytest.mark.parametrize(
+    ("words", "missing"),
+    [
+        ("train", "--model.path, --data.train, --output_dir"),
+        ("train --model.path x --output_dir y", "--data.train"),
+        ("evaluate --images x", "--manifest"),
+        ("masks", "--config"),
+        ("data build --scenes x", "--output_dir"),
+        ("data dreambench", "--root"),
+        ("convert-lora", "SOURCE, OUT_DIR"),
+        ("data validate", "PATH"),
+        ("report --out x", "RUN_DIR"),
+        ("stress --model.backbone flux2", "--model.path"),
+        ("ablate --config run --tau", None),
+        ("stress --model.path", None),
+    ],
+)
+def test_what_is_missing_is_called_as_one_types_it(words, missing, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.parse_config(words.split())
+    last = f"error: the following arguments are required: {missing}"
+    if missing is None:
+        last = f"error: argument {words.split()[-1]}: expected one argument"
+    assert stop.value.code == 2 and capsys.readouterr().err.splitlines()[-1] == last
+
+
+def test_every_name_in_the_table_is_there():
+    """Each command in a file of its name, as whoever looks for it expects."""
+    for name, command in cli.COMMANDS.items():
+        module, _, function = command.preparation.partition(":")
+        assert (module.split(".")[-1], function) == (name.replace(" ", "_").replace("-", "_"), "prepare")
+        assert importlib.util.find_spec(module) is not None and dataclasses.is_dataclass(command.config_class)
+
+
+def test_print_config_is_a_file_to_start_from(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.parse_config(["data", "build", "--scenes", "x", "--output_dir", "y", "--seed", "3", "--print_config"])
+    file = tmp_path / "build.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert cli.parse_config(["data", "build", "--config", str(file)])[1].seed == 3

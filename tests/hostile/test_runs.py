@@ -18,9 +18,9 @@ import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 
-from focusdpo.building.builder import prepare_build
 from focusdpo.building.config import BuildConfig
 from focusdpo.commands import cli
+from focusdpo.commands.data_build import prepare as prepare_build
 from focusdpo.demo.scenes import write_dataset, write_scenes
 from focusdpo.foundation.files import checksum, fingerprint
 from focusdpo.foundation.journals import read_metrics
@@ -38,7 +38,7 @@ def train(config, **changes):
 
 
 # Whatever these tests are run under.
-HEARS = "import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); from focusdpo import cli; cli.main(sys.argv[1:])"
+HEARS = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); from focusdpo.commands import cli; cli.main()"
 
 
 def wait_for_the_end_of(group, seconds=10):
