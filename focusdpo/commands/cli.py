@@ -16,9 +16,10 @@ from typing import Any
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from focusdpo.commands.parser import command_of, error_message, parse_config
+from focusdpo.commands.parser import QUIET, command_of, error_message, parse_config
 from focusdpo.commands.table import COMMANDS
 from focusdpo.foundation.launch import ElsewhereError, Launch, is_follower, is_launched, lost_connection, tell_launcher
+from focusdpo.foundation.progress_bars import hide_progress_bars
 from focusdpo.foundation.text import MessageFormatter
 
 # What failures of the machine say that have no class of their own, as others' code reads and writes: torch, safetensors.
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
             launch = _join(name)
             with _one_refusal(launch):
                 name, config = parse_config(words)
-            _log_to_terminal()
+            _log_to_terminal(QUIET in words)
             work = COMMANDS[name].prepare(config)
             with logging_redirect_tqdm():  # a warning does not tear the progress bar
                 work()
@@ -142,11 +143,13 @@ def _is_the_reason(launch: Launch, error: Exception, text: str) -> bool:
     return "TORCHELASTIC_ERROR_FILE" not in os.environ
 
 
-def _log_to_terminal() -> None:
+def _log_to_terminal(quiet: bool = False) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(MessageFormatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.getLogger("focusdpo").setLevel(logging.INFO)
+    logging.getLogger("focusdpo").setLevel(logging.WARNING if quiet else logging.INFO)
+    if quiet:
+        hide_progress_bars()
 
 
 def _reader_is_gone() -> bool:

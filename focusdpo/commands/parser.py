@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
@@ -10,10 +11,12 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, set_loader
 
+import focusdpo
 from focusdpo.commands.table import COMMANDS, GROUPS
 from focusdpo.foundation.settings_text import item_of, options, read_option, read_settings, types_of
 from focusdpo.foundation.text import message_lines
 
+QUIET = "--quiet"
 MISSING = re.compile(r"(the following arguments are required: )([-\w., ]+)")
 SECTION = re.compile(r'Parser key "([\w.]+)"')  # an optional one, which has a parser of its own
 
@@ -33,7 +36,7 @@ class Parser(ArgumentParser):  # type: ignore[misc]  # jsonargparse has no types
 
 def overview() -> Parser:
     """The parser of no command: it lists all, and refuses what is none."""
-    parser = Parser(prog="focusdpo", description="FocusDPO for multi-subject image models.")
+    parser = Parser(prog="focusdpo", description="FocusDPO for multi-subject image models.", version=focusdpo.__version__)
     groups = {"": parser.add_subcommands(title="commands", dest="command")}
     for name, command in COMMANDS.items():
         group, _, last = name.rpartition(" ")
@@ -57,6 +60,8 @@ def command_parser(name: str) -> Parser:
     if not command.about_a_run:
         help = "YAML file with these settings; options after it override it."
         parser.add_argument("--config", action="config", help=help)
+    help = "Show warnings and errors only, and no progress bars; results are printed all the same."
+    parser.add_argument(QUIET, action="store_true", default=argparse.SUPPRESS, help=help)
     parser.add_class_arguments(command.config_class, as_positional=bool(command.positional))
     return parser
 
@@ -100,6 +105,8 @@ def _read_options(name: str, parser: Parser, argv: list[str]) -> list[str]:
         option, equals, text = word.partition("=")
         setting = option.removeprefix("--").removesuffix("+")
         is_file = setting == "config" and not about_a_run
+        if word == QUIET:  # no setting, and no part of --print_config
+            continue
         if not option.startswith("--") or not (setting in kinds or is_file):
             read.append(word)
             continue

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 import subprocess
 import sys
 import typing
 
 import pytest
 
+import focusdpo
 from focusdpo.commands import cli
+from focusdpo.foundation.progress_bars import HIDDEN
+from focusdpo.foundation.workers import Pool
 from focusdpo.training.config import TrainConfig
 
 MINIMAL = "model: {path: nobody/nothing}\ndata: {train: /nowhere}\noutput_dir: out\n"
@@ -205,9 +209,50 @@ def test_every_name_in_the_table_is_there():
         assert importlib.util.find_spec(module) is not None and dataclasses.is_dataclass(command.config_class)
 
 
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"focusdpo {focusdpo.__version__}\n"
+
+
 def test_print_config_is_a_file_to_start_from(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        cli.parse_config(["data", "build", "--scenes", "x", "--output_dir", "y", "--seed", "3", "--print_config"])
+        cli.parse_config(["data", "build", "--scenes", "x", "--output_dir", "y", "--seed", "3", "--quiet", "--print_config"])
     file = tmp_path / "build.yaml"
     file.write_text(capsys.readouterr().out)
     assert cli.parse_config(["data", "build", "--config", str(file)])[1].seed == 3
+
+
+def test_quiet_leaves_warnings_and_results():
+    script = (
+        "import logging, sys\n"
+        "from tqdm.auto import tqdm\n"
+        "from focusdpo.commands import cli\n"
+        "def work():\n"
+        "    list(tqdm(range(3), disable=False))\n"
+        "    logging.getLogger('focusdpo.x').info('an info')\n"
+        "    logging.getLogger('focusdpo.x').warning('a warning')\n"
+        "    print('a result')\n"
+        "sys.modules['focusdpo.commands.report'] = type(sys)('report')\n"
+        "sys.modules['focusdpo.commands.report'].prepare = lambda config: work\n"
+        "cli.main()"
+    )
+    loud, quiet = (
+        subprocess.run([sys.executable, "-c", script, "report", *words, "x"], capture_output=True, text=True)
+        for words in ([], ["--quiet"])
+    )
+    assert (loud.stdout, quiet.stdout, quiet.stderr) == ("a result\n", "a result\n", "WARNING: a warning\n")
+    assert "3/3" in loud.stderr and "INFO: an info" in loud.stderr
+
+
+def is_hidden(_):
+    from tqdm.auto import tqdm
+
+    with tqdm(range(3), disable=False) as bar:
+        return bar.disable
+
+
+def test_quiet_holds_for_workers(monkeypatch):
+    monkeypatch.setitem(os.environ, HIDDEN, "1")
+    with Pool(1, is_hidden) as pool:
+        assert list(pool.run([0])) == [(0, True)]
