@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser, set_loader
 
 import focusdpo
 from focusdpo.commands.table import COMMANDS, GROUPS
+from focusdpo.foundation.packages import require_package
 from focusdpo.foundation.settings_text import item_of, options, read_option, read_settings, types_of
 from focusdpo.foundation.text import message_lines
 
@@ -34,9 +35,29 @@ class Parser(ArgumentParser):  # type: ignore[misc]  # jsonargparse has no types
         super().error(message, ex)
 
 
-def overview() -> Parser:
-    """The parser of no command: it lists all, and refuses what is none."""
+class PrintCompletion(argparse.Action):
+    """Prints the script that completes commands, settings and choices in a shell, and exits."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        try:
+            require_package("shtab", "tab completion", "completion")
+        except ModuleNotFoundError as error:
+            parser.error(str(error))
+        script = overview(complete=True).get_completion_script(f"shtab-{values}")
+        # What has no choices may be a path.
+        print(script.replace("complete -o bashdefault ", "complete -o bashdefault -o default "))
+        parser.exit()
+
+
+def overview(complete: bool = False) -> Parser:
+    """The parser of no command: it lists all, and refuses what is none.
+
+    Args:
+        complete: whether the commands have their settings, which takes a second.
+    """
     parser = Parser(prog="focusdpo", description="FocusDPO for multi-subject image models.", version=focusdpo.__version__)
+    help = "Print a script for tab completion, and exit; needs shtab."
+    parser.add_argument("--completion", action=PrintCompletion, choices=("bash", "zsh"), default=argparse.SUPPRESS, help=help)
     groups = {"": parser.add_subcommands(title="commands", dest="command")}
     for name, command in COMMANDS.items():
         group, _, last = name.rpartition(" ")
@@ -44,7 +65,8 @@ def overview() -> Parser:
             parent = Parser(prog=f"focusdpo {group}", description=GROUPS[group])
             groups[""].add_subcommand(group, parent, help=GROUPS[group])
             groups[group] = parent.add_subcommands(title="commands", dest="command")
-        groups[group].add_subcommand(last, Parser(prog=f"focusdpo {name}"), help=command.description)
+        known = command_parser(name) if complete else Parser(prog=f"focusdpo {name}")
+        groups[group].add_subcommand(last, known, help=command.description)
     return parser
 
 

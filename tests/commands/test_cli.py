@@ -256,3 +256,22 @@ def test_quiet_holds_for_workers(monkeypatch):
     monkeypatch.setitem(os.environ, HIDDEN, "1")
     with Pool(1, is_hidden) as pool:
         assert list(pool.run([0])) == [(0, True)]
+
+
+def test_tab_completion():
+    """In bash, with the script that --completion prints."""
+    pytest.importorskip("shtab")
+    script = subprocess.check_output([sys.executable, "-m", "focusdpo", "--completion", "bash"], text=True)
+    assert "complete -o bashdefault -o default -F" in script
+    words = (["focusdpo", "data", "b"], ["focusdpo", "train", "--focus.mask", "pr"], ["focusdpo", "train", "--optim.we"])
+    for asked, completed in zip(words, ("build", "prior", "--optim.weight_decay"), strict=True):
+        ask = f'COMP_WORDS=({" ".join(asked)}); COMP_CWORD={len(asked) - 1}; _shtab_focusdpo focusdpo; echo "${{COMPREPLY[@]}}"'
+        shell = subprocess.run(["bash", "-c", f"{script}\n{ask}"], capture_output=True, text=True)
+        assert (shell.stdout.split(), shell.stderr) == ([completed], "")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("shtab") is not None, reason="shtab is installed")
+def test_tab_completion_says_what_it_needs(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--completion", "bash"])
+    assert capsys.readouterr().err.endswith("pip install 'focusdpo[completion]'\n")
