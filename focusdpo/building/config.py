@@ -1,14 +1,17 @@
-"""Settings of `focusdpo data build`; the docstrings are its --help."""
+"""Settings of `focusdpo data build` and `data dreambench`; the docstrings are their --help."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from focusdpo.data.images import PATCH_SIZE
+from focusdpo.foundation.choices import WeightDtype
 from focusdpo.foundation.settings import require
 
+SMALLEST = 64  # pixels along a side: four tokens
+
 Kind = Literal["swap", "recolour", "retexture", "leak"]
+Engine = Literal["plain", "ray"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 ALWAYS_APPLY = {"recolour", "retexture"}  # the others need another instance, or another subject in the scene
 
@@ -94,7 +97,7 @@ class DisruptionConfig:
     strength: float = 1.0
     margin: float = 0.5
     resolution: int = 1024
-    dtype: Literal["bf16", "fp32"] = "bf16"
+    dtype: WeightDtype = "bf16"
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -106,7 +109,7 @@ class DisruptionConfig:
         require(self.guidance >= 0, "disruption.guidance", self.guidance, "at least 0")
         require(0 < self.strength <= 1, "disruption.strength", self.strength, "above 0, at most 1")
         require(self.margin >= 0, "disruption.margin", self.margin, "at least 0")
-        require(self.resolution >= 64, "disruption.resolution", self.resolution, "at least 64 pixels")
+        require(self.resolution >= SMALLEST, "disruption.resolution", self.resolution, f"at least {SMALLEST} pixels")
 
 
 @dataclass
@@ -171,14 +174,14 @@ class BuildConfig:
     reference_resolution: int = 512
     pairs_per_scene: int = 1
     seed: int = 0
-    engine: Literal["plain", "ray"] = "plain"
+    engine: Engine = "plain"
     workers: int = 1
     ray_address: str | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
         for name in ("resolution", "reference_resolution"):
-            require(getattr(self, name) >= 4 * PATCH_SIZE, name, getattr(self, name), f"at least {4 * PATCH_SIZE} pixels")
+            require(getattr(self, name) >= SMALLEST, name, getattr(self, name), f"at least {SMALLEST} pixels")
         for name in ("pairs_per_scene", "workers"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.seed >= 0, "seed", self.seed, "at least 0")
@@ -188,6 +191,40 @@ class BuildConfig:
             device = getattr(self, group).device
             free = self.engine != "ray" or device in ("cpu", "cuda")
             require(free, f"{group}.device", device, "cpu or cuda with engine=ray, which gives each worker a GPU of its own")
+
+
+@dataclass
+class DreamBenchConfig:
+    """From a DreamBench folder to manifests of its prompts, and pairs built from its photos.
+
+    Args:
+        root: DreamBench: a folder of photos per subject, prompts_and_classes.txt, and UNO's two lists.
+        output_dir: Folder for single.jsonl, multi.jsonl, scenes.jsonl, composed/, and the built pairs in pairs/.
+        allow_missing: Leave out the prompts whose photos are not there; their number is reported.
+        pairs_per_scene: How many pairs are built of a photo; 0 writes manifests and scenes only.
+        disruption: How a subject becomes another instance.
+        resolution: Longest side of winner and loser in pixels.
+        seed: Of every random choice.
+        engine: "plain" or "ray", as for `focusdpo data build`.
+        workers: Processes or actors.
+        ray_address: The Ray cluster to join, as for `focusdpo data build`.
+        overwrite: Delete what an earlier run left in output_dir.
+    """
+
+    root: str
+    output_dir: str = "dreambench-pairs"
+    allow_missing: bool = False
+    pairs_per_scene: int = 1
+    disruption: DisruptionConfig = field(default_factory=DisruptionConfig)
+    resolution: int = 512
+    seed: int = 0
+    engine: Engine = "plain"
+    workers: int = 1
+    ray_address: str | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.pairs_per_scene >= 0, "pairs_per_scene", self.pairs_per_scene, "at least 0")
 
 
 def _model(group: str, name: str, of_model: str, path: str | None) -> None:

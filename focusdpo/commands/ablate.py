@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -20,7 +19,7 @@ from focusdpo.studies.ablation.jobs import JOB_WRITTEN, Job, Judge, Result, run_
 from focusdpo.studies.ablation.measures import Measure
 from focusdpo.studies.ablation.page import write_ablation_page
 from focusdpo.studies.ablation.pool import run_jobs
-from focusdpo.studies.ablation.statistics import Cell, Estimate, Row, Table, tabulate, text_of
+from focusdpo.studies.ablation.statistics import Table, tabulate, text_of
 from focusdpo.studies.ablation.variants import Change, changes_of
 from focusdpo.studies.config import AblationConfig
 from focusdpo.training.batches import check_match_count, dataset_of, load_records
@@ -37,8 +36,11 @@ WRITTEN = (r"(ablation|results)\.json", r"table\.txt", r"ablation\.html", *(f"{R
 FREE = ("config", "output_dir", "workers", "overwrite", "baseline")  # settings that change no run
 
 
-def prepare_ablation(
-    config: AblationConfig, judge: Judge | None = None, measures: Mapping[str, Measure] | None = None
+def prepare(
+    config: AblationConfig,
+    judge: Judge | None = None,
+    measures: Mapping[str, Measure] | None = None,
+    draw: Callable[[Table, Sequence[Result]], None] | None = None,
 ) -> Callable[[], None]:
     """Looks at the run, and returns what trains, judges and draws.
 
@@ -46,6 +48,7 @@ def prepare_ablation(
         config: settings.
         judge: asked about each trained model, beside the yardsticks.
         measures: what the judge's numbers are, by name.
+        draw: called at the end, for pictures beside the page.
 
     Raises:
         FileNotFoundError, ValueError: the run, or a variant of it, cannot be, also for its pairs.
@@ -83,6 +86,8 @@ def prepare_ablation(
             write_ablation_page(folder / PAGE_FILE, config, run, changes, results, table, jobs)
         print(text)
         logger.info("%s: the page; %s: all numbers", folder / PAGE_FILE, folder / RESULTS_FILE)
+        if draw is not None:
+            draw(table, results)
 
     return work
 
@@ -129,26 +134,6 @@ def _is_longer(name: str, begun: Any, now: Any) -> bool:
     """Variants, grids and seeds may be added to: what is there stays as it is."""
     lists = ("variants", "grids", "seeds", "tau", "gamma", "match_count", "layers", "mask_from", "feature_source")
     return name in lists and isinstance(begun, list) and isinstance(now, list) and set(map(str, begun)) <= set(map(str, now))
-
-
-def table_of(results: Path) -> Table:
-    """The table of a finished ablation's results.json."""
-    found = json.loads(results.read_text())
-    rows = [
-        Row(row["variant"], row["seeds"], tuple(_cell(cell) for cell in row["cells"]), tuple(row["failed"]))
-        for row in found["table"]["rows"]
-    ]
-    measures = {name: Measure(**measure) for name, measure in found["table"]["measures"].items()}
-    return Table(tuple(rows), measures, found["table"]["baseline"])
-
-
-def _cell(cell: dict[str, Any]) -> Cell:
-    gap = cell["difference"]
-    return Cell(cell["measure"], _estimate(cell["estimate"]), None if gap is None else _estimate(gap), cell["is_better"])
-
-
-def _estimate(values: dict[str, float | None]) -> Estimate:
-    return Estimate(**{name: math.nan if value is None else value for name, value in values.items()})
 
 
 def _as_json(settings: dict[str, Any], changes: Sequence[Change], results: Sequence[Result], table: Table) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,17 +15,19 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
-from focusdpo.commands import ablate as ablation_command
-from focusdpo.commands.ablate import RESULTS_FILE, RUNS, check_alone, prepare_ablation, table_of
+from focusdpo.commands import ablate
 from focusdpo.foundation.files import write_json
 from focusdpo.foundation.output_folder import OutputFolder, read_begun, under
 from focusdpo.foundation.packages import require_package
 from focusdpo.foundation.settings import check_begun, require
+from focusdpo.studies.ablation.jobs import Result
+from focusdpo.studies.ablation.statistics import Table
 from focusdpo.studies.ablation.variants import VARIANTS
 from focusdpo.studies.config import MicrocosmConfig
 from focusdpo.studies.microcosm.autoencoder import restore
 from focusdpo.studies.microcosm.classifier import IdentityClassifier
 from focusdpo.studies.microcosm.judging import IMAGES_FILE, MEASURES
+from focusdpo.studies.microcosm.pictures import draw_curves, draw_intervals, draw_losses, draw_samples, draw_world
 from focusdpo.studies.microcosm.stages import RUN_FILE, STAGES_WRITTEN, Stages
 from focusdpo.training.batches import dataset_of, load_records
 
@@ -38,7 +41,7 @@ WRITTEN = (
     r"microcosm\.json",
     *(name.replace(".", r"\.") for name in PICTURES),
     *STAGES_WRITTEN,
-    *under(ABLATION, ablation_command.WRITTEN),
+    *under(ABLATION, ablate.WRITTEN),
 )
 JUDGED = ("identity", "leakage", "wrong instance", "class", "FID")
 TUNED = ("accuracy/inside", "win/inside", "lose/inside", "win/outside", "win/whole", "coverage")
@@ -47,7 +50,7 @@ ROWS = 8  # of the sheet of samples
 SCENES = 16  # on the picture of the world
 
 
-def prepare_microcosm(config: MicrocosmConfig) -> Callable[[], None]:
+def prepare(config: MicrocosmConfig) -> Callable[[], None]:
     """Looks at folder and packages, and returns what composes, trains, judges and draws.
 
     Raises:
@@ -55,7 +58,7 @@ def prepare_microcosm(config: MicrocosmConfig) -> Callable[[], None]:
         FileExistsError, NotADirectoryError, FileNotFoundError: the folder holds something else, or DreamBench is not there.
         ValueError: the folder holds another world, several processes were started, or the device has no such kernels.
     """
-    check_alone("microcosm")
+    ablate.check_alone("microcosm")
     for module, extra in (("skimage", "demo"), ("torchmetrics", "evaluation")):
         require_package(module, "the microcosm", extra)
     if "layers" in config.grids:
@@ -73,7 +76,7 @@ def prepare_microcosm(config: MicrocosmConfig) -> Callable[[], None]:
         with TemporaryDirectory() as place:
             run = Path(place) / RUN_FILE
             stages.write_run(run)
-            prepare_ablation(replace(config.ablation, config=str(run)))
+            ablate.prepare(replace(config.ablation, config=str(run)))
 
     def work() -> None:
         out.begin(clear=not goes_on)
@@ -81,8 +84,7 @@ def prepare_microcosm(config: MicrocosmConfig) -> Callable[[], None]:
             write_json(known, settings)
             logger.info("%d identities in %d classes", len(stages.classes), len(set(stages.classes)))
             stages.run()
-            prepare_ablation(config.ablation, stages.judge(), MEASURES)()
-            draw(stages)
+            ablate.prepare(config.ablation, stages.judge(), MEASURES, functools.partial(draw, stages))()
         logger.info("pictures: %s", ", ".join(str(folder / name) for name in PICTURES))
 
     return work
@@ -108,10 +110,8 @@ def _check_settings(folder: Path, begun: dict[str, Any], now: dict[str, Any]) ->
         check_begun("microcosm", folder, begun, {"tuning": now["tuning"]}, setting="out", remedy=remedy)
 
 
-def draw(stages: Stages) -> None:
+def draw(stages: Stages, table: Table, results: Sequence[Result]) -> None:
     """The pictures of docs/microcosm.md, of finished stages and ablation."""
-    from focusdpo.studies.microcosm.pictures import draw_curves, draw_intervals, draw_losses, draw_samples, draw_world
-
     folder, config = stages.folder, stages.config
     vae = AutoencoderKL.from_pretrained(folder / "autoencoder").to(stages.device)
     scenes = stages.held_out.scenes[:SCENES]
@@ -120,24 +120,23 @@ def draw(stages: Stages) -> None:
     facts = stages.facts()
     draw_losses({label: facts[name]["losses"] for name, label in names.items()}, folder / "losses.png")
 
-    table = table_of(Path(config.ablation.output_dir) / RESULTS_FILE)
     labels = {row.variant: VARIANTS[row.variant].label if row.variant in VARIANTS else row.variant for row in table.rows}
     draw_intervals(table, labels, JUDGED, folder / "intervals.png")
     draw_intervals(table, labels, TUNED, folder / "tuning.png")
     points: dict[str, list[list[dict[str, float]]]] = {}
     start: dict[str, float] = {}
-    for result in json.loads((Path(config.ablation.output_dir) / RESULTS_FILE).read_text())["results"]:
-        if result["curve"] and result["curve"][0]["step"] == 0:
-            start = result["curve"][0]
-        elif not result["failed"]:
-            points.setdefault(labels[result["variant"]], []).append(result["curve"])
+    for result in results:
+        if result.curve and result.curve[0]["step"] == 0:
+            start = result.curve[0]
+        elif not result.failed:
+            points.setdefault(labels[result.variant], []).append(result.curve)
     if start and points:
         draw_curves(points, start, {name: table.measures[name].label for name in DRAWN}, folder / "curves.png")
     classifier = IdentityClassifier(len(stages.identities))
     classifier.load_state_dict(load_file(folder / "classifier.safetensors"))
     runs = {}
     for variant, label in labels.items():
-        run = Path(config.ablation.output_dir) / RUNS / variant / f"seed-{config.seeds[0]}"
+        run = Path(config.ablation.output_dir) / ablate.RUNS / variant / f"seed-{config.seeds[0]}"
         if (run / IMAGES_FILE).is_file():
             runs[label] = run
     settings = stages.train_config()

@@ -2,78 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
 
-from focusdpo.foundation.settings import require
-from focusdpo.training.config import DataConfig, LoraConfig, ModelConfig
-
-
-@dataclass
-class ModelsConfig:
-    """The training step whose memory is estimated, without allocating it.
-
-    Args:
-        resolution: Side of winner and loser in pixels.
-        references: Reference images of a pair.
-        photo: Width and height of the photo that each of them is, in pixels.
-        reference_resolution: Longest side that it is brought to; null takes each backbone's own size.
-        batch_size: Pairs per process and forward pass.
-        rank: Rank of the adapter.
-        dtype: Precision of the frozen weights.
-        quantization: Fewer bits for the frozen weights of the blocks.
-        optimizer: That of the adapter.
-        mixed_precision: Autocast of the forward pass.
-        max_sequence_length: Text tokens of a prompt.
-        gradient_checkpointing: Recompute activations in the backward pass.
-        processes: Processes on one machine, each with a GPU of its own; from two on the memory that they need together is
-            listed too.
-    """
-
-    resolution: int = 512
-    references: int = 2
-    photo: str = "1024x1024"
-    reference_resolution: int | None = None
-    batch_size: int = 1
-    rank: int = 32
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    quantization: Literal["nf4", "fp8"] | None = None
-    optimizer: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
-    mixed_precision: Literal["no", "bf16"] = "bf16"
-    max_sequence_length: int = 512
-    gradient_checkpointing: bool = True
-    processes: int = 1
-
-    def __post_init__(self) -> None:
-        require(self.references >= 1, "references", self.references, "at least 1")
-        require(self.processes >= 1, "processes", self.processes, "at least 1")
-        match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", self.photo)
-        require(match is not None, "photo", self.photo, "width and height in pixels, such as 1024x1024")
-        assert match is not None
-        self.photo_size = int(match[1]), int(match[2])
-        # The settings of a run have their own checks.
-        DataConfig("", resolution=self.resolution, reference_resolution=self.reference_resolution, batch_size=self.batch_size)
-        self.lora = LoraConfig(rank=self.rank)
-        self.model = ModelConfig(
-            "",
-            dtype=self.dtype,
-            quantization=self.quantization,
-            max_sequence_length=self.max_sequence_length,
-            gradient_checkpointing=self.gradient_checkpointing,
-        )
+from focusdpo.commands.config import ModelsConfig
+from focusdpo.data import LongestSide
+from focusdpo.data.images import PATCH_SIZE
+from focusdpo.models import BACKBONES, TokenLayout
+from focusdpo.models.sizes import RELEASED, parameters, released
+from focusdpo.training.memory import DTYPES, GIB, estimate, launched
 
 
-def prepare_list(config: ModelsConfig) -> Callable[[], None]:
+def prepare(config: ModelsConfig) -> Callable[[], None]:
     """Computes the tables, and returns what prints them."""
-    # Imports diffusers: seconds that --help need not wait for.
-    from focusdpo.data import LongestSide
-    from focusdpo.data.images import PATCH_SIZE
-    from focusdpo.models import BACKBONES, TokenLayout
-    from focusdpo.models.sizes import RELEASED, parameters, released
-    from focusdpo.training.memory import DTYPES, GIB, estimate, launched
-
     side = config.resolution // PATCH_SIZE
     dtype = DTYPES[config.dtype]
     number = None if config.reference_resolution is None else LongestSide(config.reference_resolution)

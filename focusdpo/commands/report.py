@@ -7,22 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 from focusdpo.pages.config import ReportConfig
+from focusdpo.pages.html import check_page
+from focusdpo.pages.run.page import write_run_page
+from focusdpo.training.run_config import read_run_config
+from focusdpo.training.run_files import REPORT_FILE
 
 logger = logging.getLogger(__name__)
 
 
-def prepare_report(config: ReportConfig) -> Callable[[], None]:
+def prepare(config: ReportConfig) -> Callable[[], None]:
     """Finds the run, and returns what writes its page.
 
     Raises:
         FileNotFoundError, NotADirectoryError, ValueError: there is no such run.
         ValueError, FileExistsError, NotADirectoryError: the page may not be written there.
     """
-    from focusdpo.pages.html import check_page
-    from focusdpo.pages.run.page import write_run_page
-    from focusdpo.training.run_config import read_run_config
-    from focusdpo.training.run_files import REPORT_FILE
-
     folder = Path(config.run_dir)
     if not folder.exists():
         raise FileNotFoundError(f"run_dir: no such folder: {folder}; name the output_dir of a training run")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
 import platform
@@ -10,17 +9,28 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
+from tqdm.auto import tqdm
+
+from focusdpo.data import LongestSide, PairDataset, collate, load_pairs
+from focusdpo.foundation.choices import Autocast
+from focusdpo.foundation.files import checksum, write_json
 from focusdpo.foundation.output_folder import OutputFolder, read_begun
+from focusdpo.foundation.packages import version_of
 from focusdpo.foundation.settings import check_begun
+from focusdpo.models import BACKBONES
 from focusdpo.studies.config import KINDS, StressConfig
-
-if TYPE_CHECKING:  # seconds that --help need not wait for
-    from focusdpo.studies.stress.subjects import SubjectSource
-    from focusdpo.studies.stress.work import Arrays
-    from focusdpo.training.config import TrainConfig
-    from focusdpo.training.step import PreferenceStep
+from focusdpo.studies.stress import plots, summary
+from focusdpo.studies.stress.scenes import write_scenes
+from focusdpo.studies.stress.subjects import SubjectSource, source_of
+from focusdpo.studies.stress.work import Arrays, load_scene, measure_scene, save_scene
+from focusdpo.training.checkpoints import ADAPTER_FILE
+from focusdpo.training.config import DataConfig, TrainConfig
+from focusdpo.training.loading import check_files_and_packages, checkpoint_of, load_step
+from focusdpo.training.run_config import read_run_config
+from focusdpo.training.run_folder import model_contents
+from focusdpo.training.step import PreferenceStep
 
 logger = logging.getLogger(__name__)
 
@@ -41,18 +51,13 @@ EXAMPLES = 3  # scenes of each kind that are drawn
 PACKAGES = ("focusdpo", "torch", "diffusers", "numpy", "pillow", "scipy")
 
 
-def prepare_stress(config: StressConfig) -> Callable[[], None]:
+def prepare(config: StressConfig) -> Callable[[], None]:
     """Checks settings, model, photos and folder, loads the model if a scene is left to measure, and returns the test.
 
     Raises:
         FileNotFoundError, ValueError, ModuleNotFoundError: model, run or photos cannot be used, or a package is missing.
         FileExistsError, NotADirectoryError: the folder holds something else.
     """
-    from focusdpo.foundation.files import write_json
-    from focusdpo.studies.stress.subjects import source_of
-    from focusdpo.studies.stress.work import load_scene
-    from focusdpo.training.loading import check_files_and_packages, checkpoint_of, load_step
-
     run = run_of(config)
     checkpoint = None if config.config is None else checkpoint_of("checkpoint", run, config.checkpoint)
     check_files_and_packages(run)
@@ -83,14 +88,11 @@ def prepare_stress(config: StressConfig) -> Callable[[], None]:
 
 def run_of(config: StressConfig) -> TrainConfig:
     """The run that is tested, or the model as a run that has not begun, with all blocks tapped."""
-    from focusdpo.training.config import DataConfig, TrainConfig
-    from focusdpo.training.run_config import read_run_config
-
     if config.config is not None:
         run = read_run_config("config", config.config)
     else:
         assert config.model is not None
-        precision: Literal["bf16", "no"] = "bf16" if config.model.dtype == "bf16" else "no"
+        precision: Autocast = "bf16" if config.model.dtype == "bf16" else "no"
         run = TrainConfig(config.model, DataConfig("-"), "-", mixed_precision=precision)
     run.cpu = run.cpu or config.cpu
     run.backend = config.backend or run.backend
@@ -101,10 +103,6 @@ def run_of(config: StressConfig) -> TrainConfig:
 
 def settings_of(config: StressConfig, run: TrainConfig, checkpoint: Path | None, source: SubjectSource) -> dict[str, Any]:
     """What decides the numbers of a scene, models and photos by their content."""
-    from focusdpo.foundation.files import checksum
-    from focusdpo.training.checkpoints import ADAPTER_FILE
-    from focusdpo.training.run_folder import model_contents
-
     own = {name: value for name, value in asdict(config).items() if name not in FREE}
     own["dreambench"] = source.photos
     model = {name: value for name, value in asdict(run.model).items() if name not in ("path", "revision", "base_lora")}
@@ -134,16 +132,6 @@ def _test(
     measured: dict[Path, Arrays],
 ) -> None:
     """Measures the scenes that are not among the measured ones yet, sums up and draws."""
-    from tqdm.auto import tqdm
-
-    from focusdpo.data import LongestSide, PairDataset, collate, load_pairs
-    from focusdpo.foundation.files import write_json
-    from focusdpo.models import BACKBONES
-    from focusdpo.studies.stress import plots as pictures
-    from focusdpo.studies.stress import summary
-    from focusdpo.studies.stress.scenes import write_scenes
-    from focusdpo.studies.stress.work import measure_scene, save_scene
-
     folder = Path(config.output_dir)
     records = load_pairs(str(write_scenes(config, source, folder / SCENES)), "headers")
     dataset = PairDataset(
@@ -171,19 +159,19 @@ def _test(
     tapped = range(blocks) if run.focus.layers == "all" else run.focus.layers
     layers = [summary.ALL, *map(str, tapped)]
     rows = summary.summarise(config, layers, scenes, names)
-    pictures.draw_auc(config, rows, layers, folder / AUC_FILE)
-    pictures.draw_confusion(config, rows, folder / CONFUSION_FILE)
-    pictures.draw_exchange(config, rows, folder / EXCHANGE_FILE)
+    plots.draw_auc(config, rows, layers, folder / AUC_FILE)
+    plots.draw_confusion(config, rows, folder / CONFUSION_FILE)
+    plots.draw_exchange(config, rows, folder / EXCHANGE_FILE)
     for part, kind in enumerate(KINDS):
         shown = {
             n: (collate([dataset[part * config.scenes + n]]), scenes[kind][n]) for n in range(min(EXAMPLES, config.scenes))
         }
-        title = pictures.NAMES[kind]
-        pictures.draw_examples(config, shown, len(config.timesteps) // 2, title, folder / EXAMPLES_FILES[kind])
+        title = plots.NAMES[kind]
+        plots.draw_examples(config, shown, len(config.timesteps) // 2, title, folder / EXAMPLES_FILES[kind])
     results = {
         "settings": asdict(config),
         "model": settings["model"] | {"path": run.model.path},
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},
         "blocks": blocks,
         "scenes": {kind: _about(scenes[kind], names[kind]) for kind in KINDS},
         "rows": [asdict(row) for row in rows],
@@ -204,10 +192,3 @@ def _about(scenes: list[Any], names: list[list[str]]) -> list[dict[str, Any]]:
         }
         for arrays, both in zip(scenes, names, strict=True)
     ]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

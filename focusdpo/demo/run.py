@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from focusdpo.demo.scenes import write_dataset
 from focusdpo.drawing.overlays import draw_overlays
 from focusdpo.drawing.training_curves import draw_curves
 from focusdpo.foundation.journals import read_metrics
-from focusdpo.foundation.output_folder import PIPELINE_WRITTEN, OutputFolder, under
+from focusdpo.foundation.output_folder import PIPELINE_WRITTEN, under
 from focusdpo.models.tiny_flux import write_tiny_flux
 from focusdpo.pages.run.page import write_run_page
 from focusdpo.training.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, SamplesConfig, TrainConfig
@@ -68,19 +67,6 @@ def train_config(config: DemoConfig, folder: Path) -> TrainConfig:
         validate_every=max(config.steps // 4, 1),
         backend=config.backend,
     )
-
-
-def prepare_demo(config: DemoConfig) -> Callable[[], None]:
-    """Refuses to write over an earlier demo (unless `overwrite` is on), or over anything else, and returns the demo."""
-    out = OutputFolder("out", Path(config.out), "demo", DEMO_WRITTEN)
-    out.check(config.overwrite or out.is_unfinished, "delete it with --overwrite true, or name another folder")
-
-    def work() -> None:
-        out.begin(clear=True)
-        with out:
-            run_demo(config)
-
-    return work
 
 
 def run_demo(config: DemoConfig) -> None:

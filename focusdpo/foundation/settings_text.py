@@ -9,7 +9,6 @@ more values than any configuration has.
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import os
 import re
@@ -296,8 +295,3 @@ def _meanings(node: Node, kinds: Sequence[Any]) -> Iterator[Any]:
 
 def _whole(text: str) -> int | None:
     return int(text, 0) if BASED.fullmatch(text) else int(text) if WHOLE.fullmatch(text) else None
-
-
-def as_json(value: Any) -> str:
-    """A value that was read, as JSON without line breaks."""
-    return json.dumps(value, allow_nan=False)

@@ -24,6 +24,8 @@ from multiprocessing.connection import Connection, Pipe, wait
 from types import TracebackType
 from typing import Any, TypeVar
 
+from focusdpo.foundation.progress_bars import HIDDEN, hide_progress_bars
+
 logger = logging.getLogger(__name__)
 
 SILENCE = 60.0  # seconds without any result, after which the user is told
@@ -261,6 +263,8 @@ def serve(number: int, parent: int) -> None:
     global _connection  # open until the process ends: the thread below looks at it
     connection = _connection = Connection(number)
     end_with_parent(number, parent)
+    if os.environ.get(HIDDEN):
+        hide_progress_bars()
     try:
         prepare, place, hears_signals, threads = connection.recv()
         if not hears_signals:

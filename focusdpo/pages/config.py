@@ -1,4 +1,4 @@
-"""Settings of a run's page."""
+"""Settings of the pages: of `focusdpo report` and `data show`."""
 
 from __future__ import annotations
 
@@ -31,3 +31,23 @@ class ReportConfig:
         require(self.points >= 10, "points", self.points, "at least 10")
         require(self.max_images >= 0, "max_images", self.max_images, "0 or more")
         require(64 <= self.image_size <= 4096, "image_size", self.image_size, "64 to 4096 pixels")
+
+
+@dataclass
+class ShowConfig:
+    """Preference pairs and the page to look at them.
+
+    Args:
+        path: A dataset, as data.train of a training run names it.
+        out: HTML file; the thumbnails come into a folder beside it, page_files for page.html.
+        size: Longest side of a thumbnail in pixels.
+        overwrite: Replace a page that an earlier command wrote.
+    """
+
+    path: str
+    out: str = "page.html"
+    size: int = 256
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        require(16 <= self.size <= 2048, "size", self.size, "16 to 2048 pixels")

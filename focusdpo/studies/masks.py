@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from focusdpo.foundation.output_folder import OutputFolder
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from focusdpo.data import PairBatch
+from focusdpo.data.images import PATCH_SIZE
+from focusdpo.drawing.coverage_grid import draw_coverage
+from focusdpo.drawing.overlays import MaskAtTime, draw_overlays
+from focusdpo.features import pool_mask, reference_token_mask
+from focusdpo.foundation.files import write_json
 from focusdpo.foundation.settings import require
+from focusdpo.foundation.text import printable
+from focusdpo.mask import FocusMask
 from focusdpo.studies.config import MasksConfig
-
-if TYPE_CHECKING:  # seconds that --help need not wait for
-    import numpy as np
-
-    from focusdpo.data import PairBatch
-    from focusdpo.mask import FocusMask
-    from focusdpo.training.config import TrainConfig
-    from focusdpo.training.step import PreferenceStep
+from focusdpo.training.config import TrainConfig
+from focusdpo.training.step import PreferenceStep
 
 logger = logging.getLogger(__name__)
 
@@ -26,56 +30,6 @@ NUMBERS_FILE, FIELDS_FILE, OVERVIEW_FILE, GROUPS = "masks.json", "fields.npz", "
 # See focusdpo.foundation.output_folder.
 WRITTEN = (r"masks\.json", r"fields\.npz", r"coverage\.png", rf"{GROUPS}/(all|blocks?-[\d-]+)\.png")
 ALL = "all"
-
-
-def prepare_masks(config: MasksConfig) -> Callable[[], None]:
-    """Reads run and pair, loads the model, and returns what draws.
-
-    Raises:
-        FileNotFoundError, ValueError: run, pair or checkpoint cannot be used.
-        FileExistsError, NotADirectoryError: the folder holds something that may not be replaced.
-    """
-    from focusdpo.data import collate, load_pairs
-    from focusdpo.training.batches import check_match_count, dataset_of
-    from focusdpo.training.loading import checkpoint_of, load_step
-    from focusdpo.training.run_config import read_run_config
-
-    run = read_run_config("config", config.config)
-    out = OutputFolder("out", Path(config.out), "masks", WRITTEN)
-    out.check(config.overwrite or out.is_unfinished, "replace it with --overwrite true, or name another folder")
-    source = run.data.validation if config.split == "validation" else run.data.train
-    if source is None:
-        raise ValueError(f"split: {config.config} has no data.validation; expected --split train")
-    checkpoint = checkpoint_of("checkpoint", run, config.checkpoint)
-    if run.focus.mask != "focus":
-        logger.info('focus.mask is %r in this run, whose loss has no such mask: drawn is what "focus" would be', run.focus.mask)
-        run.focus = replace(run.focus, mask="focus")
-    records = load_pairs(source, run.data.check)
-    require(config.pair < len(records), "pair", config.pair, f"0 to {len(records) - 1}: {source} has {len(records)} pairs")
-    record = records[config.pair]
-    one_prior = run.focus.per_subject and not record.per_subject
-    require(not one_prior, "pair", config.pair, "a pair with a prior per reference, as the run has focus.per_subject=true")
-    dataset = dataset_of([record], run.data, run.model.backbone)
-    check_match_count(run.focus, [dataset])
-    step = load_step(run, checkpoint)
-    numbers = range(len(step.paths)) if run.focus.layers == "all" else run.focus.layers
-    groups = groups_of(step.paths, config.layer_groups, numbers)
-    batch = collate([dataset[0]]).to(step.backbone.device)
-    classes = [reference.class_name for reference in record.references]
-    about = {
-        "settings": asdict(config),
-        "run": asdict(run),
-        "checkpoint": None if checkpoint is None else str(checkpoint),
-        "prompt": record.prompt,
-        "classes": classes,
-    }
-
-    def work() -> None:
-        out.begin(clear=True)
-        with out:
-            write_masks(config, run, step, batch, groups, about)
-
-    return work
 
 
 def parts_of(count: int, parts: int) -> list[range]:
@@ -113,16 +67,6 @@ def write_masks(
     about: dict[str, Any],
 ) -> None:
     """Computes all masks, and writes pictures, fields and, last, the numbers."""
-    import numpy as np
-    import torch
-    from tqdm.auto import tqdm
-
-    from focusdpo.data.images import PATCH_SIZE
-    from focusdpo.drawing.coverage_grid import draw_coverage
-    from focusdpo.drawing.overlays import MaskAtTime, draw_overlays
-    from focusdpo.foundation.files import write_json
-    from focusdpo.foundation.text import printable
-
     out = Path(config.out)
     (out / GROUPS).mkdir(exist_ok=True)
     masks: dict[str, list[MaskAtTime]] = {name: [] for name in groups}
@@ -157,10 +101,6 @@ def numbers_of(focus: FocusMask, batch: PairBatch) -> dict[str, Any]:
 
     S is told apart inside and outside of the subject's own prior, or of the common one where there is one for all.
     """
-    import torch
-
-    from focusdpo.features import pool_mask, reference_token_mask
-
     scores, matched = focus.scores[0], focus.matched[0]  # [R, P]
     prior = pool_mask(batch.prior)[0]
     priors = prior.expand_as(matched) if prior.ndim == 1 else prior
@@ -199,8 +139,6 @@ def _spread(values: Sequence[float]) -> dict[str, float] | None:
 
 def _fields(focus: FocusMask, batch: PairBatch, grid: Sequence[int]) -> dict[str, np.ndarray]:
     """S and M' [R, rows, columns], M_s, M_d within the prior, M and the prior(s) [rows, columns]."""
-    from focusdpo.features import pool_mask
-
     named = {
         "S": focus.scores[0].float(),
         "matched": focus.matched[0],

@@ -214,9 +214,6 @@ class FocusConfig:
             _require(self.match_count >= 0, "focus.match_count", self.match_count, "0 or more tokens")
         distinct = self.layers == "all" or 0 < len(set(self.layers)) == len(self.layers)
         _require(distinct, "focus.layers", self.layers, '"all", or at least one block, each once')
-        from focusdpo_kernels.checks import check_estimator  # with the kernels, which only what trains needs
-
-        check_estimator(self.entropy_method, self.entropy_bins, self.entropy_sigma, "focus.entropy_")
 
 
 @dataclass
@@ -454,6 +451,11 @@ class TrainConfig:
     cpu: bool = False
 
     def __post_init__(self) -> None:
+        # Here, not with the mask's other settings, whose defaults --help builds: it would wait for torch.
+        from focusdpo_kernels.checks import check_estimator
+
+        entropy = self.focus.entropy_method, self.focus.entropy_bins, self.focus.entropy_sigma
+        check_estimator(*entropy, prefix="focus.entropy_")
         _require(bool(self.output_dir), "output_dir", self.output_dir, "a folder")
         _require(self.max_steps >= 1, "max_steps", self.max_steps, "at least 1")
         _require(self.gradient_accumulation >= 1, "gradient_accumulation", self.gradient_accumulation, "at least 1")

@@ -8,7 +8,6 @@ import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from focusdpo.drawing.training_curves import draw_curves
 from focusdpo.foundation.files import write_whole, writing
 from focusdpo.foundation.journals import read_metrics, read_steps
 from focusdpo.foundation.output_folder import step_folders
+from focusdpo.foundation.packages import version_of
 from focusdpo.foundation.text import code, code_block, markdown
 from focusdpo.models.lora_reading import LORA_FILE
 from focusdpo.training.config import DataConfig, ModelConfig, TrainConfig
@@ -90,7 +90,7 @@ def write_model_card(config: TrainConfig, folder: Path, train: PairDataset, vali
         "<details><summary>All settings</summary>",
         code_block("yaml", yaml.safe_dump(_shown(config), sort_keys=False)),
         "</details>",
-        "Made with " + ", ".join(f"{name} {_version(name)}" for name in PACKAGES) + ".",
+        "Made with " + ", ".join(f"{name} {version_of(name) or '(not installed as a package)'}" for name in PACKAGES) + ".",
     ]
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n")
     write_whole(lora / "README.md", str(card))
@@ -204,10 +204,3 @@ def _changed(config: TrainConfig) -> dict[str, Any]:
         return found
 
     return changed(_shown(config), defaults)
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "(not installed as a package)"

@@ -21,11 +21,11 @@ pytest.importorskip("imagehash", reason="needs the extra build: pip install 'foc
 
 import cv2
 
-from focusdpo.building.builder import prepare_build
 from focusdpo.building.candidate import Candidate
 from focusdpo.building.config import BuildConfig
 from focusdpo.building.engines import run_plain, steps
 from focusdpo.building.scenes import load_scenes
+from focusdpo.commands.data_build import prepare as prepare_build
 from focusdpo.data import load_pairs
 from focusdpo.demo.scenes import write_scenes
 from focusdpo.foundation import workers

@@ -21,11 +21,11 @@ pytest.importorskip("cv2", reason="needs the extra build: pip install 'focusdpo[
 pytest.importorskip("imagehash", reason="needs the extra build: pip install 'focusdpo[build]'")
 
 from focusdpo.building import builder
-from focusdpo.building.builder import prepare_build
 from focusdpo.building.candidate import Candidate, Rejected
 from focusdpo.building.config import BuildConfig, DisruptionConfig, GatesConfig, SegmentationConfig
 from focusdpo.building.gates import Gates, duplicates, pair_hash
 from focusdpo.building.scenes import load_scenes
+from focusdpo.commands.data_build import prepare as prepare_build
 from focusdpo.data import DatasetError, LongestSide, PairDataset, load_pairs
 from focusdpo.demo.scenes import write_scenes
 

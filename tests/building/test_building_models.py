@@ -12,7 +12,6 @@ from PIL import Image
 pytest.importorskip("cv2", reason="needs the extra build: pip install 'focusdpo[build]'")
 pytest.importorskip("imagehash", reason="needs the extra build: pip install 'focusdpo[build]'")
 
-from focusdpo.building.builder import prepare_build
 from focusdpo.building.candidate import Candidate, Photo, Rejected
 from focusdpo.building.captioning import CaptionModel
 from focusdpo.building.config import BuildConfig, CaptioningConfig, DisruptionConfig, GatesConfig, SegmentationConfig
@@ -20,6 +19,7 @@ from focusdpo.building.gates import FeatureDistance
 from focusdpo.building.inpainting import Inpainting
 from focusdpo.building.scenes import load_scenes
 from focusdpo.building.segmentation import GrabCut, Sam
+from focusdpo.commands.data_build import prepare as prepare_build
 from focusdpo.data import load_pairs
 from focusdpo.demo.scenes import write_scenes
 from tests.tiny_vision import write_tiny_captioner, write_tiny_detector, write_tiny_features, write_tiny_sam

@@ -14,8 +14,9 @@ from tests import ROOT
 pytest.importorskip("cv2", reason="needs the extra build: pip install 'focusdpo[build]'")
 pytest.importorskip("imagehash", reason="needs the extra build: pip install 'focusdpo[build]'")
 
-from focusdpo.building.dreambench import DreamBenchConfig, prepare_dreambench
+from focusdpo.building.config import DreamBenchConfig
 from focusdpo.building.scenes import load_scenes
+from focusdpo.commands.data_dreambench import prepare as prepare_dreambench
 from focusdpo.data import load_pairs
 
 DREAMBENCH = ROOT.parent / "shared" / "data" / "dreambench"

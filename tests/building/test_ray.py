@@ -28,12 +28,12 @@ pytest.importorskip("imagehash", reason="needs the extra build: pip install 'foc
 import ray
 
 from focusdpo.building import ray_cluster, ray_engine
-from focusdpo.building.builder import prepare_build
 from focusdpo.building.candidate import Candidate
-from focusdpo.building.config import BuildConfig, SegmentationConfig
-from focusdpo.building.dreambench import DreamBenchConfig, prepare_dreambench
+from focusdpo.building.config import BuildConfig, DreamBenchConfig, SegmentationConfig
 from focusdpo.building.engines import Step
 from focusdpo.building.ray_engine import run_ray
+from focusdpo.commands.data_build import prepare as prepare_build
+from focusdpo.commands.data_dreambench import prepare as prepare_dreambench
 from focusdpo.demo.scenes import write_scenes
 from focusdpo.foundation import workers
 from tests.building.ray_stages import Broken, Killed, WaitFor

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import os
 import subprocess
 import sys
 import typing
 
 import pytest
 
+import focusdpo
 from focusdpo.commands import cli
+from focusdpo.foundation.progress_bars import HIDDEN
+from focusdpo.foundation.workers import Pool
 from focusdpo.training.config import TrainConfig
 
 MINIMAL = "model: {path: nobody/nothing}\ndata: {train: /nowhere}\noutput_dir: out\n"
@@ -145,7 +150,7 @@ def test_commands_of_two_words(tmp_path, capsys):
     for arguments, message in (
         (["data"], "one of {validate,"),
         (["data", "shred"], "'shred'"),
-        (["data", "shard", "pairs"], "out_dir"),
+        (["data", "shard", "pairs"], "are required: OUT_DIR"),
     ):
         with pytest.raises(SystemExit):
             cli.parse_config(arguments)
@@ -168,3 +173,105 @@ def test_every_setting_of_every_command_is_described(name, capsys):
         described = config_class.__doc__.split(f"{setting.split('.')[-1]}: ", 1)
         assert len(described) == 2, f"{setting} is not in the docstring"
         assert " ".join(described[1].split()[:2]) in text, f"{setting}: its meaning is not in --help"
+
+
+@pytest.mark.parametrize(
+    ("words", "missing"),
+    [
+        ("train", "--model.path, --data.train, --output_dir"),
+        ("train --model.path x --output_dir y", "--data.train"),
+        ("evaluate --images x", "--manifest"),
+        ("masks", "--config"),
+        ("data build --scenes x", "--output_dir"),
+        ("data dreambench", "--root"),
+        ("convert-lora", "SOURCE, OUT_DIR"),
+        ("data validate", "PATH"),
+        ("report --out x", "RUN_DIR"),
+        ("stress --model.backbone flux2", "--model.path"),
+        ("ablate --config run --tau", None),
+        ("stress --model.path", None),
+    ],
+)
+def test_what_is_missing_is_called_as_one_types_it(words, missing, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.parse_config(words.split())
+    last = f"error: the following arguments are required: {missing}"
+    if missing is None:
+        last = f"error: argument {words.split()[-1]}: expected one argument"
+    assert stop.value.code == 2 and capsys.readouterr().err.splitlines()[-1] == last
+
+
+def test_every_name_in_the_table_is_there():
+    """Each command in a file of its name, as whoever looks for it expects."""
+    for name, command in cli.COMMANDS.items():
+        module, _, function = command.preparation.partition(":")
+        assert (module.split(".")[-1], function) == (name.replace(" ", "_").replace("-", "_"), "prepare")
+        assert importlib.util.find_spec(module) is not None and dataclasses.is_dataclass(command.config_class)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"focusdpo {focusdpo.__version__}\n"
+
+
+def test_print_config_is_a_file_to_start_from(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.parse_config(["data", "build", "--scenes", "x", "--output_dir", "y", "--seed", "3", "--quiet", "--print_config"])
+    file = tmp_path / "build.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert cli.parse_config(["data", "build", "--config", str(file)])[1].seed == 3
+
+
+def test_quiet_leaves_warnings_and_results():
+    script = (
+        "import logging, sys\n"
+        "from tqdm.auto import tqdm\n"
+        "from focusdpo.commands import cli\n"
+        "def work():\n"
+        "    list(tqdm(range(3), disable=False))\n"
+        "    logging.getLogger('focusdpo.x').info('an info')\n"
+        "    logging.getLogger('focusdpo.x').warning('a warning')\n"
+        "    print('a result')\n"
+        "sys.modules['focusdpo.commands.report'] = type(sys)('report')\n"
+        "sys.modules['focusdpo.commands.report'].prepare = lambda config: work\n"
+        "cli.main()"
+    )
+    loud, quiet = (
+        subprocess.run([sys.executable, "-c", script, "report", *words, "x"], capture_output=True, text=True)
+        for words in ([], ["--quiet"])
+    )
+    assert (loud.stdout, quiet.stdout, quiet.stderr) == ("a result\n", "a result\n", "WARNING: a warning\n")
+    assert "3/3" in loud.stderr and "INFO: an info" in loud.stderr
+
+
+def is_hidden(_):
+    from tqdm.auto import tqdm
+
+    with tqdm(range(3), disable=False) as bar:
+        return bar.disable
+
+
+def test_quiet_holds_for_workers(monkeypatch):
+    monkeypatch.setitem(os.environ, HIDDEN, "1")
+    with Pool(1, is_hidden) as pool:
+        assert list(pool.run([0])) == [(0, True)]
+
+
+def test_tab_completion():
+    """In bash, with the script that --completion prints."""
+    pytest.importorskip("shtab")
+    script = subprocess.check_output([sys.executable, "-m", "focusdpo", "--completion", "bash"], text=True)
+    assert "complete -o bashdefault -o default -F" in script
+    words = (["focusdpo", "data", "b"], ["focusdpo", "train", "--focus.mask", "pr"], ["focusdpo", "train", "--optim.we"])
+    for asked, completed in zip(words, ("build", "prior", "--optim.weight_decay"), strict=True):
+        ask = f'COMP_WORDS=({" ".join(asked)}); COMP_CWORD={len(asked) - 1}; _shtab_focusdpo focusdpo; echo "${{COMPREPLY[@]}}"'
+        shell = subprocess.run(["bash", "-c", f"{script}\n{ask}"], capture_output=True, text=True)
+        assert (shell.stdout.split(), shell.stderr) == ([completed], "")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("shtab") is not None, reason="shtab is installed")
+def test_tab_completion_says_what_it_needs(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--completion", "bash"])
+    assert capsys.readouterr().err.endswith("pip install 'focusdpo[completion]'\n")

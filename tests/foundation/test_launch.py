@@ -21,7 +21,8 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from focusdpo.commands.data import ShardConfig, prepare_shards
+from focusdpo.commands.config import ShardConfig
+from focusdpo.commands.data_shard import prepare as prepare_shards
 from focusdpo.demo.scenes import write_dataset
 from focusdpo.foundation import launch as launches
 from focusdpo.foundation import rendezvous

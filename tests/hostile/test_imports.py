@@ -314,7 +314,7 @@ def evaluation(study, images):
 
 
 def test_fid_of_one_image_is_refused_before_anything_is_encoded(study, monkeypatch):
-    from focusdpo.commands.evaluate import prepare_evaluation
+    from focusdpo.commands.evaluate import prepare as prepare_evaluation
     from focusdpo.metrics import inputs
 
     monkeypatch.setattr(inputs, "load_encoder", lambda *a: pytest.fail("an encoder was loaded"))

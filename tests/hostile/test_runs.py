@@ -17,9 +17,9 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from focusdpo.building.builder import prepare_build
 from focusdpo.building.config import BuildConfig
 from focusdpo.commands import cli
+from focusdpo.commands.data_build import prepare as prepare_build
 from focusdpo.demo.scenes import write_dataset, write_scenes
 from focusdpo.foundation.files import checksum, fingerprint
 from focusdpo.foundation.journals import read_metrics
@@ -34,7 +34,7 @@ SETTINGS = SMALL
 
 
 # Whatever these tests are run under.
-HEARS = "import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); from focusdpo.commands.cli import main; main()"
+HEARS = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); from focusdpo.commands import cli; cli.main()"
 
 
 def wait_for_the_end_of(group, seconds=10):

@@ -24,7 +24,6 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from focusdpo.commands import cli
-from focusdpo.demo.config import DemoConfig
 from focusdpo.foundation.text import MessageFormatter, cell, code, code_block, markdown, message_lines, printable
 
 # C0 and C1, soft hyphen, zero width, bidi marks, overrides and isolates, line separators, surrogates, tags.
@@ -85,7 +84,7 @@ def test_log_records_cannot_be_forged(monkeypatch, capsys):
 
 
 def command(monkeypatch, prepare):
-    monkeypatch.setitem(cli.COMMANDS, "demo", cli.Command(DemoConfig, prepare, "A demo."))
+    monkeypatch.setattr("focusdpo.commands.demo.prepare", prepare)
 
 
 def raises(error):
@@ -207,9 +206,9 @@ def test_ctrl_c_outside_of_training(monkeypatch, capsys):
 @pytest.mark.parametrize("words", ["--help", "demo"])
 def test_a_reader_that_leaves_ends_it_quietly(words):
     program = (
-        "import sys; from focusdpo.commands import cli\n"
+        "import sys, types; from focusdpo.commands import cli\n"
         "lines = lambda: [print('x' * 100) for _ in range(10000)]\n"
-        "cli.COMMANDS['demo'] = cli.Command(cli.DemoConfig, lambda config: lines, '')\n"
+        "sys.modules['focusdpo.commands.demo'] = types.SimpleNamespace(prepare=lambda config: lines)\n"
         f"cli.main(['{words}'])"
     )
     pipe, end = os.pipe()

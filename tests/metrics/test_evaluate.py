@@ -21,7 +21,7 @@ pytest.importorskip("torchmetrics", reason="needs the extra evaluation: pip inst
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, Dinov2Model, ViTModel
 
 from focusdpo.commands.cli import main
-from focusdpo.commands.evaluate import prepare_evaluation
+from focusdpo.commands.evaluate import prepare as prepare_evaluation
 from focusdpo.foundation.tensor_files import TensorFiles
 from focusdpo.metrics import inputs as inputs_module
 from focusdpo.metrics.bootstrap import mean_interval

@@ -11,7 +11,7 @@ from PIL import Image
 pytest.importorskip("scipy", reason="needs the extra evaluation: pip install 'focusdpo[evaluation]'")
 pytest.importorskip("torchmetrics", reason="needs the extra evaluation: pip install 'focusdpo[evaluation]'")
 
-from focusdpo.commands.evaluate import prepare_evaluation
+from focusdpo.commands.evaluate import prepare as prepare_evaluation
 from focusdpo.metrics.config import EvaluateConfig
 from tests.tiny_vision import write_tiny_features
 

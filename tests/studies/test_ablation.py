@@ -15,7 +15,8 @@ import torch
 import yaml
 from scipy import stats
 
-from focusdpo.commands.ablate import jobs_of, prepare_ablation
+from focusdpo.commands.ablate import jobs_of
+from focusdpo.commands.ablate import prepare as prepare_ablation
 from focusdpo.data import DatasetError, load_pairs
 from focusdpo.features import pool_mask
 from focusdpo.studies.ablation import jobs as ablation_jobs

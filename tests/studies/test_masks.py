@@ -15,13 +15,14 @@ from matplotlib.colors import to_rgba
 from PIL import Image
 
 from focusdpo.commands import cli
+from focusdpo.commands.masks import prepare as prepare_masks
 from focusdpo.data import collate, load_pairs
 from focusdpo.demo.scenes import write_dataset
 from focusdpo.drawing import overlays
 from focusdpo.mask import FocusMask
 from focusdpo.studies import masks
 from focusdpo.studies.config import MasksConfig
-from focusdpo.studies.masks import groups_of, prepare_masks
+from focusdpo.studies.masks import groups_of
 from focusdpo.training.batches import dataset_of
 from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, ModelConfig, TrainConfig
 from focusdpo.training.loading import load_step

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from focusdpo.commands import cli
-from focusdpo.commands.microcosm import PICTURES, WRITTEN, _settings, prepare_microcosm
+from focusdpo.commands.microcosm import PICTURES, WRITTEN, _settings
+from focusdpo.commands.microcosm import prepare as prepare_microcosm
 from focusdpo.data import load_pairs
 from focusdpo.foundation.output_folder import OutputFolder
 from focusdpo.studies.config import MicrocosmConfig

@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw
 
 from focusdpo.building.composing import at_bottom, compose
 from focusdpo.commands import cli
-from focusdpo.commands.stress import prepare_stress, run_of
+from focusdpo.commands.stress import prepare as prepare_stress
+from focusdpo.commands.stress import run_of
 from focusdpo.data import LongestSide, PairDataset, collate, load_pairs
 from focusdpo.features import pool_mask, reference_token_mask
 from focusdpo.models.tiny_flux import write_tiny_flux
@@ -244,7 +245,7 @@ def test_a_killed_test_goes_on_to_the_same_numbers(flux_model, tmp_path, monkeyp
         measured.append(1)
         return measure(*arguments)
 
-    monkeypatch.setattr(work, "measure_scene", counted)
+    monkeypatch.setattr("focusdpo.commands.stress.measure_scene", counted)
     whole, killed = config_of(flux_model, tmp_path / "whole"), False
     prepare_stress(whole)()
     printed = capsys.readouterr().out
@@ -263,14 +264,14 @@ def test_a_killed_test_goes_on_to_the_same_numbers(flux_model, tmp_path, monkeyp
     check_results(found, tmp_path / "killed")
 
     # A finished one is averaged again without the model; with more scenes only these are measured.
-    monkeypatch.setattr("focusdpo.training.loading.load_step", None)
+    monkeypatch.setattr("focusdpo.commands.stress.load_step", None)
     prepare_stress(dataclasses.replace(config, level=0.5))()
     monkeypatch.undo()
     with pytest.raises(
         ValueError, match=r"holds a begun test with other settings:\n  settings.timesteps: the begun test has \[0.3, 0.8\], got"
     ):
         prepare_stress(dataclasses.replace(config, timesteps=[0.5]))
-    monkeypatch.setattr(work, "measure_scene", counted)
+    monkeypatch.setattr("focusdpo.commands.stress.measure_scene", counted)
     prepare_stress(dataclasses.replace(config, scenes=3))()
     assert len(measured) == 6
     damaged = tmp_path / "killed" / "measured" / "alike-0001.npz"

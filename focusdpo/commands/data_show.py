@@ -1,0 +1,31 @@
+"""`focusdpo data show`: a page to look at preference pairs and their problems."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from focusdpo.data.sources import find_sources
+from focusdpo.pages.config import ShowConfig
+from focusdpo.pages.pairs import check_page, write_page
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(config: ShowConfig) -> Callable[[], None]:
+    """Finds the dataset, and returns what writes the page.
+
+    Raises:
+        FileNotFoundError: there is no such dataset.
+        ValueError, FileExistsError, NotADirectoryError: the page may not be written there.
+    """
+    find_sources(config.path)
+    page = Path(config.out)
+    out = check_page(page, config.overwrite)
+
+    def work() -> None:
+        cards = write_page(config.path, page, out, config.size)
+        logger.info("%s: %d pairs, %d with problems", page, len(cards), sum(bool(card.problems) for card in cards))
+
+    return work
