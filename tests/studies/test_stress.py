@@ -19,7 +19,7 @@ from focusdpo.data import LongestSide, PairDataset, collate, load_pairs
 from focusdpo.features import pool_mask, reference_token_mask
 from focusdpo.models.tiny_flux import write_tiny_flux
 from focusdpo.studies.config import KINDS, StressConfig
-from focusdpo.studies.stress import measures, work
+from focusdpo.studies.stress import match_measures, work
 from focusdpo.studies.stress.features import block_scores
 from focusdpo.studies.stress.scenes import write_scenes
 from focusdpo.studies.stress.subjects import BACKGROUNDS, DREAMBENCH, PHOTOGRAPHED, VIEWS, source_of
@@ -40,13 +40,13 @@ def test_confusion_precision_and_recall_of_a_planted_case():
     regions[0, :4], regions[1, 4:7] = True, True
     matched = torch.zeros(2, 10, dtype=torch.bool)
     matched[0, [0, 1, 5, 9]], matched[1, [4, 5, 6]] = True, True
-    assert measures.confusion(matched, regions).tolist() == [[0.5, 0.25, 0.25], [0, 1, 0]]
-    assert measures.recall(matched, regions).tolist() == [0.5, 1]
-    precision, recall = measures.union_precision_recall(matched, regions)
+    assert match_measures.confusion(matched, regions).tolist() == [[0.5, 0.25, 0.25], [0, 1, 0]]
+    assert match_measures.recall(matched, regions).tolist() == [0.5, 1]
+    precision, recall = match_measures.union_precision_recall(matched, regions)
     assert (precision.item(), recall.item()) == (5 / 6, 5 / 7)  # 0, 1, 4, 5, 6 of 0, 1, 4, 5, 6, 9
     # Exchanged matches are as good for the union: it forgets whose they are.
-    assert measures.confusion(regions.flip(0), regions).tolist() == [[0, 1, 0], [1, 0, 0]]
-    assert [value.item() for value in measures.union_precision_recall(regions.flip(0), regions)] == [1, 1]
+    assert match_measures.confusion(regions.flip(0), regions).tolist() == [[0, 1, 0], [1, 0, 0]]
+    assert [value.item() for value in match_measures.union_precision_recall(regions.flip(0), regions)] == [1, 1]
 
 
 def test_auc_is_the_share_of_pairs_in_order():
@@ -55,14 +55,17 @@ def test_auc_is_the_share_of_pairs_in_order():
     positive, negative = torch.rand(40) < 0.3, torch.zeros(40, dtype=torch.bool)
     negative[::3] = True
     negative &= ~positive
-    found = measures.auc(scores, positive, negative)
+    found = match_measures.auc(scores, positive, negative)
     for place in np.ndindex(3, 2):
         a, b = scores[place][positive], scores[place][negative]
         pairs = [(x > y) + 0.5 * (x == y) for x in a.tolist() for y in b.tolist()]
         assert found[place].item() == pytest.approx(sum(pairs) / len(pairs), abs=1e-12)
-    assert measures.auc(scores, positive, torch.zeros_like(positive)).isnan().all()
+    assert match_measures.auc(scores, positive, torch.zeros_like(positive)).isnan().all()
     assert (
-        measures.auc(torch.arange(4.0), torch.tensor([False, False, True, True]), torch.tensor([True, True, False, False])) == 1
+        match_measures.auc(
+            torch.arange(4.0), torch.tensor([False, False, True, True]), torch.tensor([True, True, False, False])
+        )
+        == 1
     )
 
 
@@ -70,14 +73,14 @@ def test_auc_of_each_subject():
     """S of subject 0 is highest on the other subject, lowest on the background."""
     regions = torch.tensor([[1, 1, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0]]).bool()
     scores = torch.tensor([[2.0, 2, 3, 1, 1, 1], [0, 0, 5, 0, 0, 0]])
-    others, rest = measures.auc_by_subject(scores, regions)
+    others, rest = match_measures.auc_by_subject(scores, regions)
     assert others.tolist() == [0, 1] and rest.tolist() == [0.75, 1]
 
 
 @pytest.mark.parametrize(("regions", "message"), [([[1, 0], [0, 0]], "region 1 has no token"), ([[1, 1], [0, 1]], "share")])
 def test_regions_that_cannot_be_measured(regions, message):
     with pytest.raises(ValueError, match=message):
-        measures.check_regions(torch.tensor(regions).bool())
+        match_measures.check_regions(torch.tensor(regions).bool())
 
 
 def config_of(model, out="-", **changes):

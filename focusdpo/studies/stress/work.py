@@ -17,7 +17,7 @@ from focusdpo.data.images import PATCH_SIZE
 from focusdpo.features import pool_mask, reference_token_mask
 from focusdpo.foundation.files import writing
 from focusdpo.mask import match_counts
-from focusdpo.studies.stress import measures
+from focusdpo.studies.stress import match_measures
 from focusdpo.studies.stress.features import block_scores
 from focusdpo.training.seeding import seeded
 from focusdpo.training.step import PreferenceStep
@@ -47,7 +47,7 @@ def measure_scene(
         scores [T, O, R, rows, columns] of the mean over layers, regions [R, rows, columns], K [C, R].
     """
     regions = pool_mask(batch.prior)  # [1, R, P]
-    measures.check_regions(regions[0])
+    match_measures.check_regions(regions[0])
     kept = reference_token_mask(batch.reference_masks)
     grid = [side // PATCH_SIZE for side in batch.winner.shape[-2:]]
     found: dict[str, list[Tensor]] = {}
@@ -73,15 +73,15 @@ def measure_scene(
 def measures_of(scores: Tensor, regions: Tensor, counts: Sequence[Tensor], backend: str | None = None) -> dict[str, Tensor]:
     """The measures of S [O, L, 2, R, P] of winner and loser at one time, named as above without T; counts are C times [R]."""
     winner = scores[:, :, 0]
-    others, rest = measures.auc_by_subject(winner, regions)
+    others, rest = match_measures.auc_by_subject(winner, regions)
     per_count: dict[str, list[Tensor]] = {}
     for k in counts:
         matched = topk_mask(winner, k.expand(winner.shape[:-1]), backend=backend)
-        precision, recall = measures.union_precision_recall(matched, regions)
+        precision, recall = match_measures.union_precision_recall(matched, regions)
         coverage = torch.stack([_coverage(scores, regions, k, form == "per_subject", backend) for form in FORMS], dim=2)
         values = {
-            "confusion": measures.confusion(matched, regions),
-            "recall": measures.recall(matched, regions),
+            "confusion": match_measures.confusion(matched, regions),
+            "recall": match_measures.recall(matched, regions),
             "union_precision": precision,
             "union_recall": recall,
             "coverage": coverage,
