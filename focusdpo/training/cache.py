@@ -1,6 +1,6 @@
 """Latents and prompt embeddings on disk: VAE and text encoders run once, and never stand beside the transformer.
 
-Every image and every prompt has a file of its own (`training/tensor_files.py`).
+Every image and every prompt has a file of its own (`foundation/tensor_files.py`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What hears of a training run as it goes on: the base class, the run's journals and its progress bar.
+"""Callbacks of a training run: their base class, the run's journals and its progress bar.
 
 Others stand where their subject is: `Health` (alarms), `Samples`, `Trackers`. `Trainer` lists them in the order in which they
 are called, those of its caller last.
@@ -24,7 +24,7 @@ Row = dict[str, float]  # metrics by name, and "step"
 
 
 class Callback:
-    """Hears of a run; a subclass overrides the hooks it needs.
+    """Its hooks are called as a run goes on; a subclass overrides those it needs.
 
     They are called in the main process alone, unless `in_all_processes` is true: then in all at the same places, which it takes
     to run the model or to gather tensors. What a hook raises ends the run.

@@ -62,7 +62,7 @@ class Trainer(PreparedRun):
         self._evaluation = evaluation
         own = (Trackers(), Journals(), Health(config), ProgressBar(), self.samples)
         self.callbacks = [each for each in (*own, *callbacks) if self.launch.is_main or each.in_all_processes]
-        self.stopped = False  # before all was done, as it was told to
+        self.stopped = False  # by a signal, before all was done
         self._signals = StopSignals(self.launch)
         self._of_step: list[tuple[list[int], torch.Tensor]] = []  # pairs and logits [B] of the batches of the running step
         self._running: tuple[PairDataset, list[int]] | None = None  # the batch, until it is through
@@ -73,7 +73,7 @@ class Trainer(PreparedRun):
             getattr(callback, hook)(self, *values)
 
     def check_stop(self) -> None:
-        """Ends training, in all processes at the same place, where it was told to; all of them call this equally often."""
+        """Ends training after a signal, in all processes at the same place; all of them call this equally often."""
         self._signals.check()
 
     def is_due(self, every: int) -> bool:

@@ -1,4 +1,4 @@
-"""What hears of a run: the example of the documentation, and what is there already when a hook is called."""
+"""Callbacks: the documented example, and what is on the disk when a hook is called."""
 
 from __future__ import annotations
 
