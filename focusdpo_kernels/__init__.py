@@ -1,12 +1,31 @@
 """Fused Triton kernels of FocusDPO, with PyTorch references that specify them. Tensors only: torch and triton."""
 
-from focusdpo_kernels.entropy import patch_entropy
-from focusdpo_kernels.fusion import focus_field, focus_field_of_images, fuse_focus
-from focusdpo_kernels.matching import structure_field, topk_mask
-from focusdpo_kernels.reference import FocusField, PreferenceResidual
-from focusdpo_kernels.residual import preference_residual
-from focusdpo_kernels.similarity import SimilarityAccumulator, cross_layer_similarity
+from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from focusdpo_kernels.entropy import patch_entropy
+    from focusdpo_kernels.fusion import focus_field, focus_field_of_images, fuse_focus
+    from focusdpo_kernels.matching import structure_field, topk_mask
+    from focusdpo_kernels.reference import FocusField, PreferenceResidual
+    from focusdpo_kernels.residual import preference_residual
+    from focusdpo_kernels.similarity import SimilarityAccumulator, cross_layer_similarity
+
+_HOMES = {
+    "FocusField": "reference",
+    "PreferenceResidual": "reference",
+    "SimilarityAccumulator": "similarity",
+    "cross_layer_similarity": "similarity",
+    "focus_field": "fusion",
+    "focus_field_of_images": "fusion",
+    "fuse_focus": "fusion",
+    "patch_entropy": "entropy",
+    "preference_residual": "residual",
+    "structure_field": "matching",
+    "topk_mask": "matching",
+}
 __all__ = [
     "FocusField",
     "PreferenceResidual",
@@ -20,3 +39,10 @@ __all__ = [
     "structure_field",
     "topk_mask",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The public names when they are asked for: choices.py is read where nobody needs torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import Any, Literal, cast
+from typing import Any, cast, get_args
 
 import torch
 import triton
 
-Backend = Literal["triton", "torch"]
-BACKENDS = ("triton", "torch")
+from focusdpo_kernels.choices import Backend
+
+BACKENDS: tuple[str, ...] = get_args(Backend)
 ACCELERATORS: tuple[str, ...] = ("cuda", "xpu")  # ROCm devices call themselves cuda
 
 # Triton decides when a kernel is decorated, so what counts is the value at import.

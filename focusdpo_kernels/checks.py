@@ -9,18 +9,20 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping, Sequence
+from typing import get_args
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from focusdpo_kernels.autograd import has_tangent, is_traced, is_transformed
+from focusdpo_kernels.choices import EntropyMethod, Reduction
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What a mask, a prior or a weight may be made of.
 REALS = (*FLOATS, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-METHODS = ("kde", "histogram")
-REDUCTIONS = ("mean", "sum", "masked_mean")
+METHODS: tuple[str, ...] = get_args(EntropyMethod)
+REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 PATCH = 2  # latents along the side of a token
 # exp(-x^2 / 2) stays a normal fp32 number up to here; a pixel must be this near (in sigmas) to some bin.
 MAX_SIGMAS = 13.0

@@ -87,6 +87,8 @@ def structure_field(scores: Tensor, k: int | Tensor, prior: Tensor, per_subject:
 
 def patch_entropy(images: Tensor, patch_size: int, bins: int, sigma: float, method: str, normalize: bool) -> Tensor:
     """E7, from the bins near each pixel where these are few."""
+    if method not in ("kde", "histogram"):  # which has no faster way here
+        return spec.patch_entropy(images, patch_size, bins, sigma, method, normalize)
     rows = max(PIXELS // max(len(images) * images.shape[3] * patch_size, 1), 1) * patch_size
     blocks = [_block_entropy(part, patch_size, bins, sigma, method) for part in torch.split(images, rows, dim=2)]
     entropy = torch.cat(blocks, dim=1) if len(blocks) > 1 else blocks[0]

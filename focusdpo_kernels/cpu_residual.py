@@ -48,18 +48,14 @@ def _weights(prediction: Tensor, masks: Sequence[Tensor], reduction: str, mask_p
     """M^mask_power times the reduction's scale by position, of winner and loser or of both: [1 or 2, B, P] of tokens,
     [1 or 2, B, H, W] of latents. One value a sample where there is no mask.
     """
-    batch, size = prediction.shape[0], math.prod(prediction.shape[1:])
-    scale = 1.0 if reduction == "sum" else 1 / max(size, 1)
+    elements = math.prod(prediction.shape[1:])
+    shape = (len(masks) or 1, prediction.shape[0], *[1] * (prediction.ndim - 2))
     if not masks:
-        shape = (1, batch, *[1] * (prediction.ndim - 2))
-        return torch.full(shape, scale, dtype=torch.float32, device=prediction.device)
-    by_position = [spec.position_weight(mask, prediction, mask_power) for mask in masks]
-    weights = by_position[0][None] if len(masks) == 1 else torch.stack(by_position)
-    if reduction == "masked_mean":
-        mass = weights.flatten(2).sum(2) * prediction.shape[_channel_axis(prediction)]
-        scales = torch.where(mass == 0, 0, 1 / torch.where(mass == 0, 1, mass))
-        return weights * scales.reshape(*mass.shape, *[1] * (prediction.ndim - 2))
-    return weights if reduction == "sum" else weights.mul_(scale)
+        mass = torch.full(shape, float(elements), dtype=torch.float32, device=prediction.device)
+        return spec.reduction_scale(mass, elements, reduction)
+    weights = torch.stack([spec.position_weight(mask, prediction, mask_power) for mask in masks])
+    mass = weights.flatten(2).sum(2) * prediction.shape[_channel_axis(prediction)]
+    return weights.mul_(spec.reduction_scale(mass, elements, reduction).reshape(shape))
 
 
 def _channel_axis(prediction: Tensor) -> int:

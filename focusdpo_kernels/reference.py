@@ -255,6 +255,15 @@ def element_weight(weight: Tensor, prediction: Tensor, mask_power: int) -> Tenso
     return position_weight(weight, prediction, mask_power).unsqueeze(2 if prediction.ndim == 3 else 1)
 
 
+def reduction_scale(mass: Tensor, elements: int, reduction: str) -> Tensor:
+    """What a sample's sum of weighted errors is multiplied by, where its weights add up to `mass` over `elements`."""
+    if reduction == "mean":
+        return torch.full_like(mass, 1 / max(elements, 1))
+    if reduction == "sum":
+        return torch.ones_like(mass)
+    return torch.where(mass == 0, 0, 1 / torch.where(mass == 0, 1, mass))
+
+
 def preference_residual(
     predictions: Sequence[Tensor], weights: Sequence[Tensor], reduction: str, mask_power: int
 ) -> PreferenceResidual:
@@ -270,13 +279,7 @@ def preference_residual(
     def side(predictions: Sequence[Tensor], weight: Tensor | None) -> tuple[Tensor, ...]:
         a, b, t = (x.to(dtype) for x in predictions)
         m = torch.ones_like(t) if weight is None else element_weight(weight, t, mask_power).expand_as(t)
-        if reduction == "mean":
-            scale = torch.full((t.shape[0],), 1 / max(math.prod(t.shape[1:]), 1), dtype=dtype, device=t.device)
-        elif reduction == "sum":
-            scale = torch.ones(t.shape[0], dtype=dtype, device=t.device)
-        else:
-            total = m.sum(axes)
-            scale = torch.where(total == 0, 0, 1 / torch.where(total == 0, 1, total))
+        scale = reduction_scale(m.sum(axes), math.prod(t.shape[1:]), reduction)
         gradient = (m * (a - t)).detach()
         policy_error = (m * (a - t) ** 2).sum(axes) * scale
         reference_error = (m * (b - t) ** 2).sum(axes) * scale

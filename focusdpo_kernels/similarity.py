@@ -7,6 +7,7 @@ layer) and dense_similarity.py (its best matching token).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -15,11 +16,12 @@ from focusdpo_kernels import cpu_similarity
 from focusdpo_kernels import reference as spec
 from focusdpo_kernels.backend import resolve_backend
 from focusdpo_kernels.checks import check_choice, check_no_grad, check_similarity
+from focusdpo_kernels.choices import Pooling
 from focusdpo_kernels.dense_similarity import launch_dense
 from focusdpo_kernels.pooled_similarity import launch_pooled
 from focusdpo_kernels.streamed_similarity import StreamedSimilarity
 
-POOLINGS = ("reference", "max")
+POOLINGS: tuple[str, ...] = get_args(Pooling)
 
 
 def _as_bytes(mask: Tensor) -> Tensor:
