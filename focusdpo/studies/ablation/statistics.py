@@ -12,8 +12,8 @@ from scipy import stats
 
 from focusdpo.metrics.bootstrap import mean_interval
 from focusdpo.studies.ablation.jobs import Result
-from focusdpo.studies.ablation.measures import Measure
 from focusdpo.studies.ablation.variants import Change
+from focusdpo.studies.ablation.yardsticks import Measure
 
 DECIMALS = 12  # what differs behind them differs by rounding, of which Student's interval would make a certainty
 SAME_SIGN = 6  # items that all differ by one value, and so to one side: by chance in fewer than 5 % of cases, by the sign test
