@@ -57,8 +57,7 @@ def prepare(config: MasksConfig) -> Callable[[], None]:
     }
 
     def work() -> None:
-        out.begin(clear=True)
-        with out:
+        with out.begin():
             write_masks(config, run, step, batch, groups, about)
 
     return work
