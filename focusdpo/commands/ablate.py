@@ -16,11 +16,11 @@ from focusdpo.foundation.output_folder import OutputFolder
 from focusdpo.foundation.settings import check_begun, require
 from focusdpo.studies.ablation import yardsticks
 from focusdpo.studies.ablation.jobs import JOB_WRITTEN, Job, Judge, Result, run_of
-from focusdpo.studies.ablation.measures import Measure
 from focusdpo.studies.ablation.page import write_ablation_page
 from focusdpo.studies.ablation.pool import run_jobs
 from focusdpo.studies.ablation.statistics import Table, tabulate, text_of
 from focusdpo.studies.ablation.variants import Change, changes_of
+from focusdpo.studies.ablation.yardsticks import Measure
 from focusdpo.studies.config import AblationConfig
 from focusdpo.training.batches import check_match_count, dataset_of, load_records
 from focusdpo.training.config import TrainConfig

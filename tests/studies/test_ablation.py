@@ -22,10 +22,10 @@ from focusdpo.features import pool_mask
 from focusdpo.studies.ablation import jobs as ablation_jobs
 from focusdpo.studies.ablation import yardsticks
 from focusdpo.studies.ablation.jobs import Result
-from focusdpo.studies.ablation.measures import Measure
 from focusdpo.studies.ablation.pool import run_jobs
 from focusdpo.studies.ablation.statistics import Estimate, difference, over_seeds, tabulate, text_of
 from focusdpo.studies.ablation.variants import VARIANTS, changes_of
+from focusdpo.studies.ablation.yardsticks import Measure
 from focusdpo.studies.config import AblationConfig
 from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, ModelConfig, OptimConfig, SamplesConfig, TrainConfig
 from focusdpo.training.trainer import VALIDATION_SEED, Trainer

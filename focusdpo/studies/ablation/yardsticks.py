@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,10 +12,21 @@ from torch import Tensor
 from focusdpo.data import SizeBatches
 from focusdpo.features import pool_mask
 from focusdpo.loss import pair_accuracy
-from focusdpo.studies.ablation.measures import Measure
 from focusdpo.training.batches import load_batches
 from focusdpo.training.trainer import VALIDATION_SEED, Trainer
 from focusdpo_kernels import preference_residual
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A measure of a trained model.
+
+    label: what it is. better: whether more of it is better, or less, or neither by itself.
+    """
+
+    label: str
+    better: Literal["more", "less", "neither"] = "more"
+
 
 REGIONS = ("whole", "inside", "outside")
 # Ratios are 1 and accuracies one half for the model before training.

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from focusdpo.data import collate
 from focusdpo.metrics.fid import frechet_distance_of_features
-from focusdpo.studies.ablation.measures import Measure
+from focusdpo.studies.ablation.yardsticks import Measure
 from focusdpo.studies.microcosm.classifier import IdentityClassifier, classify
 from focusdpo.training.loading import load_backbone
 from focusdpo.training.seeding import seeded
