@@ -74,20 +74,18 @@ def prepare(config: DreamBenchConfig) -> Callable[[], None]:
 
     def work() -> None:
         with folder.begin():
-            write()
-
-    def write() -> None:
-        made = composed_scenes(root, out, classes, together, config.resolution, config.seed)
-        composed = list(tqdm(made, total=len(together), desc="composing scenes", unit="scene", leave=False))
-        whole = [line for line in composed if line is not None]
-        if len(whole) < len(composed):
-            logger.info("%d pairs of subjects have no photos that show both whole", len(composed) - len(whole))
-        for name, lines in {**written, "scenes.jsonl": singles + whole}.items():
-            write_lines(out / name, lines)
-            logger.info("%d lines in %s", len(lines), out / name)
-        if missing:
-            logger.warning("left out: the prompts of %d subjects without photos: %s", len(missing), ", ".join(sorted(missing)))
-        if config.pairs_per_scene:
-            data_build.prepare(pairs)()
+            made = composed_scenes(root, out, classes, together, config.resolution, config.seed)
+            composed = list(tqdm(made, total=len(together), desc="composing scenes", unit="scene", leave=False))
+            whole = [line for line in composed if line is not None]
+            if len(whole) < len(composed):
+                logger.info("%d pairs of subjects have no photos that show both whole", len(composed) - len(whole))
+            for name, lines in {**written, "scenes.jsonl": singles + whole}.items():
+                write_lines(out / name, lines)
+                logger.info("%d lines in %s", len(lines), out / name)
+            if missing:
+                absent = ", ".join(sorted(missing))
+                logger.warning("left out: the prompts of %d subjects without photos: %s", len(missing), absent)
+            if config.pairs_per_scene:
+                data_build.prepare(pairs)()
 
     return work

@@ -126,11 +126,9 @@ def draw(stages: Stages, table: Table, results: Sequence[Result]) -> None:
         draw_curves(points, start, {name: table.measures[name].label for name in DRAWN}, folder / "curves.png")
     classifier = IdentityClassifier(len(stages.identities))
     classifier.load_state_dict(load_file(folder / "classifier.safetensors"))
-    runs = {}
-    for variant, label in labels.items():
-        run = Path(config.ablation.output_dir) / ablate.RUNS / variant / f"seed-{config.seeds[0]}"
-        if (run / IMAGES_FILE).is_file():
-            runs[label] = run
+    runs_folder, seed = Path(config.ablation.output_dir) / ablate.RUNS, f"seed-{config.seeds[0]}"
+    folders = {label: runs_folder / variant / seed for variant, label in labels.items()}
+    runs = {label: run for label, run in folders.items() if (run / IMAGES_FILE).is_file()}
     settings = stages.train_config()
     held_out = dataset_of(load_records(settings)[1], settings.data, settings.model.backbone)
     identities = [identity.name for identity in stages.identities]

@@ -97,16 +97,15 @@ def run_of(
 
 def work_on(job: Job) -> Result:
     """Does a job from wherever an earlier start left it; one that is done is read."""
-    if not job.is_done:
+    result = read_result(job)
+    if result is None:
         result = _train(job) if job.change.trained else _judge_untrained(job)
         gc.collect()  # here, where nothing holds the trainer any more
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         job.folder.mkdir(parents=True, exist_ok=True)
         write_whole(job.folder / RESULT_FILE, json.dumps(vars(result)))
-    done = read_result(job)
-    assert done is not None  # just written
-    return done
+    return result
 
 
 def read_result(job: Job) -> Result | None:

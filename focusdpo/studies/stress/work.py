@@ -51,7 +51,6 @@ def measure_scene(
     kept = reference_token_mask(batch.reference_masks)
     grid = [side // PATCH_SIZE for side in batch.winner.shape[-2:]]
     found: dict[str, list[Tensor]] = {}
-    shown = []
     k: list[Tensor] = []
     for t in times:
         with torch.autocast(step.backbone.device.type, torch.bfloat16, enabled=autocast):
@@ -59,12 +58,10 @@ def measure_scene(
             scores = block_scores(step, noised, batch, poolings)  # [O, L, 2, R, P]
         wanted = [match_counts(count, scores[0, 0, :1], regions, kept) for count in counts]  # numbers, or tensors on the device
         k = [torch.as_tensor(each, device=scores.device).expand(1, len(regions[0]))[0] for each in wanted]
-        one = measures_of(scores, regions[0], k, step.backend)
-        for name, value in one.items():
+        shown = {"scores": scores[:, 0, 0].reshape(len(poolings), -1, *grid)}
+        for name, value in (measures_of(scores, regions[0], k, step.backend) | shown).items():
             found.setdefault(name, []).append(value)
-        shown.append(scores[:, 0, 0].reshape(len(poolings), -1, *grid))
     arrays: Arrays = {name: torch.stack(each).cpu().numpy() for name, each in found.items()}
-    arrays["scores"] = torch.stack(shown).cpu().numpy()
     arrays["regions"] = regions[0].reshape(-1, *grid).cpu().numpy()
     arrays["K"] = torch.stack(k).cpu().numpy()
     return arrays
