@@ -325,7 +325,7 @@ class OutputFolder:
         """Makes the folder ready, and returns it: nothing is refused after that.
 
         Args:
-            clear: delete the command's own earlier files, instead of going on with them; None where `goes_on` is false.
+            clear: delete the command's own earlier files, instead of going on with them; by default unless `goes_on`.
 
         Raises:
             FileExistsError: as `check`, which may have been a while ago.
