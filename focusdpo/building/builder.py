@@ -25,7 +25,7 @@ from focusdpo.foundation.output_folder import OutputFolder
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.jsonl"  # one line for each candidate that is done
-SETTINGS = "build.json"
+SETTINGS = "build.json"  # what the build was begun with
 REJECTED = "rejected.jsonl"
 REPORT = "report.json"
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
@@ -37,7 +37,7 @@ WRITTEN = (
 )
 
 
-def build(config: BuildConfig, scenes: Sequence[Scene], settings: dict[str, Any], out: OutputFolder) -> None:
+def build(config: BuildConfig, scenes: Sequence[Scene], out: OutputFolder) -> None:
     """Builds what the manifest lacks, and writes the dataset into a folder that is ready.
 
     Raises:
@@ -48,7 +48,6 @@ def build(config: BuildConfig, scenes: Sequence[Scene], settings: dict[str, Any]
     from focusdpo.building.ray_engine import run_ray
 
     folder = out.path
-    write_whole(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
     done = read_manifest(folder)
     candidates = [Candidate(i, v, config.seed, scene) for i, scene in enumerate(scenes) for v in range(config.pairs_per_scene)]
     same = duplicates_of([done[candidate.name] for candidate in candidates if candidate.name in done], config)

@@ -9,6 +9,7 @@ from PIL import Image
 
 from focusdpo.building.blending import box_of
 from focusdpo.building.candidate import Candidate, Photo
+from focusdpo.building.config import CaptioningConfig
 
 
 class ClassNames:
@@ -23,21 +24,16 @@ class ClassNames:
 class CaptionModel:
     """An image-to-text model of transformers describes the part of the scene that shows the subject.
 
-    Args:
-        path: folder of the model.
-        prompt: what it is asked, with {class_name} filled in; models with a chat template see it as the user's message.
-        max_new_tokens: length limit.
-        device: where it runs.
+    Models with a chat template see the prompt as the user's message.
     """
 
-    def __init__(self, path: str, prompt: str, max_new_tokens: int, device: str) -> None:
+    def __init__(self, config: CaptioningConfig) -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        self.device = device
-        self._prompt = prompt
-        self._max_new_tokens = max_new_tokens
-        self._processor = AutoProcessor.from_pretrained(path, local_files_only=True)
-        self._model = AutoModelForImageTextToText.from_pretrained(path, local_files_only=True).to(device).eval()
+        self.device = config.device
+        self._config = config
+        self._processor = AutoProcessor.from_pretrained(config.path, local_files_only=True)
+        self._model = AutoModelForImageTextToText.from_pretrained(config.path, local_files_only=True).to(self.device).eval()
 
     def __call__(self, candidate: Candidate) -> None:
         candidate.captions = [self._caption(photo) for photo in candidate.subjects]
@@ -45,9 +41,9 @@ class CaptionModel:
     @torch.inference_mode()
     def _caption(self, photo: Photo) -> str:
         crop = Image.fromarray(photo.pixels[box_of(photo.region)])
-        text = self._prompt.format(class_name=photo.subject.class_name)
+        text = self._config.prompt.format(class_name=photo.subject.class_name)
         inputs = self._inputs(crop, text).to(self.device)
-        tokens = self._model.generate(**inputs, max_new_tokens=self._max_new_tokens, do_sample=False)
+        tokens = self._model.generate(**inputs, max_new_tokens=self._config.max_new_tokens, do_sample=False)
         if not self._model.config.is_encoder_decoder:  # those repeat what they were asked
             tokens = tokens[:, inputs["input_ids"].shape[1] :]
         caption = self._processor.batch_decode(tokens, skip_special_tokens=True)[0].strip()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import cv2
 import numpy as np
@@ -130,24 +131,21 @@ def fit_donor(donor: Photo, mask: Mask) -> tuple[float, Photo, Pixels, Mask] | N
     coarse = 96 / max(height, width)
     small_mask = cv2.resize(mask.astype(np.float32), None, fx=coarse, fy=coarse, interpolation=cv2.INTER_AREA) > 0.5
     best: tuple[float, Float] | None = None
-    for flip in (False, True):
-        for factor in (0.9, 1.0, 1.1, 1.2):
-            for stretch in (0.92, 1.0, 1.08):
-                scale_x, scale_y = base * factor * stretch, base * factor / stretch
-                for shift in (-0.08, 0.0, 0.08):
-                    left = middle - scale_x * shape.shape[1] / 2 + shift * width
-                    top = bottom - scale_y * shape.shape[0]
-                    move = np.array([[scale_x, 0, left], [0, scale_y, top]], np.float32)
-                    if flip:
-                        move = move @ np.array([[-1, 0, shape.shape[1] - 1], [0, 1, 0], [0, 0, 1]], np.float32)
-                    reduce = np.diag([coarse, coarse]).astype(np.float32)
-                    there = cv2.warpAffine(shape, reduce @ move, small_mask.shape[::-1]) > 0.5
-                    shared = float((there & small_mask).sum())
-                    # With what lies outside of the scene: a subject that is cut off fits less.
-                    area = float(shape.sum()) * scale_x * scale_y * coarse**2
-                    score = shared / (area + float(small_mask.sum()) - shared)
-                    if best is None or score > best[0]:
-                        best = score, move
+    for flip, factor, stretch, shift in product((False, True), (0.9, 1.0, 1.1, 1.2), (0.92, 1.0, 1.08), (-0.08, 0.0, 0.08)):
+        scale_x, scale_y = base * factor * stretch, base * factor / stretch
+        left = middle - scale_x * shape.shape[1] / 2 + shift * width
+        top = bottom - scale_y * shape.shape[0]
+        move = np.array([[scale_x, 0, left], [0, scale_y, top]], np.float32)
+        if flip:
+            move = move @ np.array([[-1, 0, shape.shape[1] - 1], [0, 1, 0], [0, 0, 1]], np.float32)
+        reduce = np.diag([coarse, coarse]).astype(np.float32)
+        there = cv2.warpAffine(shape, reduce @ move, small_mask.shape[::-1]) > 0.5
+        shared = float((there & small_mask).sum())
+        # With what lies outside of the scene: a subject that is cut off fits less.
+        area = float(shape.sum()) * scale_x * scale_y * coarse**2
+        score = shared / (area + float(small_mask.sum()) - shared)
+        if best is None or score > best[0]:
+            best = score, move
     assert best is not None
     score, move = best
     if score < LEAST_FIT:

@@ -7,7 +7,6 @@ them UNO's two lists, `dreambench_singleip.json` and `dreambench_multiip.json`.
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,6 @@ from focusdpo.building import builder
 from focusdpo.building.dreambench_scenes import COMPOSED, as_stored, photos, relative
 from focusdpo.foundation.output_folder import under
 from focusdpo.foundation.settings import require
-
-logger = logging.getLogger(__name__)
 
 CLASSES_FILE = "prompts_and_classes.txt"
 # What it writes, see `focusdpo.foundation.output_folder`.

@@ -32,16 +32,11 @@ class Step:
 def steps(config: BuildConfig, scenes: Sequence[Scene]) -> list[Step]:
     """The pipeline that the settings name."""
     segmentation, captioning, disruption = config.segmentation, config.captioning, config.disruption
-    sam = segmentation.path, segmentation.detector, segmentation.threshold, segmentation.device
-    model = captioning.path, captioning.prompt, captioning.max_new_tokens, captioning.device
-    segment: dict[str, Callable[[], Stage]] = {"given": GivenMasks, "grabcut": GrabCut, "sam": partial(Sam, *sam)}  # type: ignore[arg-type]
-    caption: dict[str, Callable[[], Stage]] = {"class": ClassNames, "model": partial(CaptionModel, *model)}  # type: ignore[arg-type]
-    disrupt: dict[str, Callable[[], Stage]] = {
-        "embedded": Embedded,
-        "inpaint": partial(_inpainting, disruption),
-    }
+    segment: dict[str, Callable[[], Stage]] = {"given": GivenMasks, "grabcut": GrabCut, "sam": partial(Sam, segmentation)}
+    caption: dict[str, Callable[[], Stage]] = {"class": ClassNames, "model": partial(CaptionModel, captioning)}
+    disrupt: dict[str, Callable[[], Stage]] = {"embedded": Embedded, "inpaint": partial(_inpainting, disruption)}
     return [
-        Step("cpu", partial(Load, scenes, config.resolution, config.reference_resolution, disruption)),
+        Step("cpu", partial(Load, scenes, config)),
         Step(segmentation.device, segment[segmentation.name]),
         Step(captioning.device, caption[captioning.name]),
         Step(disruption.device, disrupt[disruption.name]),
@@ -68,10 +63,9 @@ class Worker:
             self._stages = [step.make() for step in self._steps]
         return run_stages(self._stages, candidate)
 
-
-def outcome_of(worker: Worker, candidate: Candidate) -> dict[str, Any]:
-    """What the manifest keeps of a candidate."""
-    return worker(candidate).outcome()
+    def outcome_of(self, candidate: Candidate) -> dict[str, Any]:
+        """What the manifest keeps of a candidate."""
+        return self(candidate).outcome()
 
 
 def run_plain(steps: Sequence[Step], candidates: Sequence[Candidate], workers: int) -> Generator[dict[str, Any]]:
@@ -80,7 +74,7 @@ def run_plain(steps: Sequence[Step], candidates: Sequence[Candidate], workers: i
     Raises:
         ChildProcessError: a process was killed.
     """
-    work = partial(outcome_of, Worker(steps))
+    work = Worker(steps).outcome_of
     count = min(workers, len(candidates))
     if count <= 1:
         yield from map(work, candidates)

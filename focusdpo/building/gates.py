@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
-from typing import Protocol
 
 import imagehash
 import numpy as np
@@ -16,22 +15,12 @@ from focusdpo.building.blending import box_of, to_lab
 from focusdpo.building.candidate import Candidate, Mask, Pixels, Rejected
 from focusdpo.building.config import GatesConfig
 
-
-class Distance(Protocol):
-    """How visible a change is, from 0."""
-
-    minimum: float  # below which it counts as not visible
-
-    def __call__(self, winner: Pixels, loser: Pixels, changed: Mask) -> float: ...
+LEAST_CHANGE = {"lab": 8.0, "features": 0.05}  # below which a change counts as not visible, by how it is measured
 
 
-class LabDistance:
+def lab_distance(winner: Pixels, loser: Pixels, changed: Mask) -> float:
     """Mean colour distance within the changed region, CIE76."""
-
-    minimum = 8.0
-
-    def __call__(self, winner: Pixels, loser: Pixels, changed: Mask) -> float:
-        return float(np.linalg.norm(to_lab(winner) - to_lab(loser), axis=-1)[changed].mean())
+    return float(np.linalg.norm(to_lab(winner) - to_lab(loser), axis=-1)[changed].mean())
 
 
 class FeatureDistance:
@@ -41,8 +30,6 @@ class FeatureDistance:
         path: local folder of a transformers vision model, such as DINO or CLIP.
         device: where it runs.
     """
-
-    minimum = 0.05
 
     def __init__(self, path: str, device: str) -> None:
         from transformers import AutoImageProcessor, AutoModel
@@ -66,10 +53,9 @@ class Gates:
     def __init__(self, config: GatesConfig) -> None:
         self._config = config
         self.device = config.device
-        self._distance: Distance = (
-            LabDistance() if config.path is None else FeatureDistance(config.path, config.device)  # checked by the config
-        )
-        self._minimum = self._distance.minimum if config.min_change is None else config.min_change
+        # That there is a path for features is checked by the config.
+        self._distance = lab_distance if config.path is None else FeatureDistance(config.path, config.device)
+        self._minimum = LEAST_CHANGE[config.visibility] if config.min_change is None else config.min_change
 
     def __call__(self, candidate: Candidate) -> None:
         assert candidate.scene is not None and candidate.loser is not None

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from focusdpo.building.candidate import Candidate, Mask, Photo, Pixels
-from focusdpo.building.config import ALWAYS_APPLY, DisruptionConfig
+from focusdpo.building.config import ALWAYS_APPLY, BuildConfig
 from focusdpo.building.scenes import Scene, SceneSubject, View
 from focusdpo.data.images import Size, read_image, read_mask, read_size, token_size
 
@@ -34,18 +34,15 @@ class Load:
 
     Args:
         scenes: all scenes; the references of other instances of a class are its donors.
-        resolution, reference_resolution: longest sides in pixels.
-        disruption: which subjects change, the embedded kinds, and how many donors to draw.
+        config: longest sides in pixels; which subjects change, the embedded kinds, and how many donors to draw.
     """
 
     device = "cpu"
 
-    def __init__(
-        self, scenes: Sequence[Scene], resolution: int, reference_resolution: int, disruption: DisruptionConfig
-    ) -> None:
-        self._resolution = resolution
-        self._reference_resolution = reference_resolution
-        self._disruption = disruption
+    def __init__(self, scenes: Sequence[Scene], config: BuildConfig) -> None:
+        self._resolution = config.resolution
+        self._reference_resolution = config.reference_resolution
+        self._disruption = config.disruption
         by_class: dict[str, dict[View, SceneSubject]] = defaultdict(dict)
         for scene in scenes:
             for subject in scene.subjects:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from focusdpo.building.blending import box_of
 from focusdpo.building.candidate import Candidate, Mask, Photo, Pixels, Rejected
+from focusdpo.building.config import SegmentationConfig
 from focusdpo.building.scenes import Box, View
 from focusdpo.data.images import read_size
 
@@ -164,27 +165,21 @@ class GrabCut(Segmentation):
 
 
 class Sam(Segmentation):
-    """A mask-generation model of transformers, prompted by the given box, or by an open-vocabulary detector's.
+    """A mask-generation model of transformers, prompted by the given box, or by an open-vocabulary detector's."""
 
-    Args:
-        path: folder of the mask-generation model. detector: folder of the detector.
-        threshold: score from which its box counts.
-        device: of both.
-    """
-
-    def __init__(self, path: str, detector: str | None, threshold: float, device: str) -> None:
+    def __init__(self, config: SegmentationConfig) -> None:
         from transformers import AutoModelForMaskGeneration, AutoModelForZeroShotObjectDetection, AutoProcessor
 
         super().__init__()
-        self.device = device
-        self._threshold = threshold
-        self._processor = AutoProcessor.from_pretrained(path, local_files_only=True)
-        self._model = AutoModelForMaskGeneration.from_pretrained(path, local_files_only=True).to(device).eval()
+        self.device = config.device
+        self._threshold = config.threshold
+        self._processor = AutoProcessor.from_pretrained(config.path, local_files_only=True)
+        self._model = AutoModelForMaskGeneration.from_pretrained(config.path, local_files_only=True).to(self.device).eval()
         self._detector = None
-        if detector is not None:
-            self._detector_processor = AutoProcessor.from_pretrained(detector, local_files_only=True)
-            model = AutoModelForZeroShotObjectDetection.from_pretrained(detector, local_files_only=True)
-            self._detector = model.to(device).eval()
+        if config.detector is not None:
+            self._detector_processor = AutoProcessor.from_pretrained(config.detector, local_files_only=True)
+            model = AutoModelForZeroShotObjectDetection.from_pretrained(config.detector, local_files_only=True)
+            self._detector = model.to(self.device).eval()
 
     @torch.inference_mode()
     def find(self, pixels: Pixels, class_name: str, area: Area | None) -> Mask:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from focusdpo.data.sources import content_checksum
 from focusdpo.foundation.files import write_json, write_whole
-from focusdpo.foundation.output_folder import OutputFolder, read_begun
+from focusdpo.foundation.output_folder import OutputFolder
 from focusdpo.foundation.settings import check_begun, require
 from focusdpo.studies.ablation import yardsticks
 from focusdpo.studies.ablation.jobs import JOB_WRITTEN, Job, Judge, Result, run_of
@@ -63,23 +63,22 @@ def prepare(
     _check_pairs(run, changes)
     folder = Path(config.output_dir)
     settings = _settings(config, run)
-    known = folder / SETTINGS_FILE
-    goes_on = not config.overwrite and known.is_file()
-    if goes_on:
-        check_begun("ablation", folder, read_begun("output_dir", known), json.loads(json.dumps(settings)), _is_longer)
     out = OutputFolder("output_dir", folder, "ablate", WRITTEN)
-    hint = "delete it with --overwrite true, or name another folder"
-    out.check(config.overwrite, hint, goes_on, aside=(TABLE_FILE, PAGE_FILE, RESULTS_FILE))
+    compare = partial(check_begun, "ablation", folder, may_differ=_is_longer)
+    out.check_begun(config.overwrite, SETTINGS_FILE, settings, compare, aside=(TABLE_FILE, PAGE_FILE, RESULTS_FILE))
     taken = {**(measures or {}), **yardsticks.MEASURES}
 
     def work() -> None:
-        out.begin(clear=not goes_on)
-        with out:
-            write_json(known, settings)
+        with out.begin():
             jobs = jobs_of(config, run, changes, judge)
             results = run_jobs(jobs, config.workers)
             table = tabulate(results, changes, config.baseline, taken)
-            content = _as_json(settings, changes, results, table)
+            content = {
+                **settings,
+                "variants": [asdict(change) for change in changes],
+                "table": asdict(table),
+                "results": [asdict(result) for result in results],
+            }
             write_json(folder / RESULTS_FILE, content)
             text = text_of(table, {change.name: change.label for change in changes})
             write_whole(folder / TABLE_FILE, text + "\n")
@@ -134,12 +133,3 @@ def _is_longer(name: str, begun: Any, now: Any) -> bool:
     """Variants, grids and seeds may be added to: what is there stays as it is."""
     lists = ("variants", "grids", "seeds", "tau", "gamma", "match_count", "layers", "mask_from", "feature_source")
     return name in lists and isinstance(begun, list) and isinstance(now, list) and set(map(str, begun)) <= set(map(str, now))
-
-
-def _as_json(settings: dict[str, Any], changes: Sequence[Change], results: Sequence[Result], table: Table) -> dict[str, Any]:
-    return {
-        **settings,
-        "variants": [asdict(change) for change in changes],
-        "table": asdict(table),
-        "results": [asdict(result) for result in results],
-    }

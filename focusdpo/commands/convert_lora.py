@@ -33,8 +33,7 @@ def prepare(config: ConvertLoraConfig) -> Callable[[], None]:
         raise ValueError(f"source: {source}: {error}") from error
 
     def write() -> None:
-        out.begin(clear=False)
-        with out:
+        with out.begin(clear=False):
             for name, content in files.items():
                 write_bytes(folder / name, content)
                 logger.info("wrote %s", folder / name)

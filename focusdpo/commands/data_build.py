@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from focusdpo.building.scenes import FILE_NAME as SCENES_FILE
 from focusdpo.building.scenes import load_scenes
 from focusdpo.data.records import FILE_NAME
 from focusdpo.foundation.files import checksum
-from focusdpo.foundation.output_folder import OutputFolder, read_begun
+from focusdpo.foundation.output_folder import OutputFolder
 from focusdpo.foundation.packages import require_package
 from focusdpo.foundation.settings import differences, flat
 
@@ -41,18 +42,13 @@ def prepare(config: BuildConfig) -> Callable[[], None]:
                 raise FileNotFoundError(f"{group}.{name}: no such folder: {folder}; models are read from local folders")
     scenes = load_scenes(config.scenes)
     folder = Path(config.output_dir)
-    settings = _settings(config)
-    goes_on = not config.overwrite and (folder / SETTINGS).is_file()
-    if goes_on:
-        _check_same(read_begun("output_dir", folder / SETTINGS), settings, folder)
     out = OutputFolder("output_dir", folder, "data build", WRITTEN)
-    out.check(config.overwrite, "delete it with --overwrite true, or name another folder", goes_on, aside=(FILE_NAME, REJECTED))
+    out.check_begun(config.overwrite, SETTINGS, _settings(config), partial(_check_same, folder), aside=(FILE_NAME, REJECTED))
 
     def work() -> None:
-        out.begin(clear=not goes_on)
-        with out:
+        with out.begin():
             out.tidy()
-            build(config, scenes, settings, out)
+            build(config, scenes, out)
 
     return work
 
@@ -65,7 +61,7 @@ def _settings(config: BuildConfig) -> dict[str, Any]:
     return {**kept, "scenes (its content)": content[:16]}
 
 
-def _check_same(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+def _check_same(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
     differing = differences("build", saved, now)
     if differing:
         lines = "\n  ".join(differing)

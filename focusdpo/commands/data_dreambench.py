@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from focusdpo.building.dreambench import LISTS, WRITTEN, manifest, read_classes,
 from focusdpo.building.dreambench_scenes import composed_scenes, photo_scenes
 from focusdpo.building.ray_cluster import check_cluster
 from focusdpo.commands import data_build
-from focusdpo.foundation.files import write_whole
+from focusdpo.data.writing import text_of, write_lines
 from focusdpo.foundation.output_folder import OutputFolder
 from focusdpo.foundation.packages import require_package
 from focusdpo.foundation.settings import require
@@ -50,11 +49,13 @@ def prepare(config: DreamBenchConfig) -> Callable[[], None]:
     singles = photo_scenes(root, out, classes)
     require(bool(singles), "root", str(root), "a folder with at least two photos of a subject")
     together = subjects_together(root, classes)
-    resumable = not config.overwrite and all(_holds(out / name, lines) for name, lines in written.items())
+    resumable = not config.overwrite and all(
+        (out / name).is_file() and (out / name).read_text() == text_of(lines) for name, lines in written.items()
+    )
     folder = OutputFolder("output_dir", out, "data dreambench", WRITTEN)
     # One that was killed before it built any pair begins anew.
     composing = folder.is_unfinished and not (out / "pairs").exists()
-    folder.check(config.overwrite or composing, "delete it with --overwrite true, or name another folder", resumable)
+    folder.check(config.overwrite or composing, goes_on=resumable)
     pairs = BuildConfig(
         scenes=str(out / "scenes.jsonl"),
         output_dir=str(out / "pairs"),
@@ -72,30 +73,19 @@ def prepare(config: DreamBenchConfig) -> Callable[[], None]:
         data_build.prepare(pairs)  # refuses other settings before anything is written
 
     def work() -> None:
-        folder.begin(clear=not resumable)
-        with folder:
-            write()
-
-    def write() -> None:
-        made = composed_scenes(root, out, classes, together, config.resolution, config.seed)
-        composed = list(tqdm(made, total=len(together), desc="composing scenes", unit="scene", leave=False))
-        whole = [line for line in composed if line is not None]
-        if len(whole) < len(composed):
-            logger.info("%d pairs of subjects have no photos that show both whole", len(composed) - len(whole))
-        for name, lines in {**written, "scenes.jsonl": singles + whole}.items():
-            write_whole(out / name, _text(lines))
-            logger.info("%d lines in %s", len(lines), out / name)
-        if missing:
-            logger.warning("left out: the prompts of %d subjects without photos: %s", len(missing), ", ".join(sorted(missing)))
-        if config.pairs_per_scene:
-            data_build.prepare(pairs)()
+        with folder.begin():
+            made = composed_scenes(root, out, classes, together, config.resolution, config.seed)
+            composed = list(tqdm(made, total=len(together), desc="composing scenes", unit="scene", leave=False))
+            whole = [line for line in composed if line is not None]
+            if len(whole) < len(composed):
+                logger.info("%d pairs of subjects have no photos that show both whole", len(composed) - len(whole))
+            for name, lines in {**written, "scenes.jsonl": singles + whole}.items():
+                write_lines(out / name, lines)
+                logger.info("%d lines in %s", len(lines), out / name)
+            if missing:
+                absent = ", ".join(sorted(missing))
+                logger.warning("left out: the prompts of %d subjects without photos: %s", len(missing), absent)
+            if config.pairs_per_scene:
+                data_build.prepare(pairs)()
 
     return work
-
-
-def _text(lines: Sequence[dict[str, Any]]) -> str:
-    return "".join(json.dumps(line) + "\n" for line in lines)
-
-
-def _holds(file: Path, lines: Sequence[dict[str, Any]]) -> bool:
-    return file.is_file() and file.read_text() == _text(lines)

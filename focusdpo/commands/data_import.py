@@ -36,8 +36,7 @@ def prepare(config: ImportConfig) -> Callable[[], None]:
     files = [] if config.losers is not None else [table.file for table in find_sources(config.source)]
 
     def work() -> None:
-        out.begin(clear=True)
-        with out:
+        with out.begin():
             try:
                 if config.losers is not None:
                     priors = None if config.priors is None else Path(config.priors)

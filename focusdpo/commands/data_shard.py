@@ -39,8 +39,7 @@ def prepare(config: ShardConfig) -> Callable[[], None]:
         raise FileExistsError(f"out_dir: {folder} holds the source itself; name another folder")
 
     def work() -> None:
-        out.begin(clear=True)
-        with out:
+        with out.begin():
             shards = write_shards(records, folder, config.pairs_per_shard)
         logger.info("wrote %d pairs to %d shards in %s", len(records), len(shards), folder)
 

@@ -13,11 +13,10 @@ from focusdpo.foundation.output_folder import OutputFolder
 def prepare(config: DemoConfig) -> Callable[[], None]:
     """Refuses to write over an earlier demo (unless `overwrite` is on), or over anything else, and returns the demo."""
     out = OutputFolder("out", Path(config.out), "demo", DEMO_WRITTEN)
-    out.check(config.overwrite or out.is_unfinished, "delete it with --overwrite true, or name another folder")
+    out.check(config.overwrite or out.is_unfinished)
 
     def work() -> None:
-        out.begin(clear=True)
-        with out:
+        with out.begin():
             run_demo(config)
 
     return work

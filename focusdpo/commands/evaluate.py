@@ -30,8 +30,7 @@ def prepare(config: EvaluateConfig) -> Callable[[], None]:
     inputs = read_inputs(config)
 
     def work() -> None:
-        out.begin(clear=True)
-        with out:
+        with out.begin():
             evaluate(config, inputs)
 
     return work

@@ -47,18 +47,16 @@ def prepare(config: MasksConfig) -> Callable[[], None]:
     numbers = range(len(step.paths)) if run.focus.layers == "all" else run.focus.layers
     groups = groups_of(step.paths, config.layer_groups, numbers)
     batch = collate([dataset[0]]).to(step.backbone.device)
-    classes = [reference.class_name for reference in record.references]
     about = {
         "settings": asdict(config),
         "run": asdict(run),
         "checkpoint": None if checkpoint is None else str(checkpoint),
         "prompt": record.prompt,
-        "classes": classes,
+        "classes": [reference.class_name for reference in record.references],
     }
 
     def work() -> None:
-        out.begin(clear=True)
-        with out:
+        with out.begin():
             write_masks(config, run, step, batch, groups, about)
 
     return work

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,8 +15,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 from focusdpo.commands import ablate
-from focusdpo.foundation.files import write_json
-from focusdpo.foundation.output_folder import OutputFolder, read_begun, under
+from focusdpo.foundation.output_folder import OutputFolder, under
 from focusdpo.foundation.packages import require_package
 from focusdpo.foundation.settings import check_begun, require
 from focusdpo.studies.ablation.jobs import Result
@@ -65,26 +63,20 @@ def prepare(config: MicrocosmConfig) -> Callable[[], None]:
         blocks = sum(config.sizes.layers)
         require(blocks >= 3, "grids", config.grids, f"no grid over layers with size={config.size!r}, which has {blocks}")
     folder, stages = Path(config.out), Stages(config)
-    known, settings = folder / SETTINGS_FILE, _settings(stages)
-    goes_on = not config.overwrite and known.is_file()
-    if goes_on:
-        _check_settings(folder, read_begun("out", known), settings)
     out = OutputFolder("out", folder, "microcosm", WRITTEN)
-    out.check(config.overwrite, "delete it with --overwrite true, or name another folder", goes_on, aside=(RUN_FILE,))
+    out.check_begun(config.overwrite, SETTINGS_FILE, _settings(stages), partial(_check_settings, folder), aside=(RUN_FILE,))
     stages.check()
-    if goes_on and stages.are_done:  # refuse now what would be refused when the ablation begins
+    if out.goes_on and stages.are_done:  # refuse now what would be refused when the ablation begins
         with TemporaryDirectory() as place:
             run = Path(place) / RUN_FILE
             stages.write_run(run)
             ablate.prepare(replace(config.ablation, config=str(run)))
 
     def work() -> None:
-        out.begin(clear=not goes_on)
-        with out:
-            write_json(known, settings)
+        with out.begin():
             logger.info("%d identities in %d classes", len(stages.classes), len(set(stages.classes)))
             stages.run()
-            ablate.prepare(config.ablation, stages.judge(), MEASURES, functools.partial(draw, stages))()
+            ablate.prepare(config.ablation, stages.judge(), MEASURES, partial(draw, stages))()
         logger.info("pictures: %s", ", ".join(str(folder / name) for name in PICTURES))
 
     return work
@@ -93,7 +85,7 @@ def prepare(config: MicrocosmConfig) -> Callable[[], None]:
 def _settings(stages: Stages) -> dict[str, Any]:
     """What decides the numbers: of the world and its model, and of the preference training."""
     config = stages.config
-    numbers = json.loads(json.dumps(asdict(config.sizes)))
+    numbers = asdict(config.sizes)
     tuning = {name: numbers.pop(name) for name in ("tuning_steps", "tuning_batch", "lr", "beta", "rank")}
     given = {"tuning_steps": config.steps, "lr": config.lr, "beta": config.beta, "reduction": config.reduction}
     tuning |= {name: value for name, value in given.items() if value is not None}
@@ -134,11 +126,9 @@ def draw(stages: Stages, table: Table, results: Sequence[Result]) -> None:
         draw_curves(points, start, {name: table.measures[name].label for name in DRAWN}, folder / "curves.png")
     classifier = IdentityClassifier(len(stages.identities))
     classifier.load_state_dict(load_file(folder / "classifier.safetensors"))
-    runs = {}
-    for variant, label in labels.items():
-        run = Path(config.ablation.output_dir) / ablate.RUNS / variant / f"seed-{config.seeds[0]}"
-        if (run / IMAGES_FILE).is_file():
-            runs[label] = run
+    runs_folder, seed = Path(config.ablation.output_dir) / ablate.RUNS, f"seed-{config.seeds[0]}"
+    folders = {label: runs_folder / variant / seed for variant, label in labels.items()}
+    runs = {label: run for label, run in folders.items() if (run / IMAGES_FILE).is_file()}
     settings = stages.train_config()
     held_out = dataset_of(load_records(settings)[1], settings.data, settings.model.backbone)
     identities = [identity.name for identity in stages.identities]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import platform
 import re
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from focusdpo.data import LongestSide, PairDataset, collate, load_pairs
 from focusdpo.foundation.choices import Autocast
 from focusdpo.foundation.files import checksum, write_json
-from focusdpo.foundation.output_folder import OutputFolder, read_begun
+from focusdpo.foundation.output_folder import OutputFolder
 from focusdpo.foundation.packages import version_of
 from focusdpo.foundation.settings import check_begun
 from focusdpo.models import BACKBONES
@@ -64,23 +64,16 @@ def prepare(config: StressConfig) -> Callable[[], None]:
     source = source_of(config)
     folder = Path(config.output_dir)
     settings = settings_of(config, run, checkpoint, source)
-    known = folder / SETTINGS_FILE
-    goes_on = not config.overwrite and known.is_file()
-    if goes_on:
-        check_begun("test", folder, read_begun("output_dir", known), settings)
     out = OutputFolder("output_dir", folder, "stress", WRITTEN)
-    out.check(config.overwrite, "delete it with --overwrite true, or name another folder", goes_on, aside=(RESULTS_FILE,))
+    out.check_begun(config.overwrite, SETTINGS_FILE, settings, partial(check_begun, "test", folder), aside=(RESULTS_FILE,))
     measured: dict[Path, Arrays] = {}
-    if goes_on:
+    if out.goes_on:
         files = [file for kind in KINDS for file in _measured(config, kind)]
         measured = {file: arrays for file in files if (arrays := load_scene(file)) is not None}
     step = None if len(measured) == len(KINDS) * config.scenes else load_step(run, checkpoint)
 
     def work() -> None:
-        out.begin(clear=not goes_on)
-        with out:
-            if not goes_on:
-                write_json(known, settings)
+        with out.begin():
             _test(config, run, source, step, settings, measured)
 
     return work
@@ -107,7 +100,7 @@ def settings_of(config: StressConfig, run: TrainConfig, checkpoint: Path | None,
     own["dreambench"] = source.photos
     model = {name: value for name, value in asdict(run.model).items() if name not in ("path", "revision", "base_lora")}
     return {
-        "settings": json.loads(json.dumps(own)),
+        "settings": own,
         "model": model
         | {
             **model_contents(run.model),

@@ -38,10 +38,8 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         for name in ("pairs", "held_out", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}; expected at least 1")
-        if self.resolution < 64 or self.resolution % 16:
-            raise ValueError(f"resolution: got {self.resolution}; expected a multiple of 16, at least 64")
-        if not 0 <= self.overlays <= self.held_out:
-            raise ValueError(f"overlays: got {self.overlays}; expected 0 to held_out = {self.held_out}")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        fits = self.resolution >= 64 and self.resolution % 16 == 0
+        require(fits, "resolution", self.resolution, "a multiple of 16, at least 64")
+        require(0 <= self.overlays <= self.held_out, "overlays", self.overlays, f"0 to held_out = {self.held_out}")
         require(0 <= self.seed < 2**32, "seed", self.seed, "0 <= seed < 2^32")

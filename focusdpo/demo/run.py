@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from dataclasses import asdict
@@ -26,8 +25,6 @@ from focusdpo.training.config import DataConfig, LoraConfig, ModelConfig, OptimC
 from focusdpo.training.run_files import WRITTEN
 from focusdpo.training.samples import MASK_TIMES, masks_at
 from focusdpo.training.trainer import Trainer
-
-logger = logging.getLogger(__name__)
 
 # What the demo writes, see `focusdpo.foundation.output_folder`.
 DEMO_WRITTEN = (
@@ -78,7 +75,7 @@ def run_demo(config: DemoConfig) -> None:
     write_tiny_flux(folder / "model", seed=config.seed)
 
     settings = train_config(config, folder)
-    _write_yaml(settings, folder / "train.yaml")
+    (folder / "train.yaml").write_text(yaml.safe_dump(asdict(settings), sort_keys=False))
     trainer = Trainer(settings)
     trainer.train()
 
@@ -108,10 +105,6 @@ held-out pairs ({config.held_out}; {config.steps} steps on {config.pairs} others
   report      {folder / "report.html"}  (the run as one page: open it in a browser)
 done in {time.perf_counter() - started:.0f} s"""
     )
-
-
-def _write_yaml(settings: TrainConfig, path: Path) -> None:
-    path.write_text(yaml.safe_dump(asdict(settings), sort_keys=False))
 
 
 @torch.no_grad()

@@ -7,12 +7,13 @@ person puts there, or changes, after that is not the command's any more. What fi
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ HASHED = dict.fromkeys((".csv", ".html", ".json", ".jsonl", ".md", ".txt", ".yam
 NAMED = 5  # files in a message
 # A pipeline that diffusers saved under the name model, as patterns.
 PIPELINE_WRITTEN = (r"model/model_index\.json", r"model/[a-z_0-9]+/[\w.-]+\.(json|jinja|model|safetensors|txt)")
+DELETE = "delete it with --overwrite true, or name another folder"
 SHOWN = ".seen-by-all-"  # begins the name of a file that tells whether all processes of a launch see one folder
 
 
@@ -71,7 +73,7 @@ class _Expected:
 class OutputFolder:
     """A folder that a command writes to, locked from `check` on until `release`, or until the process ends.
 
-    As a context manager it surrounds the work: `begin` before has made the folder ready, and what is there at the end is
+    As a context manager it surrounds the work: `with out.begin():` makes the folder ready, and what is there at the end is
     listed, as through unless the work raised.
 
     Args:
@@ -93,6 +95,7 @@ class OutputFolder:
         self._claimed = False
         self._notes: dict[str, Any] = {}
         self._checked = _Expected()
+        self._settings: tuple[str, Any] | None = None  # of work that can be gone on with: its file, and what belongs there
 
     # What is there.
 
@@ -182,8 +185,13 @@ class OutputFolder:
         if self._lock is not None:
             self._lock.acquire(self.setting, self.command)
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether `check` was told, or `check_begun` found, that work which was begun here is gone on with."""
+        return self._checked.goes_on
+
     def check(
-        self, overwrite: bool, hint: str, goes_on: bool = False, aside: Sequence[str] = (), proven: Sequence[str] = ()
+        self, overwrite: bool, hint: str = DELETE, goes_on: bool = False, aside: Sequence[str] = (), proven: Sequence[str] = ()
     ) -> None:
         """Refuses to write over what is there, and keeps other processes out from now on.
 
@@ -210,6 +218,40 @@ class OutputFolder:
         except OSError:
             self.release()
             raise
+
+    def check_begun(
+        self,
+        overwrite: bool,
+        file: str,
+        settings: Any,
+        compare: Callable[[dict[str, Any], Any], None],
+        aside: Sequence[str] = (),
+    ) -> None:
+        """As `check`, of work that goes on where an earlier start left it, unless it is to be overwritten.
+
+        Args:
+            overwrite, aside: as there.
+            file: in the folder, where `begin` leaves the settings for the next start.
+            settings: what decides the results.
+            compare: of the settings that the work was begun with and those of now, as JSON has them: ValueError where it cannot
+                be gone on with under these.
+
+        Raises:
+            ValueError: from `compare`, or the file is damaged; others as `check`.
+        """
+        self._settings = (file, settings)
+        begun = self.path / file
+        goes_on = not overwrite and begun.is_file()
+        if goes_on:
+            try:
+                before = read_object(begun)
+            except ValueError as error:
+                raise ValueError(
+                    f"{self.setting}: {begun} is damaged ({error}), so that nothing tells how the work there was begun; start "
+                    "anew with --overwrite true, or name another folder"
+                ) from error
+            compare(before, json.loads(json.dumps(settings)))
+        self.check(overwrite, goes_on=goes_on, aside=aside)
 
     def _check_place(self) -> None:
         try:
@@ -279,11 +321,11 @@ class OutputFolder:
         file.touch()
         return file.relative_to(self.path).as_posix()
 
-    def begin(self, clear: bool) -> None:
-        """Makes the folder ready: nothing is refused after that.
+    def begin(self, clear: bool | None = None) -> OutputFolder:
+        """Makes the folder ready, and returns it: nothing is refused after that.
 
         Args:
-            clear: delete the command's own earlier files, instead of going on with them.
+            clear: delete the command's own earlier files, instead of going on with them; by default unless `goes_on`.
 
         Raises:
             FileExistsError: as `check`, which may have been a while ago.
@@ -293,7 +335,7 @@ class OutputFolder:
             (self.path / OWN).unlink()
         if self._lock is not None:
             self._lock.acquire(self.setting, self.command)
-        if clear:
+        if not self.goes_on if clear is None else clear:
             for found in own:
                 self._delete(found)
         else:
@@ -307,6 +349,9 @@ class OutputFolder:
             self._lock.keep()
         self._claimed = True
         self._write_list(None)
+        if self._settings is not None:
+            write_json(self.path / self._settings[0], self._settings[1])
+        return self
 
     def _keep_edited(self, name: str) -> None:
         path, written = self.path / name, self._notes[WRITTEN].get(name)
@@ -399,17 +444,6 @@ class OutputFolder:
                 break
             with suppress(OSError):  # another's files are in it
                 parent.rmdir()
-
-
-def read_begun(setting: str, file: Path) -> dict[str, Any]:
-    """The settings that a command left in its folder when it began; ValueError where they cannot be read."""
-    try:
-        return read_object(file)
-    except ValueError as error:
-        raise ValueError(
-            f"{setting}: {file} is damaged ({error}), so that nothing tells how the work there was begun; start anew with "
-            "--overwrite true, or name another folder"
-        ) from error
 
 
 def step_folders(folder: Path) -> list[tuple[int, Path]]:

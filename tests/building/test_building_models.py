@@ -44,7 +44,7 @@ def pixels():
 
 
 def test_sam_answers_a_box(folder, pixels):
-    sam = Sam(str(folder / "sam"), None, 0.3, "cpu")
+    sam = Sam(SegmentationConfig("sam", str(folder / "sam")))
     boxes = [(0.0, 0.0, 1.0, 1.0), (0.1, 0.1, 0.5, 0.9)]
     masks = [sam.find(pixels, "cat", box) for box in boxes]
     assert all(mask.shape == (48, 80) and mask.dtype == np.bool_ for mask in masks)
@@ -53,7 +53,7 @@ def test_sam_answers_a_box(folder, pixels):
 
 
 def test_the_detector_finds_the_box(folder, pixels, monkeypatch):
-    sam = Sam(str(folder / "sam"), str(folder / "detector"), 0.0, "cpu")
+    sam = Sam(SegmentationConfig("sam", str(folder / "sam"), str(folder / "detector"), threshold=0.0))
     seen = []
     processor = sam._processor
     monkeypatch.setattr(sam, "_processor", Spy(processor, seen))
@@ -61,7 +61,7 @@ def test_the_detector_finds_the_box(folder, pixels, monkeypatch):
     ((box,),) = seen[0]
     assert len(box) == 4 and all(np.isfinite(box))
     with pytest.raises(Rejected, match="the detector sees no cat"):
-        Sam(str(folder / "sam"), str(folder / "detector"), 1.0, "cpu").find(pixels, "cat", None)
+        Sam(SegmentationConfig("sam", str(folder / "sam"), str(folder / "detector"), threshold=1.0)).find(pixels, "cat", None)
 
 
 class Spy:
@@ -92,7 +92,7 @@ def photo(scene, pixels, mask):
 def test_a_caption_of_the_subject(folder, pixels):
     (scene, *_) = load_scenes(folder / "scenes", progress=False)
     candidate = Candidate(0, 0, 0, scene, subjects=[photo(scene, pixels, square(pixels))])
-    CaptionModel(str(folder / "captioner"), "a photo of {class_name}", 5, "cpu")(candidate)
+    CaptionModel(CaptioningConfig("model", str(folder / "captioner"), "a photo of {class_name}", max_new_tokens=5))(candidate)
     (caption,) = candidate.captions
     assert caption and caption.isprintable()
 

@@ -20,7 +20,6 @@ from focusdpo.features import pool_mask, reference_token_mask
 from focusdpo.models.tiny_flux import write_tiny_flux
 from focusdpo.studies.config import KINDS, StressConfig
 from focusdpo.studies.stress import match_measures, work
-from focusdpo.studies.stress.features import block_scores
 from focusdpo.studies.stress.scenes import write_scenes
 from focusdpo.studies.stress.subjects import BACKGROUNDS, DREAMBENCH, PHOTOGRAPHED, VIEWS, source_of
 from focusdpo.studies.stress.summary import by_scene
@@ -177,7 +176,7 @@ def test_scores_of_one_pass_are_those_of_a_pass_each(backbone, scenes, tmp_path)
     step = load_step(run_of(config_of(model)), None)
     batch = batch_of(scenes, 2, step.backbone.prompt_rule)
     noised = step.noise(batch, torch.Generator().manual_seed(1), torch.tensor([0.4]))
-    found = block_scores(step, noised, batch, ["max", "reference"])
+    found = work.block_scores(step, noised, batch, ["max", "reference"])
 
     def alone(pair, paths, pooling):
         tap = step.tap(own, pair, paths, pooling)

@@ -97,16 +97,15 @@ def run_of(
 
 def work_on(job: Job) -> Result:
     """Does a job from wherever an earlier start left it; one that is done is read."""
-    if not job.is_done:
+    result = read_result(job)
+    if result is None:
         result = _train(job) if job.change.trained else _judge_untrained(job)
         gc.collect()  # here, where nothing holds the trainer any more
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         job.folder.mkdir(parents=True, exist_ok=True)
         write_whole(job.folder / RESULT_FILE, json.dumps(vars(result)))
-    done = read_result(job)
-    assert done is not None  # just written
-    return done
+    return result
 
 
 def read_result(job: Job) -> Result | None:
@@ -125,15 +124,18 @@ def _train(job: Job) -> Result:
     started = (job.folder / "checkpoints").is_dir()
     config = replace(job.config, resume="latest" if started else None, overwrite=not started)
     latest: dict[int, dict[str, list[float]]] = {}
+    values: dict[str, list[float]] = {}
+    failed: str | None = None
     trainer = _trainer(config, partial(_judge_point, job, latest))
     try:
         trainer.train()
     except FloatingPointError as error:
-        return Result(job.change.name, job.seed, {}, _curve(job), str(error))
+        failed = str(error)
     else:
-        return Result(job.change.name, job.seed, _judged(job, trainer, latest.get(config.max_steps)), _curve(job))
+        values = _judged(job, trainer, latest.get(config.max_steps))
     finally:
         trainer.accelerator.free_memory()
+    return Result(job.change.name, job.seed, values, read_metrics(job.folder / JUDGED_FILE), failed)
 
 
 def _judge_untrained(job: Job) -> Result:
@@ -173,10 +175,6 @@ def _judge_point(job: Job, latest: dict[int, dict[str, list[float]]], trainer: T
 
 def _means(values: dict[str, list[float]]) -> dict[str, float]:
     return {name: float(torch.tensor(numbers, dtype=torch.float64).nanmean()) for name, numbers in values.items()}
-
-
-def _curve(job: Job) -> list[dict[str, float]]:
-    return read_metrics(job.folder / JUDGED_FILE)
 
 
 def sample_images(folder: Path) -> dict[int, Path]:

@@ -81,16 +81,6 @@ def difference(
     return found
 
 
-def by_variant(results: Sequence[Result]) -> dict[str, dict[str, dict[int, list[float]]]]:
-    """Values by variant, measure and seed; what failed has none."""
-    found: dict[str, dict[str, dict[int, list[float]]]] = {}
-    for result in results:
-        variant = found.setdefault(result.variant, {})
-        for name, numbers in result.values.items():
-            variant.setdefault(name, {})[result.seed] = numbers
-    return found
-
-
 @dataclass(frozen=True)
 class Cell:
     """A measure of a variant: its estimate, and its difference to the baseline (None for the baseline itself)."""
@@ -131,17 +121,15 @@ def tabulate(
 ) -> Table:
     """Estimates and differences of all measures that were taken, by variant."""
     trained = {change.name: change.trained for change in changes}
-    values = by_variant(results)
-    measured = {name: measure for name, measure in measures.items() if any(name in found for found in values.values())}
+    measured = {name: measure for name, measure in measures.items() if any(name in result.values for result in results)}
     rows = []
     for variant in trained:
-        own = [result for result in results if result.variant == variant]
+        own, others = ([result for result in results if result.variant == name] for name in (variant, baseline))
         cells = []
         for name, measure in measured.items():
-            numbers = values.get(variant, {}).get(name)
+            numbers, other = ({one.seed: one.values[name] for one in part if name in one.values} for part in (own, others))
             if not numbers:
                 continue
-            other = values.get(baseline, {}).get(name)
             side: Literal["values", "baseline"] | None = None
             if not (trained[variant] and trained[baseline]):
                 side = "baseline" if trained[variant] else "values"

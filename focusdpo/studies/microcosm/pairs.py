@@ -67,11 +67,10 @@ def write_pairs(
 
 def _saver(folder: Path, index: int) -> Callable[[str, Image.Image], str]:
     """References lie in a folder of their own."""
-    save_image, save_reference = png_saver(folder, f"{index:05d}_"), png_saver(folder, f"{REFERENCES}/{index:05d}_")
+    save = png_saver(folder)
 
-    def save(part: str, image: Image.Image) -> str:
-        if part.startswith("reference"):
-            return save_reference(part.removeprefix("reference"), image)
-        return save_image(part, image)
+    def save_part(part: str, image: Image.Image) -> str:
+        place = f"{REFERENCES}/" if part.startswith("reference") else ""
+        return save(f"{place}{index:05d}_{part.removeprefix('reference')}", image)
 
-    return save
+    return save_part

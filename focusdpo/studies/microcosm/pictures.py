@@ -6,17 +6,14 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from safetensors.torch import load_file
 from torch import Tensor
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # after the choice of a backend that needs no screen
-
 from focusdpo.data import PairDataset
+from focusdpo.drawing.figures import new_figure, save_figure
 from focusdpo.studies.ablation.page import VERDICTS
 from focusdpo.studies.ablation.statistics import Table
 from focusdpo.studies.microcosm.classifier import IdentityClassifier, classify
@@ -29,7 +26,7 @@ def draw_intervals(table: Table, names: Mapping[str, str], measures: Sequence[st
     columns = min(len(shown), 3)
     rows = -(-len(shown) // columns)
     height = 0.9 + 0.34 * len(table.rows)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, height * rows), constrained_layout=True, squeeze=False)
+    figure, axes = new_figure(rows, columns, (4.6 * columns, height * rows))
     for axis in axes.flat[len(shown) :]:
         axis.axis("off")
     for number, name in enumerate(shown):
@@ -38,8 +35,7 @@ def draw_intervals(table: Table, names: Mapping[str, str], measures: Sequence[st
         f"mean and 95 % interval; dotted: {names[table.baseline]}; green is better than it, red worse, gray neither",
         fontsize=10,
     )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def _panel(axis: Axes, table: Table, measure: str, names: Mapping[str, str], labelled: bool) -> None:
@@ -76,7 +72,7 @@ def draw_curves(
         titles: of the panels, by yardstick.
         path: the PNG.
     """
-    figure, axes = plt.subplots(1, len(titles), figsize=(4.2 * len(titles), 3.6), constrained_layout=True, squeeze=False)
+    figure, axes = new_figure(1, len(titles), (4.2 * len(titles), 3.6))
     for axis, (name, title) in zip(axes[0], titles.items(), strict=True):
         for number, (label, runs) in enumerate(curves.items()):
             steps = [0, *(point["step"] for point in runs[0])]
@@ -88,8 +84,7 @@ def draw_curves(
         axis.set_xlabel("optimiser step")
         axis.grid(alpha=0.3)
     axes[0, -1].legend(fontsize=7)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def draw_samples(
@@ -116,9 +111,7 @@ def draw_samples(
     """
     count = min(count, len(held_out))
     columns = ["references", "real scene", *runs]
-    figure, axes = plt.subplots(
-        count, len(columns), figsize=(1.75 * len(columns), 2.05 * count), constrained_layout=True, squeeze=False
-    )
+    figure, axes = new_figure(count, len(columns), (1.75 * len(columns), 2.05 * count))
     for axis, name in zip(axes[0], columns, strict=True):
         axis.set_title(name, fontsize=8)
     drawn = {name: load_file(folder / IMAGES_FILE)["images"][::samples][:count] for name, folder in runs.items()}
@@ -134,8 +127,7 @@ def draw_samples(
             for half, number in enumerate(seen[name][i].tolist()):
                 colour = VERDICTS[number == who[half]]
                 axis.text(0.25 + half / 2, -0.04, names[number], color=colour, **below)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def draw_world(scenes: Tensor, restored: Tensor, path: Path, columns: int = 8) -> None:
@@ -148,7 +140,7 @@ def draw_world(scenes: Tensor, restored: Tensor, path: Path, columns: int = 8) -
         columns: scenes in a row.
     """
     rows = -(-len(scenes) // columns)
-    figure, axes = plt.subplots(2 * rows, columns, figsize=(1.4 * columns, 2.8 * rows), constrained_layout=True, squeeze=False)
+    figure, axes = new_figure(2 * rows, columns, (1.4 * columns, 2.8 * rows))
     for axis in axes.flat:
         axis.axis("off")
     for number, (scene, back) in enumerate(zip(scenes, restored, strict=True)):
@@ -156,20 +148,18 @@ def draw_world(scenes: Tensor, restored: Tensor, path: Path, columns: int = 8) -
         _show(axes[2 * row, column], scene.float() / 255)
         _show(axes[2 * row + 1, column], back)
     figure.suptitle("real scenes, and under each what the autoencoder gives back", fontsize=10)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save_figure(figure, path, dpi=100)
 
 
 def draw_losses(losses: Mapping[str, Sequence[tuple[int, float]]], path: Path) -> None:
     """The curves of what is learnt before any preference."""
-    figure, axes = plt.subplots(1, len(losses), figsize=(4 * len(losses), 2.8), constrained_layout=True, squeeze=False)
+    figure, axes = new_figure(1, len(losses), (4 * len(losses), 2.8))
     for axis, (name, points) in zip(axes[0], losses.items(), strict=True):
         axis.plot(*zip(*points, strict=True))
         axis.set_title(f"{name}: training loss", fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save_figure(figure, path, dpi=100)
 
 
 def _show(axis: Axes, image: Tensor) -> None:

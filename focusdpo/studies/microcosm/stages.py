@@ -23,10 +23,9 @@ from focusdpo.foundation.output_folder import PIPELINE_WRITTEN
 from focusdpo.studies.config import MicrocosmConfig
 from focusdpo.studies.microcosm.autoencoder import psnr, restore, train_autoencoder
 from focusdpo.studies.microcosm.classifier import IdentityClassifier, classify, train_classifier
-from focusdpo.studies.microcosm.flow import train_flow
 from focusdpo.studies.microcosm.identities import Identity, check_source, identities_of
 from focusdpo.studies.microcosm.judging import GeneratedRegions, verdicts
-from focusdpo.studies.microcosm.model import TEXT_TOKENS, build_model
+from focusdpo.studies.microcosm.model import TEXT_TOKENS, build_model, train_flow
 from focusdpo.studies.microcosm.pairs import write_pairs
 from focusdpo.studies.microcosm.world import World, compose_world
 from focusdpo.training.config import (
@@ -101,10 +100,7 @@ class Stages:
         return self._compose(min(JUDGED_SCENES, self.size.scenes), HELD_OUT_SEED, held_out=True)
 
     def _compose(self, count: int, seed: int, held_out: bool) -> World:
-        size = self.size
-        return compose_world(
-            self.identities, count, size.resolution, size.reference_resolution, self.config.seed + seed, held_out=held_out
-        )
+        return compose_world(self.identities, count, self.size, self.config.seed + seed, held_out)
 
     def run(self) -> None:
         """All stages, in order."""
@@ -185,25 +181,16 @@ class Stages:
         backbone = build_model(size, self.identities, self.config.seed)
         backbone.pipeline.register_modules(vae=self._vae())
         backbone.to(self.device)
-        losses = train_flow(backbone, self.world, size.flow_steps, size.flow_batch, size.flow_lr, self.config.seed, state)
+        losses = train_flow(backbone, self.world, size, self.config.seed, state)
         backbone.to(torch.device("cpu"))
         parameters = sum(parameter.numel() for parameter in backbone.transformer.parameters())
         facts = {"losses": _thinned(losses), "parameters": parameters}
         return facts, partial(_save_folder, backbone.pipeline.save_pretrained, target)
 
     def _pairs(self, count: int, seed: int, file: Path) -> Outcome:
-        size, held_out = self.size, file.parent.name == "held_out"
-        save = partial(
-            write_pairs,
-            file.parent,
-            self.identities,
-            count,
-            size.resolution,
-            size.reference_resolution,
-            self.config.seed + seed,
-            held_out=held_out,
-        )
-        return {}, save
+        sides = self.size.resolution, self.size.reference_resolution
+        held_out = file.parent.name == "held_out"
+        return {}, partial(write_pairs, file.parent, self.identities, count, *sides, self.config.seed + seed, held_out)
 
     def train_config(self) -> TrainConfig:
         """The run that the ablation varies."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from focusdpo.building.composing import compose, on_white
+from focusdpo.studies.config import Size
 from focusdpo.studies.microcosm.identities import Identity
 from focusdpo.studies.microcosm.identity_scenes import LIGHT_RANGE, draw_scene
 
@@ -37,22 +38,20 @@ def pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
 
 
-def compose_world(
-    identities: Sequence[Identity], count: int, resolution: int, reference_resolution: int, seed: int, held_out: bool = False
-) -> World:
+def compose_world(identities: Sequence[Identity], count: int, size: Size, seed: int, held_out: bool = False) -> World:
     """Draws and renders scenes, and references of every identity.
 
     Args:
         identities: who may stand in them.
         count: of scenes.
-        resolution, reference_resolution: sides in pixels.
+        size: sides in pixels.
         seed: of everything.
         held_out: show the subjects' held-out photographs.
     """
-    scenes, who, prompts = torch.empty(count, 3, resolution, resolution, dtype=torch.uint8), [], []
+    scenes, who, prompts = torch.empty(count, 3, size.resolution, size.resolution, dtype=torch.uint8), [], []
     for index in tqdm(range(count), desc="composing scenes", unit="scene", leave=False):
         rng = np.random.default_rng([seed, index])
-        scene = draw_scene(identities, resolution, rng)
+        scene = draw_scene(identities, size.resolution, rng)
         photos = [identities[number].photos(held_out) for number in scene.identities]
         cutouts = [views[int(rng.integers(len(views)))] for views in photos]
         scenes[index] = pixels(compose(scene.background, cutouts, scene.boxes)[0])
@@ -63,6 +62,6 @@ def compose_world(
         rng = np.random.default_rng([seed, number, 1])
         views = identity.photos(held_out)
         for view in range(VIEWS):
-            size, light = (reference_resolution, reference_resolution), float(rng.uniform(*LIGHT_RANGE))
-            references.append(pixels(on_white(views[view % len(views)], size, light)[0]))
+            sides, light = (size.reference_resolution,) * 2, float(rng.uniform(*LIGHT_RANGE))
+            references.append(pixels(on_white(views[view % len(views)], sides, light)[0]))
     return World(scenes, torch.tensor(who), torch.stack(references), prompts)

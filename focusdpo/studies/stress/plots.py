@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 
 from focusdpo.data import PairBatch
+from focusdpo.drawing.figures import new_figure, save_figure
 from focusdpo.drawing.overlays import (
     COLOURS,
     PANEL,
@@ -27,9 +27,6 @@ from focusdpo.studies.stress.summary import ALL, Row, find
 from focusdpo.studies.stress.work import Arrays
 from focusdpo_kernels import topk_mask
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # after the choice of a backend that needs no screen
-
 KIND_COLOURS = {"alike": "#c8323c", "easy": "#1f6fb4"}
 STYLES = {"reference": "-", "max": "--"}
 FORMS = {"A_union": "union", "A_per_subject": "per subject"}
@@ -40,15 +37,7 @@ def draw_auc(config: StressConfig, rows: Sequence[Row], layers: Sequence[str], p
     """AUC of S by tapped block, a column per time: own region against the other subject, and against all else."""
     measures = {"auc_others": "own region against\nthe other subject's", "auc_rest": "own region against\nall other tokens"}
     times = config.timesteps
-    figure, axes = plt.subplots(
-        len(measures),
-        len(times),
-        figsize=(4.6 * len(times) + 2.2, 7),
-        sharex=True,
-        sharey="row",
-        squeeze=False,
-        constrained_layout=True,
-    )
+    figure, axes = new_figure(len(measures), len(times), (4.6 * len(times) + 2.2, 7), sharex=True, sharey="row")
     blocks = np.arange(len(layers) - 1)
     end = len(blocks) + max(0.06 * len(blocks), 0.5)  # where the mean over all blocks stands
     for axis_row, (measure, label) in zip(axes, measures.items(), strict=True):
@@ -77,8 +66,7 @@ def draw_auc(config: StressConfig, rows: Sequence[Row], layers: Sequence[str], p
         axis.set_xlabel("block")
     handles, labels = axes[0, -1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", title=f"bands: {config.level:.0%} intervals\nover scenes")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def draw_confusion(config: StressConfig, rows: Sequence[Row], path: Path) -> None:
@@ -88,14 +76,8 @@ def draw_confusion(config: StressConfig, rows: Sequence[Row], path: Path) -> Non
     panels = [(kind, pooling) for kind in KIND_COLOURS for pooling in config.poolings]
     subjects = {k: sorted({row.subject for row in rows if row.subject and row.kind == k}) for k in KIND_COLOURS}
     heights = [len(subjects[kind]) + 2.5 for kind, _ in panels]
-    figure, axes = plt.subplots(
-        len(panels),
-        len(config.timesteps),
-        figsize=(3.4 * len(config.timesteps) + 2.5, 0.34 * sum(heights) + 0.8),
-        squeeze=False,
-        constrained_layout=True,
-        height_ratios=heights,
-    )
+    size = 3.4 * len(config.timesteps) + 2.5, 0.34 * sum(heights) + 0.8
+    figure, axes = new_figure(len(panels), len(config.timesteps), size, height_ratios=heights)
     drawn = None
     for axis_row, (kind, pooling) in zip(axes, panels, strict=True):
         names = [*subjects[kind], None]
@@ -118,16 +100,13 @@ def draw_confusion(config: StressConfig, rows: Sequence[Row], path: Path) -> Non
     figure.colorbar(
         drawn, ax=axes, label=f"share of a reference's matches (K: {count}) that lie in a region", shrink=0.6, aspect=40
     )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def draw_exchange(config: StressConfig, rows: Sequence[Row], path: Path) -> None:
     """Coverage A with the subjects in place and exchanged, as union and per subject, a column per time."""
     count, times = str(config.match_counts[0]), config.timesteps
-    figure, axes = plt.subplots(
-        1, len(times), figsize=(4.4 * len(times) + 1.8, 5), sharey=True, squeeze=False, constrained_layout=True
-    )
+    figure, axes = new_figure(1, len(times), (4.4 * len(times) + 1.8, 5), sharey=True)
     bars = [(form, kind, pooling) for form in FORMS for kind in KIND_COLOURS for pooling in config.poolings]
     for axis, t in zip(axes[0], times, strict=True):
         for x, (form, kind, pooling) in enumerate(bars):
@@ -149,8 +128,7 @@ def draw_exchange(config: StressConfig, rows: Sequence[Row], path: Path) -> None
     axes[0, 0].set_ylabel(f"A, share of the prior not matched (K: {count})")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def draw_examples(
@@ -167,13 +145,7 @@ def draw_examples(
     """
     subjects = len(next(iter(examples.values()))[0].references)
     panels = subjects + 1 + (subjects + 1) * len(config.poolings)
-    figure, axes = plt.subplots(
-        len(examples),
-        panels,
-        figsize=((PANEL - 0.4) * panels, PANEL * len(examples) + 0.5),
-        squeeze=False,
-        constrained_layout=True,
-    )
+    figure, axes = new_figure(len(examples), panels, ((PANEL - 0.4) * panels, PANEL * len(examples) + 0.5))
     figure.suptitle(f"{title}, t = {config.timesteps[t]:g}, K: {config.match_counts[0]}")
     for row, (number, (batch, arrays)) in zip(axes, examples.items(), strict=True):
         winner, regions = picture(batch.winner[0]), list(arrays["regions"])
@@ -194,5 +166,4 @@ def draw_examples(
             precision = np.asarray(arrays["confusion"], dtype=np.float64)[t, i, 0, 0]
             own = " and ".join(f"{precision[r, r]:.2f}" for r in range(subjects))
             show_matches(row[first + subjects], winner, list(matched), regions, f"M', {pooling}\nprecision {own}")
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    save_figure(figure, path, dpi=90)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 import zlib
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,8 @@ from focusdpo.features import pool_mask, reference_token_mask
 from focusdpo.foundation.files import writing
 from focusdpo.mask import match_counts
 from focusdpo.studies.stress import match_measures
-from focusdpo.studies.stress.features import block_scores
 from focusdpo.training.seeding import seeded
-from focusdpo.training.step import PreferenceStep
+from focusdpo.training.step import Noised, PreferenceStep
 from focusdpo_kernels import structure_field, topk_mask
 
 Arrays = dict[str, NDArray[np.generic]]
@@ -51,7 +51,6 @@ def measure_scene(
     kept = reference_token_mask(batch.reference_masks)
     grid = [side // PATCH_SIZE for side in batch.winner.shape[-2:]]
     found: dict[str, list[Tensor]] = {}
-    shown = []
     k: list[Tensor] = []
     for t in times:
         with torch.autocast(step.backbone.device.type, torch.bfloat16, enabled=autocast):
@@ -59,15 +58,32 @@ def measure_scene(
             scores = block_scores(step, noised, batch, poolings)  # [O, L, 2, R, P]
         wanted = [match_counts(count, scores[0, 0, :1], regions, kept) for count in counts]  # numbers, or tensors on the device
         k = [torch.as_tensor(each, device=scores.device).expand(1, len(regions[0]))[0] for each in wanted]
-        one = measures_of(scores, regions[0], k, step.backend)
-        for name, value in one.items():
+        shown = {"scores": scores[:, 0, 0].reshape(len(poolings), -1, *grid)}
+        for name, value in (measures_of(scores, regions[0], k, step.backend) | shown).items():
             found.setdefault(name, []).append(value)
-        shown.append(scores[:, 0, 0].reshape(len(poolings), -1, *grid))
     arrays: Arrays = {name: torch.stack(each).cpu().numpy() for name, each in found.items()}
-    arrays["scores"] = torch.stack(shown).cpu().numpy()
     arrays["regions"] = regions[0].reshape(-1, *grid).cpu().numpy()
     arrays["K"] = torch.stack(k).cpu().numpy()
     return arrays
+
+
+@torch.no_grad()
+def block_scores(step: PreferenceStep, noised: Noised, batch: PairBatch, poolings: Sequence[str]) -> Tensor:
+    """S of every tapped block by pooling, for winner and loser, in one forward pass.
+
+    Args:
+        step: whose run says which blocks are tapped, and of which model.
+        noised: tokens and conditioning of the batch.
+        batch: one pair of R references.
+        poolings: "reference" (E4), "max" (E4').
+
+    Returns:
+        fp32 [poolings, 1 + N, 2, R, P]: first the mean over the N tapped blocks (E4), then each; of the winner, of the loser.
+    """
+    taps = [[step.tap(noised, batch, [path], pooling, each=True) for path in step.paths] for pooling in poolings]
+    step.predict(noised, chain.from_iterable(taps), step.focus.feature_source)
+    scores = torch.stack([torch.stack([tap.scores().float() for tap in each]) for each in taps])
+    return torch.cat([scores.mean(1, keepdim=True), scores], dim=1)
 
 
 def measures_of(scores: Tensor, regions: Tensor, counts: Sequence[Tensor], backend: str | None = None) -> dict[str, Tensor]:
