@@ -84,14 +84,12 @@ class Flux2(Backbone):
         latents = self.pipeline._encode_vae_image((images * 2 - 1).to(vae.device, vae.dtype), generator=None)
         return self.pipeline._pack_latents(latents)
 
-    @torch.no_grad()
-    def decode_images(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    def _latents(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         vae = self.vae
         latents = tokens.transpose(1, 2).reshape(tokens.shape[0], -1, *grid)  # [B, C, rows, columns]
         mean, variance = (x.to(latents).view(1, -1, 1, 1) for x in (vae.bn.running_mean, vae.bn.running_var))
         latents = latents * torch.sqrt(variance + vae.config.batch_norm_eps) + mean
-        images = vae.decode(self.pipeline._unpatchify_latents(latents).to(vae.dtype), return_dict=False)[0]
-        return ((images.float() + 1) / 2).clamp(0, 1)
+        return self.pipeline._unpatchify_latents(latents)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], references: Sequence[Tensor] = ()) -> PromptEmbeddings:
@@ -101,29 +99,16 @@ class Flux2(Backbone):
         )
         return PromptEmbeddings({"prompt_embeds": embeds})
 
-    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"prompt_embeds": (self.max_sequence_length, self.pipeline.transformer.config.joint_attention_dim)}
-
-    def predict(self, noisy: Tensor, t: Tensor, prompts: PromptEmbeddings, references: Tensor, layout: TokenLayout) -> Tensor:
-        embeds = prompts.tensors["prompt_embeds"]
+    def _inputs(self, prompts: dict[str, Tensor], layout: TokenLayout) -> dict[str, Any]:
+        embeds = prompts["prompt_embeds"]
         if embeds.shape[1] != self.max_sequence_length:
             expected = f"max_sequence_length={self.max_sequence_length}, to which encode_prompts pads them"
             raise ValueError(f"prompts: got {embeds.shape[1]} text tokens; expected {expected}")
-        # The embedders' weights keep the base dtype; under autocast the matrix products take care of themselves.
-        hidden_states = torch.cat([noisy, references], dim=1).to(self.dtype)
-        guidance = None
-        if self.pipeline.transformer.config.guidance_embeds:
-            guidance = torch.full((noisy.shape[0],), self.guidance, device=noisy.device, dtype=self.dtype)
-        velocity = self.transformer(
-            hidden_states=hidden_states,
-            encoder_hidden_states=embeds.to(self.dtype),
-            timestep=t.to(self.dtype),
-            img_ids=position_ids(layout).to(noisy.device),
-            txt_ids=text_position_ids(embeds.shape[1]).to(noisy.device),
-            guidance=guidance,
-            return_dict=False,
-        )[0]
-        return velocity[:, : layout.num_target]
+        return {
+            "encoder_hidden_states": embeds,
+            "img_ids": position_ids(layout).to(embeds.device),
+            "txt_ids": text_position_ids(embeds.shape[1]).to(embeds.device),
+        }
 
     def default_scales(self) -> tuple[float, float]:
         if self.pipeline.transformer.config.guidance_embeds:
@@ -134,8 +119,8 @@ class Flux2(Backbone):
         return float(compute_empirical_mu(tokens, steps))
 
     def image_tokens(self, output: Any) -> Tensor:
-        if isinstance(output, tuple):  # of a double block: (text stream, image stream)
-            return output[1]
+        if isinstance(output, tuple):  # of a double block
+            return super().image_tokens(output)
         # Of a single block: [text | target | references]. All prompts are of one length, so nothing has to be remembered of the
         # forward pass that runs; a block that is recomputed later, or compiled, gives the same.
         return output[:, self.max_sequence_length :]
