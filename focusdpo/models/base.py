@@ -209,9 +209,14 @@ class Backbone(abc.ABC):
         """Parts of the pipeline that have to be loaded in another way than its own."""
         return {}
 
-    @abc.abstractmethod
+    @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in [0, 1] to clean tokens [B, H/16 * W/16, C], deterministically."""
+        return self._tokens((images * 2 - 1).to(self.vae.device, self.vae.dtype))
+
+    @abc.abstractmethod
+    def _tokens(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [-1, 1] to clean tokens: of the posterior's mode, normalised."""
 
     @torch.no_grad()
     def decode_images(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:

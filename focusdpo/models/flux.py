@@ -28,7 +28,7 @@ from torch import Tensor
 from focusdpo.data.images import PATCH_SIZE, Size
 from focusdpo.data.references import ReferenceRule, UnoReferences
 from focusdpo.models.base import Backbone, PromptEmbeddings, TokenLayout
-from focusdpo.models.uno_lora import has_unos_layers
+from focusdpo.models.uno_lora import unos_layers
 
 
 def position_ids(layout: TokenLayout) -> Tensor:
@@ -90,11 +90,9 @@ class Flux1(Backbone):
     pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]] = (FluxPipeline, FluxKontextPipeline)
     position_ids = staticmethod(position_ids)
 
-    @torch.no_grad()
-    def encode_images(self, images: Tensor) -> Tensor:
-        vae = self.vae
-        latents = vae.encode((images * 2 - 1).to(vae.device, vae.dtype)).latent_dist.mode()
-        latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+    def _tokens(self, pixels: Tensor) -> Tensor:
+        vae, config = self.vae, self.vae.config
+        latents = (vae.encode(pixels).latent_dist.mode() - config.shift_factor) * config.scaling_factor
         return self.pipeline._pack_latents(latents, *latents.shape)
 
     def _latents(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -124,8 +122,7 @@ class Flux1(Backbone):
     @property
     def _is_uno(self) -> bool:
         """Whether a LoRA of exactly UNO's layers is in the weights: what in UNO's own layout is UNO's, or came of it."""
-        numbers = {layer.rsplit(".attn.", 1)[0].removesuffix(".proj_out") for layer in self.merged_layers}
-        return self.name == Flux1.name and has_unos_layers(self.merged_layers) and numbers == set(self.tap_paths())
+        return self.name == Flux1.name and set(self.merged_layers) == unos_layers(self.tap_paths())
 
     def default_scales(self) -> tuple[float, float]:
         return 4.0 if self._is_uno else 3.5, 1.0

@@ -18,6 +18,7 @@ from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from focusdpo.data.images import PATCH_SIZE, Size
 from focusdpo.data.references import ReferenceRule
@@ -28,18 +29,12 @@ REFERENCE_SHIFT = 10  # along t, from one image to the next
 
 def position_ids(layout: TokenLayout) -> Tensor:
     """Position ids of target and references, int64 [P + Q, 4]."""
-    grids = (layout.target, *layout.references)
-    return torch.cat([_grid(i * REFERENCE_SHIFT, rows, columns) for i, (rows, columns) in enumerate(grids)])
-
-
-def text_position_ids(length: int) -> Tensor:
-    """Position ids of the text, int64 [length, 4]."""
     zero = torch.zeros(1, dtype=torch.int64)
-    return torch.cartesian_prod(zero, zero, zero, torch.arange(length))
-
-
-def _grid(t: int, rows: int, columns: int) -> Tensor:
-    return torch.cartesian_prod(torch.tensor([t]), torch.arange(rows), torch.arange(columns), torch.zeros(1, dtype=torch.int64))
+    axes = [
+        (zero + i * REFERENCE_SHIFT, torch.arange(rows), torch.arange(columns), zero)
+        for i, (rows, columns) in enumerate((layout.target, *layout.references))
+    ]
+    return torch.cat([torch.cartesian_prod(*each) for each in axes])
 
 
 @dataclass(frozen=True)
@@ -77,12 +72,9 @@ class Flux2(Backbone):
     pipelines = (Flux2Pipeline, Flux2KleinPipeline)
     adapted_layers = (*Backbone.adapted_layers, "to_qkv_mlp_proj")
 
-    @torch.no_grad()
-    def encode_images(self, images: Tensor) -> Tensor:
-        vae = self.vae
-        # The posterior's mode, in patches of 2 x 2 latents, normalised by the VAE's batch statistics.
-        latents = self.pipeline._encode_vae_image((images * 2 - 1).to(vae.device, vae.dtype), generator=None)
-        return self.pipeline._pack_latents(latents)
+    def _tokens(self, pixels: Tensor) -> Tensor:
+        # In patches of 2 x 2 latents, normalised by the VAE's batch statistics.
+        return self.pipeline._pack_latents(self.pipeline._encode_vae_image(pixels, generator=None))
 
     def _latents(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         vae = self.vae
@@ -107,7 +99,7 @@ class Flux2(Backbone):
         return {
             "encoder_hidden_states": embeds,
             "img_ids": position_ids(layout).to(embeds.device),
-            "txt_ids": text_position_ids(embeds.shape[1]).to(embeds.device),
+            "txt_ids": F.pad(torch.arange(embeds.shape[1], device=embeds.device)[:, None], (3, 0)),
         }
 
     def default_scales(self) -> tuple[float, float]:

@@ -74,11 +74,9 @@ class QwenEditPlus(Backbone):
     def _parts(cls, path: str, revision: str | None) -> dict[str, Any]:
         return {"processor": ImageTextProcessor.from_pretrained(path, subfolder="processor", revision=revision)}
 
-    @torch.no_grad()
-    def encode_images(self, images: Tensor) -> Tensor:
-        vae = self.vae
-        frames = (images * 2 - 1).to(vae.device, vae.dtype).unsqueeze(2)  # [B, 3, 1, H, W]: a video VAE
-        # The posterior's mode, normalised channel by channel.
+    def _tokens(self, pixels: Tensor) -> Tensor:
+        frames = pixels.unsqueeze(2)  # [B, 3, 1, H, W]: a video VAE
+        # Normalised channel by channel.
         latents = self.pipeline._encode_vae_image(frames, generator=None)  # [B, C/4, 1, H/8, W/8]
         return self.pipeline._pack_latents(latents, *latents.squeeze(2).shape)
 
