@@ -11,7 +11,7 @@ from diffusers import FluxTransformer2DModel
 from focusdpo.data import PairBatch
 from focusdpo.data.images import PATCH_SIZE
 from focusdpo.models import Backbone, Flux1, PromptEmbeddings, TokenLayout
-from focusdpo.models.sizes import Architecture, released
+from focusdpo.models.sizes import RELEASED, Architecture
 from focusdpo.models.tiny_flux import transformer_config
 from focusdpo.training.step import Noised
 
@@ -54,8 +54,8 @@ class Model:
 
 MODELS = {
     # References as UNO has them.
-    "flux1": Model(lambda: released("FLUX.1 dev"), 512, (Setting(512, (320, 320)), Setting(1024, (320, 320)))),
-    "flux2-klein-4b": Model(lambda: released("FLUX.2 klein 4B"), 512, (Setting(512, (512, 512)), Setting(1024, (1024, 1024)))),
+    "flux1": Model(lambda: RELEASED["FLUX.1 dev"], 512, (Setting(512, (320, 320)), Setting(1024, (320, 320)))),
+    "flux2-klein-4b": Model(lambda: RELEASED["FLUX.2 klein 4B"], 512, (Setting(512, (512, 512)), Setting(1024, (1024, 1024)))),
     "tiny": Model(
         lambda: Architecture(Flux1, FluxTransformer2DModel, transformer_config(), companions=0), 16, (Setting(128, (64, 64)),)
     ),

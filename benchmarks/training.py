@@ -44,9 +44,9 @@ def write_pipeline(folder: Path, backbone: str, device: torch.device) -> None:
     if backbone == "tiny":
         write_tiny_flux2(folder)
         return
-    from focusdpo.models.sizes import released
+    from focusdpo.models.sizes import RELEASED
 
-    architecture = released("FLUX.2 klein 4B")
+    architecture = RELEASED["FLUX.2 klein 4B"]
     write_tiny_flux2(folder, text_width=architecture.config["joint_attention_dim"] // 3, latent_channels=32)
     transformer = architecture.build(torch.bfloat16, SIZES[backbone][2], device).transformer
     transformer.save_pretrained(folder / "transformer")

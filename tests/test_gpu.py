@@ -306,10 +306,10 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, request, checkpointing)
 def test_gradients_of_attention_are_the_same_each_time(tokens):
     """As a killed run of full size needs it; PyTorch's default adds up the queries' gradient in any order."""
     pytest.importorskip("diffusers")
-    from focusdpo.models.sizes import released
+    from focusdpo.models.sizes import RELEASED
     from focusdpo.training.determinism import repeatable
 
-    released("FLUX.1 dev").build(torch.bfloat16, 512)  # a backbone chooses among PyTorch's kernels
+    RELEASED["FLUX.1 dev"].build(torch.bfloat16, 512)  # a backbone chooses among PyTorch's kernels
     x = [torch.randn(2, 24, tokens, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
     weight = torch.randn(2, 24, tokens, 128, device="cuda", dtype=torch.bfloat16)
     with repeatable():
@@ -322,9 +322,9 @@ def test_attention_of_a_backbone(tokens, heads, width, tmp_path):
     """Gradients at the lengths of the demo's model, FLUX.1 at 512 px, klein at 512 px and FLUX.1 at 1024 px."""
     pytest.importorskip("diffusers")
     pytest.importorskip("transformers")
-    from focusdpo.models.sizes import released
+    from focusdpo.models.sizes import RELEASED
 
-    released("FLUX.1 dev").build(torch.bfloat16, 512)  # a backbone chooses among PyTorch's kernels
+    RELEASED["FLUX.1 dev"].build(torch.bfloat16, 512)  # a backbone chooses among PyTorch's kernels
     shape = (2, tokens, heads, width)
     one = [torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2).requires_grad_() for _ in range(3)]
     weight = torch.randn(2, heads, tokens, width, device="cuda")

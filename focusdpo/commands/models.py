@@ -8,7 +8,7 @@ from focusdpo.commands.config import ModelsConfig
 from focusdpo.data import LongestSide
 from focusdpo.data.images import PATCH_SIZE
 from focusdpo.models import BACKBONES, TokenLayout
-from focusdpo.models.sizes import RELEASED, parameters, released
+from focusdpo.models.sizes import RELEASED, parameters
 from focusdpo.training.memory import DTYPES, GIB, estimate, launched
 
 
@@ -28,8 +28,7 @@ def prepare(config: ModelsConfig) -> Callable[[], None]:
     parts = ["weights", "text, VAE", "adapter", "kept", "block", "temporaries", "tokens", "total"]
     models = [["model", "backbone", "parameters", "LoRA", "taps", "channels", "references", *parts]]
     launches = [["model", "backbone", "files", "host, DDP", "host, FSDP2", "GPU, DDP", "GPU, FSDP2", "gathered"]]
-    for name in RELEASED:
-        architecture = released(name)
+    for name, architecture in RELEASED.items():
         layout, pairs = layouts[architecture.backbone.name], config.batch_size
         part = estimate(architecture, config.model, config.lora, config.mixed_precision, layout, pairs, config.optimizer)
         backbone = architecture.build(dtype, config.max_sequence_length)

@@ -21,6 +21,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from focusdpo.data.images import PATCH_SIZE
 from focusdpo.data.references import ReferenceRule
 from focusdpo.models.lora_fusion import Update
 from focusdpo.models.lora_names import family_of
@@ -208,13 +209,27 @@ class Backbone(abc.ABC):
         """Parts of the pipeline that have to be loaded in another way than its own."""
         return {}
 
-    @abc.abstractmethod
+    @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in [0, 1] to clean tokens [B, H/16 * W/16, C], deterministically."""
+        return self._tokens((images * 2 - 1).to(self.vae.device, self.vae.dtype))
 
     @abc.abstractmethod
+    def _tokens(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [-1, 1] to clean tokens: of the posterior's mode, normalised."""
+
+    @torch.no_grad()
     def decode_images(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Clean tokens [B, P, C] of a (rows, columns) grid to pixels [B, 3, H, W] in [0, 1]."""
+        images = self.vae.decode(self._latents(tokens, grid).to(self.vae.dtype), return_dict=False)[0]
+        images = images.reshape(*images.shape[:2], *images.shape[-2:])  # a video VAE has frames between, one here
+        return ((images.float() + 1) / 2).clamp(0, 1)
+
+    def _latents(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Clean tokens as the VAE's latents; here they are unpacked only, as FLUX.1 and Qwen-Image do."""
+        height, width = (side * PATCH_SIZE for side in grid)
+        latents: Tensor = self.pipeline._unpack_latents(tokens, height, width, self.pipeline.vae_scale_factor)
+        return latents
 
     @abc.abstractmethod
     def encode_prompts(self, prompts: Sequence[str], references: Sequence[Tensor] = ()) -> PromptEmbeddings:
@@ -226,13 +241,28 @@ class Backbone(abc.ABC):
                 difference.
         """
 
-    @abc.abstractmethod
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors that `predict` needs of a prompt of `max_sequence_length` tokens, without the batch axis."""
+        return {"prompt_embeds": (self.max_sequence_length, self.pipeline.transformer.config.joint_attention_dim)}
 
-    @abc.abstractmethod
     def predict(self, noisy: Tensor, t: Tensor, prompts: PromptEmbeddings, references: Tensor, layout: TokenLayout) -> Tensor:
         """Velocity [B, P, C] of noisy target tokens [B, P, C] at times t [B], given reference tokens [B, Q, C]."""
+        guidance = None
+        if self.pipeline.transformer.config.guidance_embeds:
+            guidance = torch.full((noisy.shape[0],), self.guidance, device=noisy.device, dtype=self.dtype)
+        velocity = self.transformer(
+            # The embedders' weights keep the base dtype; under autocast the matrix products take care of themselves.
+            hidden_states=torch.cat([noisy, references], dim=1).to(self.dtype),
+            timestep=t.to(self.dtype),
+            guidance=guidance,
+            return_dict=False,
+            **self._inputs(prompts.to(noisy.device, self.dtype).tensors, layout),
+        )[0]
+        return velocity[:, : layout.num_target]
+
+    @abc.abstractmethod
+    def _inputs(self, prompts: dict[str, Tensor], layout: TokenLayout) -> dict[str, Any]:
+        """What the transformer is given besides tokens, times and guidance: text, in its dtype, and positions."""
 
     def tap_paths(self) -> list[str]:
         """Paths in `transformer` of the blocks whose output can be tapped, in the order they run."""
@@ -245,9 +275,9 @@ class Backbone(abc.ABC):
         transformer = _transformer(kind, str(pipeline), None, torch.float32, torch.device("meta"))
         return sum(len(getattr(transformer, name)) for name in cls.tapped)
 
-    @abc.abstractmethod
     def image_tokens(self, output: Any) -> Tensor:
-        """The image stream [B, P + Q, D], target first, of a tapped block's output."""
+        """The image stream [B, P + Q, D], target first, of a tapped block's output: as a rule (text stream, image stream)."""
+        return output[1]
 
     @abc.abstractmethod
     def default_scales(self) -> tuple[float, float]:

@@ -24,19 +24,6 @@ def base_lora_checksum(path: str) -> str:
     return hash_of(remembered_checksum(file), checksum(config)) if is_peft else remembered_checksum(file)
 
 
-def check_base_lora(path: str, backbone: str | None = None) -> None:
-    """Refuses what can be seen to be no LoRA, or none for a backbone, before a model is loaded. Reads all of its values.
-
-    Args:
-        path: file or folder.
-        backbone: setting of `model.backbone` that it has to be for; None takes all.
-
-    Raises:
-        FileNotFoundError, ValueError: there is no such file, or it holds no LoRA.
-    """
-    read_lora(NAME, path, backbone)
-
-
 @torch.no_grad()
 def merge_base_lora(pipeline: Any, path: str, scale: float) -> list[str]:
     """Adds a LoRA to the transformer's weights: W + scale * alpha / rank * B A.

@@ -28,7 +28,7 @@ from torch import Tensor
 from focusdpo.data.images import PATCH_SIZE, Size
 from focusdpo.data.references import ReferenceRule, UnoReferences
 from focusdpo.models.base import Backbone, PromptEmbeddings, TokenLayout
-from focusdpo.models.uno_lora import has_unos_layers
+from focusdpo.models.uno_lora import unos_layers
 
 
 def position_ids(layout: TokenLayout) -> Tensor:
@@ -56,10 +56,8 @@ def kontext_position_ids(layout: TokenLayout) -> Tensor:
 
 
 def _grid(rows: int, columns: int, row_offset: int, column_offset: int, image: int = 0) -> Tensor:
-    ids = torch.full((rows, columns, 3), float(image))
-    ids[..., 1] = (torch.arange(rows) + row_offset)[:, None]
-    ids[..., 2] = (torch.arange(columns) + column_offset)[None, :]
-    return ids.reshape(rows * columns, 3)
+    axes = torch.tensor([image]), torch.arange(rows) + row_offset, torch.arange(columns) + column_offset
+    return torch.cartesian_prod(*axes).float()
 
 
 @dataclass(frozen=True)
@@ -92,21 +90,14 @@ class Flux1(Backbone):
     pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]] = (FluxPipeline, FluxKontextPipeline)
     position_ids = staticmethod(position_ids)
 
-    @torch.no_grad()
-    def encode_images(self, images: Tensor) -> Tensor:
-        vae = self.vae
-        latents = vae.encode((images * 2 - 1).to(vae.device, vae.dtype)).latent_dist.mode()
-        latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+    def _tokens(self, pixels: Tensor) -> Tensor:
+        vae, config = self.vae, self.vae.config
+        latents = (vae.encode(pixels).latent_dist.mode() - config.shift_factor) * config.scaling_factor
         return self.pipeline._pack_latents(latents, *latents.shape)
 
-    @torch.no_grad()
-    def decode_images(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        vae = self.vae
-        height, width = grid[0] * PATCH_SIZE, grid[1] * PATCH_SIZE
-        latents = self.pipeline._unpack_latents(tokens, height, width, self.pipeline.vae_scale_factor)
-        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-        images = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-        return ((images.float() + 1) / 2).clamp(0, 1)
+    def _latents(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        config = self.vae.config
+        return super()._latents(tokens, grid) / config.scaling_factor + config.shift_factor
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], references: Sequence[Tensor] = ()) -> PromptEmbeddings:
@@ -116,34 +107,22 @@ class Flux1(Backbone):
         return PromptEmbeddings({"prompt_embeds": embeds, "pooled_prompt_embeds": pooled})
 
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
-        config = self.pipeline.transformer.config
-        text = (self.max_sequence_length, config.joint_attention_dim)
-        return {"prompt_embeds": text, "pooled_prompt_embeds": (config.pooled_projection_dim,)}
+        pooled = self.pipeline.transformer.config.pooled_projection_dim
+        return {**super().prompt_shapes(), "pooled_prompt_embeds": (pooled,)}
 
-    def predict(self, noisy: Tensor, t: Tensor, prompts: PromptEmbeddings, references: Tensor, layout: TokenLayout) -> Tensor:
-        embeds = prompts.tensors["prompt_embeds"]
-        # The embedders' weights keep the base dtype; under autocast the matrix products take care of themselves.
-        hidden_states = torch.cat([noisy, references], dim=1).to(self.dtype)
-        guidance = None
-        if self.pipeline.transformer.config.guidance_embeds:
-            guidance = torch.full((noisy.shape[0],), self.guidance, device=noisy.device, dtype=self.dtype)
-        velocity = self.transformer(
-            hidden_states=hidden_states,
-            encoder_hidden_states=embeds.to(self.dtype),
-            pooled_projections=prompts.tensors["pooled_prompt_embeds"].to(self.dtype),
-            timestep=t.to(self.dtype),
-            img_ids=self.position_ids(layout).to(noisy.device),
-            txt_ids=torch.zeros(embeds.shape[1], 3, device=noisy.device),
-            guidance=guidance,
-            return_dict=False,
-        )[0]
-        return velocity[:, : layout.num_target]
+    def _inputs(self, prompts: dict[str, Tensor], layout: TokenLayout) -> dict[str, Any]:
+        embeds = prompts["prompt_embeds"]
+        return {
+            "encoder_hidden_states": embeds,
+            "pooled_projections": prompts["pooled_prompt_embeds"],
+            "img_ids": self.position_ids(layout).to(embeds.device),
+            "txt_ids": torch.zeros(embeds.shape[1], 3, device=embeds.device),
+        }
 
     @property
     def _is_uno(self) -> bool:
         """Whether a LoRA of exactly UNO's layers is in the weights: what in UNO's own layout is UNO's, or came of it."""
-        numbers = {layer.rsplit(".attn.", 1)[0].removesuffix(".proj_out") for layer in self.merged_layers}
-        return self.name == Flux1.name and has_unos_layers(self.merged_layers) and numbers == set(self.tap_paths())
+        return self.name == Flux1.name and set(self.merged_layers) == unos_layers(self.tap_paths())
 
     def default_scales(self) -> tuple[float, float]:
         return 4.0 if self._is_uno else 3.5, 1.0
@@ -152,9 +131,6 @@ class Flux1(Backbone):
         # UNO's pipeline reckons mu of (width / 8) (height / 8) / 256 tokens where there are four times 16 as many: 0.459 at
         # 512 px, where FLUX.1's is 0.63. Its training has FLUX.1's.
         return super().time_shift(tokens // 64 if self._is_uno else tokens, steps)
-
-    def image_tokens(self, output: Any) -> Tensor:
-        return output[1]  # (text stream, image stream), for both kinds of block since diffusers 0.35
 
 
 class Kontext(Flux1):

@@ -18,6 +18,7 @@ from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from focusdpo.data.images import PATCH_SIZE, Size
 from focusdpo.data.references import ReferenceRule
@@ -28,18 +29,12 @@ REFERENCE_SHIFT = 10  # along t, from one image to the next
 
 def position_ids(layout: TokenLayout) -> Tensor:
     """Position ids of target and references, int64 [P + Q, 4]."""
-    grids = (layout.target, *layout.references)
-    return torch.cat([_grid(i * REFERENCE_SHIFT, rows, columns) for i, (rows, columns) in enumerate(grids)])
-
-
-def text_position_ids(length: int) -> Tensor:
-    """Position ids of the text, int64 [length, 4]."""
     zero = torch.zeros(1, dtype=torch.int64)
-    return torch.cartesian_prod(zero, zero, zero, torch.arange(length))
-
-
-def _grid(t: int, rows: int, columns: int) -> Tensor:
-    return torch.cartesian_prod(torch.tensor([t]), torch.arange(rows), torch.arange(columns), torch.zeros(1, dtype=torch.int64))
+    axes = [
+        (zero + i * REFERENCE_SHIFT, torch.arange(rows), torch.arange(columns), zero)
+        for i, (rows, columns) in enumerate((layout.target, *layout.references))
+    ]
+    return torch.cat([torch.cartesian_prod(*each) for each in axes])
 
 
 @dataclass(frozen=True)
@@ -77,21 +72,16 @@ class Flux2(Backbone):
     pipelines = (Flux2Pipeline, Flux2KleinPipeline)
     adapted_layers = (*Backbone.adapted_layers, "to_qkv_mlp_proj")
 
-    @torch.no_grad()
-    def encode_images(self, images: Tensor) -> Tensor:
-        vae = self.vae
-        # The posterior's mode, in patches of 2 x 2 latents, normalised by the VAE's batch statistics.
-        latents = self.pipeline._encode_vae_image((images * 2 - 1).to(vae.device, vae.dtype), generator=None)
-        return self.pipeline._pack_latents(latents)
+    def _tokens(self, pixels: Tensor) -> Tensor:
+        # In patches of 2 x 2 latents, normalised by the VAE's batch statistics.
+        return self.pipeline._pack_latents(self.pipeline._encode_vae_image(pixels, generator=None))
 
-    @torch.no_grad()
-    def decode_images(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    def _latents(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         vae = self.vae
         latents = tokens.transpose(1, 2).reshape(tokens.shape[0], -1, *grid)  # [B, C, rows, columns]
         mean, variance = (x.to(latents).view(1, -1, 1, 1) for x in (vae.bn.running_mean, vae.bn.running_var))
         latents = latents * torch.sqrt(variance + vae.config.batch_norm_eps) + mean
-        images = vae.decode(self.pipeline._unpatchify_latents(latents).to(vae.dtype), return_dict=False)[0]
-        return ((images.float() + 1) / 2).clamp(0, 1)
+        return self.pipeline._unpatchify_latents(latents)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], references: Sequence[Tensor] = ()) -> PromptEmbeddings:
@@ -101,29 +91,16 @@ class Flux2(Backbone):
         )
         return PromptEmbeddings({"prompt_embeds": embeds})
 
-    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"prompt_embeds": (self.max_sequence_length, self.pipeline.transformer.config.joint_attention_dim)}
-
-    def predict(self, noisy: Tensor, t: Tensor, prompts: PromptEmbeddings, references: Tensor, layout: TokenLayout) -> Tensor:
-        embeds = prompts.tensors["prompt_embeds"]
+    def _inputs(self, prompts: dict[str, Tensor], layout: TokenLayout) -> dict[str, Any]:
+        embeds = prompts["prompt_embeds"]
         if embeds.shape[1] != self.max_sequence_length:
             expected = f"max_sequence_length={self.max_sequence_length}, to which encode_prompts pads them"
             raise ValueError(f"prompts: got {embeds.shape[1]} text tokens; expected {expected}")
-        # The embedders' weights keep the base dtype; under autocast the matrix products take care of themselves.
-        hidden_states = torch.cat([noisy, references], dim=1).to(self.dtype)
-        guidance = None
-        if self.pipeline.transformer.config.guidance_embeds:
-            guidance = torch.full((noisy.shape[0],), self.guidance, device=noisy.device, dtype=self.dtype)
-        velocity = self.transformer(
-            hidden_states=hidden_states,
-            encoder_hidden_states=embeds.to(self.dtype),
-            timestep=t.to(self.dtype),
-            img_ids=position_ids(layout).to(noisy.device),
-            txt_ids=text_position_ids(embeds.shape[1]).to(noisy.device),
-            guidance=guidance,
-            return_dict=False,
-        )[0]
-        return velocity[:, : layout.num_target]
+        return {
+            "encoder_hidden_states": embeds,
+            "img_ids": position_ids(layout).to(embeds.device),
+            "txt_ids": F.pad(torch.arange(embeds.shape[1], device=embeds.device)[:, None], (3, 0)),
+        }
 
     def default_scales(self) -> tuple[float, float]:
         if self.pipeline.transformer.config.guidance_embeds:
@@ -134,8 +111,8 @@ class Flux2(Backbone):
         return float(compute_empirical_mu(tokens, steps))
 
     def image_tokens(self, output: Any) -> Tensor:
-        if isinstance(output, tuple):  # of a double block: (text stream, image stream)
-            return output[1]
+        if isinstance(output, tuple):  # of a double block
+            return super().image_tokens(output)
         # Of a single block: [text | target | references]. All prompts are of one length, so nothing has to be remembered of the
         # forward pass that runs; a block that is recomputed later, or compiled, gives the same.
         return output[:, self.max_sequence_length :]

@@ -22,7 +22,7 @@ from focusdpo.foundation.files import tensor_shapes
 from focusdpo.models.lora_fusion import Update, split
 from focusdpo.models.lora_keys import PEFT_PREFIX, check_backbone, families_of, first, inner, layer_keys
 from focusdpo.models.lora_names import Family, Module, family_of
-from focusdpo.models.lora_settings import PREFIX, check_alpha, folder_settings, metadata_settings, scale_of
+from focusdpo.models.lora_settings import Settings, check_alpha, folder_settings, metadata_settings, scale_of
 from focusdpo.models.uno_lora import is_uno, uno_to_diffusers
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name for it
@@ -117,11 +117,7 @@ def _read_uno(tensors: Mapping[str, Tensor], backbone: str | None) -> Lora:
     families = check_backbone((family_of("flux"),), backbone)
     state = uno_to_diffusers(tensors)
     _check_values(tensors)
-    stems = sorted({key.rsplit(".lora_", 1)[0] for key in state})
-    updates = {stem: Update(state[f"{stem}.lora_A.weight"], state[f"{stem}.lora_B.weight"]) for stem in stems}
-    for stem, update in updates.items():
-        _check_size(stem, update)
-    return Lora({stem.removeprefix(PREFIX): update for stem, update in updates.items()}, families)
+    return Lora(_updates(state, layer_keys(state), None, families[0]), families)
 
 
 def _read(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], folder: Path, backbone: str | None) -> Lora:
@@ -136,25 +132,35 @@ def _read(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], folder: Pa
             )
     families = families_of(stems, {key: value.shape for key, value in tensors.items()}, metadata, settings, backbone)
     _check_values({keys[side]: tensors[keys[side]] for keys in stems.values() for side in "ab"})
+    return Lora(_updates(tensors, stems, settings, families[0]), families)
+
+
+def _updates(
+    tensors: Mapping[str, Tensor], stems: Mapping[str, Mapping[str, str]], settings: Settings | None, family: Family
+) -> dict[str, Update]:
+    """The updates by diffusers' layers; ValueError where one is too large, said twice, or its alpha is none."""
     layers: dict[str, Update] = {}
     for stem, keys in stems.items():
         a, b = (tensors[keys[side]] for side in "ab")
         # Where nothing is said, every loader takes 1.
         scale = 1.0 if settings is None else scale_of(settings, inner(stem), a.shape[0])
         if "alpha" in keys:
-            own = _alpha(keys["alpha"], tensors[keys["alpha"]]) / a.shape[0]
+            alpha = tensors[keys["alpha"]]
+            if alpha.numel() != 1:
+                raise ValueError(f"{keys['alpha']}: shape {list(alpha.shape)}; expected one number")
+            own = check_alpha(keys["alpha"], alpha.item()) / a.shape[0]
             if settings is not None and not math.isclose(own, scale, rel_tol=1e-6):
                 raise ValueError(f"{keys['alpha']} makes its scale {own:g}, but the settings make it {scale:g}; remove one")
             scale = own
         update = Update(a, b, scale)
         _check_size(stem, update)
-        module = families[0].find(inner(stem))
+        module = family.find(inner(stem))
         assert module is not None  # or it would not be the family's
         for layer, part in _by_layer(stem, update, module).items():
             if layer in layers:
                 raise ValueError(f"{stem}: {layer} has another update already, under another name")
             layers[layer] = part
-    return Lora(layers, families)
+    return layers
 
 
 def _by_layer(stem: str, update: Update, module: Module) -> dict[str, Update]:
@@ -171,12 +177,6 @@ def _by_layer(stem: str, update: Update, module: Module) -> dict[str, Update]:
 def swap_halves(update: Update) -> Update:
     """The update of a layer whose outputs' halves stand the other way round."""
     return update._replace(b=update.b.roll(update.b.shape[0] // 2, dims=0))
-
-
-def _alpha(key: str, value: Tensor) -> float:
-    if value.numel() != 1:
-        raise ValueError(f"{key}: shape {list(value.shape)}; expected one number")
-    return check_alpha(key, value.item())
 
 
 def _check_values(tensors: Mapping[str, Tensor]) -> None:

@@ -74,22 +74,16 @@ class QwenEditPlus(Backbone):
     def _parts(cls, path: str, revision: str | None) -> dict[str, Any]:
         return {"processor": ImageTextProcessor.from_pretrained(path, subfolder="processor", revision=revision)}
 
-    @torch.no_grad()
-    def encode_images(self, images: Tensor) -> Tensor:
-        vae = self.vae
-        frames = (images * 2 - 1).to(vae.device, vae.dtype).unsqueeze(2)  # [B, 3, 1, H, W]: a video VAE
-        # The posterior's mode, normalised channel by channel.
+    def _tokens(self, pixels: Tensor) -> Tensor:
+        frames = pixels.unsqueeze(2)  # [B, 3, 1, H, W]: a video VAE
+        # Normalised channel by channel.
         latents = self.pipeline._encode_vae_image(frames, generator=None)  # [B, C/4, 1, H/8, W/8]
         return self.pipeline._pack_latents(latents, *latents.squeeze(2).shape)
 
-    @torch.no_grad()
-    def decode_images(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        vae = self.vae
-        height, width = grid[0] * PATCH_SIZE, grid[1] * PATCH_SIZE
-        latents = self.pipeline._unpack_latents(tokens, height, width, self.pipeline.vae_scale_factor)
-        mean, std = (latents.new_tensor(x).view(1, -1, 1, 1, 1) for x in (vae.config.latents_mean, vae.config.latents_std))
-        images = vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0][:, :, 0]
-        return ((images.float() + 1) / 2).clamp(0, 1)
+    def _latents(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        latents, config = super()._latents(tokens, grid), self.vae.config
+        mean, std = (latents.new_tensor(x).view(1, -1, 1, 1, 1) for x in (config.latents_mean, config.latents_std))
+        return latents * std + mean
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], references: Sequence[Tensor] = ()) -> PromptEmbeddings:
@@ -101,23 +95,14 @@ class QwenEditPlus(Backbone):
             single.append(PromptEmbeddings({"prompt_embeds": embeds, "prompt_embeds_mask": torch.ones_like(embeds[..., 0])}))
         return PromptEmbeddings.stack(single)
 
-    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"prompt_embeds": (self.max_sequence_length, self.pipeline.transformer.config.joint_attention_dim)}
-
-    def predict(self, noisy: Tensor, t: Tensor, prompts: PromptEmbeddings, references: Tensor, layout: TokenLayout) -> Tensor:
-        mask = prompts.tensors.get("prompt_embeds_mask")
-        velocity = self.transformer(
-            # The embedders' weights keep the base dtype; under autocast the matrix products take care of themselves.
-            hidden_states=torch.cat([noisy, references], dim=1).to(self.dtype),
-            encoder_hidden_states=prompts.tensors["prompt_embeds"].to(self.dtype),
+    def _inputs(self, prompts: dict[str, Tensor], layout: TokenLayout) -> dict[str, Any]:
+        embeds, mask = prompts["prompt_embeds"], prompts.get("prompt_embeds_mask")
+        return {
+            "encoder_hidden_states": embeds,
             # As the pipeline does: with no padding there is no mask, and attention has its faster kernels.
-            encoder_hidden_states_mask=None if mask is None or mask.all() else mask.bool(),
-            timestep=t.to(self.dtype),
-            img_shapes=[[(1, *grid) for grid in (layout.target, *layout.references)]] * noisy.shape[0],
-            guidance=None,
-            return_dict=False,
-        )[0]
-        return velocity[:, : layout.num_target]
+            "encoder_hidden_states_mask": None if mask is None or mask.all() else mask.bool(),
+            "img_shapes": [[(1, *grid) for grid in (layout.target, *layout.references)]] * len(embeds),
+        }
 
     def default_scales(self) -> tuple[float, float]:
         return 1.0, 4.0
@@ -125,6 +110,3 @@ class QwenEditPlus(Backbone):
     def guide(self, velocity: Tensor, negative: Tensor, scale: float) -> Tensor:
         guided = super().guide(velocity, negative, scale)
         return guided * (velocity.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
-
-    def image_tokens(self, output: Any) -> Tensor:
-        return output[1]  # (text stream, image stream)

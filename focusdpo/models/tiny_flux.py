@@ -44,6 +44,7 @@ def transformer_config(layers: tuple[int, int] = (2, 2)) -> dict[str, Any]:
     return {**TRANSFORMER, "num_layers": layers[0], "num_single_layers": layers[1]}
 
 
+@torch.random.fork_rng()
 def build_flux(
     seed: int, transformer: Mapping[str, Any], vae: Mapping[str, Any], words: Sequence[str] = (), kontext: bool = False
 ) -> FluxPipeline | FluxKontextPipeline:
@@ -56,14 +57,7 @@ def build_flux(
         words: those that are one token; others are spelt.
         kontext: make a FluxKontextPipeline instead of a FluxPipeline.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return _pipeline(transformer, vae, words, kontext)
-
-
-def _pipeline(
-    transformer: Mapping[str, Any], vae: Mapping[str, Any], words: Sequence[str], kontext: bool
-) -> FluxPipeline | FluxKontextPipeline:
+    torch.manual_seed(seed)
     flux = FluxTransformer2DModel(**transformer)
     # Four stages keep the real factor of 8 between pixels and latents.
     autoencoder = AutoencoderKL(

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +52,6 @@ _UNO = {name: kind for kind, name in _DIFFUSERS.items()}
 _UNO_BLOCK = re.compile(r"(double_blocks|single_blocks)\.(\d+)\.processor\.")
 _DIFFUSERS_BLOCK = re.compile(r"transformer\.(transformer_blocks|single_transformer_blocks)\.(\d+)\.")
 
-Shapes = Mapping[str, Sequence[int]]
 _Block = tuple[str, int]  # kind and number
 
 
@@ -61,28 +60,10 @@ def is_uno(names: Iterable[str]) -> bool:
     return any(_UNO_BLOCK.match(name) for name in names)
 
 
-def has_unos_layers(layers: Iterable[str]) -> bool:
-    """Whether a LoRA's layers, by diffusers' names, are all that UNO trains in a block, and no others, in any format."""
-    names = {f"transformer.{layer}.lora_A.weight" for layer in layers}
-    parts = _parts_of(names, _DIFFUSERS_BLOCK)
-    return bool(names) and names == {_diffusers_keys(block, layer)[0] for block, part in parts for layer in part.layers}
-
-
-def check_uno(shapes: Shapes) -> int:
-    """The rank of a LoRA in UNO's format, given the shapes of its matrices by name.
-
-    Raises:
-        ValueError: lists names that are unknown or missing, and shapes that do not fit.
-    """
-    pairs = {_uno_keys(block, part): (part.inputs, len(part.layers)) for block, part in _parts_of(shapes, _UNO_BLOCK)}
-    return _check(shapes, pairs, "UNO's", "double_blocks.0.processor.qkv_lora1.down.weight")
-
-
-def check_diffusers(shapes: Shapes) -> int:
-    """The rank of a LoRA in diffusers' format that has just the layers of UNO's; errors as `check_uno`."""
-    parts = _parts_of(shapes, _DIFFUSERS_BLOCK)
-    pairs = {_diffusers_keys(block, layer): (part.inputs, 1) for block, part in parts for layer in part.layers}
-    return _check(shapes, pairs, "diffusers'", "transformer.transformer_blocks.0.attn.to_q.lora_A.weight")
+def unos_layers(blocks: Iterable[str]) -> set[str]:
+    """The layers that UNO trains in blocks, by diffusers' names."""
+    parts = [(block, part) for block in blocks for part in _PARTS[_UNO[block.split(".")[0]]]]
+    return {f"{block}.{layer}" for block, part in parts for layer in part.layers}
 
 
 def uno_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -92,11 +73,13 @@ def uno_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         state: matrices by UNO's names: down [rank, inputs], up [outputs, rank].
 
     Raises:
-        ValueError: as `check_uno`.
+        ValueError: lists names that are unknown or missing, and shapes that do not fit.
     """
-    check_uno({name: value.shape for name, value in state.items()})
+    parts = _parts_of(state, _UNO_BLOCK)
+    pairs = {_uno_keys(block, part): (part.inputs, len(part.layers)) for block, part in parts}
+    _check(state, pairs, "UNO's", "double_blocks.0.processor.qkv_lora1.down.weight")
     converted = {}
-    for block, part in _parts_of(state, _UNO_BLOCK):
+    for block, part in parts:
         down, up = (state[key] for key in _uno_keys(block, part))
         for layer, rows in zip(part.layers, up.chunk(len(part.layers)), strict=True):
             a, b = _diffusers_keys(block, layer)
@@ -111,11 +94,14 @@ def diffusers_to_uno(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         state: matrices by diffusers' names: lora_A [rank, inputs], lora_B [outputs, rank].
 
     Raises:
-        ValueError: as `check_diffusers`; or query, key and value have lora_A of their own, where UNO's have one in common.
+        ValueError: as there, where it has not just the layers of UNO's; or query, key and value have lora_A of their own, where
+            UNO's have one in common.
     """
-    check_diffusers({name: value.shape for name, value in state.items()})
+    parts = _parts_of(state, _DIFFUSERS_BLOCK)
+    pairs = {_diffusers_keys(block, layer): (part.inputs, 1) for block, part in parts for layer in part.layers}
+    _check(state, pairs, "diffusers'", "transformer.transformer_blocks.0.attn.to_q.lora_A.weight")
     converted, differing = {}, []
-    for block, part in _parts_of(state, _DIFFUSERS_BLOCK):
+    for block, part in parts:
         names = [_diffusers_keys(block, layer) for layer in part.layers]
         downs, ups = [state[a] for a, _ in names], [state[b] for _, b in names]
         same = all(x.dtype == downs[0].dtype and torch.equal(x, downs[0]) for x in downs)
@@ -147,8 +133,9 @@ def _parts_of(names: Iterable[str], pattern: re.Pattern[str]) -> list[tuple[_Blo
     return [(block, part) for block in sorted(found) for part in _PARTS[block[0]]]
 
 
-def _check(shapes: Shapes, pairs: Mapping[tuple[str, str], tuple[int, int]], owner: str, example: str) -> int:
-    """The rank, once every (down, up) pair is there with its (inputs, outputs) in widths, and nothing else is."""
+def _check(state: Mapping[str, Tensor], pairs: Mapping[tuple[str, str], tuple[int, int]], owner: str, example: str) -> None:
+    """ValueError unless every (down, up) pair is there with its (inputs, outputs) in widths, and nothing else is."""
+    shapes = {name: list(value.shape) for name, value in state.items()}
     known = {key for pair in pairs for key in pair}
     problems = [f"{name}: unknown" for name in shapes if name not in known]
     problems += [f"{name}: missing" for name in known if name not in shapes]
@@ -161,15 +148,14 @@ def _check(shapes: Shapes, pairs: Mapping[tuple[str, str], tuple[int, int]], own
     rank, width = sizes.most_common(1)[0][0] if sizes else (0, 0)
     for (down, up), (inputs, outputs) in pairs.items():
         for name, expected in ((down, [rank, inputs * width]), (up, [outputs * width, rank])):
-            if name in shapes and list(shapes[name]) != expected:
-                problems.append(f"{name}: shape {list(shapes[name])}, expected {expected}")
+            if name in shapes and shapes[name] != expected:
+                problems.append(f"{name}: shape {shapes[name]}, expected {expected}")
     if problems or not pairs:
         found = f"{len(problems)} of its matrices are wrong" if pairs else "it has no matrix of such a name"
         raise ValueError(
             f"not a LoRA in {owner} format with UNO's layers, {found}:\n{_listed(sorted(problems))}\nexpected for every "
             f"block in it all of UNO's layers ({example} and so on), of one rank and width, and nothing else"
         )
-    return rank
 
 
 def _listed(lines: list[str]) -> str:

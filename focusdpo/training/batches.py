@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
-import os
 import pickle
 import tempfile
 from collections.abc import Generator, Hashable, Sequence
+from contextlib import ExitStack
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,31 +54,26 @@ def load_datasets(config: TrainConfig, launch: Launch) -> tuple[list[PairDataset
     """
     loaded: list[PairDataset] = []
     left_out: list[Problem] = []
-    file: Path | None = None
+    with ExitStack() as kept:
 
-    def load() -> str:
-        """Where the others find what was read."""
-        nonlocal file
-        for records in load_records(config, launch):
-            loaded.append(dataset_of(records, config.data, config.model.backbone))
-            left_out.extend(leave_out_misfits(loaded[-1], config.data.max_crop, launch.is_main))
-        if launch.size == 1:
-            return ""
-        number, name = tempfile.mkstemp(prefix="focusdpo-pairs-")  # for this user's eyes
-        file = Path(name)
-        with os.fdopen(number, "wb") as stream, collector_paused():
-            pickle.dump(loaded, stream, pickle.HIGHEST_PROTOCOL)
-        return name
+        def load() -> str:
+            """Where the others find what was read."""
+            for records in load_records(config, launch):
+                loaded.append(dataset_of(records, config.data, config.model.backbone))
+                left_out.extend(leave_out_misfits(loaded[-1], config.data.max_crop, launch.is_main))
+            if launch.size == 1:
+                return ""
+            file = kept.enter_context(tempfile.NamedTemporaryFile(prefix="focusdpo-pairs-"))  # for this user's eyes
+            with collector_paused():
+                pickle.dump(loaded, file, pickle.HIGHEST_PROTOCOL)
+            file.flush()
+            return file.name
 
-    try:
         name = launch.once_a_machine("pairs are checked", load)
         if not loaded:
             with open(name, "rb") as stream, collector_paused():
                 loaded = pickle.load(stream)
         launch.wait("pairs are read")
-    finally:
-        if file is not None:
-            file.unlink(missing_ok=True)
     return loaded, left_out
 
 
@@ -260,15 +256,16 @@ class TrainingBatches:
         self._config = config
         self._accelerator = accelerator
         self.plan = SizeBatches(dataset, config.data.batch_size, shuffle=config.data.shuffle, seed=config.seed)
-        self._shares: dict[int, list[list[list[int]]]] = {}
-        self._pairs_before: tuple[int, list[int]] = (-1, [])  # an epoch, and the pairs before each of its rounds
+        # A step may reach into the next epoch: every step looks at one or two, and each takes time in the pairs.
+        self._share = functools.lru_cache(maxsize=2)(self._make_share)
+        self._pairs_before = functools.lru_cache(maxsize=2)(self._count_before)
         with collector_paused():
             self._rounds = len(self._share(0))  # of every epoch
         if accelerator.is_main_process:
             self._log_layouts()
 
     def _log_layouts(self) -> None:
-        """Says how well the pairs' sizes go into batches."""
+        """Says how well the pairs' sizes go into batches, and how many a step has."""
         layouts, batches, full = self.plan.layouts, self.plan.epoch(0), self._config.data.batch_size
         pairs = sum(layouts.values())
         smaller = sum(len(batch) < full for batch in batches)
@@ -278,7 +275,13 @@ class TrainingBatches:
             lines.append(f"  {rest} of {len(layouts) - MAX_LAYOUTS} other layouts")
         summary = f"{pairs} pairs in {len(layouts)} layouts; an epoch has {len(batches)} batches"
         logger.info("%s, %d of them smaller than data.batch_size=%d\n%s", summary, smaller, full, "\n".join(lines))
-        self._log_step()
+        # Where that is not what the settings alone say: learning rates are meant for one number of pairs.
+        processes, accumulated = self._accelerator.num_processes, self._config.gradient_accumulation
+        if processes > 1:
+            logger.info(
+                "a step has up to %d pairs: %d processes, data.batch_size=%d, gradient_accumulation=%d",
+                processes * full * accumulated, processes, full, accumulated,
+            )  # fmt: skip
         if pairs / len(batches) < 0.5 * full:
             logger.warning(
                 "data.batch_size is %d, but a batch holds %.1f pairs on average: only pairs of equal image sizes share one, "
@@ -287,16 +290,6 @@ class TrainingBatches:
                 pairs / len(batches),
                 len(layouts),
             )
-
-    def _log_step(self) -> None:
-        """Says how many pairs a step has, where that is not what the settings alone say: learning rates are meant for one."""
-        processes, config = self._accelerator.num_processes, self._config
-        size, accumulated = config.data.batch_size, config.gradient_accumulation
-        if processes > 1:
-            logger.info(
-                "a step has up to %d pairs: %d processes, data.batch_size=%d, gradient_accumulation=%d",
-                processes * size * accumulated, processes, size, accumulated,
-            )  # fmt: skip
 
     def start(self, position: int) -> Generator[tuple[PairBatch, float]]:
         """Endless batches of this process from a position, each with the factor of its loss.
@@ -310,8 +303,9 @@ class TrainingBatches:
             epoch, start = divmod(position, self._rounds)
             mine = [batches[rank] for batches in self._share(epoch)[start:]]
             for batch in load_batches(self._dataset, mine, data.num_workers, self._accelerator):
-                if not accumulated:
-                    accumulated = self._step_sizes(position)
+                if not accumulated:  # pairs in each batch, of all processes, of the optimiser step that begins here
+                    places = (divmod(i, self._rounds) for i in range(position, position + self._config.gradient_accumulation))
+                    accumulated = [len(batch) for epoch, place in places for batch in self._share(epoch)[place]]
                 factor = len(batch.prompts) * len(accumulated) / sum(accumulated)
                 yield batch.to(self._accelerator.device), factor
                 position += 1
@@ -329,12 +323,8 @@ class TrainingBatches:
         if draw is not None:
             return fixed_round_robin_places(batch.indices, draw)
         epoch, place = divmod(position, self._rounds)
-        share = self._share(epoch)
-        if self._pairs_before[0] != epoch:  # batches may be smaller than data.batch_size
-            sizes = (sum(map(len, batches)) for batches in share)
-            self._pairs_before = epoch, [0, *accumulate(sizes)]
-        earlier = sum(map(len, share[place][: self._accelerator.process_index]))
-        return round_robin_places(self._pairs_before[1][place] + earlier, epoch, len(batch.prompts))
+        earlier = sum(map(len, self._share(epoch)[place][: self._accelerator.process_index]))
+        return round_robin_places(self._pairs_before(epoch)[place] + earlier, epoch, len(batch.prompts))
 
     def pairs_of_draws(self, start: int, end: int) -> dict[int, set[int]]:
         """Indices of the pairs, of all processes, by fixed draw, at the positions from start to end."""
@@ -345,17 +335,10 @@ class TrainingBatches:
             pairs.setdefault(draw, set()).update(index for batch in self._share(epoch)[place] for index in batch)
         return pairs
 
-    def _share(self, epoch: int) -> list[list[list[int]]]:
+    def _make_share(self, epoch: int) -> list[list[list[int]]]:
         """The epoch's batches in rounds of one per process; the first are repeated where the last round is not full."""
-        if epoch not in self._shares:
-            share = in_rounds(self.plan.epoch(epoch), self._accelerator.num_processes)
-            # A step may reach into the next epoch: every step looks at one or two, and each takes time in the pairs.
-            self._shares = {known: self._shares[known] for known in (epoch - 1,) if known in self._shares} | {epoch: share}
-        return self._shares[epoch]
+        return in_rounds(self.plan.epoch(epoch), self._accelerator.num_processes)
 
-    def _step_sizes(self, position: int) -> list[int]:
-        """Pairs in each batch, of all processes, of the optimiser step that begins at a position."""
-        sizes: list[int] = []
-        for i in range(position, position + self._config.gradient_accumulation):
-            sizes += [len(batch) for batch in self._share(i // self._rounds)[i % self._rounds]]
-        return sizes
+    def _count_before(self, epoch: int) -> list[int]:
+        """The pairs before each of the epoch's rounds, whose batches may be smaller than data.batch_size."""
+        return [0, *accumulate(sum(map(len, batches)) for batches in self._share(epoch))]

@@ -67,17 +67,12 @@ class EncodingReader:
     """Reads the encodings of a dataset's pairs; goes to the loader's processes with it."""
 
     files: TensorFiles
-    pairs: list[tuple[str, str, list[str], str]]  # keys of winner, loser, references and prompt
-
-    def keys(self, index: int) -> tuple[str, ...]:
-        """The keys of a pair's encodings: whatever they are made of is in them."""
-        winner, loser, references, prompt = self.pairs[index]
-        return winner, loser, *references, prompt
+    pairs: list[tuple[str, ...]]  # keys of winner, loser, references and prompt; whatever these are made of is in them
 
     def __call__(self, index: int) -> Encodings:
-        winner, loser, references, prompt = self.pairs[index]
-        tokens = [self.files.read(key)["tokens"] for key in (winner, loser, *references)]
-        return Encodings(tokens[0], tokens[1], tuple(tokens[2:]), self.files.read(prompt))
+        *images, prompt = self.pairs[index]
+        winner, loser, *references = (self.files.read(key)["tokens"] for key in images)
+        return Encodings(winner, loser, tuple(references), self.files.read(prompt))
 
 
 class EncodingCache:
@@ -129,8 +124,7 @@ class EncodingCache:
             references = [_Image(file, placement) for file, placement in zip(files, placed.references, strict=True)]
             winner, loser = (_Image(file, placed.target) for file in (record.winner, record.loser))
             seen = tuple(_Image(file, placement) for file, placement in zip(files, placed.prompt, strict=False))  # all or none
-            prompt = _Prompt(record.prompt, seen)
-            pairs.append((self._add(winner), self._add(loser), [self._add(r) for r in references], self._add(prompt)))
+            pairs.append((*map(self._add, (winner, loser, *references)), self._add(_Prompt(record.prompt, seen))))
         return EncodingReader(self._files, pairs)
 
     def fill(self, load: Callable[[], Backbone]) -> None:

@@ -94,7 +94,7 @@ class Checkpoints:
         self._settings = settings
         self._limit = limit
 
-    def save(self, step: int, parts: Mapping[str, Stateful]) -> Path:
+    def save(self, step: int, parts: Mapping[str, Stateful]) -> None:
         """Writes the checkpoint of a step; all processes call it.
 
         Args:
@@ -126,7 +126,6 @@ class Checkpoints:
             self._out.remember(LAST_CHECKPOINT, final.name)
             self._keep_to_limit()
         self._launch.wait("the checkpoint is written")
-        return final
 
     def load(self, checkpoint: Path, parts: Mapping[str, Stateful], parameters: Sequence[nn.Parameter]) -> None:
         """Restores everything but the adapter, after the transformer was wrapped or split.
@@ -165,13 +164,11 @@ class Checkpoints:
         for number, later in step_folders(self._folder):
             if not (later / ADAPTER_FILE).is_file():
                 self._out.remove(later)
-            if not (later / ADAPTER_FILE).is_file() or number <= step:
-                continue
-            target = later.with_suffix(".abandoned")
-            self._out.remove(target)
-            target = free_name(target)
-            later.rename(target)
-            logger.warning("resume: %s lies beyond step %d, renamed to %s", later, step, target.name)
+            elif number > step:
+                self._out.remove(later.with_suffix(".abandoned"))
+                target = free_name(later.with_suffix(".abandoned"))
+                later.rename(target)
+                logger.warning("resume: %s lies beyond step %d, renamed to %s", later, step, target.name)
         self._keep_to_limit()
 
     def _keep_to_limit(self) -> None:

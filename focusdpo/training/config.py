@@ -206,12 +206,11 @@ class FocusConfig:
     def __post_init__(self) -> None:
         _require(0 <= self.tau <= 1, "focus.tau", self.tau, "0 to 1")
         _require(0 <= self.gamma <= 1, "focus.gamma", self.gamma, "0 to 1")
-        if isinstance(self.match_count, float):
-            _require(
-                0 < self.match_count <= 1, "focus.match_count", self.match_count, "a fraction in (0, 1], or a whole number"
-            )
-        elif isinstance(self.match_count, int):
-            _require(self.match_count >= 0, "focus.match_count", self.match_count, "0 or more tokens")
+        count, name = self.match_count, "focus.match_count"
+        if isinstance(count, float):
+            _require(0 < count <= 1, name, count, "a fraction in (0, 1], or a whole number")
+        elif isinstance(count, int):
+            _require(count >= 0, name, count, "0 or more tokens")
         distinct = self.layers == "all" or 0 < len(set(self.layers)) == len(self.layers)
         _require(distinct, "focus.layers", self.layers, '"all", or at least one block, each once')
 
@@ -471,10 +470,9 @@ class TrainConfig:
         _require(len(set(self.trackers)) == len(self.trackers), "trackers", self.trackers, "each once")
         _require(not (self.resume and self.overwrite), "overwrite", self.overwrite, "false together with resume")
         cached, name = self.data.reference_cache, "data.reference_cache"
-        _require(
-            cached is None or self.loss.draws is not None, name, cached, "null without loss.draws: no draw would come again"
-        )
-        _require(cached is None or self.data.cache is not None, name, cached, "null without data.cache, whose keys it uses")
+        if cached is not None:
+            _require(self.loss.draws is not None, name, cached, "null without loss.draws: no draw would come again")
+            _require(self.data.cache is not None, name, cached, "null without data.cache, whose keys it uses")
         # PyTorch recomputes dropout with other random numbers (pytorch/pytorch#190758): gradients would be wrong in silence.
         redrawn = self.model.activation_budget is not None and self.lora.dropout > 0
         _require(not redrawn, "lora.dropout", self.lora.dropout, "0 with model.activation_budget")

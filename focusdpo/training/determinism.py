@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
-
 
 @contextmanager
 def repeatable(wanted: bool = True) -> Iterator[None]:
@@ -30,7 +28,7 @@ def repeatable(wanted: bool = True) -> Iterator[None]:
         yield
         return
     # Of the process, and left there: cuBLAS asks for it whenever it is used, with a size that is PyTorch's own on Hopper.
-    os.environ.setdefault(CUBLAS, ":4096:8")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     mode = torch.get_deterministic_debug_mode()
     filled: Any = torch.utils.deterministic  # whose setting mypy does not see
     fill = filled.fill_uninitialized_memory

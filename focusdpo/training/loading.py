@@ -9,7 +9,8 @@ import torch
 from focusdpo.foundation.tensor_files import TensorFiles
 from focusdpo.models import BACKBONES, Backbone
 from focusdpo.models.base import Parts, check_pipeline_path
-from focusdpo.models.base_lora import check_base_lora, merge_base_lora
+from focusdpo.models.base_lora import NAME, merge_base_lora
+from focusdpo.models.lora_reading import read_lora
 from focusdpo.models.quantization import check_quantization, quantize
 from focusdpo.training.adapter import add_adapter, give_memory
 from focusdpo.training.checkpoints import find_checkpoint, load_adapter
@@ -28,7 +29,7 @@ def check_files_and_packages(config: TrainConfig) -> None:
     """
     check_pipeline_path(config.model.path)
     if config.model.base_lora is not None:
-        check_base_lora(config.model.base_lora, config.model.backbone)
+        read_lora(NAME, config.model.base_lora, config.model.backbone)  # all of its values
     if config.model.quantization is not None:
         check_quantization(config.model.quantization)
     check_optimizer(config.optim.optimizer)

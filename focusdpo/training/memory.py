@@ -42,7 +42,7 @@ import functools
 import warnings
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,8 +158,7 @@ def _activations(
         warnings.simplefilter("ignore")  # advice about speed, for a pass that computes nothing
         with SavedBytes(backbone.transformer, blocks) as saved, device:
             prediction = backbone.predict(noisy, t, prompts, references, layout)
-        kept = saved.outside if model.gradient_checkpointing else saved.total
-        block = saved.largest_block if model.gradient_checkpointing else 0
+        kept, block = saved.kept_and_recomputed(model.gradient_checkpointing)
         compared = 2 * noisy.nbytes + references.nbytes + 2 * prediction.untyped_storage().nbytes()
         del prediction, saved
         if model.gradient_checkpointing:
@@ -253,7 +252,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._now -= self._sizes.pop(key)
 
 
-class SavedBytes:
+class SavedBytes(ExitStack):
     """Context manager: bytes that autograd saves for the backward pass of a forward pass inside it, and where.
 
     Args:
@@ -262,6 +261,7 @@ class SavedBytes:
     """
 
     def __init__(self, module: nn.Module, blocks: list[nn.Module]) -> None:
+        super().__init__()
         self._fixed = {_key(x) for x in (*module.parameters(), *module.buffers())}
         self._blocks = blocks
         self._running: int | None = None
@@ -269,26 +269,17 @@ class SavedBytes:
         self._saved: dict[int | None, dict[int, Tensor]] = {}  # by block, None outside; the tensors keep their keys unique
 
     def __enter__(self) -> SavedBytes:
-        self._handles = []
         for number, block in enumerate(self._blocks):
-            self._handles.append(block.register_forward_pre_hook(self._enter(number), with_kwargs=True))
-            self._handles.append(block.register_forward_hook(self._leave))
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._save, lambda tensor: tensor)
-        self._hooks.__enter__()
+            enter = functools.partial(self._enter, number)
+            self.enter_context(block.register_forward_pre_hook(enter, with_kwargs=True))
+            self.enter_context(block.register_forward_hook(self._leave))
+        self.enter_context(torch.autograd.graph.saved_tensors_hooks(self._save, lambda tensor: tensor))
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self._hooks.__exit__(*error)
-        for handle in self._handles:
-            handle.remove()
-
-    def _enter(self, number: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-            self._inputs |= {_key(tensor): tensor.detach() for tensor in tensors if _key(tensor) not in self._fixed}
-            self._running = number
-
-        return hook
+    def _enter(self, number: int, module: nn.Module, args: Any, kwargs: Any) -> None:
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        self._inputs |= {_key(tensor): tensor.detach() for tensor in tensors if _key(tensor) not in self._fixed}
+        self._running = number
 
     def _leave(self, *_: Any) -> None:
         self._running = None
@@ -298,25 +289,13 @@ class SavedBytes:
             self._saved.setdefault(self._running, {})[_key(tensor)] = tensor.detach()
         return tensor
 
-    @property
-    def outside(self) -> int:
-        """Bytes of the blocks' inputs and of what is saved outside of the blocks."""
-        return _bytes(self._outside)
-
-    @property
-    def _outside(self) -> dict[int, Tensor]:
-        return self._saved.get(None, {}) | self._inputs
-
-    @property
-    def largest_block(self) -> int:
-        """Bytes that the largest block saves beyond its inputs."""
+    def kept_and_recomputed(self, checkpointing: bool) -> tuple[int, int]:
+        """Bytes that are kept, and with gradient checkpointing those that the largest block saves beyond these."""
+        if not checkpointing:
+            return _bytes({key: tensor for saved in self._saved.values() for key, tensor in saved.items()}), 0
+        kept = self._saved.get(None, {}) | self._inputs
         inside = [saved for block, saved in self._saved.items() if block is not None]
-        outside = self._outside
-        return max((_bytes({k: v for k, v in saved.items() if k not in outside}) for saved in inside), default=0)
-
-    @property
-    def total(self) -> int:
-        return _bytes({key: tensor for saved in self._saved.values() for key, tensor in saved.items()})
+        return _bytes(kept), max((_bytes({k: v for k, v in saved.items() if k not in kept}) for saved in inside), default=0)
 
 
 def _key(tensor: Tensor) -> int:
@@ -343,6 +322,10 @@ class _Fused(torch.autograd.Function):
         return None, *(torch.empty_like(x) if n else None for x, n in zip(ctx.saved_tensors, needed, strict=False))
 
 
+AUTOCAST = dict.fromkeys((F.linear, F.scaled_dot_product_attention), torch.bfloat16)
+AUTOCAST |= dict.fromkeys((F.layer_norm, torch.layer_norm), torch.float32)
+
+
 class _Device(TorchFunctionMode):
     """What the meta device lacks of a GPU: fused kernels, and autocast for the operations that transformers consist of."""
 
@@ -352,10 +335,11 @@ class _Device(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self._autocast and func in (F.linear, F.scaled_dot_product_attention):
-            args, kwargs = _cast((args, kwargs), torch.bfloat16)
-        if self._autocast and func in (F.layer_norm, torch.layer_norm):
-            args, kwargs = _cast((args, kwargs), torch.float32)
+        if self._autocast and func in AUTOCAST:
+            dtype = AUTOCAST[func]
+            args, kwargs = tree_map(
+                lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, (args, kwargs)
+            )
         if func is F.scaled_dot_product_attention:
             query, key, value = (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))[:3]
             return _Fused.apply(True, query, key, value)  # type: ignore[no-untyped-call]
@@ -364,10 +348,6 @@ class _Device(TorchFunctionMode):
             if weight is None or weight.dtype == x.dtype:  # others are not fused on a GPU either
                 return _Fused.apply(False, x, *[] if weight is None else [weight])  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
-
-
-def _cast(values: Any, dtype: torch.dtype) -> Any:
-    return tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, values)
 
 
 def advice(architecture: Architecture, config: TrainConfig, layout_of: Callable[[DataConfig], TokenLayout], pairs: int) -> str:
@@ -388,12 +368,9 @@ def advice(architecture: Architecture, config: TrainConfig, layout_of: Callable[
     now = of(config)
     saved = {"data.cache=FOLDER": now.companions} if config.data.cache is None else {}
     for section, name, value in _remedies(config, layout_of(config.data)):
-        if section:
-            part = dataclasses.replace(getattr(config, section), **{name: value})
-            changed, label = dataclasses.replace(config, **{section: part}), f"{section}.{name}"
-        else:
-            changed, label = dataclasses.replace(config, **{name: value}), name
-        saved[f"{label}={str(value).lower()}"] = now.total - of(changed).total
+        changed: Any = dataclasses.replace(getattr(config, section) if section else config, **{name: value})
+        changed = dataclasses.replace(config, **{section: changed}) if section else changed
+        saved[f"{section}.{name}={str(value).lower()}".removeprefix(".")] = now.total - of(changed).total
     best = sorted((label for label in saved if saved[label] > 0), key=lambda label: -saved[label])[:MAX_ADVICE]
     lines = "\n".join(f"  {label:<42}{_size(saved[label]):>12} less" for label in best)
     return f"The estimate of its memory:\n{now}\nWhat would save most, each by itself:\n{lines}"

@@ -45,16 +45,13 @@ HELD_OUT = {
 }
 
 
-def write_model_card(config: TrainConfig, folder: Path, train: PairDataset, validation: PairDataset) -> Path:
+def write_model_card(config: TrainConfig, folder: Path, train: PairDataset, validation: PairDataset) -> None:
     """Writes README.md, curves.png and, where the run made some, samples.png beside the LoRA of a run.
 
     Args:
         config: of the run.
         folder: of the run; the LoRA is in `lora` under it.
         train, validation: the pairs, of which the card says how many and of what kind; no path of them is in it.
-
-    Returns:
-        The card.
     """
     lora = folder / "lora"
     held_out = read_metrics(folder / VALIDATION_FILE)
@@ -65,6 +62,7 @@ def write_model_card(config: TrainConfig, folder: Path, train: PairDataset, vali
         with writing(lora / "samples.png") as partial:
             stack(sheets).save(partial, "PNG")
 
+    method = "supervised fine-tuning on the winners" if config.loss.loss_type == "sft" else METHODS[config.focus.mask]
     hub_id = None if Path(config.model.path).exists() else config.model.path
     data = ModelCardData(
         base_model=hub_id,
@@ -74,7 +72,7 @@ def write_model_card(config: TrainConfig, folder: Path, train: PairDataset, vali
     )
     parts = [
         f"# LoRA for {markdown(hub_id or f'a {config.model.backbone} pipeline')}, trained with focusdpo",
-        f"{config.max_steps} steps of {_method(config)} on {len(train)} preference pairs with reference images.",
+        f"{config.max_steps} steps of {method} on {len(train)} preference pairs with reference images.",
         "![References, samples before and after training, and winners](samples.png)" if sheets else "",
         "## Use",
         _use(config.model, hub_id),
@@ -94,11 +92,6 @@ def write_model_card(config: TrainConfig, folder: Path, train: PairDataset, vali
     ]
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n")
     write_whole(lora / "README.md", str(card))
-    return lora / "README.md"
-
-
-def _method(config: TrainConfig) -> str:
-    return "supervised fine-tuning on the winners" if config.loss.loss_type == "sft" else METHODS[config.focus.mask]
 
 
 def _sheets(folder: Path) -> list[Path]:
@@ -157,12 +150,12 @@ def _table(rows: Sequence[dict[str, float]], pairs: int) -> str:
 
 
 def _data_summary(pairs: PairDataset) -> str:
-    references = Counter(len(record.references) for record in pairs.records)
+    references = Counter(str(len(record.references)) for record in pairs.records)
     classes = Counter(r.class_name for record in pairs.records for r in record.references if r.class_name)
-    sizes = Counter(size.target for size in pairs.sizes)
+    sizes = Counter("{}x{}".format(*size.target) for size in pairs.sizes)
     lines = [
-        f"- {len(pairs)} pairs, by their number of references: " + _most(Counter({str(n): k for n, k in references.items()})),
-        "- images in pixels: " + _most(Counter({f"{w}x{h}": n for (w, h), n in sizes.items()})),
+        f"- {len(pairs)} pairs, by their number of references: " + _most(references),
+        "- images in pixels: " + _most(sizes),
     ]
     if classes:
         lines.append("- classes of the references: " + _most(classes))
@@ -191,16 +184,8 @@ def _shown(config: TrainConfig) -> dict[str, Any]:
 def _changed(config: TrainConfig) -> dict[str, Any]:
     """Those of the settings shown that are not their default."""
     defaults = asdict(TrainConfig(model=ModelConfig(path=""), data=DataConfig(train=""), output_dir="_"))
-
-    def changed(now: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
-        found = {}
-        for name, value in now.items():
-            if isinstance(value, dict):
-                value = changed(value, default[name])
-                if value:
-                    found[name] = value
-            elif value != default[name]:
-                found[name] = value
-        return found
-
-    return changed(_shown(config), defaults)
+    return {
+        name: {key: item for key, item in value.items() if item != defaults[name][key]} if isinstance(value, dict) else value
+        for name, value in _shown(config).items()
+        if value != defaults[name]
+    }

@@ -11,14 +11,13 @@ from torch import nn
 
 from focusdpo.training.config import OptimConfig
 
-PACKAGES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}
+PACKAGES = {"adamw8bit": ("bitsandbytes", "quantization"), "prodigy": ("prodigyopt", "prodigy")}  # and the extra with it
 
 
 def check_optimizer(name: str) -> None:
     """ModuleNotFoundError where the package is missing that has it."""
-    package = PACKAGES.get(name)
-    if package is not None and importlib.util.find_spec(package) is None:
-        extra = "quantization" if package == "bitsandbytes" else "prodigy"
+    package, extra = PACKAGES.get(name, ("", ""))
+    if package and importlib.util.find_spec(package) is None:
         raise ModuleNotFoundError(
             f"optim.optimizer: {name} needs {package}, which is not installed; pip install 'focusdpo[{extra}]'"
         )

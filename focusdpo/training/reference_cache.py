@@ -6,8 +6,10 @@ made of the reference's features, their similarity. They are computed pair by pa
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from focusdpo.data import PairBatch, PairDataset
-from focusdpo.foundation.files import ReadableFile, checksum, fingerprint, hash_of
+from focusdpo.foundation.files import checksum, fingerprint, hash_of
 from focusdpo.foundation.launch import Launch
 from focusdpo.foundation.tensor_files import TensorFiles
 from focusdpo.models.base import pipeline_folder
@@ -49,11 +51,11 @@ class ReferenceCache:
         self._files = TensorFiles("data.reference_cache", Path(data.reference_cache))
         self._config = config
         self._dataset = dataset
-        self._pair_keys = dataset.encodings.keys
+        self._pairs = dataset.encodings.pairs
         self._step = step
         self._accelerator = accelerator
         self._launch = launch
-        self._masks: dict[ReadableFile, str] = {}  # of references, by their contents
+        self._content: Callable[[Any], str] = functools.cache(checksum)  # of references' masks
         self._has_scores = focus.mask == "focus" and focus.feature_source == "reference"
         lora = None if model.base_lora is None else base_lora_checksum(model.base_lora)
         # What the prompts' encoders and the VAE contribute is in the pairs' keys.
@@ -80,7 +82,7 @@ class ReferenceCache:
         launch = self._launch
         wanted = [(index, draw) for draw in sorted(pairs) for index in sorted(pairs[draw])]
         share = {self._key(*item): item for item in wanted[launch.rank :: launch.size]}
-        fits = {key: self._fits(index) for key, (index, _) in share.items()}
+        fits = {key: functools.partial(self._fits, index) for key, (index, _) in share.items()}
         missing = self._files.missing(fits, progress=launch.is_main)
         launch.wait("the reference's predictions are looked for")
         rounds = in_rounds(gather_object([share[key] for key in missing]), launch.size)
@@ -110,8 +112,7 @@ class ReferenceCache:
             drawn = [fixed_generator(self._config.seed, batch.indices[0], draw)]
             noised = self._step.noise(batch, drawn, round_robin=fixed_round_robin_places(batch.indices, draw))
             reference = self._step.reference_output(noised, batch)
-        scores = {} if reference.scores is None else {"scores": reference.scores}
-        return {"prediction": reference.prediction, **scores}
+        return {name: value for name, value in vars(reference).items() if value is not None}
 
     def read(self, indices: Sequence[int], draw: int) -> ReferenceOutput:
         """The reference's predictions for the pairs of a batch."""
@@ -119,26 +120,16 @@ class ReferenceCache:
 
         def stacked(name: str) -> Tensor:
             """Winners first, then losers."""
-            rows = len(pairs[0][name])
-            return torch.stack([pair[name][row] for row in range(rows) for pair in pairs]).to(self._accelerator.device)
+            return torch.stack([pair[name] for pair in pairs], dim=1).flatten(0, 1).to(self._accelerator.device)
 
         return ReferenceOutput(stacked("prediction"), stacked("scores") if self._has_scores else None)
 
     def _key(self, index: int, draw: int) -> str:
         masks = [reference.mask for reference in self._dataset.records[index].references if self._has_scores]
         contents = ["" if mask is None else self._content(mask) for mask in masks]
-        return hash_of(self._settings, *self._pair_keys(index), *contents, self._config.seed, index, draw)
+        return hash_of(self._settings, *self._pairs[index], *contents, self._config.seed, index, draw)
 
-    def _content(self, mask: ReadableFile) -> str:
-        if mask not in self._masks:
-            self._masks[mask] = checksum(mask)
-        return self._masks[mask]
-
-    def _fits(self, index: int) -> Callable[[dict[str, list[int]]], bool]:
+    def _fits(self, index: int, shapes: dict[str, list[int]]) -> bool:
+        names = {"prediction", "scores"} if self._has_scores else {"prediction"}
         references = len(self._dataset.records[index].references)
-
-        def fits(shapes: dict[str, list[int]]) -> bool:
-            names = {"prediction", "scores"} if self._has_scores else {"prediction"}
-            return shapes.keys() == names and (not self._has_scores or shapes["scores"][1] == references)
-
-        return fits
+        return shapes.keys() == names and (not self._has_scores or shapes["scores"][1] == references)

@@ -124,12 +124,12 @@ class RunFolder:
     left_out: list[Problem] = field(default_factory=list)
 
     @classmethod
-    def prepare(cls, config: TrainConfig, launch: Launch | None = None) -> RunFolder:
+    def prepare(cls, config: TrainConfig, launch: Launch) -> RunFolder:
         """Decides whether the run may start.
 
         Args:
             config: of the run.
-            launch: whose first process decides, and locks the folder, for all; None is this process alone.
+            launch: whose first process decides, and locks the folder, for all.
 
         Raises:
             ElsewhereError: in other processes of the launch, where the first one raised one of these.
@@ -139,16 +139,17 @@ class RunFolder:
             BlockingIOError: another process writes there.
             FileNotFoundError, ValueError: the checkpoint to resume is not there, or damaged.
         """
-        launch = launch or Launch()
         run = cls(output_folder(config, leads=False), None)
 
         def decide() -> tuple[str | None, bool]:
             nonlocal run
-            run = cls._decide(config)
+            run = cls(output_folder(config), None)
+            run.out.lock()  # before anything that another process may be writing is looked at
+            run._choose_checkpoint(config)
             return None if run.checkpoint is None else str(run.checkpoint), run.goes_on
 
-        checkpoint, run.goes_on = launch.from_main("the output folder was looked at", decide)
         try:
+            checkpoint, run.goes_on = launch.from_main("the output folder was looked at", decide)
             run.out.check_shared(launch)
             run.checkpoint = None if checkpoint is None else Path(checkpoint)
             if run.checkpoint is not None and not (run.checkpoint / SETTINGS_FILE).is_file():
@@ -158,26 +159,15 @@ class RunFolder:
             raise
         return run
 
-    @classmethod
-    def _decide(cls, config: TrainConfig) -> RunFolder:
-        out = output_folder(config)
-        out.lock()  # before anything that another process may be writing is looked at
-        try:
-            return cls._of(out, config)
-        except BaseException:
-            out.release()
-            raise
-
-    @classmethod
-    def _of(cls, out: OutputFolder, config: TrainConfig) -> RunFolder:
-        checkpoints = out.path / CHECKPOINTS_FOLDER
+    def _choose_checkpoint(self, config: TrainConfig) -> None:
+        out, checkpoints = self.out, self.path / CHECKPOINTS_FOLDER
         if not config.resume:
             out.check(
                 config.overwrite, "continue it with --resume latest, delete it with --overwrite true, or name another folder"
             )
-            return cls(out, None)
-        checkpoint = find_checkpoint(config.resume, checkpoints)
-        if checkpoint is None:
+            return
+        self.checkpoint = find_checkpoint(config.resume, checkpoints)
+        if self.checkpoint is None:
             written = out.recall(LAST_CHECKPOINT)
             if written is not None:
                 raise FileNotFoundError(
@@ -186,12 +176,11 @@ class RunFolder:
                 )
             out.check(_is_begun(out), "name another folder")
             logger.warning("resume: no checkpoint under %s yet; starting at step 0", checkpoints)
-        elif _is_in(checkpoint, checkpoints):
+        elif self.checkpoint.resolve().parent == checkpoints.resolve():
+            self.goes_on = True
             out.check(False, "", goes_on=True, aside=(CONFIG_FILE, "lora/README.md"), proven=(CHECKPOINTS_FOLDER,))
-            return cls(out, checkpoint, goes_on=True)
         else:
             out.check(_is_begun(out), "a checkpoint of another run goes on in a new folder")
-        return cls(out, checkpoint)
 
     @property
     def path(self) -> Path:
@@ -279,7 +268,3 @@ def finished_at(config: TrainConfig) -> int | None:
 def _is_begun(out: OutputFolder) -> bool:
     """Whether a run was begun there that has written no checkpoint yet: it has nothing that is not made again."""
     return out.is_unfinished and out.recall(LAST_CHECKPOINT) is None
-
-
-def _is_in(path: Path, folder: Path) -> bool:
-    return path.resolve().parent == folder.resolve()

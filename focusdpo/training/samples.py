@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from focusdpo.data import PairBatch, PairDataset, PairRecord, collate
+from focusdpo.data import PairBatch, PairRecord, collate
 from focusdpo.data.images import to_pil
 from focusdpo.drawing.contact_sheets import read_picture, sample_sheet
 from focusdpo.drawing.overlays import MaskAtTime, draw_overlays
@@ -39,13 +39,7 @@ def masks_at(step: PreferenceStep, batch: PairBatch, times: Sequence[float], see
     return [MaskAtTime(t, step.masks(batch, t, seed)["all"]) for t in times if step.focus.mask == "focus"]
 
 
-@dataclass(frozen=True)
-class _Made:
-    """What a process made for a pair: the sample, and the page of its masks as PNG, empty where there are none."""
-
-    index: int
-    sample: Image.Image
-    masks: bytes
+Made = tuple[int, Image.Image, bytes]  # for a pair: its index, the sample, the page of its masks as PNG, empty without any
 
 
 class Samples(Callback):
@@ -69,18 +63,13 @@ class Samples(Callback):
         self._folder = out.path / SAMPLES_FOLDER
         shown = records[: config.samples.count] if config.samples.every else []
         self._pairs = dataset_of(shown, config.data, config.model.backbone)
-        self._negatives: PairDataset | None = None
+        self.datasets = [self._pairs]  # what has to be encoded for them
         if config.samples.cfg_scale != 1:
             # As pairs, so that the negative prompt takes the same way through cache and encoders as all others.
             prompt = BACKBONES[config.model.backbone].negative_prompt
             negatives = [replace(record, prompt=prompt) for record in shown]
-            self._negatives = dataset_of(negatives, config.data, config.model.backbone)
+            self.datasets.append(dataset_of(negatives, config.data, config.model.backbone))
         self._vae: Backbone | None = None  # a backbone with the VAE alone, where the run's has none
-
-    @property
-    def datasets(self) -> list[PairDataset]:
-        """What has to be encoded for them."""
-        return [self._pairs, *([] if self._negatives is None else [self._negatives])]
 
     def on_train_begin(self, trainer: Trainer) -> None:
         """Deletes what lies beyond the step, which is about to be made again."""
@@ -121,7 +110,7 @@ class Samples(Callback):
             bar.update()
             on_step()
 
-        made = []
+        made: list[Made] = []
         with bar:
             for index in (i * processes + rank for i in range(rounds)):
                 batch = collate([self._pairs[index % count]]).to(accelerator.device)
@@ -131,10 +120,10 @@ class Samples(Callback):
                 page = io.BytesIO()
                 if masks:
                     draw_overlays(batch, masks, page, f"step {number}: {batch.prompts[0]}")
-                made.append(_Made(index, self._decode(tokens, grid, step.backbone), page.getvalue()))
+                made.append((index, self._decode(tokens, grid, step.backbone), page.getvalue()))
         module.train(was_training)
         launch.wait("samples are made")
-        made = [one for one in gather_object(made) if one.index < count]
+        made = [one for one in gather_object(made) if one[0] < count]
         if launch.is_main:
             pages = self._write(number, made)
             log_images(accelerator, {f"samples/{name}": np.asarray(page) for name, page in pages.items()}, number)
@@ -148,8 +137,8 @@ class Samples(Callback):
         guidance, cfg_scale = backbone.default_scales()
         cfg_scale = cfg_scale if settings.cfg_scale is None else settings.cfg_scale
         negative = None
-        if cfg_scale != 1 and self._negatives is not None:
-            negative = step.condition(collate([self._negatives[index]]).to(backbone.device)).prompts
+        if cfg_scale != 1:
+            negative = step.condition(collate([self.datasets[1][index]]).to(backbone.device)).prompts
         shape = (1, given.layout.num_target, given.references.shape[-1])
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(settings.seed + index))
         tokens = backbone.sample(
@@ -176,20 +165,20 @@ class Samples(Callback):
         finally:
             self._vae.vae.to("cpu")  # the run was told to keep it off the device
 
-    def _write(self, number: int, made: Sequence[_Made]) -> dict[str, Image.Image]:
+    def _write(self, number: int, made: Sequence[Made]) -> dict[str, Image.Image]:
         """Writes the files of a step; returns its sheets and pages of masks by name."""
         final = self._folder / f"step-{number:06d}"
         pages = {}
         with self._out.writing_folder(final) as partial:
-            for one in made:
-                pair, name = self._pairs[one.index], str(one.index)
-                one.sample.save(partial / f"{name}_sample.png")
+            for index, sample, masks in made:
+                pair, name = self._pairs[index], str(index)
+                sample.save(partial / f"{name}_sample.png")
                 untrained = read_picture(self._folder / "step-000000" / f"{name}_sample.png") if number else None
                 before = {} if untrained is None else {"step 0": untrained}
-                images = {**before, f"step {number}": one.sample, "winner": to_pil(pair.winner)}
+                images = {**before, f"step {number}": sample, "winner": to_pil(pair.winner)}
                 pages[name] = sample_sheet(pair.prompt, [to_pil(image) for image in pair.references], images)
                 pages[name].save(partial / f"{name}.png")
-                if one.masks:
-                    (partial / f"{name}_masks.png").write_bytes(one.masks)
-                    pages[f"{name}_masks"] = Image.open(io.BytesIO(one.masks)).convert("RGB")
+                if masks:
+                    (partial / f"{name}_masks.png").write_bytes(masks)
+                    pages[f"{name}_masks"] = Image.open(io.BytesIO(masks)).convert("RGB")
         return pages

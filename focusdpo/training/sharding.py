@@ -7,7 +7,7 @@ becomes whole again: checkpoints hold whole tensors, so that they do not depend 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -209,14 +209,11 @@ def split_optimizer_state(state: dict[str, Any], parameters: Sequence[nn.Paramet
     return {**state, "state": moments}
 
 
-@contextmanager
-def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def gathered(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
     """Inside, parameters that ZeRO-3 has split are whole; others are left alone. All processes enter it."""
     split = [p for p in parameters if hasattr(p, "ds_id")]
     if not split:
-        yield
-        return
+        return nullcontext()
     from deepspeed.runtime.zero import GatheredParameters
 
-    with GatheredParameters(split):
-        yield
+    return GatheredParameters(split)

@@ -43,9 +43,9 @@ class StopSignals:
         launch: whose processes stop together.
     """
 
-    def __init__(self, launch: Launch | None = None) -> None:
+    def __init__(self, launch: Launch) -> None:
         self.received: signal.Signals | None = None
-        self._launch = launch or Launch()
+        self._launch = launch
         self._since = 0.0
         self._before: dict[signal.Signals, Any] = {}
 

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -45,15 +46,12 @@ class Conditioning:
 
 
 @dataclass(frozen=True)
-class Noised:
+class Noised(Conditioning):
     """A batch at its times: everything the two models see, winner and loser as one batch [2B, ...]."""
 
     tokens: Tensor
     target: Tensor
     t: Tensor
-    references: Tensor
-    prompts: PromptEmbeddings
-    layout: TokenLayout
 
 
 @dataclass(frozen=True)
@@ -128,13 +126,9 @@ class PreferenceStep:
         draws = [(generator, pairs)] if isinstance(generator, torch.Generator) else [(own, 1) for own in generator]
         clean, given = self._clean(batch), self.condition(batch)  # [2B, P, C]
         if t is None:
-            numbers = list(range(pairs)) if round_robin is None else list(round_robin)
+            numbers = iter(range(pairs) if round_robin is None else round_robin)
             shift = self.backbone.training_shift(given.layout.num_target) if self.loss.shift == "auto" else self.loss.shift
-            drawn, start = [], 0
-            for own, count in draws:
-                drawn.append(draw_times(self.loss, own, numbers[start : start + count], shift))
-                start += count
-            t = torch.cat(drawn)
+            t = torch.cat([draw_times(self.loss, own, list(islice(numbers, count)), shift) for own, count in draws])
         noise = torch.cat([torch.randn(count, *clean.shape[1:], generator=own) for own, count in draws])
         noise = noise.to(clean.device).repeat(2, 1, 1)
         t = t.to(clean.device).repeat(2)

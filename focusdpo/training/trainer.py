@@ -196,17 +196,14 @@ class Trainer(PreparedRun):
         self.progress.owes = True
         self.check_stop()
         if self.is_due(self.config.validate_every):
-            self._validate()
+            if self._evaluation is not None:
+                self._evaluation(self)
+            elif len(self.validation_set):
+                self.notify("on_evaluate", {"step": self.progress.step, **self.evaluate()})
         self.notify("between_steps")
         self.progress.owes = False
         if self.progress.step and self.is_due(self.config.checkpoint_every):
             self._save(again=True)
-
-    def _validate(self) -> None:
-        if self._evaluation is not None:
-            self._evaluation(self)
-        elif len(self.validation_set):
-            self.notify("on_evaluate", {"step": self.progress.step, **self.evaluate()})
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

@@ -424,7 +424,7 @@ def test_the_cache_tells_rules_of_one_size_apart(tmp_path, tiny_flux):
     for number in (None, 80):
         data = dataset(folder, "flux2", reference_resolution=number)
         assert data.sizes[0].references == ((64, 80),)
-        keys.append(cache.readers([data])[0].keys(0))
+        keys.append(cache.readers([data])[0].pairs[0])
         pixels.append(data[0].references[0])
     assert not torch.equal(*pixels)
     assert [a == b for a, b in zip(*keys, strict=True)] == [True, True, False, True], "winner, loser, reference, prompt"

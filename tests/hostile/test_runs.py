@@ -74,11 +74,12 @@ def test_a_signal_to_the_whole_process_group(config, tmp_path, number):
 
 
 def test_under_nohup_a_closing_terminal_changes_nothing():
+    from focusdpo.foundation.launch import Launch
     from focusdpo.training.signals import StopSignals
 
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with StopSignals() as signals:
+        with StopSignals(Launch()) as signals:
             os.kill(os.getpid(), signal.SIGHUP)
             assert signals.received is None
             os.kill(os.getpid(), signal.SIGTERM)

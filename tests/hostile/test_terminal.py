@@ -340,7 +340,8 @@ def test_the_model_card_shows_classes_and_settings_as_text(tmp_path, monkeypatch
 
     record = SimpleNamespace(references=[SimpleNamespace(class_name=evil), SimpleNamespace(class_name="red cup")])
     pairs = Pairs(records=[record], sizes=[SimpleNamespace(target=(64, 64))])
-    card = model_card.write_model_card(config, tmp_path / "run", pairs, pairs).read_text("utf-8")
+    model_card.write_model_card(config, tmp_path / "run", pairs, pairs)
+    card = (tmp_path / "run" / "lora" / "README.md").read_text("utf-8")
     body = card.split("\n---\n", 1)[1]
     assert "red cup (1)" in body
     shown = rendered(body)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from focusdpo.commands import cli
-from focusdpo.models.base_lora import check_base_lora
+from focusdpo.models.lora_reading import read_lora
 from tests.models.test_uno_lora import uno_lora
 
 LAYER = "transformer.transformer_blocks.0.attn.to_q"
@@ -141,7 +141,7 @@ def refused(file, message, tmp_path):
     with pytest.raises(SystemExit, match=f"(?s)convert-lora: error: source: {file}.*{message}"):
         cli.main(["convert-lora", str(file), str(tmp_path / "out"), "--to", "kohya"])
     with pytest.raises(ValueError, match=f"(?s)model.base_lora: {file}.*{message}"):
-        check_base_lora(str(file), "flux")
+        read_lora("model.base_lora", str(file), "flux")
     assert not (tmp_path / "out").exists()
 
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from focusdpo.commands import cli
 from focusdpo.models import BACKBONES
-from focusdpo.models.base_lora import base_lora_checksum, check_base_lora, merge_base_lora
+from focusdpo.models.base_lora import base_lora_checksum, merge_base_lora
 from focusdpo.models.lora_fusion import Update, fuse, split
 from focusdpo.models.lora_reading import read_lora
 from focusdpo.models.tiny_flux import write_tiny_flux
@@ -532,9 +532,9 @@ def test_only_what_the_program_wrote_is_overwritten(trained, tmp_path):
 
 
 def test_a_lora_of_another_backbone_is_seen_before_the_model_is_loaded(trained):
-    check_base_lora(str(trained("flux", "default")[0]), "kontext")
+    read_lora("model.base_lora", str(trained("flux", "default")[0]), "kontext")
     with pytest.raises(ValueError, match="it is for FLUX.2, but backbone 'flux' is FLUX.1"):
-        check_base_lora(str(trained("flux2", "default")[0]), "flux")
+        read_lora("model.base_lora", str(trained("flux2", "default")[0]), "flux")
 
 
 def test_the_base_loras_checksum_has_pefts_settings(trained, tmp_path):

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from focusdpo.commands import cli
 from focusdpo.data import collate
 from focusdpo.models import Flux1, Kontext, TokenLayout
-from focusdpo.models.base_lora import check_base_lora, merge_base_lora
+from focusdpo.models.base_lora import merge_base_lora
 from focusdpo.models.flux import position_ids
+from focusdpo.models.lora_reading import read_lora
 from focusdpo.models.uno_lora import diffusers_to_uno, uno_to_diffusers
 from focusdpo.training.adapter import add_adapter, reference_model
 from focusdpo.training.config import LoraConfig, ModelConfig
@@ -165,7 +166,7 @@ def test_what_is_not_unos_is_listed(case, tmp_path):
     with pytest.raises(SystemExit, match="convert-uno: error: source: .*broken.safetensors: not a LoRA in UNO's format"):
         convert(tmp_path / "broken.safetensors", tmp_path / "out")
     with pytest.raises(ValueError, match="model.base_lora: .*broken.safetensors: not a LoRA in UNO's format"):
-        check_base_lora(str(tmp_path / "broken.safetensors"))
+        read_lora("model.base_lora", str(tmp_path / "broken.safetensors"))
     assert not (tmp_path / "out").exists()
 
 

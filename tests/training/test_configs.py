@@ -7,7 +7,7 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 
 from focusdpo.commands import cli
 from focusdpo.models import TokenLayout
-from focusdpo.models.sizes import released
+from focusdpo.models.sizes import RELEASED
 from focusdpo.training.image_sizes import reference_rules
 from focusdpo.training.memory import estimate, launched
 from tests import ROOT
@@ -32,7 +32,7 @@ def test_training_settings(file):
     _, config = cli.parse_config(["train", "--config", str(file)])
     assert f"--config configs/{file.name}" in file.read_text(), "how to launch it"
     name, gigabytes, gpus = FITS[file.stem]
-    architecture, side = released(name), config.data.resolution // 16
+    architecture, side = RELEASED[name], config.data.resolution // 16
     assert architecture.backbone.name == config.model.backbone
     _, several = reference_rules(config.data, config.model.backbone)
     width, height = several.place((1024, 1024), 2).size

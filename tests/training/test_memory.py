@@ -17,7 +17,7 @@ from benchmarks.results import FOCUS_STEP, read_result
 from focusdpo.commands import cli
 from focusdpo.data import collate
 from focusdpo.models import Backbone, Flux1, Flux2, QwenEditPlus, TokenLayout
-from focusdpo.models.sizes import Architecture, released
+from focusdpo.models.sizes import RELEASED, Architecture
 from focusdpo.training import checkpoints
 from focusdpo.training.config import DataConfig, LoraConfig, ModelConfig
 from focusdpo.training.memory import Estimate, Launched, advice, estimate, launched
@@ -127,7 +127,7 @@ def test_the_estimate_is_the_peak_that_was_measured(file, model, target, referen
         for s in result.steps
         if (s.backbone, s.measure) == (backbone, measure) and s.setting.startswith(f"one pair at {target} px")
     ]
-    architecture = dataclasses.replace(released(model), companions=0)
+    architecture = dataclasses.replace(RELEASED[model], companions=0)
     layout = TokenLayout((target // 16,) * 2, ((references // 16,) * 2,) * 2)
     settings = ModelConfig("", max_sequence_length=512, gradient_checkpointing=checkpointing)
     expected = estimate(architecture, settings, LoraConfig(rank=32), "bf16", layout, pairs=1)
@@ -320,7 +320,7 @@ def check_several(row, alone):
 
 
 def test_several_processes_are_refused_what_fsdp2_refuses():
-    architecture, part = released("FLUX.1 dev"), Estimate(6, 5, 4, 4, 8, 3, 2, 1, 1)
+    architecture, part = RELEASED["FLUX.1 dev"], Estimate(6, 5, 4, 4, 8, 3, 2, 1, 1)
     plain = launched(architecture, ModelConfig(""), LoraConfig(), part, "adamw", 2)
     prodigy = launched(architecture, ModelConfig(""), LoraConfig(), part, "prodigy", 2)
     nf4 = launched(architecture, ModelConfig("", quantization="nf4"), LoraConfig(), part, "adamw", 2)

@@ -156,7 +156,7 @@ def test_another_run_is_refused_by_field(copied, case, monkeypatch):
 def test_another_number_of_processes(copied):
     _, config = copied
     trainer = Trainer(config)
-    run = RunFolder.prepare(config)
+    run = RunFolder.prepare(config, trainer.launch)
     run.check_settings(settings_of(config, 1, trainer.train_set))
     with pytest.raises(ValueError, match="number of processes: the checkpoint has 1, got 2"):
         run.check_settings(settings_of(config, 2, trainer.train_set))

@@ -107,7 +107,8 @@ def test_card_of_a_hub_model_over_uno_without_held_out_pairs(config):
     config.samples, config.data.validation = SamplesConfig(), None
     trainer = train(config)
     config.model = ModelConfig(path="owner/model", base_lora="/secret/place/dit_lora.safetensors", base_lora_scale=0.5)
-    card = ModelCard.load(write_model_card(config, trainer.folder, trainer.train_set, trainer.validation_set))
+    write_model_card(config, trainer.folder, trainer.train_set, trainer.validation_set)
+    card = ModelCard.load(trainer.folder / "lora" / "README.md")
     assert card.data.base_model == "owner/model" and 'from_pretrained("owner/model"' in card.text
     assert (
         'set_adapters(["base", "focusdpo"], [0.5, 1.0])' in card.text

@@ -19,6 +19,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from focusdpo.foundation.journals import read_metrics
+from focusdpo.foundation.launch import Launch
 from focusdpo.training.checkpoints import complete_checkpoints
 from focusdpo.training.config import (
     FocusConfig,
@@ -170,7 +171,7 @@ def interruptible():
 @pytest.mark.usefixtures("interruptible")
 def test_a_second_signal_stops_at_once(monkeypatch):
     """But for one that a launcher passes on in the same moment."""
-    with StopSignals() as signals:
+    with StopSignals(Launch()) as signals:
         signal.raise_signal(signal.SIGINT)
         assert signals.received == signal.SIGINT
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -180,7 +181,7 @@ def test_a_second_signal_stops_at_once(monkeypatch):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     seen = []
-    thread = threading.Thread(target=lambda: seen.append(StopSignals().__enter__().received))
+    thread = threading.Thread(target=lambda: seen.append(StopSignals(Launch()).__enter__().received))
     thread.start()
     thread.join()
     assert seen == [None], "not the main thread's business"
