@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import TypeVar
 
 import numpy as np
@@ -61,10 +61,6 @@ def check_pair(record: PairRecord, check: Check) -> CheckedPair:
     return checker.found
 
 
-def _mask_header(file: ReadableFile) -> Header:
-    return INDEX.header(file, mask=True)
-
-
 def changed_tokens(winner: Image.Image, loser: Image.Image) -> np.ndarray:
     """Where two RGB images of one size differ by more than compression, bool [rows, columns] of tokens at 512 px."""
     red, green, blue = ImageChops.difference(winner, loser).split()
@@ -97,7 +93,7 @@ class _PairChecker:
     def headers(self) -> None:
         record, masks = self.record, self.record.mask_fields
         for field, file in {**record.image_fields, **masks}.items():
-            header = self.attempt(field, file, _mask_header if field in masks else INDEX.header)
+            header = self.attempt(field, file, partial(INDEX.header, mask=field in masks))
             if header is not None:
                 self.headers_by_field[field] = header
                 self.found.sizes[field] = header.size
@@ -128,6 +124,7 @@ class _PairChecker:
             return attempt(read, file)
         except ImageError as error:
             self.error(field, error.message, error.remedy)
+            self.found.sizes.pop(field, None)
             return None
 
     def held(self) -> int:
@@ -157,9 +154,7 @@ class _PairChecker:
         """An image whose header was read, after looking at it; None where it cannot be decoded."""
         file = self.record.image_fields[field]
         image = self.attempt(field, file, read_image) if field in self.found.sizes else None
-        if image is None:
-            self.found.sizes.pop(field, None)
-        else:
+        if image is not None:
             self.found.contents[field] = checksum(file)
             self.picture(field, file, image)
         return image
@@ -182,7 +177,6 @@ class _PairChecker:
         file = self.record.mask_fields[field]
         gray = self.attempt(field, file, read_gray) if field in self.found.sizes else None
         if gray is None:
-            self.found.sizes.pop(field, None)
             return None
         marked = inside(gray)
         self.mask(field, file, gray, marked)

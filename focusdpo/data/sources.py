@@ -90,7 +90,7 @@ class Shard(Source):
     """A tar in WebDataset's layout: a pair's members share their name up to the first dot, and its .json names the others."""
 
     def items(self) -> Iterator[PairRecord | Problem]:
-        samples, found = list_samples(self.file)
+        samples, problems = list_samples(self.file)
         for line, (key, members) in enumerate(samples.items(), start=1):
             if "json" not in members:
                 message, remedy = f"{key} has no {key}.json, which names its images", "write the shard again"
@@ -99,9 +99,7 @@ class Shard(Source):
             parser = RecordParser(self.file, line, functools.partial(self._locate, key, members))
             with members["json"].open("rb") as stream:
                 yield from parser.parse_json(stream.read())
-        lines = {key: line for line, key in enumerate(samples, start=1)}
-        for p in found:
-            yield Problem(self.file, lines.get(p.key, 1), p.name, p.message, p.remedy, p.severity)
+        yield from problems
 
     @staticmethod
     def _locate(key: str, members: dict[str, TarMember], name: str) -> ReadableFile:
@@ -210,7 +208,7 @@ class Cell:
 
     def open(self, mode: Literal["rb"] = "rb") -> BinaryIO:
         column, *parts = re.findall(r"\w+", self.field)
-        value = self.table.value(self.row, column)
+        value = _CELLS.value(self.table, self.row, column)
         for part in parts:
             value = value[int(part) if part.isdecimal() else part]
         return BytesIO(value["bytes"] if isinstance(value, dict) else value)
@@ -257,10 +255,6 @@ class Table(Source):
         """How many rows of a row group's column take BLOCK bytes."""
         rows = self._opened.metadata.row_group(group).num_rows
         return max(min(rows, BLOCK * rows // max(self.size(group, column), 1)), 1)
-
-    def value(self, row: int, column: str) -> Any:
-        """A value as Python has it. Rows count from 0."""
-        return _CELLS.value(self, row, column)
 
     def items(self) -> Iterator[PairRecord | Problem]:
         """All values are looked at once, a few at a time: bytes are told from missing ones by reading them."""
@@ -378,6 +372,7 @@ class _Cells:
         self._cursors: OrderedDict[tuple[_Opened, str], _Cursor] = OrderedDict()
 
     def value(self, table: Table, row: int, column: str) -> Any:
+        """A value as Python has it. Rows count from 0."""
         opened = table._opened
         group = bisect.bisect_right(opened.starts, row) - 1
         start, rows = opened.starts[group], table.rows_at_once(group, column)
