@@ -33,7 +33,7 @@ from focusdpo.data.records import FIELDS, FILE_NAME, PairRecord, RecordParser
 from focusdpo.data.shards import TarMember, list_samples
 from focusdpo.foundation.files import ReadableFile, checksum
 from focusdpo.foundation.packages import require_package
-from focusdpo.foundation.text import printable
+from focusdpo.foundation.text import first_line, printable
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # what makes a folder of images a dataset
 BLOCK = 16 * 2**20  # bytes of a parquet column that are decoded at once
@@ -285,8 +285,7 @@ class Table(Source):
                         yield from parser.parse(value)
                     bar.update(len(parsers))
         except (OSError, ValueError, pa.ArrowException) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            yield Problem(self.file, row + 1, "file", f"cannot be read as a table ({reason})", "write it again")
+            yield Problem(self.file, row + 1, "file", f"cannot be read as a table ({first_line(error)})", "write it again")
 
     def count(self) -> int | None:
         import pyarrow as pa
@@ -333,7 +332,7 @@ def _python(value: Any, field: str, parser: RecordParser) -> Any:
     try:
         return _shortened(value.as_py())
     except (ValueError, OverflowError) as error:
-        parser.problem(field, f"is of type {value.type} and cannot be read ({str(error).splitlines()[0]})", "write it as text")
+        parser.problem(field, f"is of type {value.type} and cannot be read ({first_line(error)})", "write it as text")
         return None
 
 
@@ -350,13 +349,7 @@ class _Cursor:
 
     def __init__(self, table: Table, group: int, column: str) -> None:
         self.group, self.row, self.size = group, table._opened.starts[group], table.size(group, column)
-        self._batches = table.batches(group, column)
-
-    def read(self) -> tuple[int, Any]:
-        """The first row of the next batch, and its values."""
-        values = next(self._batches)
-        self.row += len(values)
-        return self.row - len(values), values
+        self.batches = table.batches(group, column)
 
 
 class _Cells:
@@ -393,8 +386,8 @@ class _Cells:
         while self._cursors and sum(other.size for other in self._cursors.values()) + cursor.size > HELD:
             self._cursors.popitem(last=False)
         while cursor.row <= first:
-            begin, values = cursor.read()
-            self._kept[opened, column, begin] = values
+            self._kept[opened, column, cursor.row] = values = next(cursor.batches)
+            cursor.row += len(values)
             while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > KEPT:
                 self._kept.popitem(last=False)
         self._cursors[opened, column] = cursor

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 import focusdpo
 from focusdpo.foundation.rendezvous import JOINING, meet
+from focusdpo.foundation.text import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +56,6 @@ def lost_connection(error: BaseException) -> str | None:
         return None
     line = next((line.strip() for line in str(error).splitlines() if LOST.search(line)), None)
     return None if line is None else f"another process was lost; the launcher of its machine says why ({line})"
-
-
-def _first_line(error: BaseException) -> str:
-    """Of errors that torch.distributed raises, whose other lines are its own stack."""
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _reason(error: BaseException) -> str:
@@ -191,11 +187,8 @@ class Launch:
         Raises:
             ElsewhereError: one of them failed, or is dead.
         """
-        if self._store is None:
-            return
-        key = self._next()
-        self._arrive(key)
-        self._wait_for(f"{key}/all", what, key, range(self.size))
+        if self._store is not None:
+            self._meet(self._next(), what)
 
     def gather(self, what: str, value: Any) -> list[Any]:
         """A JSON value of each process, by rank; waits as `wait` does."""
@@ -203,8 +196,7 @@ class Launch:
             return [value]
         key = self._next()
         self._put(f"{key}/value/{self.rank}", value)
-        self._arrive(key)
-        self._wait_for(f"{key}/all", what, key, range(self.size))
+        self._meet(key, what)
         return [self._take(f"{key}/value/{rank}") for rank in range(self.size)]
 
     def from_main(self, what: str, compute: Callable[[], T]) -> T:
@@ -363,10 +355,12 @@ class Launch:
         self._meetings += 1
         return f"meeting/{self._meetings}"
 
-    def _arrive(self, key: str) -> None:
+    def _meet(self, key: str, what: str) -> None:
+        """Says that this process has come, and waits until all have."""
         self._set(f"{key}/{self.rank}", "1")
         if self._ask(lambda store: store.add(f"{key}/count", 1)) == self.size:
             self._set(f"{key}/all", "1")
+        self._wait_for(f"{key}/all", what, key, range(self.size))
 
     def _ask(self, question: Callable[[Any], Any]) -> Any:
         """What the store answers; never a question that it would wait for, as the thread asks too."""
@@ -374,7 +368,7 @@ class Launch:
             return question(self._store)
         except RuntimeError as error:  # torch.distributed's own errors among them
             where = f"process 0 on {os.environ.get('MASTER_ADDR')}"
-            raise ElsewhereError(self._heard or f"{where} cannot be reached any more: {_first_line(error)}") from error
+            raise ElsewhereError(self._heard or f"{where} cannot be reached any more: {first_line(error)}") from error
 
     def _put(self, key: str, value: Any) -> None:
         """Sends a JSON value in parts; the key itself comes last."""
