@@ -190,7 +190,13 @@ def read_photo(file: ReadableFile) -> Image.Image:
     """An image in its file's own mode, upright, of 8 bits. ImageError for floating-point images."""
     with open_image(file) as image:
         check_depth(image.mode)
-        return _eight_bits(_upright(image))
+        photo = _upright(image)
+        if photo.mode.startswith("I;16"):  # gray, which Pillow would clip to 8 bits
+            values = np.asarray(photo).astype(np.uint32)
+            values += 128  # to the nearest
+            values //= 257
+            photo = Image.fromarray(values.astype(np.uint8))
+        return photo
 
 
 def on_white(photo: Image.Image) -> Image.Image:
@@ -300,16 +306,6 @@ def _alpha(image: Image.Image) -> Image.Image | None:
     if image.mode.startswith("I"):  # of 16 bits one gray is clear, which Pillow does not convert
         return Image.fromarray((np.asarray(image) != image.info["transparency"]).astype(np.uint8) * 255)
     return (image if "A" in image.getbands() else image.convert("RGBA")).getchannel("A")
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit gray scaled to 8 bits; Pillow would clip it."""
-    if image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.uint32)
-        values += 128  # to the nearest
-        values //= 257
-        return Image.fromarray(values.astype(np.uint8))
-    return image
 
 
 def token_size(size: Size, longest: int) -> Size:

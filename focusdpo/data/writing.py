@@ -76,12 +76,7 @@ def image_of(pixels: NDArray[np.uint8] | NDArray[np.bool_]) -> Image.Image:
     return Image.fromarray(pixels.astype(np.uint8) * 255 if pixels.dtype == np.bool_ else pixels)
 
 
-def text_of(lines: Iterable[dict[str, Any]]) -> str:
-    """JSON, one object a line."""
-    return "".join(json.dumps(line) + "\n" for line in lines)
-
-
 def write_lines(file: Path, lines: Iterable[dict[str, Any]]) -> Path:
-    """Writes such lines at once or not at all, and returns the file."""
-    write_whole(file, text_of(lines))
+    """Writes JSON, one object a line, at once or not at all, and returns the file."""
+    write_whole(file, "".join(json.dumps(line) + "\n" for line in lines))
     return file
