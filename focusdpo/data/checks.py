@@ -28,6 +28,7 @@ from focusdpo.data.images import (
 )
 from focusdpo.data.lines import Problem
 from focusdpo.data.records import PairRecord
+from focusdpo.data.writing import image_of
 from focusdpo.foundation.choices import Check
 from focusdpo.foundation.files import ReadableFile, checksum
 
@@ -71,11 +72,6 @@ def _pooled(values: Image.Image) -> np.ndarray:
     """Means over tokens of an image of mode L, float32 [rows, columns]."""
     columns, rows = (side // PATCH_SIZE for side in token_size(values.size, COMPARED_AT))
     return np.asarray(values.convert("F").resize((columns, rows), Image.Resampling.BOX))
-
-
-def _shown(marked: np.ndarray) -> Image.Image:
-    """A mask, bool [H, W], as 0 and 255."""
-    return Image.fromarray(marked.astype(np.uint8) * 255)
 
 
 class _PairChecker:
@@ -190,7 +186,7 @@ class _PairChecker:
             return
         if field.startswith("prior") and marked.all():
             self.warn(field, f"{file} marks every pixel, so that nothing tells the subject", "mark what differs in subject")
-        elif _pooled(_shown(marked)).sum() < 255:
+        elif _pooled(image_of(marked)).sum() < 255:
             message = f"{file} marks {int(marked.sum())} pixels, less than one token at {COMPARED_AT} px"
             self.warn(field, message, "look whether it is the right mask")
         brightest = float(gray.max())
@@ -224,7 +220,7 @@ class _PairChecker:
         sizes = {mask.shape[::-1] for mask in priors.values()} | {self.found.sizes["winner"]}
         if len(priors) < len(self.record.prior) or len(sizes) > 1:
             return
-        pooled = _pooled(_shown(reduce(np.logical_or, priors.values())))
+        pooled = _pooled(image_of(reduce(np.logical_or, priors.values())))
         touched, mostly = pooled > 0, pooled >= 128
         if not touched.any():
             return

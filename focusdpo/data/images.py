@@ -23,6 +23,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 from torch import Tensor
 
+from focusdpo.data.writing import image_of
 from focusdpo.foundation.files import ReadableFile
 
 PATCH_SIZE = 16  # pixels along a token's side: 8 by the VAE, 2 by packing, in every supported backbone
@@ -246,7 +247,7 @@ def inside(gray: np.ndarray) -> np.ndarray:
 
 def read_mask(file: ReadableFile) -> Image.Image:
     """A mask as 0 and 255."""
-    return Image.fromarray(inside(read_gray(file)).astype(np.uint8) * 255)
+    return image_of(inside(read_gray(file)))
 
 
 def _too_large(size: Size | None = None) -> ImageError:
@@ -304,7 +305,7 @@ def _alpha(image: Image.Image) -> Image.Image | None:
     if not image.has_transparency_data:
         return None
     if image.mode.startswith("I"):  # of 16 bits one gray is clear, which Pillow does not convert
-        return Image.fromarray((np.asarray(image) != image.info["transparency"]).astype(np.uint8) * 255)
+        return image_of(np.asarray(image) != image.info["transparency"])
     return (image if "A" in image.getbands() else image.convert("RGBA")).getchannel("A")
 
 

@@ -60,9 +60,9 @@ def partial_of(path: Path, shared: bool = False) -> Path:
     return path.with_name(f".{path.name}.{HOST}-{os.getpid()}.partial" if shared else f".{path.name}.partial")
 
 
-def write_whole(path: Path, text: str, errors: str = "strict") -> None:
+def write_whole(path: Path, text: str) -> None:
     """Writes a file at once or not at all, in UTF-8; an earlier one stays until then."""
-    write_bytes(path, text.encode("utf-8", errors))
+    write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:

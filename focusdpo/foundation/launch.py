@@ -8,6 +8,7 @@ ended, or where another process has and the main thread hangs in a collective.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -129,21 +130,14 @@ class Launch:
         for thread in self._threads:
             thread.start()
 
-    _current: Launch | None = None
-
     @classmethod
+    @functools.cache
     def join(cls) -> Launch:
         """The launch of this process; where it has several, their first meeting.
 
         Raises:
             ConnectionError: as `meet`.
         """
-        if cls._current is None:
-            cls._current = cls._join()
-        return cls._current
-
-    @classmethod
-    def _join(cls) -> Launch:
         places = _places()
         # accelerate starts a single process without torchrun, and sets this for it.
         is_launched = any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"))
