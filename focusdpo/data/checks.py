@@ -175,15 +175,11 @@ class _PairChecker:
         if gray is None:
             return None
         marked = inside(gray)
-        self.mask(field, file, gray, marked)
-        return marked
-
-    def mask(self, field: str, file: ReadableFile, gray: np.ndarray, marked: np.ndarray) -> None:
-        # One of several priors may be empty: that subject is the same in winner and loser.
         if not marked.any():
+            # One of several priors may be empty: that subject is the same in winner and loser.
             if not (field.startswith("prior[") and len(self.record.prior) > 1):
                 self.error(field, f"{file} is empty", "expected bright pixels inside the subject")
-            return
+            return marked
         if field.startswith("prior") and marked.all():
             self.warn(field, f"{file} marks every pixel, so that nothing tells the subject", "mark what differs in subject")
         elif _pooled(image_of(marked)).sum() < 255:
@@ -194,6 +190,7 @@ class _PairChecker:
         if share > MAX_SHARE_GRAY:
             message = f"{file} is neither dark nor bright in {share:.0%} of its pixels, as a photo is"
             self.warn(field, message, "save the mask as black and white")
+        return marked
 
     def copies(self) -> None:
         contents = self.found.contents

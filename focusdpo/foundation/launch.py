@@ -106,6 +106,8 @@ class Launch:
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, store: Any = None, parent: int | None = None) -> None:
         self.rank, self.size, self.local_rank = rank, size, local_rank
+        self.is_main = rank == 0  # the first process of all: the one that writes, logs and shows bars
+        self.is_local_main = local_rank == 0  # the first process of its machine
         self.timeout = JOINING  # seconds without a sign of life after which a process counts as dead
         self._host = socket.gethostname()
         self._machine = f"{self._host}/{os.environ.get('GROUP_RANK', '')}"  # launchers number machines, names may be alike
@@ -159,16 +161,6 @@ class Launch:
         launch._launchers_store = launchers
         atexit.register(launch.close)
         return launch
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is the first process of all: the one that writes, logs and shows bars."""
-        return self.rank == 0
-
-    @property
-    def is_local_main(self) -> bool:
-        """Whether this is the first process of its machine."""
-        return self.local_rank == 0
 
     # What all do together.
 
