@@ -192,10 +192,8 @@ def validate(path: str | Path, check: Check, rules: SizeRules, progress: bool = 
     """Everything there is to say about a dataset, of any length.
 
     Args:
-        path: what `find_sources` takes.
-        check: "full" decodes every image, "headers" reads sizes only.
+        path, check, progress: as `load_pairs` takes them.
         rules: bring pairs to size, as a run would; by that layouts are counted.
-        progress: show a progress bar.
 
     Raises:
         FileNotFoundError: there is no such dataset.

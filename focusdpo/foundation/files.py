@@ -115,11 +115,10 @@ def writing_folder(path: Path) -> Iterator[Path]:
 
 def _lives(process: str) -> bool:
     try:
-        os.kill(int(process), 0)
+        with suppress(ValueError, OverflowError, PermissionError):
+            os.kill(int(process), 0)
     except ProcessLookupError:
         return False
-    except (ValueError, OverflowError, PermissionError):
-        return True
     return True
 
 
