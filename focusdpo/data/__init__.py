@@ -5,7 +5,6 @@ from focusdpo.data.dataset import Encodings, PairBatch, PairDataset, PairSample,
 from focusdpo.data.lines import DatasetError, Problem
 from focusdpo.data.records import PairRecord, Reference
 from focusdpo.data.references import LongestSide, Placement, ReferenceRule
-from focusdpo.data.stream import PairStream
 from focusdpo.data.validation import load_pairs
 
 __all__ = [
@@ -17,7 +16,6 @@ __all__ = [
     "PairRecord",
     "PairSample",
     "PairSizes",
-    "PairStream",
     "Placement",
     "Problem",
     "Reference",

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import TypeVar
 
 import numpy as np
@@ -28,6 +28,7 @@ from focusdpo.data.images import (
 )
 from focusdpo.data.lines import Problem
 from focusdpo.data.records import PairRecord
+from focusdpo.data.writing import image_of
 from focusdpo.foundation.choices import Check
 from focusdpo.foundation.files import ReadableFile, checksum
 
@@ -61,10 +62,6 @@ def check_pair(record: PairRecord, check: Check) -> CheckedPair:
     return checker.found
 
 
-def _mask_header(file: ReadableFile) -> Header:
-    return INDEX.header(file, mask=True)
-
-
 def changed_tokens(winner: Image.Image, loser: Image.Image) -> np.ndarray:
     """Where two RGB images of one size differ by more than compression, bool [rows, columns] of tokens at 512 px."""
     red, green, blue = ImageChops.difference(winner, loser).split()
@@ -75,11 +72,6 @@ def _pooled(values: Image.Image) -> np.ndarray:
     """Means over tokens of an image of mode L, float32 [rows, columns]."""
     columns, rows = (side // PATCH_SIZE for side in token_size(values.size, COMPARED_AT))
     return np.asarray(values.convert("F").resize((columns, rows), Image.Resampling.BOX))
-
-
-def _shown(marked: np.ndarray) -> Image.Image:
-    """A mask, bool [H, W], as 0 and 255."""
-    return Image.fromarray(marked.astype(np.uint8) * 255)
 
 
 class _PairChecker:
@@ -97,7 +89,7 @@ class _PairChecker:
     def headers(self) -> None:
         record, masks = self.record, self.record.mask_fields
         for field, file in {**record.image_fields, **masks}.items():
-            header = self.attempt(field, file, _mask_header if field in masks else INDEX.header)
+            header = self.attempt(field, file, partial(INDEX.header, mask=field in masks))
             if header is not None:
                 self.headers_by_field[field] = header
                 self.found.sizes[field] = header.size
@@ -128,6 +120,7 @@ class _PairChecker:
             return attempt(read, file)
         except ImageError as error:
             self.error(field, error.message, error.remedy)
+            self.found.sizes.pop(field, None)
             return None
 
     def held(self) -> int:
@@ -157,9 +150,7 @@ class _PairChecker:
         """An image whose header was read, after looking at it; None where it cannot be decoded."""
         file = self.record.image_fields[field]
         image = self.attempt(field, file, read_image) if field in self.found.sizes else None
-        if image is None:
-            self.found.sizes.pop(field, None)
-        else:
+        if image is not None:
             self.found.contents[field] = checksum(file)
             self.picture(field, file, image)
         return image
@@ -182,21 +173,16 @@ class _PairChecker:
         file = self.record.mask_fields[field]
         gray = self.attempt(field, file, read_gray) if field in self.found.sizes else None
         if gray is None:
-            self.found.sizes.pop(field, None)
             return None
         marked = inside(gray)
-        self.mask(field, file, gray, marked)
-        return marked
-
-    def mask(self, field: str, file: ReadableFile, gray: np.ndarray, marked: np.ndarray) -> None:
-        # One of several priors may be empty: that subject is the same in winner and loser.
         if not marked.any():
+            # One of several priors may be empty: that subject is the same in winner and loser.
             if not (field.startswith("prior[") and len(self.record.prior) > 1):
                 self.error(field, f"{file} is empty", "expected bright pixels inside the subject")
-            return
+            return marked
         if field.startswith("prior") and marked.all():
             self.warn(field, f"{file} marks every pixel, so that nothing tells the subject", "mark what differs in subject")
-        elif _pooled(_shown(marked)).sum() < 255:
+        elif _pooled(image_of(marked)).sum() < 255:
             message = f"{file} marks {int(marked.sum())} pixels, less than one token at {COMPARED_AT} px"
             self.warn(field, message, "look whether it is the right mask")
         brightest = float(gray.max())
@@ -204,6 +190,7 @@ class _PairChecker:
         if share > MAX_SHARE_GRAY:
             message = f"{file} is neither dark nor bright in {share:.0%} of its pixels, as a photo is"
             self.warn(field, message, "save the mask as black and white")
+        return marked
 
     def copies(self) -> None:
         contents = self.found.contents
@@ -230,7 +217,7 @@ class _PairChecker:
         sizes = {mask.shape[::-1] for mask in priors.values()} | {self.found.sizes["winner"]}
         if len(priors) < len(self.record.prior) or len(sizes) > 1:
             return
-        pooled = _pooled(_shown(reduce(np.logical_or, priors.values())))
+        pooled = _pooled(image_of(reduce(np.logical_or, priors.values())))
         touched, mostly = pooled > 0, pooled >= 128
         if not touched.any():
             return

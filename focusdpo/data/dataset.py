@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -73,16 +73,14 @@ class PairBatch:
     encodings: tuple[Encodings, ...] = ()
 
     def to(self, device: torch.device) -> PairBatch:
-        return PairBatch(
-            self.indices,
-            self.prompts,
-            self.winner.to(device, non_blocking=True),
-            self.loser.to(device, non_blocking=True),
-            tuple(image.to(device, non_blocking=True) for image in self.references),
-            tuple(mask.to(device, non_blocking=True) for mask in self.reference_masks),
-            self.prior.to(device, non_blocking=True),
-            self.prompt_images,
-            self.encodings,  # the step stacks them first
+        """All but the prompt's images and the encodings, which the step stacks first."""
+        return replace(
+            self,
+            winner=self.winner.to(device, non_blocking=True),
+            loser=self.loser.to(device, non_blocking=True),
+            references=tuple(image.to(device, non_blocking=True) for image in self.references),
+            reference_masks=tuple(mask.to(device, non_blocking=True) for mask in self.reference_masks),
+            prior=self.prior.to(device, non_blocking=True),
         )
 
 
@@ -115,8 +113,10 @@ class PairPlacements:
     target: Placement
     references: tuple[Placement, ...]
     prompt: tuple[Placement, ...]
+    sizes: PairSizes
 
 
+@dataclass(frozen=True, kw_only=True)
 class SizeRules:
     """How pairs are brought to size; what it says of some sizes is remembered, as most pairs share theirs with others.
 
@@ -129,49 +129,43 @@ class SizeRules:
         reference_buckets: the same for references.
     """
 
-    def __init__(
-        self,
-        *,
-        resolution: int,
-        reference_rule: ReferenceRule,
-        reference_rule_multiple: ReferenceRule | None = None,
-        prompt_rule: ReferenceRule | None = None,
-        buckets: Sequence[Ratio] | None = None,
-        reference_buckets: Sequence[Ratio] | None = None,
-    ) -> None:
-        self.buckets, self.reference_buckets = buckets, reference_buckets
-        self._target_rule = LongestSide(resolution)
-        self._rules = reference_rule, reference_rule if reference_rule_multiple is None else reference_rule_multiple
-        self._prompt_rule = prompt_rule
-        self._known: dict[tuple[Size, tuple[Size, ...], bool], tuple[PairPlacements, PairSizes]] = {}
+    resolution: int
+    reference_rule: ReferenceRule
+    reference_rule_multiple: ReferenceRule | None = None
+    prompt_rule: ReferenceRule | None = None
+    buckets: Sequence[Ratio] | None = None
+    reference_buckets: Sequence[Ratio] | None = None
+    _known: dict[tuple[Size, tuple[Size, ...], bool], PairPlacements] = field(default_factory=dict, init=False, repr=False)
 
-    def place(
-        self, record: PairRecord, target: Size, references: tuple[Size, ...]
-    ) -> tuple[PairPlacements, PairSizes] | list[Problem]:
-        """The way of each image of a pair, and where they come to; or every reference that its rule has no way for.
+    def place(self, record: PairRecord, target: Size, references: tuple[Size, ...]) -> PairPlacements:
+        """The way of each image of a pair.
 
         Args:
             record: the pair.
             target, references: sizes of the winner and of the references, in pixels.
+
+        Raises:
+            DatasetError: with every reference that its rule has no way for.
         """
         key = target, references, record.per_subject
         if key not in self._known:
-            rule = self._rules[len(references) > 1]
+            several = self.reference_rule_multiple if len(references) > 1 else None
+            rule = several or self.reference_rule
             placed, prompt, problems = [], [], []
             for number, size in enumerate(references):
                 try:
                     placed.append(rule.place(size, len(references), self.reference_buckets))
-                    if self._prompt_rule is not None:
-                        prompt.append(self._prompt_rule.place(placed[-1].cut, len(references)))
+                    if self.prompt_rule is not None:
+                        prompt.append(self.prompt_rule.place(placed[-1].cut, len(references)))
                 except ValueError as error:
-                    field, image = f"references[{number}].image", record.references[number].image
+                    name, image = f"references[{number}].image", record.references[number].image
                     message = f"{image} cannot be brought to size: {error}"
-                    problems.append(Problem(record.file, record.line, field, message, "cut or enlarge it by hand"))
+                    problems.append(Problem(record.file, record.line, name, message, "cut or enlarge it by hand"))
             if problems:
-                return problems
-            placements = PairPlacements(self._target_rule.place(target, 1, self.buckets), tuple(placed), tuple(prompt))
-            sizes = PairSizes(placements.target.size, tuple(one.size for one in placed), record.per_subject)
-            self._known[key] = placements, sizes
+                raise DatasetError(problems)
+            winner = LongestSide(self.resolution).place(target, 1, self.buckets)
+            sizes = PairSizes(winner.size, tuple(one.size for one in placed), record.per_subject)
+            self._known[key] = PairPlacements(winner, tuple(placed), tuple(prompt), sizes)
         return self._known[key]
 
 
@@ -195,24 +189,22 @@ class PairDataset(Dataset[PairSample]):
         size_rules = SizeRules(**rules)
         self.buckets, self.reference_buckets = size_rules.buckets, size_rules.reference_buckets
         self.placements: list[PairPlacements] = []
-        self.sizes: list[PairSizes] = []
         problems: list[Problem] = []
         for record in self.records:
-            references = tuple(INDEX.size(reference.image) for reference in record.references)
-            found = size_rules.place(record, INDEX.size(record.winner), references)
-            if isinstance(found, list):
-                problems += found
-            else:
-                self.placements.append(found[0])
-                self.sizes.append(found[1])
+            references = tuple(INDEX.header(reference.image).size for reference in record.references)
+            try:
+                self.placements.append(size_rules.place(record, INDEX.header(record.winner).size, references))
+            except DatasetError as error:
+                problems += error.problems
         if problems:
             raise DatasetError(problems)
+        self.sizes = [placed.sizes for placed in self.placements]
 
     def keep(self, indices: Sequence[int]) -> None:
         """Takes all other pairs out."""
         self.records = [self.records[index] for index in indices]
         self.placements = [self.placements[index] for index in indices]
-        self.sizes = [self.sizes[index] for index in indices]
+        self.sizes = [placed.sizes for placed in self.placements]
 
     def __len__(self) -> int:
         return len(self.records)

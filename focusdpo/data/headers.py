@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from focusdpo.data.images import Header, Size, check_depth, read_header
+from focusdpo.data.images import Header, check_depth, read_header
 from focusdpo.data.shards import TarMember
 from focusdpo.foundation.files import ReadableFile, hash_of, writing
 
@@ -57,10 +57,6 @@ class HeaderIndex:
                 self._add(key, known)
         check_depth(known.mode, mask)
         return known
-
-    def size(self, file: ReadableFile) -> Size:
-        """Width and height as displayed."""
-        return self.header(file).size
 
     def _find(self, key: int) -> Header | None:
         with self._lock:

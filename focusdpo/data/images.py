@@ -23,6 +23,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 from torch import Tensor
 
+from focusdpo.data.writing import image_of
 from focusdpo.foundation.files import ReadableFile
 
 PATCH_SIZE = 16  # pixels along a token's side: 8 by the VAE, 2 by packing, in every supported backbone
@@ -190,7 +191,13 @@ def read_photo(file: ReadableFile) -> Image.Image:
     """An image in its file's own mode, upright, of 8 bits. ImageError for floating-point images."""
     with open_image(file) as image:
         check_depth(image.mode)
-        return _eight_bits(_upright(image))
+        photo = _upright(image)
+        if photo.mode.startswith("I;16"):  # gray, which Pillow would clip to 8 bits
+            values = np.asarray(photo).astype(np.uint32)
+            values += 128  # to the nearest
+            values //= 257
+            photo = Image.fromarray(values.astype(np.uint8))
+        return photo
 
 
 def on_white(photo: Image.Image) -> Image.Image:
@@ -240,7 +247,7 @@ def inside(gray: np.ndarray) -> np.ndarray:
 
 def read_mask(file: ReadableFile) -> Image.Image:
     """A mask as 0 and 255."""
-    return Image.fromarray(inside(read_gray(file)).astype(np.uint8) * 255)
+    return image_of(inside(read_gray(file)))
 
 
 def _too_large(size: Size | None = None) -> ImageError:
@@ -298,18 +305,8 @@ def _alpha(image: Image.Image) -> Image.Image | None:
     if not image.has_transparency_data:
         return None
     if image.mode.startswith("I"):  # of 16 bits one gray is clear, which Pillow does not convert
-        return Image.fromarray((np.asarray(image) != image.info["transparency"]).astype(np.uint8) * 255)
+        return image_of(np.asarray(image) != image.info["transparency"])
     return (image if "A" in image.getbands() else image.convert("RGBA")).getchannel("A")
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit gray scaled to 8 bits; Pillow would clip it."""
-    if image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.uint32)
-        values += 128  # to the nearest
-        values //= 257
-        return Image.fromarray(values.astype(np.uint8))
-    return image
 
 
 def token_size(size: Size, longest: int) -> Size:

@@ -193,12 +193,10 @@ def import_uno(file: Path, losers: Path, priors: Path | None, folder: Path, prog
         winner, loser = file.parent / row.target, losers / row.target
         prior = None if priors is None else priors / row.target
         try:
-            for name, path in ({"winner": winner, "loser": loser} | ({} if prior is None else {"prior": prior})).items():
-                if not os.path.isfile(path):
+            needed = [("winner", winner), ("loser", loser), ("prior", prior), *(("reference", path) for path in row.references)]
+            for name, path in needed:
+                if path is not None and not os.path.isfile(path):
                     raise UnfitError(f"no {name}", str(path))
-            for path in row.references:
-                if not os.path.isfile(path):
-                    raise UnfitError("no reference", str(path))
             images = _check(winner, loser, row.references, prior)
             changed = changed_tokens(*images)
             if prior is None and not changed.any():

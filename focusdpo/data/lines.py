@@ -177,14 +177,8 @@ def read_lines(file: Path, parser: Callable[[int], LineParser[T]]) -> Iterator[T
 
 def split_problems(items: Iterable[T | Problem]) -> tuple[list[T], list[Problem]]:
     """What lines hold, and what is wrong with them."""
-    found: list[T] = []
-    problems: list[Problem] = []
-    for item in items:
-        if isinstance(item, Problem):
-            problems.append(item)
-        else:
-            found.append(item)
-    return found, problems
+    every = list(items)
+    return [one for one in every if not isinstance(one, Problem)], [one for one in every if isinstance(one, Problem)]
 
 
 def text_fault(value: object, expected: str = "a text that is not empty") -> str | None:

@@ -49,15 +49,30 @@ class Placement:
 
     def pixels(self, photo: Image.Image) -> Tensor:
         """A photo as `read_photo` gives it: float [3, H, W] in [0, 1]."""
-        return self.rule.pixels(photo, self)
+        return self.rule.resize(centre_cut(photo, self.cut), self.scaled, self.size)
 
     def mask(self, mask: Image.Image) -> Tensor:
         """A mask of 0 and 255, of the photo's size, on the photo's way: bool [H, W]."""
-        return self.rule.mask(mask, self)
+        scaled = centre_cut(mask, self.cut).resize(self.scaled, Image.Resampling.BOX)
+        return marked(centre_cut(scaled, self.size))
 
     def lost(self, photo: Size) -> Fraction:
         """Share of the area of a photo of this size that is cut away."""
-        return self.rule.lost(photo, self)
+        kept = Fraction(math.prod(self.cut), math.prod(photo))
+        return 1 - kept * Fraction(math.prod(self.size), math.prod(self.scaled))
+
+
+class CoveringPlacement(Placement):
+    """Scaling and cutting are one operation here, to fractions of a pixel."""
+
+    def pixels(self, photo: Image.Image) -> Tensor:
+        return self.rule.resize(photo, self.scaled, self.size)
+
+    def mask(self, mask: Image.Image) -> Tensor:
+        return fit_mask(mask, self.size)
+
+    def lost(self, photo: Size) -> Fraction:
+        return share_cut(photo, self.size)
 
 
 class ReferenceRule(abc.ABC):
@@ -106,17 +121,6 @@ class ReferenceRule(abc.ABC):
         # a few cuts, one that does not: photos of one ratio then have one size.
         return max(placements, key=lambda placement: math.prod(placement.size))
 
-    def pixels(self, photo: Image.Image, placement: Placement) -> Tensor:
-        return self.resize(centre_cut(photo, placement.cut), placement.scaled, placement.size)
-
-    def mask(self, mask: Image.Image, placement: Placement) -> Tensor:
-        scaled = centre_cut(mask, placement.cut).resize(placement.scaled, Image.Resampling.BOX)
-        return marked(centre_cut(scaled, placement.size))
-
-    def lost(self, photo: Size, placement: Placement) -> Fraction:
-        kept = Fraction(math.prod(placement.cut), math.prod(photo))
-        return 1 - kept * Fraction(math.prod(placement.size), math.prod(placement.scaled))
-
 
 @dataclass(frozen=True)
 class LongestSide(ReferenceRule):
@@ -131,22 +135,12 @@ class LongestSide(ReferenceRule):
 
     def place(self, size: Size, count: int, buckets: Sequence[Ratio] | None = None) -> Placement:
         if buckets is None:
-            return super().place(size, count)
+            return CoveringPlacement(self, size, *self.fit(size, count))
         target = bucket_size(size, self.longest, buckets)
-        return Placement(self, next(_ratio_cuts(size, target)), target, target)
+        return CoveringPlacement(self, next(_ratio_cuts(size, target)), target, target)
 
     def resize(self, photo: Image.Image, scaled: Size, size: Size) -> Tensor:
         return fit_image(on_white(photo), size)
-
-    # Scaling and cutting are one operation here, to fractions of a pixel.
-    def pixels(self, photo: Image.Image, placement: Placement) -> Tensor:
-        return self.resize(photo, placement.scaled, placement.size)
-
-    def mask(self, mask: Image.Image, placement: Placement) -> Tensor:
-        return fit_mask(mask, placement.size)
-
-    def lost(self, photo: Size, placement: Placement) -> Fraction:
-        return share_cut(photo, placement.size)
 
 
 def _ratio_cuts(size: Size, ratio: Ratio) -> Iterator[Size]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import tarfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -16,9 +16,10 @@ from typing import BinaryIO, Literal
 from tqdm.auto import tqdm
 
 from focusdpo.data.images import ImageBytes, open_file, open_image
+from focusdpo.data.lines import Problem
 from focusdpo.data.records import PairRecord
 from focusdpo.data.writing import pair_line
-from focusdpo.foundation.files import ReadableFile
+from focusdpo.foundation.files import ReadableFile, writing
 from focusdpo.foundation.packages import require_package
 
 BLOCK = 512  # bytes, of a tar
@@ -45,21 +46,13 @@ class TarMember:
         return f"{self.shard}/{self.name}"
 
 
-@dataclass(frozen=True)
-class TarProblem:
-    """Something wrong with a member, or with the whole where `key` names no pair."""
+def list_samples(shard: Path) -> tuple[dict[str, dict[str, TarMember]], list[Problem]]:
+    """The members of each pair by their names after the key, in the shard's order, and what is wrong with the tar.
 
-    key: str
-    name: str
-    message: str
-    remedy: str
-    severity: Literal["error", "warning"] = "error"
-
-
-def list_samples(shard: Path) -> tuple[dict[str, dict[str, TarMember]], list[TarProblem]]:
-    """The members of each pair by their names after the key, in the shard's order, and what is wrong with the tar."""
+    The line of a problem is the pair's number; that of a problem of the whole is 1.
+    """
     samples: dict[str, dict[str, TarMember]] = {}
-    problems: list[TarProblem] = []
+    problems: list[tuple[str, Problem]] = []  # by the pair's key
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
@@ -70,12 +63,14 @@ def list_samples(shard: Path) -> tuple[dict[str, dict[str, TarMember]], list[Tar
                 key = f"{folder}{slash}{stem}"
                 if not (stem and dot and extension):
                     message = f"{member.name} belongs to no pair"
-                    problems.append(TarProblem("", member.name, message, "leave it out of the shard", "warning"))
+                    remedy = "leave it out of the shard"
+                    problems.append(("", Problem(shard, 1, member.name, message, remedy, "warning")))
                 elif not member.isreg() or member.issparse():
                     message = f"{member.name} is a link or has holes"
-                    problems.append(TarProblem(key, extension, message, "store the file itself"))
+                    problems.append((key, Problem(shard, 1, extension, message, "store the file itself")))
                 elif extension in samples.setdefault(key, {}):
-                    problems.append(TarProblem(key, extension, f"{member.name} stands twice", "give every pair its own key"))
+                    message = f"{member.name} stands twice"
+                    problems.append((key, Problem(shard, 1, extension, message, "give every pair its own key")))
                 else:
                     samples[key][extension] = TarMember(shard, member.name, member.offset_data, member.size)
             end = tar.offset
@@ -86,8 +81,9 @@ def list_samples(shard: Path) -> tuple[dict[str, dict[str, TarMember]], list[Tar
             raise tarfile.ReadError("the end mark is missing")
     except (tarfile.TarError, EOFError) as error:
         message = f"is cut, compressed or damaged ({error})"
-        problems.append(TarProblem("", "file", message, "copy or write it again, as a tar that is not compressed"))
-    return samples, problems
+        problems.append(("", Problem(shard, 1, "file", message, "copy or write it again, as a tar that is not compressed")))
+    lines = {key: line for line, key in enumerate(samples, start=1)}
+    return samples, [replace(problem, line=lines.get(key, 1)) for key, problem in problems]
 
 
 def shard_names(pairs: int, pairs_per_shard: int) -> list[str]:
@@ -105,16 +101,12 @@ def write_shards(records: Sequence[PairRecord], folder: Path, pairs_per_shard: i
     bar = tqdm(total=len(records), desc="writing shards", unit="pair", disable=not progress, leave=False)
     written = []
     for number, name in enumerate(shard_names(len(records), pairs_per_shard)):
-        partial = folder / f".{name}.partial"
-        try:
-            with webdataset.TarWriter(str(partial), encoder=False, mtime=0) as writer:
-                first = number * pairs_per_shard
-                for index, record in enumerate(records[first : first + pairs_per_shard], start=first):
-                    writer.write({"__key__": f"{index:08}", **_members(record)})
-                    bar.update()
-            written.append(partial.replace(folder / name))
-        finally:
-            partial.unlink(missing_ok=True)
+        first = number * pairs_per_shard
+        with writing(folder / name) as partial, webdataset.TarWriter(str(partial), encoder=False, mtime=0) as writer:
+            for index, record in enumerate(records[first : first + pairs_per_shard], start=first):
+                writer.write({"__key__": f"{index:08}", **_members(record)})
+                bar.update()
+        written.append(folder / name)
     bar.close()
     return written
 

@@ -33,7 +33,7 @@ from focusdpo.data.records import FIELDS, FILE_NAME, PairRecord, RecordParser
 from focusdpo.data.shards import TarMember, list_samples
 from focusdpo.foundation.files import ReadableFile, checksum
 from focusdpo.foundation.packages import require_package
-from focusdpo.foundation.text import printable
+from focusdpo.foundation.text import first_line, printable
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # what makes a folder of images a dataset
 BLOCK = 16 * 2**20  # bytes of a parquet column that are decoded at once
@@ -90,7 +90,7 @@ class Shard(Source):
     """A tar in WebDataset's layout: a pair's members share their name up to the first dot, and its .json names the others."""
 
     def items(self) -> Iterator[PairRecord | Problem]:
-        samples, found = list_samples(self.file)
+        samples, problems = list_samples(self.file)
         for line, (key, members) in enumerate(samples.items(), start=1):
             if "json" not in members:
                 message, remedy = f"{key} has no {key}.json, which names its images", "write the shard again"
@@ -99,9 +99,7 @@ class Shard(Source):
             parser = RecordParser(self.file, line, functools.partial(self._locate, key, members))
             with members["json"].open("rb") as stream:
                 yield from parser.parse_json(stream.read())
-        lines = {key: line for line, key in enumerate(samples, start=1)}
-        for p in found:
-            yield Problem(self.file, lines.get(p.key, 1), p.name, p.message, p.remedy, p.severity)
+        yield from problems
 
     @staticmethod
     def _locate(key: str, members: dict[str, TarMember], name: str) -> ReadableFile:
@@ -210,7 +208,7 @@ class Cell:
 
     def open(self, mode: Literal["rb"] = "rb") -> BinaryIO:
         column, *parts = re.findall(r"\w+", self.field)
-        value = self.table.value(self.row, column)
+        value = _CELLS.value(self.table, self.row, column)
         for part in parts:
             value = value[int(part) if part.isdecimal() else part]
         return BytesIO(value["bytes"] if isinstance(value, dict) else value)
@@ -258,10 +256,6 @@ class Table(Source):
         rows = self._opened.metadata.row_group(group).num_rows
         return max(min(rows, BLOCK * rows // max(self.size(group, column), 1)), 1)
 
-    def value(self, row: int, column: str) -> Any:
-        """A value as Python has it. Rows count from 0."""
-        return _CELLS.value(self, row, column)
-
     def items(self) -> Iterator[PairRecord | Problem]:
         """All values are looked at once, a few at a time: bytes are told from missing ones by reading them."""
         import pyarrow as pa
@@ -291,8 +285,7 @@ class Table(Source):
                         yield from parser.parse(value)
                     bar.update(len(parsers))
         except (OSError, ValueError, pa.ArrowException) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            yield Problem(self.file, row + 1, "file", f"cannot be read as a table ({reason})", "write it again")
+            yield Problem(self.file, row + 1, "file", f"cannot be read as a table ({first_line(error)})", "write it again")
 
     def count(self) -> int | None:
         import pyarrow as pa
@@ -339,7 +332,7 @@ def _python(value: Any, field: str, parser: RecordParser) -> Any:
     try:
         return _shortened(value.as_py())
     except (ValueError, OverflowError) as error:
-        parser.problem(field, f"is of type {value.type} and cannot be read ({str(error).splitlines()[0]})", "write it as text")
+        parser.problem(field, f"is of type {value.type} and cannot be read ({first_line(error)})", "write it as text")
         return None
 
 
@@ -356,13 +349,7 @@ class _Cursor:
 
     def __init__(self, table: Table, group: int, column: str) -> None:
         self.group, self.row, self.size = group, table._opened.starts[group], table.size(group, column)
-        self._batches = table.batches(group, column)
-
-    def read(self) -> tuple[int, Any]:
-        """The first row of the next batch, and its values."""
-        values = next(self._batches)
-        self.row += len(values)
-        return self.row - len(values), values
+        self.batches = table.batches(group, column)
 
 
 class _Cells:
@@ -378,6 +365,7 @@ class _Cells:
         self._cursors: OrderedDict[tuple[_Opened, str], _Cursor] = OrderedDict()
 
     def value(self, table: Table, row: int, column: str) -> Any:
+        """A value as Python has it. Rows count from 0."""
         opened = table._opened
         group = bisect.bisect_right(opened.starts, row) - 1
         start, rows = opened.starts[group], table.rows_at_once(group, column)
@@ -398,8 +386,8 @@ class _Cells:
         while self._cursors and sum(other.size for other in self._cursors.values()) + cursor.size > HELD:
             self._cursors.popitem(last=False)
         while cursor.row <= first:
-            begin, values = cursor.read()
-            self._kept[opened, column, begin] = values
+            self._kept[opened, column, cursor.row] = values = next(cursor.batches)
+            cursor.row += len(values)
             while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > KEPT:
                 self._kept.popitem(last=False)
         self._cursors[opened, column] = cursor

@@ -90,7 +90,7 @@ class Checks:
         only_headers = self._check == "headers"
         pool = ThreadPoolExecutor(READERS if only_headers else None)
         with collector_paused(only_headers), pool, bar, INDEX.kept(self._path):
-            for pairs in _ahead(pool, self._checked, self._groups()):
+            for pairs in _ahead(pool, lambda records: [check_pair(one, self._check) for one in records], self._groups()):
                 for pair in pairs:
                     bar.update()
                     self._problems += pair.problems
@@ -115,9 +115,6 @@ class Checks:
                 yield group
                 group = []
         yield group
-
-    def _checked(self, records: list[PairRecord]) -> list[CheckedPair]:
-        return [check_pair(record, self._check) for record in records]
 
     @property
     def problems(self) -> list[Problem]:
@@ -195,10 +192,8 @@ def validate(path: str | Path, check: Check, rules: SizeRules, progress: bool = 
     """Everything there is to say about a dataset, of any length.
 
     Args:
-        path: what `find_sources` takes.
-        check: "full" decodes every image, "headers" reads sizes only.
+        path, check, progress: as `load_pairs` takes them.
         rules: bring pairs to size, as a run would; by that layouts are counted.
-        progress: show a progress bar.
 
     Raises:
         FileNotFoundError: there is no such dataset.
@@ -210,11 +205,11 @@ def validate(path: str | Path, check: Check, rules: SizeRules, progress: bool = 
         if any(problem.severity == "error" for problem in pair.problems):
             continue
         record, sizes = pair.record, pair.sizes
-        found = rules.place(record, sizes["winner"], tuple(sizes[name] for name in record.image_fields if "[" in name))
-        if isinstance(found, list):
-            misfits += found
-        else:
-            layouts[found[1]] += 1
+        references = tuple(sizes[name] for name in record.image_fields if "[" in name)
+        try:
+            layouts[rules.place(record, sizes["winner"], references).sizes] += 1
+        except DatasetError as error:
+            misfits += error.problems
     errors, warnings = _split(checks.problems)
     return Report(
         str(path),

@@ -82,6 +82,6 @@ def text_of(lines: Iterable[dict[str, Any]]) -> str:
 
 
 def write_lines(file: Path, lines: Iterable[dict[str, Any]]) -> Path:
-    """Writes such lines at once or not at all, and returns the file."""
+    """Writes them at once or not at all, and returns the file."""
     write_whole(file, text_of(lines))
     return file

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -58,9 +60,9 @@ def partial_of(path: Path, shared: bool = False) -> Path:
     return path.with_name(f".{path.name}.{HOST}-{os.getpid()}.partial" if shared else f".{path.name}.partial")
 
 
-def write_whole(path: Path, text: str, errors: str = "strict") -> None:
+def write_whole(path: Path, text: str) -> None:
     """Writes a file at once or not at all, in UTF-8; an earlier one stays until then."""
-    write_bytes(path, text.encode("utf-8", errors))
+    write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -113,11 +115,10 @@ def writing_folder(path: Path) -> Iterator[Path]:
 
 def _lives(process: str) -> bool:
     try:
-        os.kill(int(process), 0)
+        with suppress(ValueError, OverflowError, PermissionError):
+            os.kill(int(process), 0)
     except ProcessLookupError:
         return False
-    except (ValueError, OverflowError, PermissionError):
-        return True
     return True
 
 
@@ -230,25 +231,18 @@ def fingerprint(pipeline: Path, parts: Iterable[str]) -> str:
     """
     files = sorted(file for part in parts for file in (pipeline / part).rglob("*") if file.is_file())
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(_digest_of, files))
-    return hash_of(*(value for file, digest in zip(files, digests, strict=True) for value in (_name(file, pipeline), digest)))
-
-
-def _name(file: Path, pipeline: Path) -> str:
-    return file.relative_to(pipeline).as_posix()
-
-
-def _digest_of(file: Path) -> str:
-    """SHA-256 of a file, in hexadecimal; of a large one, of its parts, hashed side by side."""
-    return _remembered("parts", file, _hash_parts)
+        digests = pool.map(functools.partial(_remembered, "parts", _hash_parts), files)
+        named = [(file.relative_to(pipeline).as_posix(), digest) for file, digest in zip(files, digests, strict=True)]
+    return hash_of(*itertools.chain.from_iterable(named))
 
 
 def remembered_checksum(file: Path) -> str:
     """`checksum` of a file that this process reads once, while it stays as it is."""
-    return _remembered("sha256", file, checksum)
+    return _remembered("sha256", checksum, file)
 
 
 def _hash_parts(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal; of a large one, of its parts, hashed side by side."""
     size = file.stat().st_size
     if size <= PART:
         return checksum(file)
@@ -266,7 +260,7 @@ def _hash_parts(file: Path) -> str:
 KNOWN_DIGESTS: dict[str, str] = {}
 
 
-def _remembered(kind: str, file: Path, compute: Callable[[Path], str]) -> str:
+def _remembered(kind: str, compute: Callable[[Path], str], file: Path) -> str:
     stat = file.stat()
     key = f"{kind} {file.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
     if key not in KNOWN_DIGESTS:

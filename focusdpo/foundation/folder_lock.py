@@ -31,10 +31,12 @@ class FolderLock:
 
     Args:
         own: the folder of this project's own files, within the one that is locked.
+        leads: whether it is for this process to lock it; others lock nothing.
     """
 
-    def __init__(self, own: Path) -> None:
+    def __init__(self, own: Path, leads: bool) -> None:
         self._own = own
+        self._leads = leads
         self._made: list[Path] = []
         self._lock: FileLock | None = None
         self._end: Any = None
@@ -43,7 +45,7 @@ class FolderLock:
         file = self._own.resolve() / "lock"
         if self._lock is not None and file.exists():
             return
-        if self._own.is_file():  # of an earlier version, which only `begin` may change
+        if not self._leads or self._own.is_file():  # a file of an earlier version, which only `begin` may change
             return
         self.release()
         try:

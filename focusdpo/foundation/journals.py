@@ -35,9 +35,9 @@ class Part:
     end: int
 
 
-def read_rows(path: Path, progress: bool = False) -> Iterator[Row]:
+def read_rows(path: Path) -> Iterator[Row]:
     """The rows of a journal, one after the other; none where there is no file."""
-    for _, row in _lines(path, progress):
+    for _, row in _lines(path):
         yield row
 
 

@@ -8,6 +8,7 @@ ended, or where another process has and the main thread hangs in a collective.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -25,6 +26,7 @@ from typing import Any, TypeVar
 
 import focusdpo
 from focusdpo.foundation.rendezvous import JOINING, meet
+from focusdpo.foundation.text import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +57,6 @@ def lost_connection(error: BaseException) -> str | None:
         return None
     line = next((line.strip() for line in str(error).splitlines() if LOST.search(line)), None)
     return None if line is None else f"another process was lost; the launcher of its machine says why ({line})"
-
-
-def _first_line(error: BaseException) -> str:
-    """Of errors that torch.distributed raises, whose other lines are its own stack."""
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _reason(error: BaseException) -> str:
@@ -109,6 +106,8 @@ class Launch:
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, store: Any = None, parent: int | None = None) -> None:
         self.rank, self.size, self.local_rank = rank, size, local_rank
+        self.is_main = rank == 0  # the first process of all: the one that writes, logs and shows bars
+        self.is_local_main = local_rank == 0  # the first process of its machine
         self.timeout = JOINING  # seconds without a sign of life after which a process counts as dead
         self._host = socket.gethostname()
         self._machine = f"{self._host}/{os.environ.get('GROUP_RANK', '')}"  # launchers number machines, names may be alike
@@ -133,21 +132,14 @@ class Launch:
         for thread in self._threads:
             thread.start()
 
-    _current: Launch | None = None
-
     @classmethod
+    @functools.cache
     def join(cls) -> Launch:
         """The launch of this process; where it has several, their first meeting.
 
         Raises:
             ConnectionError: as `meet`.
         """
-        if cls._current is None:
-            cls._current = cls._join()
-        return cls._current
-
-    @classmethod
-    def _join(cls) -> Launch:
         places = _places()
         # accelerate starts a single process without torchrun, and sets this for it.
         is_launched = any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"))
@@ -170,16 +162,6 @@ class Launch:
         atexit.register(launch.close)
         return launch
 
-    @property
-    def is_main(self) -> bool:
-        """Whether this is the first process of all: the one that writes, logs and shows bars."""
-        return self.rank == 0
-
-    @property
-    def is_local_main(self) -> bool:
-        """Whether this is the first process of its machine."""
-        return self.local_rank == 0
-
     # What all do together.
 
     def wait(self, what: str) -> None:
@@ -191,11 +173,8 @@ class Launch:
         Raises:
             ElsewhereError: one of them failed, or is dead.
         """
-        if self._store is None:
-            return
-        key = self._next()
-        self._arrive(key)
-        self._wait_for(f"{key}/all", what, key, range(self.size))
+        if self._store is not None:
+            self._meet(self._next(), what)
 
     def gather(self, what: str, value: Any) -> list[Any]:
         """A JSON value of each process, by rank; waits as `wait` does."""
@@ -203,8 +182,7 @@ class Launch:
             return [value]
         key = self._next()
         self._put(f"{key}/value/{self.rank}", value)
-        self._arrive(key)
-        self._wait_for(f"{key}/all", what, key, range(self.size))
+        self._meet(key, what)
         return [self._take(f"{key}/value/{rank}") for rank in range(self.size)]
 
     def from_main(self, what: str, compute: Callable[[], T]) -> T:
@@ -363,10 +341,12 @@ class Launch:
         self._meetings += 1
         return f"meeting/{self._meetings}"
 
-    def _arrive(self, key: str) -> None:
+    def _meet(self, key: str, what: str) -> None:
+        """Says that this process has come, and waits until all have."""
         self._set(f"{key}/{self.rank}", "1")
         if self._ask(lambda store: store.add(f"{key}/count", 1)) == self.size:
             self._set(f"{key}/all", "1")
+        self._wait_for(f"{key}/all", what, key, range(self.size))
 
     def _ask(self, question: Callable[[Any], Any]) -> Any:
         """What the store answers; never a question that it would wait for, as the thread asks too."""
@@ -374,7 +354,7 @@ class Launch:
             return question(self._store)
         except RuntimeError as error:  # torch.distributed's own errors among them
             where = f"process 0 on {os.environ.get('MASTER_ADDR')}"
-            raise ElsewhereError(self._heard or f"{where} cannot be reached any more: {_first_line(error)}") from error
+            raise ElsewhereError(self._heard or f"{where} cannot be reached any more: {first_line(error)}") from error
 
     def _put(self, key: str, value: Any) -> None:
         """Sends a JSON value in parts; the key itself comes last."""

@@ -7,6 +7,7 @@ person puts there, or changes, after that is not the command's any more. What fi
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -58,18 +59,6 @@ class _Found:
     kind: str
 
 
-@dataclass(frozen=True)
-class _Expected:
-    """What `OutputFolder.check` was told of the folder."""
-
-    goes_on: bool = False
-    aside: frozenset[str] = frozenset()
-    proven: frozenset[str] = frozenset()
-
-    def proves(self, name: str) -> bool:
-        return name.split("/")[0] in self.proven
-
-
 class OutputFolder:
     """A folder that a command writes to, locked from `check` on until `release`, or until the process ends.
 
@@ -91,10 +80,12 @@ class OutputFolder:
         self.command = command
         self._parts = [[re.compile(part) if part != BELOW else BELOW for part in each.split("/")] for each in patterns]
         self._whole = [re.compile(each.replace(BELOW, ".+")) for each in patterns]
-        self._lock = FolderLock(path / OWN) if leads else None
+        self._lock = FolderLock(path / OWN, leads)
         self._claimed = False
         self._notes: dict[str, Any] = {}
-        self._checked = _Expected()
+        self._goes_on = False  # this and the next two are what `check` was told
+        self._aside: Sequence[str] = ()
+        self._proven: Sequence[str] = ()
         self._settings: tuple[str, Any] | None = None  # of work that can be gone on with: its file, and what belongs there
 
     # What is there.
@@ -156,18 +147,17 @@ class OutputFolder:
                 seen.add(found.name)
                 yield found
 
-    def _sides(self, claimed: bool) -> tuple[list[_Found], list[_Found]]:
+    def _sides(self) -> tuple[list[_Found], list[_Found]]:
         """What is the command's own, and what of others is in its way."""
         value = self._read_list()
         listed = None if value is None else value["files"]
-        claimed = claimed or self._claimed or (value is not None and listed is None)
+        claimed = self._claimed or (self._goes_on if value is None else listed is None)
         own: list[_Found] = []
         others: list[_Found] = []
         for found in self._fitting():
             if found.kind in ("file", "tree") and listed:
                 # Who goes on with what was begun finds its damaged files himself.
-                may_differ = self._checked.goes_on
-                is_own = found.name in listed and (may_differ or self._is_same(found.name, listed[found.name]))
+                is_own = found.name in listed and (self._goes_on or self._is_same(found.name, listed[found.name]))
             else:
                 is_own = found.kind == "partial" or (found.kind != "other" and claimed)
             (own if is_own else others).append(found)
@@ -182,13 +172,12 @@ class OutputFolder:
             NotADirectoryError, PermissionError, BlockingIOError: as `check`.
         """
         self._check_place()
-        if self._lock is not None:
-            self._lock.acquire(self.setting, self.command)
+        self._lock.acquire(self.setting, self.command)
 
     @property
     def goes_on(self) -> bool:
         """Whether `check` was told, or `check_begun` found, that work which was begun here is gone on with."""
-        return self._checked.goes_on
+        return self._goes_on
 
     def check(
         self, overwrite: bool, hint: str = DELETE, goes_on: bool = False, aside: Sequence[str] = (), proven: Sequence[str] = ()
@@ -208,7 +197,7 @@ class OutputFolder:
             BlockingIOError: another process writes there.
         """
         self.lock()
-        self._checked = _Expected(goes_on, frozenset(aside), frozenset(proven))
+        self._goes_on, self._aside, self._proven = goes_on, aside, proven
         try:
             own = self._refuse_others()
             whole = [found for found in own if found.kind != "partial"]
@@ -274,9 +263,8 @@ class OutputFolder:
 
     def _refuse_others(self) -> list[_Found]:
         """What is the command's own; FileExistsError where something else is in the way."""
-        expected = self._checked
-        own, others = self._sides(claimed=expected.goes_on and not self.has_list)
-        names = [found.name for found in others if not expected.proves(found.name)]
+        own, others = self._sides()
+        names = [found.name for found in others if found.name.split("/")[0] not in self._proven]
         if names:
             more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
             why = "which this command did not write, or which was changed since"
@@ -333,20 +321,18 @@ class OutputFolder:
         own = self._refuse_others()
         if self.is_legacy:
             (self.path / OWN).unlink()
-        if self._lock is not None:
-            self._lock.acquire(self.setting, self.command)
-        if not self.goes_on if clear is None else clear:
+        self._lock.acquire(self.setting, self.command)
+        if not self._goes_on if clear is None else clear:
             for found in own:
                 self._delete(found)
         else:
             value = self._read_list() or {"files": {}, "notes": {}}
             self._notes = dict(value["notes"])
             known = self._notes.get(WRITTEN, {}) | (value["files"] or {})
-            self._notes[WRITTEN] = {name: known[name] for name in self._checked.aside if name in known}
-            for name in self._checked.aside:
+            self._notes[WRITTEN] = {name: known[name] for name in self._aside if name in known}
+            for name in self._aside:
                 self._keep_edited(name)
-        if self._lock is not None:
-            self._lock.keep()
+        self._lock.keep()
         self._claimed = True
         self._write_list(None)
         if self._settings is not None:
@@ -378,12 +364,14 @@ class OutputFolder:
 
     def remove(self, path: Path) -> None:
         """Deletes the command's own files at or below a path, and folders that become empty: in order of their names."""
-        prefix = path.relative_to(self.path).as_posix()
-        for name in sorted(_names_below(self.path, prefix)):
-            if any(pattern.fullmatch(name) for pattern in self._whole) and not (self.path / name).is_dir():
+        files = path.rglob("*") if path.is_dir() else [path] if os.path.lexists(path) else []
+        for name in sorted(file.relative_to(self.path).as_posix() for file in files if not file.is_dir()):
+            if any(pattern.fullmatch(name) for pattern in self._whole):
                 self._delete(_Found(name, "file"))
         if path.is_dir() and not path.is_symlink():
-            _prune(path)
+            for place, _, _ in os.walk(path, topdown=False):
+                with suppress(OSError):  # another's files are in it
+                    os.rmdir(place)
 
     def tidy(self) -> None:
         """Deletes what writes that were cut short have left."""
@@ -415,8 +403,7 @@ class OutputFolder:
 
     def release(self) -> None:
         """Lets other processes write there."""
-        if self._lock is not None:
-            self._lock.release()
+        self._lock.release()
 
     def __enter__(self) -> OutputFolder:
         return self
@@ -454,11 +441,8 @@ def step_folders(folder: Path) -> list[tuple[int, Path]]:
 
 def free_name(path: Path) -> Path:
     """The path, or the first of it with -2, -3 and so on that is not taken."""
-    number, free = 1, path
-    while free.exists() or free.is_symlink():
-        number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    return free
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(free for free in itertools.chain([path], numbered) if not os.path.lexists(free))
 
 
 def _walk(folder: Path, prefix: str, patterns: Sequence[Sequence[Any]]) -> Iterator[_Found]:
@@ -482,22 +466,3 @@ def _walk(folder: Path, prefix: str, patterns: Sequence[Sequence[Any]]) -> Itera
                 yield _Found(name, "partial")
         if below:
             yield from _walk(Path(entry.path), f"{name}/", below)
-
-
-def _names_below(folder: Path, name: str) -> Iterator[str]:
-    """A file's name, or those of all files below a folder, relative to `folder`."""
-    path = folder / name
-    if not path.is_dir():
-        if path.exists() or path.is_symlink():
-            yield name
-        return
-    for place, _, files in os.walk(path):
-        below = Path(place).relative_to(folder).as_posix()
-        yield from (f"{below}/{file}" for file in files)
-
-
-def _prune(folder: Path) -> None:
-    """Deletes empty folders in a folder, and it."""
-    for place, _, _ in os.walk(folder, topdown=False):
-        with suppress(OSError):
-            Path(place).rmdir()

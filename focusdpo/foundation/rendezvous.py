@@ -18,6 +18,8 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
+from focusdpo.foundation.text import first_line
+
 JOINING = 600.0  # seconds in which the processes of a launch have to come together
 SERVED = 60.0  # seconds in which a launcher's store is to be reached
 REACHED = 20.0  # seconds in which the first process is to be reached directly
@@ -60,7 +62,7 @@ def meet(rank: int, size: int) -> tuple[Any, Any]:
             "launch goes on there: wait for it, stop it, or give this one another port"
         ) from None
     except (RuntimeError, ValueError, TimeoutError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]  # torch.distributed puts its own stack below
+        reason = first_line(error)
         if "EADDRINUSE" in reason:
             reason = "something else uses that port; give this launch another one"
         raise ConnectionError(

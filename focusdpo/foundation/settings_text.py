@@ -200,32 +200,30 @@ class Reader:
         try:
             for event in yaml.parse(text, Loader=loader):
                 line = event.start_mark.line + 1 if event.start_mark is not None else 0
-                here, tag = Node("scalar", line), getattr(event, "tag", None)
+                here, tag, anchor = Node("scalar", line), getattr(event, "tag", None), getattr(event, "anchor", None)
                 if tag:
                     self.fail(here, f"{about}has the tag {printable(tag)}; expected values without tags")
                 node: Node | None = None
                 if isinstance(event, yaml.AliasEvent):
-                    if event.anchor not in anchors:
-                        self.fail(here, f"{about}*{printable(event.anchor)} stands for nothing before it")
-                    node = anchors[event.anchor]
+                    if anchor not in anchors:
+                        self.fail(here, f"{about}*{printable(anchor)} stands for nothing before it")
+                    node = anchors[anchor]
                 elif isinstance(event, yaml.ScalarEvent):
-                    node = Node("scalar", line, event.value, plain=event.style is None or not event.style)
-                    if event.anchor:
-                        anchors[event.anchor] = node
+                    node = Node("scalar", line, event.value, plain=not event.style)
                 elif isinstance(event, yaml.CollectionStartEvent):
                     if len(open_nodes) >= MAX_DEPTH:
                         self.fail(here, f"{about}lists and sections lie more than {MAX_DEPTH} deep; no settings do")
                     kind: Part = "list" if isinstance(event, yaml.SequenceStartEvent) else "section"
-                    open_nodes.append((Node(kind, line), event.anchor, []))
+                    open_nodes.append((Node(kind, line), anchor, []))
                 elif isinstance(event, yaml.CollectionEndEvent):
                     node, anchor, items = open_nodes.pop()
                     if node.part == "list":
                         node.items = items
                     else:
                         node.entries = list(zip(items[::2], items[1::2], strict=True))
+                if node is not None:
                     if anchor:
                         anchors[anchor] = node
-                if node is not None:
                     (open_nodes[-1][2] if open_nodes else roots).append(node)
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark

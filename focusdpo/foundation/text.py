@@ -18,6 +18,11 @@ def printable(text: object) -> str:
     return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in UNSEEN else c for c in str(text))
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, or its class: torch.distributed and Arrow put a stack of their own below."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def message_lines(text: object) -> str:
     """A message of several lines, each printable, all but the first indented by two spaces or more.
 

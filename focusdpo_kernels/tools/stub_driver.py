@@ -59,7 +59,8 @@ def install() -> None:
     # Counting asks NVML, while torch.cuda.is_available() would load the GPU's own driver.
     if torch.cuda.device_count() or torch.xpu.device_count():
         raise RuntimeError("stub driver: a GPU is present; run the kernels on it, or hide it (CUDA_VISIBLE_DEVICES='')")
-    if _loaded("libcuda.so.1"):
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libcuda.so.1", mode=os.RTLD_NOLOAD)  # raises where this process has not loaded one
         raise RuntimeError(
             "stub driver: this process has loaded another libcuda.so.1, to which Triton's launcher would bind; "
             "call install() before anything asks for a GPU"
@@ -98,15 +99,6 @@ def launches() -> Iterator[list[str]]:
             reached = _library.focusdpo_stub_launches() - before
     if reached != len(names):
         raise RuntimeError(f"stub driver: {len(names)} launches were seen ({names}), but {reached} reached the driver")
-
-
-def _loaded(name: str) -> bool:
-    """Whether this process has loaded a shared library of that name."""
-    try:
-        ctypes.CDLL(name, mode=os.RTLD_NOLOAD)
-    except OSError:
-        return False
-    return True
 
 
 def _build(cache: Path) -> Path:

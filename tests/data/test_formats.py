@@ -1,4 +1,4 @@
-"""One dataset in every format gives the same pairs; shards are read by offsets; streams resume at the very next pair."""
+"""One dataset in every format gives the same pairs; shards are read by offsets."""
 
 from __future__ import annotations
 
@@ -7,20 +7,17 @@ import io
 import json
 import logging
 import pickle
-import re
 import shutil
 import sys
 import tarfile
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
-from focusdpo.data import DatasetError, LongestSide, PairDataset, PairStream, load_pairs
+from focusdpo.data import DatasetError, LongestSide, PairDataset, load_pairs
 from focusdpo.data.shards import write_shards
-from focusdpo.data.sources import Shard, content_checksum, find_sources
+from focusdpo.data.sources import content_checksum, find_sources
 from focusdpo.foundation.files import checksum
 from tests.data import parse_pairs
 from tests.training.test_resume import SETTINGS, assert_same, train  # noqa: F401 (the settings of its runs)
@@ -362,77 +359,6 @@ def test_what_is_missing_is_named(shards, tiny_pairs, tmp_path, monkeypatch):
         with pytest.raises(ModuleNotFoundError, match=rf"needs {module}, .*pip install 'focusdpo\[data\]'"):
             load()
     assert len(load_pairs(shards, progress=False)) == 8, "reading shards needs no package"
-
-
-# streams
-
-
-def stream(path, **options):
-    return PairStream(path, partial(PairDataset, **SIZES), **options)
-
-
-def loaded(pairs, workers):
-    return list(DataLoader(pairs, batch_size=None, num_workers=workers))
-
-
-@pytest.mark.parametrize("kind", FORMATS)
-def test_a_stream_in_order_has_the_dataset(tiny_pairs, tmp_path, kind):
-    path = write_format(kind, tiny_pairs, tmp_path / kind)
-    expected = PairDataset(load_pairs(tiny_pairs, progress=False), **SIZES)
-    for i, sample in enumerate(stream(path, shuffle=False)):
-        assert sample.index == i
-        assert_same_sample(sample, expected[i])
-    assert i == 7
-
-
-def prompts_and_means(samples):
-    return [(s.prompt, s.winner.mean().item()) for s in samples]
-
-
-def test_streams_are_shuffled_by_seed_and_epoch(shards):
-    orders = [prompts_and_means(stream(shards, shuffle=True, seed=seed, epoch=epoch)) for seed in (0, 1) for epoch in (0, 1)]
-    assert len({str(order) for order in orders}) == 4
-    assert len({str(sorted(order)) for order in orders}) == 1, "each has every pair once"
-    assert orders[0] == prompts_and_means(stream(shards, shuffle=True))
-
-
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize("processes", [1, 2, 3])
-def test_a_stream_goes_on_at_the_very_next_pair(shards, processes):
-    """In the middle of a shard, for any number of workers before and after; the processes share the pairs among them."""
-    whole = prompts_and_means(stream(shards, shuffle=True, seed=4))
-    rounds = -(-len(whole) // processes)
-    for rank in range(processes):
-        mine = [whole[(i * processes + rank) % len(whole)] for i in range(rounds)]
-        options = {"shuffle": True, "seed": 4, "rank": rank, "processes": processes}
-        for workers in (0, 1, 3):
-            assert prompts_and_means(loaded(stream(shards, **options), workers)) == mine
-        for start in range(rounds + 1):
-            assert prompts_and_means(loaded(stream(shards, **options, start=start), start % 3)) == mine[start:]
-
-
-def test_a_stream_reads_shards_when_it_comes_to_them(shards, monkeypatch):
-    read, real = [], Shard.items
-    monkeypatch.setattr(Shard, "items", lambda self: read.append(self.file) or real(self))
-    pairs = iter(stream(shards, shuffle=False))
-    assert [next(pairs).index for _ in range(3)] == [0, 1, 2] and len(read) == 1
-    assert next(pairs).index == 3 and len(read) == 2
-
-
-def test_a_stream_names_what_is_unfit(shards, tmp_path):
-    contents = members(shards / "pairs-00001-of-00003.tar")
-    broken = [(m, b"no image" if m.name == "00000004.loser.png" else d) for m, d in contents]
-    rewritten(shards / "pairs-00001-of-00003.tar", broken)
-    pairs = iter(stream(shards, shuffle=False))
-    assert [next(pairs).index for _ in range(4)] == [0, 1, 2, 3]
-    with pytest.raises(DatasetError, match=r"pairs-00001-of-00003.tar:2: loser: .* cannot be read as an image"):
-        next(pairs)
-    cut_at(0.5)(shards / "pairs-00000-of-00003.tar")
-    with pytest.raises(DatasetError, match="is cut, compressed or damaged"):
-        next(iter(stream(shards, shuffle=False)))
-    for options, message in (({"rank": 1}, "rank: got 1; expected 0 to 0"), ({"start": -1}, "start: got -1")):
-        with pytest.raises(ValueError, match=re.escape(message)):
-            stream(shards, shuffle=False, **options)
 
 
 # the command
