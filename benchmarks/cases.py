@@ -29,6 +29,7 @@ from benchmarks.inputs import (
     step_inputs,
 )
 from benchmarks.results import COMPILE, COMPILE_MAX, EAGER, OURS, PIECES
+from benchmarks.timing import rotations
 from focusdpo import focus_dpo_loss, focus_mask
 from focusdpo.mask import FocusMask
 from focusdpo_kernels import cross_layer_similarity, patch_entropy, preference_residual, structure_field
@@ -37,6 +38,8 @@ from focusdpo_kernels.backend import INTERPRETED
 from focusdpo_kernels.shapes import bytes_moved
 
 Provider = Callable[[FocusInputs], tuple[Tensor, ...]]
+Function = Callable[..., Any]
+Call = Callable[[Function, FocusInputs], Any]  # a function with what it takes of the inputs
 
 TAU = 1.0  # of the focus step: every field of the mask takes part in it
 OUR_BACKEND = "triton" if INTERPRETED else None  # None: as a user gets it, on a CPU the PyTorch backend
@@ -75,6 +78,12 @@ class Group:
     def bytes_of(self, shape: Shape) -> int:
         moved = bytes_moved(**shape.sizes)
         return shape.batch * sum(moved[name] for name in self.bytes)
+
+    def inputs_in_turn(self, shape: Shape, device: torch.device) -> list[FocusInputs]:
+        """Inputs that differ, so many that none is still in the cache when its turn comes again."""
+        torch.manual_seed(0)
+        first = self.inputs(shape, device)
+        return [first, *(self.inputs(shape, device) for _ in range(rotations(first.bytes, device) - 1))]
 
     def tolerance_of(self, provider: str, shape: Shape) -> float:
         return (self.loose if provider in LOOSE else self.tolerance)(shape.sizes["P"])
@@ -139,70 +148,28 @@ def _compiled_similarity(mode: str | None) -> Provider:
     return provider
 
 
-def _structure(x: FocusInputs) -> tuple[Tensor, ...]:
-    return structure_field(x.scores, x.k, x.prior, backend=OUR_BACKEND)
-
-
-def _plain_structure(x: FocusInputs) -> tuple[Tensor, ...]:
-    return spec.structure_field(x.scores, x.k, x.prior, False)
-
-
-def _compiled_structure(mode: str | None) -> Provider:
-    return lambda x: _compiled(spec.structure_field, mode)(x.scores, x.k, x.prior, False)
-
-
-def _entropy(method: str) -> Provider:
-    return lambda x: (patch_entropy(x.images, method=method, check_range=False, backend=OUR_BACKEND),)
-
-
-def _plain_entropy(method: str) -> Provider:
-    return lambda x: (spec.patch_entropy(x.images, 16, 32, 0.01, method, False),)
-
-
-def _compiled_entropy(mode: str | None, method: str) -> Provider:
-    return lambda x: (_compiled(spec.patch_entropy, mode)(x.images, 16, 32, 0.01, method, False),)
-
-
-def _residual(backend: str | None) -> Callable[..., tuple[Tensor, ...]]:
-    return lambda *args: tuple(preference_residual(*args, backend=backend)[:5])
-
-
 def _plain_residual(*args: Tensor) -> tuple[Tensor, ...]:
     *predictions, mask = args
     return tuple(spec.preference_residual(predictions, [mask], "mean", 1)[:5])
 
 
-def _compiled_residual(mode: str | None) -> Callable[..., tuple[Tensor, ...]]:
-    return lambda *args: _compiled(_plain_residual, mode)(*args)
+def _our_residual(*args: Tensor, backend: str | None = OUR_BACKEND) -> tuple[Tensor, ...]:
+    return tuple(preference_residual(*args, backend=backend)[:5])
 
 
-def _forward(residual: Callable[..., tuple[Tensor, ...]]) -> Provider:
-    def provider(x: FocusInputs) -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            return residual(*x.predictions, x.mask)
-
-    return provider
+@torch.no_grad()
+def _forward(residual: Function, x: FocusInputs) -> tuple[Tensor, ...]:
+    return residual(*x.predictions, x.mask)
 
 
-def _backward(residual: Callable[..., tuple[Tensor, ...]]) -> Provider:
-    def provider(x: FocusInputs) -> tuple[Tensor, ...]:
-        policy = [p.detach().requires_grad_() for p in x.predictions[:2]]
-        margin = residual(*policy, *x.predictions[2:], x.mask)[4]
-        return torch.autograd.grad(margin, policy, torch.ones_like(margin))
-
-    return provider
+def _backward(residual: Function, x: FocusInputs) -> tuple[Tensor, ...]:
+    policy = [p.detach().requires_grad_() for p in x.predictions[:2]]
+    margin = residual(*policy, *x.predictions[2:], x.mask)[4]
+    return torch.autograd.grad(margin, policy, torch.ones_like(margin))
 
 
 def _focus_mask(scores: Tensor, k: int, prior: Tensor, images: Tensor, backend: str | None = "torch") -> FocusMask:
     return focus_mask(scores, prior, images, match_count=k, tau=TAU, check_range=False, backend=backend)
-
-
-def _mask(make: Callable[..., FocusMask]) -> Provider:
-    return lambda x: (make(x.scores, x.k, x.prior, x.images).mask,)
-
-
-def _compiled_mask(mode: str | None) -> Provider:
-    return lambda x: _mask(_compiled(_focus_mask, mode))(x)
 
 
 def _pieces_mask(scores: Tensor, k: int, prior: Tensor, images: Tensor) -> Tensor:
@@ -251,28 +218,66 @@ def _pieces_step(x: FocusInputs) -> tuple[Tensor, ...]:
     return _step(x, pieces.similarity(x.target, x.reference, x.reference_mask), _pieces_loss)
 
 
-def _compile_modes(make: Callable[[str | None], Provider]) -> dict[str, Provider]:
+def _compile_modes(make: Callable[[str | None], Function]) -> dict[str, Function]:
     # Without its own CUDA graphs: ours captures all providers alike.
     return {COMPILE: make(None), COMPILE_MAX: make("max-autotune-no-cudagraphs")}
 
 
-def _residual_group(name: str, wrap: Callable[[Any], Provider], moved: tuple[str, ...], formula: str) -> Group:
-    return Group(
+def _results(call: Call, function: Function, x: FocusInputs) -> tuple[Tensor, ...]:
+    found = call(function, x)
+    if isinstance(found, FocusMask):
+        found = found.mask
+    return (found,) if isinstance(found, Tensor) else tuple(found)
+
+
+def _group(
+    name: str,
+    inputs: Callable[[Shape, torch.device], FocusInputs],
+    call: Call,
+    ours: Function,
+    plain: Function,
+    *settings: Any,
+    others: dict[str, Function],
+    exact: Function | None = None,
+    **facts: Any,
+) -> Group:
+    """A group whose providers are functions of the same inputs.
+
+    Args:
+        name, inputs, facts: of the group.
+        call: gives a function what it takes of the inputs.
+        ours: the library's function.
+        plain: the specification, which is measured as it is and compiled.
+        settings: that the specification takes after the inputs.
+        others: more functions, by provider.
+        exact: gives the exact results of inputs in float64; None is the specification.
+    """
+
+    def specified(*args: Any) -> Any:
+        return plain(*args, *settings)
+
+    def compiled(mode: str | None) -> Function:
+        return lambda *args: _compiled(plain, mode)(*args, *settings)
+
+    functions = {OURS: ours, EAGER: specified, **_compile_modes(compiled), **others}
+    providers = {provider: functools.partial(_results, call, function) for provider, function in functions.items()}
+    return Group(name, inputs, lambda x: _results(call, exact or specified, _double(x)), providers=providers, **facts)
+
+
+def _residual_group(name: str, call: Call, moved: tuple[str, ...], formula: str, **facts: Any) -> Group:
+    return _group(
         name,
         prediction_inputs,
-        lambda x: wrap(_residual("torch"))(_double(x)),
-        moved,
-        formula,
-        {
-            OURS: wrap(_residual(OUR_BACKEND)),
-            EAGER: wrap(_plain_residual),
-            **_compile_modes(lambda mode: wrap(_compiled_residual(mode))),
-            PIECES: wrap(pieces.residual),
-        },
+        call,
+        _our_residual,
+        _plain_residual,
+        others={PIECES: pieces.residual},
+        exact=functools.partial(_our_residual, backend="torch"),
+        bytes=moved,
+        formula=formula,
         sweeps=("P",),
         batches=(1, 64),
-        tolerance=lambda patches: 4e-3 if wrap is _backward else 1e-5,  # gradients are rounded to bf16
-        scales=None if wrap is _backward else _residual_scales,
+        **facts,
     )
 
 
@@ -299,45 +304,36 @@ GROUPS = (
         # Tensor cores cut sums off where fp32 rounds: half a unit in the last place each, for up to 384 products of 16.
         tolerance=lambda patches: 5e-5,
     ),
-    Group(
+    _group(
         "structure field",
         field_inputs,
-        lambda x: _plain_structure(_double(x)),
-        ("structure field",),
-        "4 R P + P + 4 P",
-        {
-            OURS: _structure,
-            EAGER: _plain_structure,
-            **_compile_modes(_compiled_structure),
-            PIECES: lambda x: pieces.structure(x.scores, x.k, x.prior),
-        },
+        lambda function, x: function(x.scores, x.k, x.prior),
+        functools.partial(structure_field, backend=OUR_BACKEND),
+        spec.structure_field,
+        False,
+        others={PIECES: pieces.structure},
+        bytes=("structure field",),
+        formula="4 R P + P + 4 P",
         sweeps=("P", "R"),
         tolerance=lambda patches: 1e-6,  # of the coverage; a patch on the wrong side shows as more than 1e-3
         loose=lambda patches: 1e-6,
     ),
     *(
-        Group(
+        _group(
             name,
             image_inputs,
-            lambda x, method=method: _plain_entropy(method)(_double(x)),
-            ("entropy",),
-            "4 * 3 * 256 P + 4 P",
-            {
-                OURS: _entropy(method),
-                EAGER: _plain_entropy(method),
-                **_compile_modes(functools.partial(_compiled_entropy, method=method)),
-                **others,
-            },
+            lambda function, x: function(x.images),
+            functools.partial(patch_entropy, method=method, check_range=False, backend=OUR_BACKEND),
+            spec.patch_entropy,
+            *(16, 32, 0.01, method, False),
+            others=others,
+            bytes=("entropy",),
+            formula="4 * 3 * 256 P + 4 P",
             sweeps=("P",),
             tolerance=tolerance,
         )
         for name, method, tolerance, others in (
-            (
-                "entropy",
-                "kde",
-                lambda patches: 1e-5,
-                {PIECES: lambda x: (pieces.entropy(x.images),), "kornia": pieces.kornia_entropy},
-            ),
+            ("entropy", "kde", lambda patches: 1e-5, {PIECES: pieces.entropy, "kornia": pieces.kornia_entropy}),
             # A pixel on the edge of a bin falls to either side of it by its last bit: about 1 % of a patch's entropy.
             (
                 "entropy, histogram",
@@ -347,27 +343,25 @@ GROUPS = (
             ),
         )
     ),
-    Group(
+    _group(
         "focus mask",
         mask_inputs,
-        lambda x: _mask(_focus_mask)(_double(x)),
-        ("structure field", "entropy", "fusion"),
-        "(4 R P + P + 4 P) + (4 * 3 * 256 P + 4 P) + 13 P",
-        {
-            OURS: _mask(functools.partial(_focus_mask, backend=OUR_BACKEND)),
-            EAGER: _mask(_focus_mask),
-            **_compile_modes(_compiled_mask),
-            PIECES: lambda x: (_pieces_mask(x.scores, x.k, x.prior, x.images),),
-        },
+        lambda function, x: function(x.scores, x.k, x.prior, x.images),
+        functools.partial(_focus_mask, backend=OUR_BACKEND),
+        _focus_mask,
+        others={PIECES: _pieces_mask},
+        bytes=("structure field", "entropy", "fusion"),
+        formula="(4 R P + P + 4 P) + (4 * 3 * 256 P + 4 P) + 13 P",
         sweeps=("P",),
         tolerance=lambda patches: 1e-4,  # as the entropies, whose range it divides by
     ),
-    _residual_group("residual forward", _forward, ("residual forward",), "6 * 2 P C + 4 P"),
+    _residual_group("residual forward", _forward, ("residual forward",), "6 * 2 P C + 4 P", scales=_residual_scales),
     _residual_group(
         "residual forward+backward",
         _backward,
         ("residual forward", "residual backward"),
         "(6 * 2 P C + 4 P) + (4 * 2 P C + 4 P + 2 * 2 P C)",
+        tolerance=lambda patches: 4e-3,  # gradients are rounded to bf16
     ),
     Group(
         "focus step",

@@ -76,7 +76,7 @@ def _limits_first(pytestconfig: pytest.Config) -> None:
         return
     recorder.append("begin", case=LIMITS)
     try:
-        recorder.append("limits", **measure_limits(DEVICE).as_dict())
+        recorder.append("limits", **measure_limits(DEVICE))
         recorder.append("done", case=LIMITS)
     except Exception as error:
         recorder.append("failed", case=LIMITS, why=f"{type(error).__name__}: {error}"[:2000])

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # after the choice of a backend without a display
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
@@ -35,7 +34,8 @@ def draw_roofline(result: Result, path: Path) -> None:
     rows = [row for row in result.rows if row.sweep is None]
     if not rows:
         return
-    figure, axes = plt.subplots(figsize=(9, 5.5))
+    figure = Figure(figsize=(9, 5.5))
+    axes = figure.subplots()
     x = np.geomspace(min(row.bytes for row in rows) / 2, max(row.bytes for row in rows) * 2, 200)
     handles = []
     if result.copy_bandwidth:
@@ -64,19 +64,14 @@ def draw_peers(result: Result, path: Path) -> None:
             times = result.times(group, shape)
             if result.ours in times and len(times) > 1:
                 labels.append(f"{group}\n{shape}, {time_text(times[result.ours].median)}")
-                shown.append({name: row.median / times[result.ours].median for name, row in times.items()})
+                ratios = {name: row.median / times[result.ours].median for name, row in times.items()}
+                shown.append({name: (ratio, f"{ratio:.3g}x") for name, ratio in ratios.items()})
     if not shown:
         return
-    figure, axes = plt.subplots(figsize=(9, 0.75 * len(shown) + 1.5))
-    providers = [p for p in _providers(result) if any(p in ratios for ratios in shown)]
-    height = 0.8 / len(providers)
-    for i, provider in enumerate(providers):
-        places = [(y, ratios[provider]) for y, ratios in enumerate(shown) if provider in ratios]
-        widths = [ratio for _, ratio in places]
-        bars = axes.barh([y + i * height for y, _ in places], widths, height, color=_colour(provider), label=provider)
-        axes.bar_label(bars, fmt=lambda ratio: f"{ratio:.3g}x", fontsize=6, padding=2)
+    figure = Figure(figsize=(9, 0.75 * len(shown) + 1.5))
+    axes = figure.subplots()
+    _draw_bars(axes, result, labels, shown)
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks(np.arange(len(shown)) + 0.4 - height / 2, labels, fontsize=7)
     axes.set_ylim(len(shown), -0.3)
     axes.margins(x=0.12)
     axes.set(xscale="log", xlabel=f"time relative to {result.ours} (shorter is faster)")
@@ -92,7 +87,8 @@ def draw_scaling(result: Result, path: Path) -> None:
         return
     columns = 3
     lines = -(-len(pairs) // columns)
-    figure, grid = plt.subplots(lines, columns, figsize=(11, 2.7 * lines + 0.6), squeeze=False)
+    figure = Figure(figsize=(11, 2.7 * lines + 0.6))
+    grid = figure.subplots(lines, columns, squeeze=False)
     for axes in grid.flat[len(pairs) :]:
         axes.remove()
     handles: dict[str, Any] = {}
@@ -124,7 +120,8 @@ def draw_steps(result: Result, path: Path) -> None:
     if not steps:
         return
     heights = [len(step.variants) + 2.5 for step in steps]
-    figure, grid = plt.subplots(len(steps), 2, figsize=(11, 0.38 * sum(heights) + 0.8), height_ratios=heights, squeeze=False)
+    figure = Figure(figsize=(11, 0.38 * sum(heights) + 0.8))
+    grid = figure.subplots(len(steps), 2, height_ratios=heights, squeeze=False)
     for (left, right), step in zip(grid, steps, strict=True):
         timed = list(step.variants.values())
         names = [variant.name for variant in timed]
@@ -165,35 +162,32 @@ def draw_summary(result: Result, path: Path) -> None:
     if shape is None:
         return
     groups = compared[shape]
-    figure, (times, memory, overhead) = plt.subplots(1, 3, figsize=(14, 0.62 * len(groups) + 1.6), width_ratios=(5, 3, 3.4))
-    providers = [p for p in _providers(result) if any(p in result.times(g, shape) for g in groups)]
-    height, starred = 0.8 / len(providers), False
+    figure = Figure(figsize=(14, 0.62 * len(groups) + 1.6))
+    times, memory, overhead = figure.subplots(1, 3, width_ratios=(5, 3, 3.4))
+    rows = [result.times(group, shape) for group in groups]
+    starred = any(row.method == "events" for of_group in rows for row in of_group.values())
+    note = "; * not from a graph: the host's launches count" if starred else ""
     for axes, value, label in (
-        (times, lambda row: row.median * 1e6, "microseconds (lower is better)"),
+        (times, lambda row: row.median * 1e6, f"microseconds (lower is better){note}"),
         (memory, lambda row: (row.extra_memory or 0) / 2**20, "extra memory, MiB (lower is better)"),
     ):
-        for i, provider in enumerate(providers):
-            rows = [(y, result.times(g, shape)[provider]) for y, g in enumerate(groups) if provider in result.times(g, shape)]
-            shown = [value(row) for _, row in rows]
-            bars = axes.barh([y + i * height for y, _ in rows], shown, height, color=_colour(provider), label=provider)
-            marks = ["*" if axes is times and row.method == "events" else "" for _, row in rows]
-            starred |= any(marks)
-            labels = [f"{x:,.0f}{m}" if x >= 100 else f"{x:.3g}{m}" for x, m in zip(shown, marks, strict=True)]
-            axes.bar_label(bars, labels, fontsize=6, padding=2)
+        bars: list[dict[str, tuple[float, str]]] = [{} for _ in rows]
+        for group, of_group in zip(bars, rows, strict=True):
+            for name, row in of_group.items():
+                mark = "*" if axes is times and row.method == "events" else ""
+                group[name] = value(row), f"{value(row):,.0f}{mark}" if value(row) >= 100 else f"{value(row):.3g}{mark}"
+        _draw_bars(axes, result, groups, bars)
         axes.set(xlabel=label, ylim=(len(groups) - 0.1, -0.3), xscale="log" if axes is times else "symlog")
         axes.margins(x=0.14)
-    if starred:
-        times.set_xlabel("microseconds (lower is better); * not from a graph: the host's launches count")
-    times.set_yticks(np.arange(len(groups)) + 0.4 - height / 2, groups)
     times.set_title(f"kernels at {shape}", fontsize=9, loc="left")
-    times.legend(fontsize=7, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(providers), frameon=False)
+    times.legend(fontsize=7, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(times.containers), frameon=False)
     memory.set_yticks([])
     for y, (step, interval) in enumerate(steps):
         assert interval is not None
-        plain = step.variants[PLAIN_STEP].median / 100
-        low, middle, high = interval.low / plain, interval.median / plain, interval.high / plain
+        plain = step.variants[PLAIN_STEP].median
+        middle, low, high = interval.percent_of(plain)
         overhead.errorbar(middle, y, xerr=[[middle - low], [high - middle]], fmt="o", color=COLOURS[OURS], capsize=4)
-        words = f"{step.backbone}, {step.setting.removeprefix('one pair at ')}\n{100 * plain:.3g} s a step"
+        words = f"{step.backbone}, {step.setting.removeprefix('one pair at ')}\n{plain:.3g} s a step"
         overhead.annotate(words, (0.02, y - 0.2), xycoords=("axes fraction", "data"), fontsize=7)
     overhead.axvline(0, color="black", linewidth=0.8)
     overhead.set(ylim=(len(steps) - 0.3, -0.7), yticks=[], xlabel="% added to a plain DPO step (lower is better)")
@@ -203,6 +197,18 @@ def draw_summary(result: Result, path: Path) -> None:
         axes.tick_params(labelsize=7)
         axes.xaxis.label.set_size(8)
     _save(figure, result, path)
+
+
+def _draw_bars(axes: Axes, result: Result, names: Sequence[str], groups: Sequence[Mapping[str, tuple[float, str]]]) -> None:
+    """Groups of bars under their names: for each provider that there is a bar, of a length and with a label."""
+    providers = [p for p in _providers(result) if any(p in group for group in groups)]
+    height = 0.8 / len(providers)
+    for i, provider in enumerate(providers):
+        bars = {y + i * height: group[provider] for y, group in enumerate(groups) if provider in group}
+        lengths, labels = zip(*bars.values(), strict=True)
+        drawn = axes.barh(list(bars), lengths, height, color=_colour(provider), label=provider)
+        axes.bar_label(drawn, labels, fontsize=6, padding=2)
+    axes.set_yticks(np.arange(len(groups)) + 0.4 - height / 2, names, fontsize=7)
 
 
 def _more(step: Step, name: str) -> str:
@@ -226,7 +232,7 @@ def _providers(result: Result) -> list[str]:
     return [*(p for p in COLOURS if p in present), *(p for p in present if p not in COLOURS)]
 
 
-def _save(figure: plt.Figure, result: Result, path: Path, bottom: float = 0.0) -> None:
+def _save(figure: Figure, result: Result, path: Path, bottom: float = 0.0) -> None:
     figure.suptitle(result.title, fontsize=9)
     if result.on_cpu:
         # Across the picture: whoever finds it without its text must not take it for a GPU's.
@@ -235,4 +241,3 @@ def _save(figure: plt.Figure, result: Result, path: Path, bottom: float = 0.0) -
         bottom += 0.02
     figure.tight_layout(rect=(0, bottom, 1, 1))
     figure.savefig(path, dpi=130)
-    plt.close(figure)

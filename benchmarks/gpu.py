@@ -8,7 +8,6 @@ OUTDIR, what has ended is left out.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import fcntl
 import signal
 import sys
@@ -187,8 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("outdir", type=Path, help="folder for result.jsonl, logs, report and figures")
     options = parser.parse_args(argv)
     try:
-        with contextlib.ExitStack() as stack:
-            run(options, parser, stack)
+        run(options, parser)
     except OSError as error:  # a full disk, or a folder that is not to be written to
         sys.exit(f"gpu.sh: error: {error}")
 
@@ -197,7 +195,7 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def run(options: argparse.Namespace, parser: argparse.ArgumentParser, stack: contextlib.ExitStack) -> None:
+def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Checks the folder, then runs the plan's parts."""
     plan, result = PLANS[options.plan], options.outdir / "result.jsonl"
     if options.outdir.exists() and not result.exists() and any(options.outdir.iterdir()):
@@ -207,33 +205,33 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser, stack: con
     if is_foreign(result):
         parser.error(f"OUTDIR: {result} is not a result of these benchmarks; name another folder")
     options.outdir.mkdir(parents=True, exist_ok=True)
-    lock = stack.enter_context(result.open("ab"))
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with this process, however it ends
-    except BlockingIOError:
-        parser.error(f"OUTDIR: another run is writing to {result}; wait for it, or name another folder")
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)  # as Ctrl-C: what runs is ended with it
-    started = time.monotonic()
-    parts, recorder = plan.parts(result), Recorder(result)
-    print(describe(options.plan, plan, parts), flush=True)
-    clean, until = True, started
-    for part in parts:
-        print(f"== {part.name}", flush=True)
-        until += part.seconds  # what earlier parts have left over is this one's
-        first = part.name == ENVIRONMENT  # it says whether the result may be written to at all
-        if not first:
-            recorder.append("plan", name=part.name, what=part.what, limit=part.seconds)
+    with result.open("ab") as lock:
         try:
-            ended = run_part(part, Recorder(None) if first else recorder, until)
-        except KeyboardInterrupt:
-            print(f"\ngpu.sh: interrupted; {result} has what was measured, and the same command goes on", file=sys.stderr)
-            sys.exit(130)
-        print(f"   {ended}; {time.monotonic() - started:.0f} s of {plan.seconds:.0f} s", flush=True)
-        if first and ended != "done":
-            sys.exit(1)
-        clean &= ended == "done"
-    sys.exit(0 if clean else 1)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with this process, however it ends
+        except BlockingIOError:
+            parser.error(f"OUTDIR: another run is writing to {result}; wait for it, or name another folder")
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, _interrupt)  # as Ctrl-C: what runs is ended with it
+        started = time.monotonic()
+        parts, recorder = plan.parts(result), Recorder(result)
+        print(describe(options.plan, plan, parts), flush=True)
+        clean, until = True, started
+        for part in parts:
+            print(f"== {part.name}", flush=True)
+            until += part.seconds  # what earlier parts have left over is this one's
+            first = part.name == ENVIRONMENT  # it says whether the result may be written to at all
+            if not first:
+                recorder.append("plan", name=part.name, what=part.what, limit=part.seconds)
+            try:
+                ended = run_part(part, Recorder(None) if first else recorder, until)
+            except KeyboardInterrupt:
+                print(f"\ngpu.sh: interrupted; {result} has what was measured, and the same command goes on", file=sys.stderr)
+                sys.exit(130)
+            print(f"   {ended}; {time.monotonic() - started:.0f} s of {plan.seconds:.0f} s", flush=True)
+            if first and ended != "done":
+                sys.exit(1)
+            clean &= ended == "done"
+        sys.exit(0 if clean else 1)
 
 
 if __name__ == "__main__":

@@ -63,8 +63,10 @@ class FocusInputs:
     predictions: list[Tensor] = field(default_factory=list)
     mask: Tensor | None = None
 
-    def tensors(self) -> list[Tensor]:
-        return [t for v in vars(self).values() for t in (v if isinstance(v, list) else [v]) if isinstance(t, Tensor)]
+    @property
+    def bytes(self) -> int:
+        tensors = [t for v in vars(self).values() for t in (v if isinstance(v, list) else [v]) if isinstance(t, Tensor)]
+        return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def similarity_inputs(shape: Shape, device: torch.device) -> FocusInputs:
@@ -104,17 +106,16 @@ def prediction_inputs(shape: Shape, device: torch.device) -> FocusInputs:
     return FocusInputs(predictions=predictions, mask=torch.rand(b, s["P"], device=device))
 
 
-def mask_inputs(shape: Shape, device: torch.device) -> FocusInputs:
-    return _merged(shape, device, field_inputs, image_inputs)
+def _merged(*parts: Callable[[Shape, torch.device], FocusInputs]) -> Callable[[Shape, torch.device], FocusInputs]:
+    def inputs(shape: Shape, device: torch.device) -> FocusInputs:
+        merged: dict[str, Any] = {}
+        for part in parts:
+            made = vars(part(shape, device))
+            merged |= {name: value for name, value in made.items() if isinstance(value, Tensor) or value}
+        return FocusInputs(**merged)
+
+    return inputs
 
 
-def step_inputs(shape: Shape, device: torch.device) -> FocusInputs:
-    return _merged(shape, device, similarity_inputs, field_inputs, image_inputs, prediction_inputs)
-
-
-def _merged(shape: Shape, device: torch.device, *parts: Callable[[Shape, torch.device], FocusInputs]) -> FocusInputs:
-    merged: dict[str, Any] = {}
-    for part in parts:
-        made = vars(part(shape, device))
-        merged |= {name: value for name, value in made.items() if isinstance(value, Tensor) or value}
-    return FocusInputs(**merged)
+mask_inputs = _merged(field_inputs, image_inputs)
+step_inputs = _merged(similarity_inputs, field_inputs, image_inputs, prediction_inputs)

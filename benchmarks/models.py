@@ -48,9 +48,6 @@ class Model:
     text: int
     settings: tuple[Setting, ...]
 
-    def build(self, device: torch.device, dtype: torch.dtype) -> Backbone:
-        return self.architecture().build(dtype, self.text, device)
-
 
 MODELS = {
     # References as UNO has them.

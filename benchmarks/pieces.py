@@ -43,26 +43,24 @@ def entropy(images: Tensor, patch_size: int = 16, bins: int = 32, sigma: float =
     return -(q * q.clamp_min(1e-12).log()).sum(-1)
 
 
-def kornia_entropy(x: Any) -> tuple[Tensor]:
+def kornia_entropy(images: Tensor) -> Tensor:
     """The same estimate by kornia's `marginal_pdf`."""
     from kornia.enhance.histogram import marginal_pdf
 
-    images = x.images
     pixels = F.unfold(_gray(images), 16, stride=16).transpose(1, 2)
     batch, patches, count = pixels.shape
     centres, sigma = torch.linspace(0, 1, 32, device=images.device), torch.tensor(0.01, device=images.device)
     q, _ = marginal_pdf(pixels.reshape(-1, count, 1), centres, sigma)
-    return (-(q * q.clamp_min(1e-12).log()).sum(-1).reshape(batch, patches),)
+    return -(q * q.clamp_min(1e-12).log()).sum(-1).reshape(batch, patches)
 
 
-def skimage_entropy(x: Any) -> tuple[Tensor]:
+def skimage_entropy(images: Tensor) -> Tensor:
     """scikit-image's `shannon_entropy` of each patch's 32 gray levels."""
     from skimage.measure import shannon_entropy
 
-    patches = F.unfold(_gray(x.images), 16, stride=16).transpose(1, 2)
+    patches = F.unfold(_gray(images), 16, stride=16).transpose(1, 2)
     levels = (patches * 32).floor().clamp(0, 31).to(torch.uint8).numpy()
-    values = [[shannon_entropy(patch, base=math.e) for patch in sample] for sample in levels]
-    return (torch.tensor(values),)
+    return torch.tensor([[shannon_entropy(patch, base=math.e) for patch in sample] for sample in levels])
 
 
 def fuse(structure: Tensor, coverage: Tensor, entropy: Tensor, prior: Tensor, *, tau: float, gamma: float) -> Tensor:
@@ -90,17 +88,6 @@ def residual(
     return win, lose, win_reference, lose_reference, (win - lose) - (win_reference - lose_reference)
 
 
-def dpo_loss(
-    policy_win: Tensor,
-    policy_lose: Tensor,
-    reference_win: Tensor,
-    reference_lose: Tensor,
-    target_win: Tensor,
-    target_lose: Tensor,
-    mask: Tensor | None,
-    *,
-    beta: float,
-) -> Tensor:
-    """The loss of a DPO script on `residual`'s margin."""
-    margin = residual(policy_win, policy_lose, reference_win, reference_lose, target_win, target_lose, mask)[4]
-    return -F.logsigmoid(-0.5 * beta * margin).mean()
+def dpo_loss(*args: Any, beta: float) -> Tensor:
+    """The loss of a DPO script on the margin of `residual`, of what that takes."""
+    return -F.logsigmoid(-0.5 * beta * residual(*args)[4]).mean()

@@ -88,14 +88,12 @@ class Recorder:
         if is_foreign(self.path):
             raise ValueError(f"{self.path}: is not a result of these benchmarks; choose another file")
         now = {**machine, "commit": commit or ""}
-        for record in read_records(self.path):
-            if record["kind"] == "run":
-                differing = [name for name in IDENTITY if record.get(name) != now.get(name)]
-                if differing:
-                    what = ", ".join(f"{name} {record.get(name)!r} and not {now.get(name)!r}" for name in differing)
-                    raise ValueError(f"{self.path}: holds a run of {what}; one file is for one run, choose another")
-                return
-        self.append("run", date=datetime.datetime.now(datetime.UTC).date().isoformat(), **now)
+        begun = next((record for record in self.records() if record["kind"] == "run"), None)
+        if begun is None:
+            self.append("run", date=datetime.datetime.now(datetime.UTC).date().isoformat(), **now)
+        elif differing := [name for name in IDENTITY if begun.get(name) != now.get(name)]:
+            what = ", ".join(f"{name} {begun.get(name)!r} and not {now.get(name)!r}" for name in differing)
+            raise ValueError(f"{self.path}: holds a run of {what}; one file is for one run, choose another")
 
     def ended(self) -> set[str]:
         """The cases that need not be begun again."""

@@ -10,14 +10,14 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import figures
 from benchmarks.figures import ON_CPU, time_text
 from benchmarks.records import Row
-from benchmarks.results import FOCUS_STEP, PLAIN_STEP, Interval, Result, Step, read_result
+from benchmarks.results import FOCUS_STEP, PLAIN_STEP, Interval, Result, Step, Timed, read_result
 
 
 def markdown(result: Result) -> str:
@@ -30,22 +30,18 @@ def markdown(result: Result) -> str:
     for group in result.groups():
         formula = next(row.formula for row in result.rows if row.group == group)
         lines += [f"## {group}", "", f"Bytes that have to move per pair: {formula} (pixels and scores fp32, states bf16).", ""]
-        lines += [*_table(KERNEL_COLUMNS, [row for row in result.rows if row.group == group], result), ""]
+        lines += _table([_kernel(row, result) for row in result.rows if row.group == group])
     for step in result.steps:
         lines += [f"## Step, {step.measure}: {step.backbone}, {step.setting}", "", *_step(step), ""]
     for run in result.training:
         lines += [f"## focusdpo train: {run['backbone']}, {run['setting']}", "", *_training(run), ""]
     if result.variants:
-        lines += ["## Launch configurations", "", *_variants(result), ""]
+        lines += ["## Launch configurations", "", *_table([_variant(one, result) for one in result.variants])]
     if result.failed:
         lines += ["## Gave no number", ""]
         lines += [f"- {failed['case']}: {_line(failed['why'])}" for failed in result.failed] + [""]
     if result.parts:
-        lines += ["## How the run went", "", "| part | ended | seconds | at most |", "|---|---|---:|---:|"]
-        lines += [
-            f"| {p['name']} | {p.get('ended', 'cut short')} | {p.get('seconds', '-')} | {p.get('limit', 0):.0f} |"
-            for p in result.parts
-        ] + [""]
+        lines += ["## How the run went", "", *_table([_part(part) for part in result.parts])]
     return "\n".join(lines)
 
 
@@ -77,38 +73,63 @@ def _limits(result: Result) -> list[str]:
     return [f"{text}.", ""]
 
 
-Column = tuple[str, Callable[[Row, Result], str | None]]
-KERNEL_COLUMNS: tuple[Column, ...] = (
-    ("shape", lambda row, result: row.shape),
-    ("provider", lambda row, result: row.provider),
-    ("time (lower is better)", lambda row, result: time_text(row.median)),
-    ("spread", lambda row, result: f"{100 * row.spread / row.median:.0f} %"),
-    ("GB/s (higher is better)", lambda row, result: _significant(row.bandwidth / 1e9)),
-    (
-        "of copy",
-        lambda row, result: f"{100 * row.bandwidth / result.copy_bandwidth:.1f} %" if result.copy_bandwidth else None,
-    ),
-    ("time vs ours", lambda row, result: _against_ours(row, result)),
-    ("launches", lambda row, result: None if row.launches is None else str(row.launches)),
-    ("extra memory", lambda row, result: None if row.extra_memory is None else f"{row.extra_memory / 2**20:.2f} MiB"),
-    ("error", lambda row, result: f"{row.error:.0e}"),
-    ("timing", lambda row, result: row.method + ("" if row.cold or result.on_cpu else ", inputs in the cache")),
-)
+Cells = dict[str, str | None]  # of a table's row, by column; None where nothing was measured
 
 
-def _against_ours(row: Row, result: Result) -> str | None:
+def _table(rows: Sequence[Cells], words: int = 2) -> list[str]:
+    """A Markdown table of the columns in which something was measured, of which the first few have words and not numbers."""
+    columns = [name for name in rows[0] if any(row[name] is not None for row in rows)]
+    lines = [columns, *([row[name] or "-" for name in columns] for row in rows)]
+    head, *body = ["| " + " | ".join(cells) + " |" for cells in lines]
+    return [head, "|" + "".join("---|" if i < words else "---:|" for i in range(len(columns))), *body, ""]
+
+
+def _kernel(row: Row, result: Result) -> Cells:
     ours = result.times(row.group, row.shape).get(result.ours)
-    return f"{row.median / ours.median:.2f}x" if ours else None
+    return {
+        "shape": row.shape,
+        "provider": row.provider,
+        "time (lower is better)": time_text(row.median),
+        "spread": f"{100 * row.spread / row.median:.0f} %",
+        **_rates(row.bandwidth, result),
+        "time vs ours": f"{row.median / ours.median:.2f}x" if ours else None,
+        "launches": None if row.launches is None else str(row.launches),
+        "extra memory": None if row.extra_memory is None else f"{row.extra_memory / 2**20:.2f} MiB",
+        "error": f"{row.error:.0e}",
+        "timing": row.method + ("" if row.cold or result.on_cpu else ", inputs in the cache"),
+    }
 
 
-def _table(columns: Sequence[Column], rows: Sequence[Row], result: Result) -> Iterator[str]:
-    """A Markdown table of the columns in which something was measured."""
-    cells = [[value(row, result) for row in rows] for _, value in columns]
-    kept = [i for i, column in enumerate(cells) if any(cell is not None for cell in column)]
-    yield "| " + " | ".join(columns[i][0] for i in kept) + " |"
-    yield "|" + "".join("---|" if i < 2 else "---:|" for i in kept)
-    for r in range(len(rows)):
-        yield "| " + " | ".join(cells[i][r] or "-" for i in kept) + " |"
+def _rates(bandwidth: float, result: Result) -> Cells:
+    share = f"{100 * bandwidth / result.copy_bandwidth:.1f} %" if result.copy_bandwidth else None
+    return {"GB/s (higher is better)": _significant(bandwidth / 1e9), "of copy": share}
+
+
+def _variant(variant: dict[str, Any], result: Result) -> Cells:
+    splits = {} if variant["splits"] is None else {"splits": variant["splits"]}
+    changed = variant["constants"] | variant["options"] | splits
+    return {
+        "kernel, shape": f"{variant['kernel']}, {variant['shape']}",
+        "configuration": ", ".join(f"{name}={value}" for name, value in changed.items()) or "as shipped",
+        "time (lower is better)": time_text(variant["median"]),
+        **_rates(variant["bytes"] / variant["median"], result),
+    }
+
+
+def _part(part: dict[str, Any]) -> Cells:
+    seconds, limit = str(part.get("seconds", "-")), f"{part.get('limit', 0):.0f}"
+    return {"part": part["name"], "ended": part.get("ended", "cut short"), "seconds": seconds, "at most": limit}
+
+
+def _timed(timed: Timed) -> Cells:
+    return {
+        "variant": timed.name,
+        "s per step (lower is better)": f"{timed.median:.4f}",
+        "spread": f"{timed.spread:.4f}",
+        "steps": str(len(timed.seconds)),
+        "pairs/s (higher is better)": f"{1 / timed.median:.3f}",
+        "peak memory (lower is better)": None if timed.peak_memory is None else f"{timed.peak_memory / 2**30:.3f} GiB",
+    }
 
 
 def _step(step: Step) -> Iterator[str]:
@@ -117,15 +138,7 @@ def _step(step: Step) -> Iterator[str]:
         yield f"{facts['parameters'] / 1e9:.2f} B parameters, {facts['lora_parameters'] / 1e6:.2f} M trained, {facts['dtype']}."
         yield ""
     if step.variants:
-        memory = any(v.peak_memory for v in step.variants.values())
-        yield "| variant | s per step (lower is better) | spread | steps | pairs/s (higher is better) |" + (
-            " peak memory (lower is better) |" if memory else ""
-        )
-        yield "|---|---:|---:|---:|---:|" + ("---:|" if memory else "")
-        for v in step.variants.values():
-            peak = (" - |" if v.peak_memory is None else f" {v.peak_memory / 2**30:.3f} GiB |") if memory else ""
-            yield f"| {v.name} | {v.median:.4f} | {v.spread:.4f} | {len(v.seconds)} | {1 / v.median:.3f} |{peak}"
-        yield ""
+        yield from _table([_timed(timed) for timed in step.variants.values()], words=1)
     for name in step.variants:
         overhead = step.overhead(name)
         if overhead is not None and name != PLAIN_STEP:
@@ -160,26 +173,11 @@ def _training(run: dict[str, Any]) -> Iterator[str]:
 
 def overhead_text(overhead: Interval, of: float) -> str:
     """A paired difference in milliseconds and as a share of a time."""
-    inside = [f"{1e3 * value:+.2f}" for value in (overhead.low, overhead.high)]
-    shares = [f"{100 * value / of:+.2f}" for value in (overhead.low, overhead.high)]
+    middle, low, high = overhead.percent_of(of)
     return (
-        f"{1e3 * overhead.median:+.2f} ms [{inside[0]}, {inside[1]}], {100 * overhead.median / of:+.2f} % [{shares[0]}, "
-        f"{shares[1]}] (median of {overhead.pairs} pairs, {100 * overhead.confidence:.1f} % interval)"
+        f"{1e3 * overhead.median:+.2f} ms [{1e3 * overhead.low:+.2f}, {1e3 * overhead.high:+.2f}], {middle:+.2f} % "
+        f"[{low:+.2f}, {high:+.2f}] (median of {overhead.pairs} pairs, {100 * overhead.confidence:.1f} % interval)"
     )
-
-
-def _variants(result: Result) -> Iterator[str]:
-    copy = bool(result.copy_bandwidth)
-    yield "| kernel, shape | configuration | time (lower is better) | GB/s (higher is better) |" + (
-        " of copy |" if copy else ""
-    )
-    yield "|---|---|---:|---:|" + ("---:|" if copy else "")
-    for v in result.variants:
-        changed = {**v["constants"], **v["options"], **({} if v["splits"] is None else {"splits": v["splits"]})}
-        named = ", ".join(f"{name}={value}" for name, value in changed.items()) or "as shipped"
-        rate = v["bytes"] / v["median"]
-        share = f" {100 * rate / result.copy_bandwidth:.1f} % |" if result.copy_bandwidth else ""
-        yield f"| {v['kernel']}, {v['shape']} | {named} | {time_text(v['median'])} | {_significant(rate / 1e9)} |{share}"
 
 
 def _significant(value: float) -> str:
@@ -193,17 +191,12 @@ def write_report(result: Result, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     report = folder / "report.md"
     report.write_text(markdown(result) + "\n")
-    drawn = {
-        "summary.png": figures.draw_summary,
-        "roofline.png": figures.draw_roofline,
-        "peers.png": figures.draw_peers,
-        "scaling.png": figures.draw_scaling,
-        "steps.png": figures.draw_steps,
-    }
-    for name, draw in drawn.items():
-        draw(result, folder / name)
-    names = ("report.md", *drawn)
-    return [folder / name for name in names if (folder / name).exists()]
+    written = [report]
+    for name in ("summary", "roofline", "peers", "scaling", "steps"):
+        file = folder / f"{name}.png"
+        getattr(figures, f"draw_{name}")(result, file)
+        written += [file] * file.exists()
+    return written
 
 
 def main(argv: list[str] | None = None) -> None:

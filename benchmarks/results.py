@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -16,30 +17,28 @@ PLAIN_STEP, FOCUS_STEP = "plain Diffusion-DPO", "FocusDPO, this library"
 
 @dataclass
 class Timed:
-    """The timed steps of one variant, in order: seconds, and bytes at the peak where the device tells them."""
+    """The timed steps of one variant, in order: seconds, and bytes at the peak where the device tells them.
+
+    `turns` has both by case and round.
+    """
 
     name: str
-    seconds: list[float] = field(default_factory=list)
-    turns: list[tuple[str, int]] = field(default_factory=list)  # case and round
-    peaks: list[int | None] = field(default_factory=list)
+    turns: dict[tuple[str, int], tuple[float, int | None]] = field(default_factory=dict)
 
     def add(self, case: str, round_: int, seconds: float, peak: int | None) -> None:
-        if (case, round_) in self.turns:  # the same line twice
-            return
-        self.seconds.append(seconds)
-        self.turns.append((case, round_))
-        self.peaks.append(peak)
+        self.turns.setdefault((case, round_), (seconds, peak))  # not the same line twice
 
     def forget(self, case: str) -> None:
         """Leaves out what a process measured of a case that another began anew."""
-        kept = [i for i, (other, _) in enumerate(self.turns) if other != case]
-        self.seconds = [self.seconds[i] for i in kept]
-        self.turns = [self.turns[i] for i in kept]
-        self.peaks = [self.peaks[i] for i in kept]
+        self.turns = {turn: step for turn, step in self.turns.items() if turn[0] != case}
+
+    @property
+    def seconds(self) -> list[float]:
+        return [seconds for seconds, _ in self.turns.values()]
 
     @property
     def peak_memory(self) -> int | None:
-        return max((peak for peak in self.peaks if peak is not None), default=None)
+        return max((peak for _, peak in self.turns.values() if peak is not None), default=None)
 
     @property
     def median(self) -> float:
@@ -64,6 +63,11 @@ class Interval:
     confidence: float
     pairs: int
 
+    def percent_of(self, time: float) -> tuple[float, float, float]:
+        """Median, low and high as shares of a time."""
+        one = time / 100
+        return self.median / one, self.low / one, self.high / one
+
 
 @dataclass
 class Step:
@@ -80,19 +84,16 @@ class Step:
 
     def overhead(self, name: str = FOCUS_STEP, against: str = PLAIN_STEP) -> Interval | None:
         """Seconds that one variant takes longer than another, from the rounds in which they took turns."""
-        return paired_interval([one - other for one, other in self._pairs(name, against, "seconds")])
+        return paired_interval([one - other for (one, _), (other, _) in self._pairs(name, against)])
 
     def extra_memory(self, name: str = FOCUS_STEP, against: str = PLAIN_STEP) -> int | None:
         """Bytes by which one variant's peak is above another's, at most in a round in which they took turns; None on a CPU."""
-        pairs = self._pairs(name, against, "peaks")
-        return max((one - other for one, other in pairs if one is not None and other is not None), default=None)
+        peaks = [(one, other) for (_, one), (_, other) in self._pairs(name, against)]
+        return max((one - other for one, other in peaks if one is not None and other is not None), default=None)
 
-    def _pairs(self, name: str, against: str, what: str) -> list[tuple[Any, Any]]:
-        if name not in self.variants or against not in self.variants:
-            return []
-        one, other = self.variants[name], self.variants[against]
-        before = dict(zip(other.turns, getattr(other, what), strict=True))
-        return [(value, before[turn]) for turn, value in zip(one.turns, getattr(one, what), strict=True) if turn in before]
+    def _pairs(self, name: str, against: str) -> list[tuple[tuple[float, int | None], tuple[float, int | None]]]:
+        one, other = (self.variants[each].turns if each in self.variants else {} for each in (name, against))
+        return [(one[turn], other[turn]) for turn in one if turn in other]
 
 
 def paired_interval(differences: list[float], confidence: float = 0.95) -> Interval | None:
@@ -103,18 +104,11 @@ def paired_interval(differences: list[float], confidence: float = 0.95) -> Inter
     n, ordered = len(differences), sorted(differences)
     inside = None
     for k in range(1, n // 2 + 1):  # between the k-th smallest and the k-th largest
-        coverage = 1 - 2 * sum(_binomial(n, i) for i in range(k)) / 2**n
+        coverage = 1 - 2 * sum(math.comb(n, i) for i in range(k)) / 2**n
         if coverage < confidence:
             break
         inside = Interval(statistics.median(ordered), ordered[k - 1], ordered[n - k], coverage, n)
     return inside
-
-
-def _binomial(n: int, k: int) -> int:
-    product = 1
-    for i in range(k):
-        product = product * (n - i) // (i + 1)
-    return product
 
 
 @dataclass(frozen=True)
@@ -236,13 +230,11 @@ def _steps(records: list[dict[str, Any]]) -> Iterator[Step]:
                     timed.forget(case)
             timed = step.variants.setdefault(record["variant"], Timed(record["variant"]))
             timed.add(case, record["round"], record["seconds"], record["peak_memory"])
-    for (backbone, setting), known in facts.items():
-        if not any(key[:2] == (backbone, setting) for key in steps):
-            steps[backbone, setting, "facts"] = Step(backbone, setting, "facts")
-        for key, step in steps.items():
-            if key[:2] == (backbone, setting):
-                step.facts |= known
+    for where in facts:
+        if not any(key[:2] == where for key in steps):
+            steps[*where, "facts"] = Step(*where, "facts")
     for step in steps.values():
+        step.facts = facts.get((step.backbone, step.setting), {})
         step.variants = {name: timed for name, timed in step.variants.items() if timed.seconds}
         yield step
 

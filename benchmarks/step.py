@@ -14,9 +14,10 @@ import argparse
 import dataclasses
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,8 +30,8 @@ import focusdpo.training.step
 from benchmarks.machine import BROKEN_DEVICE, commit_id, device_is_broken, machine_info
 from benchmarks.models import MODELS, Setting
 from benchmarks.records import Recorder
-from benchmarks.results import PLAIN_STEP, Interval, Step, Timed
-from benchmarks.timing import kernel_names, synchronize
+from benchmarks.results import PLAIN_STEP, Step, Timed
+from benchmarks.timing import kernels, synchronize
 from benchmarks.workload import FOCUS, KEEPING, PLAIN, Variant, Workload, throughput_variants
 from focusdpo.training.config import LoraConfig, ModelConfig
 from focusdpo.training.memory import estimate
@@ -39,6 +40,10 @@ from focusdpo_kernels.tools.inspect import FAMILIES
 
 OUR_KERNELS = {name for family in FAMILIES for name in vars(family) if name.endswith("_kernel")}
 WARM_UP = 2  # rounds that are run and not measured
+MEASURES = ("overhead", "parts", "keeping", "throughput", "compiled")
+# Of two variants: the focus against none, and what one would write first against no focus; a case of its own, as that leaves
+# the allocator in another state.
+IN_TURN = {"overhead": (PLAIN, FOCUS), "keeping": (PLAIN, KEEPING)}
 
 
 def take_step(variant: Variant, work: Workload, optimizer: torch.optim.Optimizer) -> None:
@@ -83,20 +88,12 @@ class Measurement:
         where = {"case": self.case, "backbone": self.work.name, "setting": self.setting.label, "measure": self.step.measure}
         self.recorder.append("step", **where, variant=variant.name, round=round_, seconds=seconds, peak_memory=peak)
 
-    def in_turn(self, one: Variant, other: Variant) -> None:
-        """Two variants on the same data, step by step in turn, and which of them is first changes: drift meets both alike."""
-        with one.applied(self.work) as optimizer:
+    def in_turn(self, *variants: Variant) -> None:
+        """Variants on the same data, step by step in turn, and which of them is first changes: drift meets all alike."""
+        with variants[0].applied(self.work) as optimizer:
             for i in tqdm(range(self.steps + WARM_UP), desc=f"{self.work.name}, {self.setting.target} px", unit="round"):
-                for variant in (one, other) if i % 2 == 0 else (other, one):
+                for variant in variants if i % 2 == 0 else reversed(variants):
                     self.take(variant, i, optimizer)
-
-    def overhead(self) -> None:
-        """The focus against none."""
-        self.in_turn(PLAIN, FOCUS)
-
-    def keeping(self) -> None:
-        """What one would write first against no focus; a case of its own, as it leaves the allocator in another state."""
-        self.in_turn(PLAIN, KEEPING)
 
     def parts(self) -> None:
         """Where the focus's time goes, what it launches, and the memory estimate."""
@@ -113,78 +110,60 @@ class Measurement:
         self.tell(estimated_memory=size.total)
         with FOCUS.applied(work) as optimizer:
             take_step(FOCUS, work, optimizer)
-            with FocusPart(work.device) as part_time:
-                for _ in range(3):
-                    take_step(FOCUS, work, optimizer)
-            self.tell(focus_part=part_time.per_step(3))
+            self.tell(focus_part=time_focus(lambda: take_step(FOCUS, work, optimizer), 3, work.device))
             if work.device.type == "cuda":
                 launches = {v.name: self._launches(v, optimizer) for v in (PLAIN, FOCUS)}
                 self.tell(launches=launches)
 
     def _launches(self, variant: Variant, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-        names = kernel_names(lambda: take_step(variant, self.work, optimizer))
+        names = [kernel.name for kernel in kernels(lambda: take_step(variant, self.work, optimizer))]
         ours = Counter(name for name in names if name in OUR_KERNELS)
         return {"all": len(names), "ours": sum(ours.values()), **ours}
 
-    def throughput(self, variant: Variant) -> None:
-        """One variant by itself."""
-        with variant.applied(self.work) as optimizer:
-            for i in range(self.steps + WARM_UP):
-                self.take(variant, i, optimizer)
 
-
-class FocusPart:
-    """Context manager: device and host seconds of the focus within training steps, by its parts.
+def time_focus(step: Callable[[], None], steps: int, device: torch.device) -> dict[str, dict[str, Any]]:
+    """Calls, host and device seconds a step of the focus within training steps, by function.
 
     Device time is between two events on the stream: it holds where the host queues ahead of the device, as it does in a large
     model.
     """
+    cuda = device.type == "cuda"
+    host: dict[str, list[float]] = defaultdict(list)
+    events: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
 
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._host: dict[str, list[float]] = {}
-        self._events: dict[str, list[tuple[Any, Any]]] = {}
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            before, after = (torch.cuda.Event(enable_timing=True) if cuda else None for _ in range(2))
+            start = time.perf_counter()
+            if before is not None:
+                before.record()
+            result = function(*args, **kwargs)
+            if after is not None:
+                after.record()
+                events[name].append((before, after))
+            host[name].append(time.perf_counter() - start)
+            return result
 
-    def __enter__(self) -> FocusPart:
-        self._patches = ExitStack()
+        return run
+
+    with ExitStack() as patches:
         for owner, name in (
             (SimilarityAccumulator, "update"),
             (SimilarityAccumulator, "result"),
             (focusdpo.training.step, "focus_mask"),
         ):
-            self._patches.enter_context(mock.patch.object(owner, name, self._timed(name, getattr(owner, name))))
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._patches.close()
-
-    def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if self._cuda else []
-            start = time.perf_counter()
-            if events:
-                events[0].record()
-            result = function(*args, **kwargs)
-            if events:
-                events[1].record()
-                self._events.setdefault(name, []).append((events[0], events[1]))
-            self._host.setdefault(name, []).append(time.perf_counter() - start)
-            return result
-
-        return run
-
-    def per_step(self, steps: int) -> dict[str, Any]:
-        """Calls and seconds a step, by function."""
-        if self._cuda:
-            torch.cuda.synchronize()
-        return {
-            name: {
-                "calls": len(host) / steps,
-                "host_seconds": sum(host) / steps,
-                "device_seconds": sum(a.elapsed_time(b) for a, b in self._events[name]) / 1e3 / steps if self._cuda else None,
-            }
-            for name, host in self._host.items()
+            patches.enter_context(mock.patch.object(owner, name, timed(name, getattr(owner, name))))
+        for _ in range(steps):
+            step()
+    synchronize(device)
+    return {
+        name: {
+            "calls": len(seconds) / steps,
+            "host_seconds": sum(seconds) / steps,
+            "device_seconds": sum(a.elapsed_time(b) for a, b in events[name]) / 1e3 / steps if cuda else None,
         }
+        for name, seconds in host.items()
+    }
 
 
 def print_flops(work: Workload, setting: Setting) -> None:
@@ -201,9 +180,6 @@ def print_flops(work: Workload, setting: Setting) -> None:
     print(f"  {least:.2f} without: checkpointing costs {full / least:.2f}x in operations")
 
 
-MEASURES = ("overhead", "parts", "keeping", "throughput", "compiled")
-
-
 def measurements(
     work: Workload, settings: list[Setting], options: argparse.Namespace, recorder: Recorder
 ) -> Iterator[tuple[str, Measurement, Callable[[], None]]]:
@@ -213,12 +189,14 @@ def measurements(
             m = Measurement(work, setting, recorder, options.steps)
             m.step.measure = "throughput" if kind == "compiled" else kind
             where = f"step-{work.name}-{setting.target}"
-            if kind not in ("throughput", "compiled"):
-                yield f"{where}-{kind}", m, getattr(m, kind)
-                continue
-            for variant in throughput_variants(options.budget or [0.2]):
-                if variant.compiled == (kind == "compiled"):
-                    yield f"{where}-{variant.name}", m, lambda m=m, variant=variant: m.throughput(variant)
+            if kind == "parts":
+                yield f"{where}-{kind}", m, m.parts
+            elif kind in IN_TURN:
+                yield f"{where}-{kind}", m, partial(m.in_turn, *IN_TURN[kind])
+            else:
+                for variant in throughput_variants(options.budget or [0.2]):
+                    if variant.compiled == (kind == "compiled"):
+                        yield f"{where}-{variant.name}", m, partial(m.in_turn, variant)
 
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Setting]]:
@@ -310,12 +288,6 @@ def run(work: Workload, settings: list[Setting], options: argparse.Namespace, re
     sys.exit(1 if failed else 0)
 
 
-def percent(interval: Interval, of: float) -> str:
-    """A paired difference as a share of a time."""
-    low, high = 100 * interval.low / of, 100 * interval.high / of
-    return f"{100 * interval.median / of:+.3f} % [{low:+.3f}, {high:+.3f}]"
-
-
 def print_step(step: Step, device: torch.device) -> None:
     print(f"{step.backbone}, {step.setting}, on {machine_info(device)['device']}")
     for timed in step.variants.values():
@@ -323,8 +295,9 @@ def print_step(step: Step, device: torch.device) -> None:
         print(f"  {timed.name:60} {timed.median:9.4f} s  {1 / timed.median:8.3f} pairs/s{memory}")
         overhead = step.overhead(timed.name)
         if overhead and timed.name != PLAIN_STEP:
-            share = percent(overhead, step.variants[PLAIN_STEP].median)
-            print(f"    {share} of a plain step, by {overhead.pairs} paired steps, at {100 * overhead.confidence:.1f} %")
+            middle, low, high = overhead.percent_of(step.variants[PLAIN_STEP].median)
+            pairs = f"{overhead.pairs} paired steps, at {100 * overhead.confidence:.1f} %"
+            print(f"    {middle:+.3f} % [{low:+.3f}, {high:+.3f}] of a plain step, by {pairs}")
     for name, value in step.facts.items():
         print(f"  {name}: {value}")
 

@@ -48,11 +48,6 @@ class Part:
     log: str | None = None
 
 
-def missing_modules(part: Part) -> list[str]:
-    """Those of `part.needs` that are not installed."""
-    return [name for name in part.needs if importlib.util.find_spec(name) is None and shutil.which(name) is None]
-
-
 def run_part(part: Part, recorder: Recorder, until: float) -> str:
     """Runs a part until it is done, its time is over or nothing of it can go on; says how it ended.
 
@@ -62,7 +57,7 @@ def run_part(part: Part, recorder: Recorder, until: float) -> str:
         until: by `time.monotonic`: the part's own seconds, and what the parts before it have left over.
     """
     started = time.monotonic()
-    missing = missing_modules(part)
+    missing = [name for name in part.needs if importlib.util.find_spec(name) is None and shutil.which(name) is None]
     ended = f"left out: needs {', '.join(missing)}" if missing else _run(part, recorder, until)
     recorder.append("part", name=part.name, ended=ended, seconds=round(time.monotonic() - started, 1))
     return ended
@@ -89,29 +84,25 @@ def _run(part: Part, recorder: Recorder, until: float) -> str:
 
 def _process(part: Part, recorder: Recorder, until: float) -> tuple[int, str | None]:
     """Runs the command once: its exit status, and why it was killed, or None."""
-    log = None if part.log is None or recorder.path is None else (recorder.path.parent / part.log).open("ab")
-    try:
+    with contextlib.ExitStack() as stack:
+        log = None
+        if part.log is not None and recorder.path is not None:
+            log = stack.enter_context((recorder.path.parent / part.log).open("ab"))
         # A session of its own: what it leaves behind can be ended with it.
         process = subprocess.Popen(part.command, start_new_session=True, stdout=log, stderr=log, preexec_fn=end_with_parent)
+        stack.callback(_end, process)
         why, size, heard = None, _size(recorder.path), time.monotonic()
-        try:
-            while process.poll() is None:
-                now = time.monotonic()
-                if _size(recorder.path) != size:
-                    size, heard = _size(recorder.path), now
-                if now >= until:
-                    why = OUT_OF_TIME
-                elif part.silence is not None and now - heard > part.silence:
-                    why = f"silent for {part.silence:.0f} s"
-                if why is not None:
-                    break
+        while process.poll() is None and why is None:
+            now = time.monotonic()
+            if _size(recorder.path) != size:
+                size, heard = _size(recorder.path), now
+            if now >= until:
+                why = OUT_OF_TIME
+            elif part.silence is not None and now - heard > part.silence:
+                why = f"silent for {part.silence:.0f} s"
+            else:
                 time.sleep(POLL)
-        finally:
-            _end(process)
-        return -signal.SIGKILL if process.returncode is None else process.returncode, why
-    finally:
-        if log is not None:
-            log.close()
+    return -signal.SIGKILL if process.returncode is None else process.returncode, why
 
 
 def end_with_parent() -> None:

@@ -16,7 +16,7 @@ from benchmarks.inputs import NAMED, FocusInputs, Shape
 from benchmarks.machine import DEVICE
 from benchmarks.records import Recorder
 from benchmarks.results import OURS
-from benchmarks.timing import Clock, cache_bytes, count_launches, extra_memory, plan, rotations
+from benchmarks.timing import Clock, cache_bytes, count_launches, extra_memory, plan
 from focusdpo_kernels.backend import INTERPRETED
 
 clock = Clock()
@@ -45,10 +45,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("group", "shape", "provider"), chosen, ids=ids)
 
 
-def _bytes(inputs: FocusInputs) -> int:
-    return sum(t.numel() * t.element_size() for t in inputs.tensors())
-
-
 _last: dict[str, Any] = {}
 
 
@@ -57,10 +53,8 @@ def _inputs(group: Group, shape: Shape) -> tuple[list[FocusInputs], tuple[torch.
     key = (group.name, shape.label)
     if _last.get("key") != key:
         _last.clear()
-        torch.manual_seed(0)
-        first = group.inputs(shape, DEVICE)
-        others = [group.inputs(shape, DEVICE) for _ in range(rotations(_bytes(first), DEVICE) - 1)]
-        _last.update(key=key, inputs=[first, *others], exact=group.exact(first))
+        inputs = group.inputs_in_turn(shape, DEVICE)
+        _last.update(key=key, inputs=inputs, exact=group.exact(inputs[0]))
     return _last["inputs"], _last["exact"]
 
 
@@ -111,5 +105,5 @@ def test_speed(benchmark: Any, recorder: Recorder, case: str, group: Group, shap
         error=error,
         method=how.method,
         calls=how.calls,
-        cold=DEVICE.type == "cuda" and _bytes(inputs[0]) * len(inputs) > 2 * cache_bytes(DEVICE),
+        cold=DEVICE.type == "cuda" and inputs[0].bytes * len(inputs) > 2 * cache_bytes(DEVICE),
     )

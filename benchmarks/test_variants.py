@@ -13,14 +13,13 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 
 from benchmarks.cases import GROUPS, Group
 from benchmarks.inputs import NAMED, Shape
 from benchmarks.machine import DEVICE
 from benchmarks.records import Recorder
 from benchmarks.results import OURS
-from benchmarks.timing import measured, plan, rotations
+from benchmarks.timing import measured, plan
 from focusdpo_kernels import pooled_similarity, residual_kernels
 from focusdpo_kernels.backend import INTERPRETED
 from focusdpo_kernels.launch import Launch
@@ -120,13 +119,9 @@ def test_variant(recorder: Recorder, case: str, variant: Variant) -> None:
     if DEVICE.type == "cpu" and not INTERPRETED:
         pytest.skip("no GPU")
     shape, group = Shape(SHAPE, NAMED[SHAPE], variant.batch), variant.group
-    torch.manual_seed(0)
-    first = group.inputs(shape, DEVICE)
-    size = sum(t.numel() * t.element_size() for t in first.tensors())
-    inputs = [first, *(group.inputs(shape, DEVICE) for _ in range(rotations(size, DEVICE) - 1))]
-    run = group.providers[OURS]
+    inputs, run = group.inputs_in_turn(shape, DEVICE), group.providers[OURS]
     with variant.applied():
-        error = group.error(run(first), group.exact(first))
+        error = group.error(run(inputs[0]), group.exact(inputs[0]))
         assert error <= group.tolerance_of(OURS, shape), f"error {error:.1e} against float64"
         how = plan([lambda x=x: run(x) for x in inputs], DEVICE)
         median, spread = measured(how)

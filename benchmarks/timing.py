@@ -10,7 +10,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -101,32 +101,24 @@ def plan(calls: Sequence[Call], device: torch.device) -> Plan:
         call()
     synchronize(device)
     seconds = _estimate(calls, device)
+    first: list[Any] = [None]
     if device.type == "cuda" and seconds < GRAPH_BELOW:
         repeats = max(math.ceil(GRAPH_LENGTH / max(seconds, 1e-6) / len(calls)), 1)
-        graph, captured = _graph([*calls] * repeats)
+        graph, first[0] = _graph([*calls] * repeats)
         round_, method = graph.replay, "CUDA graph"
-
-        def result() -> Any:
-            return captured
-
     else:
         repeats = 1 if device.type == "cuda" else max(math.ceil(ROUND_LENGTH / max(seconds, 1e-9) / len(calls)), 1)
         method = "events" if device.type == "cuda" else "host clock"
-        last: list[Any] = [None]
 
         def round_() -> None:
             for _ in range(repeats):
-                for i, call in enumerate(calls):
-                    out = call()
-                    if i == 0:
-                        last[0] = out
-
-        def result() -> Any:
-            return last[0]
+                first[0] = calls[0]()
+                for call in calls[1:]:
+                    call()
 
     calls_in_round = len(calls) * repeats
     rounds = min(max(math.ceil(MEASURE / (seconds * calls_in_round)), ROUNDS[0]), ROUNDS[1])
-    return Plan(round_, calls_in_round, rounds, method, result)
+    return Plan(round_, calls_in_round, rounds, method, lambda: first[0])
 
 
 def _estimate(calls: Sequence[Call], device: torch.device) -> float:
@@ -139,7 +131,7 @@ def _estimate(calls: Sequence[Call], device: torch.device) -> float:
     if device.type != "cuda":
         return host
     # Launching can take longer than the work: the kernels' own time decides.
-    return device_time(calls[0]) or host
+    return sum(e.time_range.elapsed_us() for e in kernels(calls[0])) / 1e6 or host
 
 
 def _graph(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, Any]:
@@ -160,29 +152,20 @@ def _graph(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, Any]:
     return graph, first
 
 
-def _kernels(call: Call) -> list[Any]:
+def kernels(call: Call) -> list[Any]:
+    """The profiler's events of the kernels that a call launches; needs a GPU."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize()
     events = [e for e in profile.events() if e.device_type == DeviceType.CUDA]
     # Nor ranges that somebody named, such as an optimiser's step, which are drawn on the device as well.
-    kernels = [e for e in events if not getattr(e, "is_user_annotation", False)]
-    return [e for e in kernels if not e.name.startswith(("Memcpy", "Memset"))]
-
-
-def device_time(call: Call) -> float:
-    """Seconds that a call's kernels take on the device."""
-    return sum(e.time_range.elapsed_us() for e in _kernels(call)) / 1e6
-
-
-def kernel_names(call: Call) -> list[str]:
-    """Names of the kernels that a call launches, by the profiler; needs a GPU."""
-    return [e.name for e in _kernels(call)]
+    found = [e for e in events if not getattr(e, "is_user_annotation", False)]
+    return [e for e in found if not e.name.startswith(("Memcpy", "Memset"))]
 
 
 def count_launches(call: Call, device: torch.device) -> int | None:
     """Kernels that a call launches, counted by the profiler; None without a GPU."""
-    return len(_kernels(call)) if device.type == "cuda" else None
+    return len(kernels(call)) if device.type == "cuda" else None
 
 
 def extra_memory(call: Call, device: torch.device) -> int | None:
@@ -220,28 +203,15 @@ def _read_kernel(source_ptr, out_ptr, N, SPAN, BLOCK: tl.constexpr):
     tl.store(out_ptr + tl.program_id(0), tl.sum(total, axis=0))
 
 
-@dataclass(frozen=True)
-class Limits:
+def measure_limits(device: torch.device) -> dict[str, Any]:
     """What this device can do, measured in the same run.
 
-    copy_bytes_per_second: bytes read plus written, by the fastest of several ways, which `copies` names.
-    read_bytes_per_second: of a kernel that reads and writes next to nothing; None on a CPU.
-    empty_launch_seconds: of a kernel that does nothing, within a graph; None on a CPU.
-    """
-
-    copy_bytes_per_second: float
-    read_bytes_per_second: float | None
-    empty_launch_seconds: float | None
-    copies: dict[str, float]
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def measure_limits(device: torch.device) -> Limits:
-    """Bandwidth of copying and of reading and, on a GPU, the time of an empty launch.
-
     One way to copy is no limit: on an H200 the driver's own copy within a graph reached 2.8 TB/s where kernels read 3.9.
+
+    Returns:
+        copy_bytes_per_second: bytes read plus written, by the fastest of several ways, which `copies` names.
+        read_bytes_per_second: of a kernel that reads and writes next to nothing; None on a CPU.
+        empty_launch_seconds: of a kernel that does nothing, within a graph; None on a CPU.
     """
     size = (COPY_BYTES if device.type == "cuda" else COPY_BYTES // 16) // 4
     source = torch.rand(size, device=device)
@@ -249,9 +219,12 @@ def measure_limits(device: torch.device) -> Limits:
     on_gpu = device.type == "cuda"
     ways = copies(source, target) if on_gpu else {"copy_": lambda: target.copy_(source)}
     rates = {name: 8 * size / measured(plan([call], device))[0] for name, call in ways.items()}
-    read = 4 * size / measured(plan([lambda: read_once(source)], device))[0] if on_gpu else None
-    empty = measured(plan([lambda: launch_nothing(source)], device))[0] if on_gpu else None
-    return Limits(max(rates.values()), read, empty, rates)
+    return {
+        "copy_bytes_per_second": max(rates.values()),
+        "read_bytes_per_second": 4 * size / measured(plan([lambda: read_once(source)], device))[0] if on_gpu else None,
+        "empty_launch_seconds": measured(plan([lambda: launch_nothing(source)], device))[0] if on_gpu else None,
+        "copies": rates,
+    }
 
 
 def copies(source: torch.Tensor, target: torch.Tensor) -> dict[str, Call]:

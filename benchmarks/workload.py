@@ -33,7 +33,7 @@ class Workload:
         self.device = device
         self.dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         torch.manual_seed(0)
-        self.backbone = MODELS[name].build(device, self.dtype)
+        self.backbone = MODELS[name].architecture().build(self.dtype, self.text, device)
         self.module: Any = self.backbone.transformer
         self.parameters = add_adapter(self.backbone, LoraConfig(rank=32), seed=0)
         self.module.train()

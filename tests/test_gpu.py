@@ -159,8 +159,8 @@ def test_timing(monkeypatch):
     monkeypatch.setattr(timing, "GRAPH_BELOW", 1e-3)
     assert timing.plan([lambda: slow @ slow], device).method == "events"
     limits = timing.measure_limits(device)
-    assert 1e11 < limits.read_bytes_per_second < 2e13 and len(limits.copies) == 4
-    assert 1e11 < limits.copy_bytes_per_second < 2e13 and 1e-7 < limits.empty_launch_seconds < 1e-4
+    assert 1e11 < limits["read_bytes_per_second"] < 2e13 and len(limits["copies"]) == 4
+    assert 1e11 < limits["copy_bytes_per_second"] < 2e13 and 1e-7 < limits["empty_launch_seconds"] < 1e-4
 
 
 def test_beyond_two_to_the_31():

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from focusdpo.drawing.overlays import COLOURS, MaskAtTime
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # after the choice of a backend that needs no screen
 
 
 def draw_coverage(masks: Mapping[str, Sequence[MaskAtTime]], path: Path, title: str) -> None:
@@ -26,7 +23,8 @@ def draw_coverage(masks: Mapping[str, Sequence[MaskAtTime]], path: Path, title: 
     coverage = np.array([[float(one.focus.coverage[0]) for one in each] for each in masks.values()])
     first = next(iter(masks.values()))[0].focus
     size = (max(1.5 * len(times) + 3.5, 6.5), 0.62 * len(masks) + 1.9)
-    figure, axis = plt.subplots(figsize=size, constrained_layout=True)
+    figure = Figure(figsize=size, layout="constrained")
+    axis = figure.subplots()
     drawn = axis.imshow(coverage, cmap=COLOURS, vmin=0, vmax=1, aspect="auto")
     axis.set_xticks(range(len(times)), [f"{t:g}" for t in times])
     axis.set_yticks(range(len(masks)), list(masks))
@@ -41,4 +39,3 @@ def draw_coverage(masks: Mapping[str, Sequence[MaskAtTime]], path: Path, title: 
     bar.ax.axhline(first.tau, color=(1.0, 0.18, 0.58), linewidth=2.5)
     bar.ax.text(-0.2, first.tau, f"tau {first.tau:g}", fontsize=9, ha="right", va="center")
     figure.savefig(path, dpi=110)
-    plt.close(figure)

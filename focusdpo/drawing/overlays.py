@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -22,9 +21,6 @@ from focusdpo.data import PairBatch
 from focusdpo.data.images import PATCH_SIZE
 from focusdpo.features import pool_mask
 from focusdpo.mask import FocusMask
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # after the choice of a backend that needs no screen
 
 Field = NDArray[np.float32]  # [rows, columns] of tokens
 COLOURS = "viridis"  # perceptually uniform
@@ -56,9 +52,8 @@ def draw_overlays(batch: PairBatch, masks: Sequence[MaskAtTime], path: Path | Bi
     priors = token_fields(pool_mask(batch.prior)[0], grid)
     subjects, rows = len(batch.references), len(masks) + 1
     high = PANEL * max(winner.shape[0] / winner.shape[1], 0.6) + 0.35
-    figure, axes = plt.subplots(
-        rows, subjects + 4, figsize=(PANEL * (subjects + 4) + 0.8, high * rows + 0.5), constrained_layout=True, squeeze=False
-    )
+    figure = Figure(figsize=(PANEL * (subjects + 4) + 0.8, high * rows + 0.5), layout="constrained")
+    axes = figure.subplots(rows, subjects + 4, squeeze=False)
     figure.suptitle(title.replace("$", r"\$"), wrap=True)  # it has the prompt, whose dollar signs are no formulas
     for r, image in enumerate(batch.references):
         show(axes[0, r], picture(image[0]), f"reference {r + 1}")
@@ -77,7 +72,6 @@ def draw_overlays(batch: PairBatch, masks: Sequence[MaskAtTime], path: Path | Bi
             weights, ax=axes[1:, -1], label="$M_s$, $M_d$, M: weight of a token (0 is clear)", shrink=0.6, aspect=30
         )
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def _draw_fields(figure: Figure, row: NDArray[np.object_], winner: Field, priors: list[Field], mask: MaskAtTime) -> AxesImage:
@@ -97,18 +91,25 @@ def _draw_fields(figure: Figure, row: NDArray[np.object_], winner: Field, priors
         f"M ({branch})": focus.mask,
     }
     for axis, (name, field) in zip(row[subjects + 1 :], fields.items(), strict=True):
-        show(axis, gray(winner), name)
         (values,) = token_fields(field, grid)
-        drawn = axis.imshow(
-            np.ma.masked_less_equal(values, 0),
-            cmap=COLOURS,
-            vmin=0,
-            vmax=1,
-            alpha=0.85,
-            extent=_extent(grid),
-            interpolation="nearest",
-        )
-        outline(axis, priors)
+        drawn = _show_field(axis, winner, np.ma.masked_less_equal(values, 0), priors, name, 0.85, (0, 1))
+    return drawn
+
+
+def _show_field(
+    axis: Axes,
+    winner: Field,
+    field: Field,
+    priors: Sequence[Field],
+    title: str,
+    opacity: float,
+    limits: tuple[float, float],
+) -> AxesImage:
+    """A field over the gray winner, with the priors' borders; masked tokens are clear."""
+    show(axis, gray(winner), title)
+    (low, high), extent = limits, _extent(field.shape)
+    drawn = axis.imshow(field, COLOURS, vmin=low, vmax=high, alpha=opacity, extent=extent, interpolation="nearest")
+    outline(axis, priors)
     return drawn
 
 
@@ -142,13 +143,9 @@ def show_scores(figure: Figure, axes: Sequence[Axes], winner: Field, scores: Seq
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
     drawn = None
     for r, (axis, field) in enumerate(zip(axes, scores, strict=True)):
-        show(axis, gray(winner), f"S of reference {r + 1}")
+        values, title = np.ma.masked_invalid(field), f"S of reference {r + 1}"
+        drawn = _show_field(axis, winner, values, priors, title, 0.78, (low, high))
         frame(axis, SUBJECTS[r])
-        values = np.ma.masked_invalid(field)
-        drawn = axis.imshow(
-            values, cmap=COLOURS, vmin=low, vmax=high, alpha=0.78, extent=_extent(field.shape), interpolation="nearest"
-        )
-        outline(axis, priors)
     assert drawn is not None
     bar = figure.colorbar(drawn, ax=list(axes), shrink=0.75, aspect=25, pad=0.02)
     # Ends first: a narrow range of cosines is the finding, and must not look like a wide one.
@@ -177,9 +174,10 @@ def outline(axis: Axes, priors: Sequence[Field]) -> None:
     """The border of each token region along token edges, in its subject's colour where there are several."""
     for r, prior in enumerate(priors):
         colour = SUBJECTS[r] if len(priors) > 1 else COMMON
-        lines = list(_edges(prior))
+        edges = np.array([*_edges(prior)], float).reshape(-1, 2, 2)  # [edge, x or y, end]
+        xs, ys = np.pad(edges, ((0, 0), (0, 0), (0, 1)), constant_values=np.nan).transpose(1, 0, 2)  # as one line with gaps
         for width, stroke in ((3.2, "black"), (1.6, colour)):  # dark around it: seen on any field
-            axis.plot(*_joined(lines), color=stroke, linewidth=width, solid_capstyle="round")
+            axis.plot(xs.ravel(), ys.ravel(), color=stroke, linewidth=width, solid_capstyle="round")
 
 
 def _edges(region: Field) -> Iterable[tuple[tuple[int, int], tuple[int, int]]]:
@@ -190,16 +188,6 @@ def _edges(region: Field) -> Iterable[tuple[tuple[int, int], tuple[int, int]]]:
         edges = {(0, 1): ((x, right), (y, y)), (2, 1): ((x, right), (bottom, bottom)), (1, 0): ((x, x), (y, bottom))}
         edges[1, 2] = ((right, right), (y, bottom))
         yield from (edge for (dy, dx), edge in edges.items() if not padded[row + dy, column + dx])
-
-
-def _joined(lines: Iterable[tuple[tuple[int, int], tuple[int, int]]]) -> tuple[list[float], list[float]]:
-    """All lines as one, with gaps."""
-    xs: list[float] = []
-    ys: list[float] = []
-    for (x0, x1), (y0, y1) in lines:
-        xs += [x0, x1, np.nan]
-        ys += [y0, y1, np.nan]
-    return xs, ys
 
 
 def token_lines(axis: Axes, grid: tuple[int, ...]) -> None:

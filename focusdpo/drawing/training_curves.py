@@ -6,11 +6,8 @@ from array import array
 from collections.abc import Iterable
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # after the choice of a backend that needs no screen
+from matplotlib.figure import Figure
 
 from focusdpo.drawing.metric_panels import PANELS, Floats, smooth, value_of
 from focusdpo.foundation.journals import Row
@@ -27,8 +24,8 @@ def draw_curves(rows: Iterable[Row], validation: Iterable[Row], path: Path) -> N
         path: the PNG.
     """
     training, held_out = _series(rows), _series(validation)
-    figure, axes = plt.subplots(2, 3, figsize=(14, 7), constrained_layout=True)
-    for axis, panel in zip(axes.flat, (PANELS[name] for name in SHOWN), strict=True):
+    figure = Figure(figsize=(14, 7), layout="constrained")
+    for axis, panel in zip(figure.subplots(2, 3).flat, (PANELS[name] for name in SHOWN), strict=True):
         for line, label in panel.lines.items():
             if line not in training:
                 continue
@@ -50,7 +47,6 @@ def draw_curves(rows: Iterable[Row], validation: Iterable[Row], path: Path) -> N
         if axis.get_legend_handles_labels()[0]:  # a run without the focus mask has no coverage
             axis.legend(fontsize=8)
     figure.savefig(path, dpi=110, format="png")
-    plt.close(figure)
 
 
 def _series(rows: Iterable[Row]) -> dict[str, tuple[Floats, Floats]]:

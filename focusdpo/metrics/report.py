@@ -9,15 +9,12 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from focusdpo.foundation.files import write_whole, writing
 from focusdpo.foundation.text import cell, printable
 from focusdpo.metrics.summary import Line
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # after the choice of a backend that needs no screen
 
 RESULTS, PROMPTS, SUBJECTS, PICTURE = "results.json", "prompts.csv", "subjects.csv", "subjects.png"
 FILES = (RESULTS, PROMPTS, SUBJECTS, PICTURE)
@@ -84,7 +81,8 @@ def draw_subjects(
     columns = max(len(row) for row in panels)
     height = 1.0 + 0.27 * max(len(shown), 4)  # inches: title and axis beside the subjects
     size = (2.2 + 2.9 * columns, 0.5 + height * len(panels))
-    figure, axes = plt.subplots(len(panels), columns, figsize=size, sharey="row", squeeze=False, constrained_layout=True)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(panels), columns, sharey="row", squeeze=False)
     for row, names in zip(axes, panels, strict=True):
         for axis, (name, label) in zip(row, names.items(), strict=False):
             _draw_panel(axis, [subjects[subject].get(name) for subject in shown], overall[name], label)
@@ -96,7 +94,6 @@ def draw_subjects(
     figure.suptitle(f"Per subject, {level:.0%} intervals over prompts; blue: all{rest}", fontsize=11)
     with writing(file) as partial:
         figure.savefig(partial, dpi=110, format="png")
-    plt.close(figure)
 
 
 def _draw_panel(axis: Any, lines: Sequence[Line | None], whole: Line, label: str) -> None:

@@ -160,14 +160,12 @@ def test_matches_are_drawn_in_their_subjects_colours():
 @pytest.mark.parametrize(("coverage", "branch"), [(0.5, "structure: A > 0.1"), (0.05, "detail: A ≤ 0.1")])
 def test_the_page_names_the_branch_and_the_range_of_s(step_and_batch, monkeypatch, coverage, branch, tmp_path):
     kept = []
-    monkeypatch.setattr(overlays.plt, "close", kept.append)
+    monkeypatch.setattr(overlays.Figure, "savefig", lambda figure, *args, **options: kept.append(figure))
     overlays.draw_overlays(step_and_batch[1], [overlays.MaskAtTime(0.3, planted(coverage))], tmp_path / "page.png", "title")
     titles = [axis.get_title() for axis in kept[0].axes]
     assert f"M ({branch})" in titles and f"$M_s$: A = {coverage:.2f}" in titles and "M': 2 + 2 matches" in titles
     labels = [text.get_text() for axis in kept[0].axes for text in axis.get_yticklabels()]
     assert "1.000" in labels and "0.000" in labels, "the ends of the scale of S"
-    monkeypatch.undo()
-    plt.close(kept[0])
 
 
 def test_dollar_signs_of_a_prompt_are_no_formula(step_and_batch, tmp_path):
