@@ -81,6 +81,14 @@ def test_every_folder_is_a_room():
     )
 
 
+def test_contributors_are_sent_to_files_that_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = [line for line in text.split("## Where does it go?")[1].split("\n## ")[0].splitlines() if line.startswith("| ")][1:]
+    named = [re.findall(r"`(focusdpo[\w/.]+)`", row) for row in rows]
+    assert len(rows) == 12 and all(1 <= len(files) <= 3 for files in named)
+    assert [file for files in named for file in files if not (ROOT / file).exists()] == []
+
+
 @pytest.mark.parametrize("room", [*ROOMS, "commands"])
 def test_no_two_files_of_a_room_have_one_name(room):
     names = [file.name for file in (ROOT / "focusdpo" / room).rglob("*.py") if file.name != "__init__.py"]

@@ -9,7 +9,8 @@ from focusdpo.data import LongestSide
 from focusdpo.data.images import PATCH_SIZE
 from focusdpo.models import BACKBONES, TokenLayout
 from focusdpo.models.sizes import RELEASED, parameters
-from focusdpo.training.memory import DTYPES, GIB, estimate, launched
+from focusdpo.training.loading import DTYPES
+from focusdpo.training.memory import GIB, estimate, launched
 
 
 def prepare(config: ModelsConfig) -> Callable[[], None]:

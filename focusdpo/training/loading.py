@@ -15,10 +15,11 @@ from focusdpo.models.quantization import check_quantization, quantize
 from focusdpo.training.adapter import add_adapter, give_memory
 from focusdpo.training.checkpoints import find_checkpoint, load_adapter
 from focusdpo.training.config import TrainConfig
-from focusdpo.training.memory import DTYPES
 from focusdpo.training.optimizers import check_optimizer
 from focusdpo.training.run_files import CHECKPOINTS_FOLDER
 from focusdpo.training.step import PreferenceStep
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def check_files_and_packages(config: TrainConfig) -> None:

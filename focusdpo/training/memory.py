@@ -63,12 +63,11 @@ from focusdpo.models.sizes import Architecture, parameters
 from focusdpo.training.adapter import add_adapter
 from focusdpo.training.batches import dataset_of, in_order
 from focusdpo.training.config import DataConfig, LoraConfig, ModelConfig, TrainConfig
+from focusdpo.training.loading import DTYPES
+from focusdpo.training.optimizers import STATE_BYTES
 
 GIB = 2**30
 MAX_ADVICE = 3
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# Prodigy keeps the first weights and a sum of gradients besides the moments. Small tensors keep fp32 under 8 bits; not counted.
-STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}  # a parameter
 
 
 @dataclass(frozen=True)

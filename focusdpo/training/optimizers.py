@@ -12,6 +12,9 @@ from torch import nn
 from focusdpo.training.config import OptimConfig
 
 PACKAGES = {"adamw8bit": ("bitsandbytes", "quantization"), "prodigy": ("prodigyopt", "prodigy")}  # and the extra with it
+# Bytes of state a parameter. Prodigy keeps the first weights and a sum of gradients besides the moments. Small tensors keep
+# fp32 under 8 bits; not counted.
+STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}
 
 
 def check_optimizer(name: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 from focusdpo import loss
 from focusdpo.foundation import choices
 from focusdpo.models import BACKBONES, lora_writing, quantization
-from focusdpo.training import memory, optimizers
+from focusdpo.training import loading, optimizers
 from focusdpo_kernels import backend, checks, similarity
 
 
@@ -17,10 +17,10 @@ from focusdpo_kernels import backend, checks, similarity
     ("choice", "there"),
     [
         (choices.BackboneName, BACKBONES),
-        (choices.WeightDtype, memory.DTYPES),
+        (choices.WeightDtype, loading.DTYPES),
         (choices.Quantization, quantization.PACKAGES),
         (choices.Quantization, quantization.BITS),
-        (choices.Optimizer, memory.STATE_BYTES),
+        (choices.Optimizer, optimizers.STATE_BYTES),
         (choices.Optimizer, ("adamw", *optimizers.PACKAGES)),
         (choices.LoraForm, lora_writing.FILES),
         (choices.KernelBackend, backend.BACKENDS),

@@ -99,7 +99,7 @@ from focusdpo.foundation.journals import Journal, read_steps, up_to
 from focusdpo.training.config import DataConfig, ModelConfig, TrainConfig
 from focusdpo.training.health import Health
 from focusdpo.drawing.training_curves import draw_curves
-import focusdpo_kernels  # which the settings of a run load
+import focusdpo_kernels.checks  # which the settings of a run load
 file = Path(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 Journal(file, up_to(99_000)).close()
