@@ -215,7 +215,7 @@ def test_command_by_position_and_its_help(capsys):
     assert name == "convert-uno" and dataclasses.astuple(settings) == ("lora.safetensors", "out", True, False)
     with pytest.raises(SystemExit):
         cli.parse_config(["convert-uno", "lora.safetensors"])
-    assert "out_dir" in capsys.readouterr().err
+    assert "OUT_DIR" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.parse_config(["convert-uno", "--help"])
     text = " ".join(capsys.readouterr().out.split())
