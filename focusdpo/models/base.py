@@ -266,7 +266,7 @@ class Backbone(abc.ABC):
 
     def tap_paths(self) -> list[str]:
         """Paths in `transformer` of the blocks whose output can be tapped, in the order they run."""
-        return [f"{name}.{i}" for name in self.tapped for i in range(len(getattr(self.transformer, name)))]
+        return [f"{name}.{i}" for name in self.tapped for i in range(len(getattr(self.pipeline.transformer, name)))]
 
     @classmethod
     def count_tapped(cls, pipeline: Path) -> int:
