@@ -7,6 +7,7 @@ from collections.abc import Callable
 from focusdpo.commands.config import ModelsConfig
 from focusdpo.data import LongestSide
 from focusdpo.data.images import PATCH_SIZE
+from focusdpo.foundation.text import aligned
 from focusdpo.models import BACKBONES, TokenLayout
 from focusdpo.models.sizes import RELEASED, parameters
 from focusdpo.training.loading import DTYPES
@@ -62,24 +63,13 @@ def prepare(config: ModelsConfig) -> Callable[[], None]:
     checkpointing = "on" if config.gradient_checkpointing else "off"
     weights = f"{config.quantization or config.dtype} weights, {config.optimizer}, autocast {config.mixed_precision}"
     text = (
-        f"{_table(pipelines)}\n\nEstimate in GiB for {target},\n{photos} (references: their tokens),\n"
-        f"LoRA rank {config.rank}, {weights}, gradient checkpointing {checkpointing}\n\n{_table(models)}"
+        f"{aligned(pipelines, words=2)}\n\nEstimate in GiB for {target},\n{photos} (references: their tokens),\n"
+        f"LoRA rank {config.rank}, {weights}, gradient checkpointing {checkpointing}\n\n{aligned(models, words=2)}"
     )
     if config.processes > 1:
         text += (
             f"\n\n{config.processes} processes on one machine, in GiB (host: memory of all processes together; files: pages of "
-            f"the model's files,\nonce, which may be dropped; GPU: memory of each, with data.cache)\n\n{_table(launches)}"
+            "the model's files,\nonce, which may be dropped; GPU: memory of each, with data.cache)\n\n"
+            + aligned(launches, words=2)
         )
     return lambda: print(text)
-
-
-def _table(rows: list[list[str]]) -> str:
-    """Columns as wide as their widest cell; words to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,8 +127,8 @@ BY_TIME = {
 }  # fmt: skip
 
 
-def value_of(row: Mapping[str, float], line: str) -> float | None:
-    """A panel's line in one row of metrics; None where the row does not have it."""
+def value_of(row: Mapping[str, Any], line: str) -> Any:
+    """A panel's line in one row of metrics, or in arrays of several rows' metrics; None where they do not have it."""
     first, second = names_of(line)
     if first not in row or (second and second not in row):
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import unicodedata
+from collections.abc import Sequence
 
 # Control characters; formats, such as those that turn the writing direction or have no width; halves of surrogate pairs; line
 # and paragraph separators.
@@ -67,3 +68,12 @@ def cell(value: object) -> object:
     if not isinstance(value, str):
         return value
     return "'" * value.startswith(FORMULA) + printable(value)
+
+
+def aligned(rows: Sequence[Sequence[str]], words: int) -> str:
+    """Rows as lines, columns as wide as their widest cell: the first few, of words, to the left, others to the right."""
+    columns = []
+    for i, column in enumerate(zip(*rows, strict=True)):
+        width = max(map(len, column))
+        columns.append([cell.ljust(width) if i < words else cell.rjust(width) for cell in column])
+    return "\n".join("  ".join(row).rstrip() for row in zip(*columns, strict=True))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import platform
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tqdm.auto import tqdm
 from focusdpo.foundation.files import hash_of, write_json
 from focusdpo.foundation.packages import version_of
 from focusdpo.metrics import report
+from focusdpo.metrics.bootstrap import mean_interval
 from focusdpo.metrics.config import EvaluateConfig
 from focusdpo.metrics.embeddings import embed, stack
 from focusdpo.metrics.encoders import unit
@@ -22,7 +24,7 @@ from focusdpo.metrics.fid import frechet_interval
 from focusdpo.metrics.images import Picture
 from focusdpo.metrics.inputs import Inputs
 from focusdpo.metrics.similarity import image_metrics, image_values, region_metrics, region_values
-from focusdpo.metrics.summary import Intervals, Line, Row, by, intervals, subject_rows, summarise
+from focusdpo.metrics.summary import Line, Row, by, subject_rows, summarise
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +38,16 @@ def evaluate(config: EvaluateConfig, inputs: Inputs) -> None:
     out = Path(config.output_dir)
     notes = _notes(config, inputs)
     images, regions, fid_features = _measure(config, inputs, out / EMBEDDINGS)
-    interval = intervals(config.level, config.resamples, config.seed)
+    interval = partial(mean_interval, level=config.level, resamples=config.resamples, seed=config.seed)
     metrics, leakage = image_metrics(list(inputs.encoders)), region_metrics(list(inputs.encoders)) | MISSING
     summary = summarise(images, metrics, interval) | summarise(regions, leakage, interval)
     if inputs.fid is not None:
         summary["fid"] = _fid(config, inputs, fid_features)
-    subjects = _per_subject(by(subject_rows(images, metrics), "subject"), by(regions, "subject"), metrics, leakage, interval)
+    regions_of = by(regions, "subject")  # regions count for the subject that they show
+    subjects = {
+        subject: summarise(rows, metrics, interval) | summarise(regions_of.get(subject, ()), leakage, interval)
+        for subject, rows in sorted(by(subject_rows(images, metrics), "subject").items())
+    }
     prompts = [
         ((line, inputs.prompts[line].text, len(rows)), summarise(rows, metrics, interval, within_prompt=True))
         for line, rows in tqdm(by(images, "line").items(), desc="intervals per prompt", unit="prompt", leave=False)
@@ -73,9 +79,8 @@ def _notes(config: EvaluateConfig, inputs: Inputs) -> dict[str, Any]:
     """What there is and what is missing, for the results; and a warning where it would mislead."""
     counts = Counter(image.line for image in inputs.images)
     per_prompt = sorted(Counter(counts.values()).items())
-    missing = inputs.found.missing
-    if missing:
-        logger.warning("%d of %d prompts have no or too few images", len(missing), inputs.lines)
+    if inputs.missing:
+        logger.warning("%d of %d prompts have no or too few images", len(inputs.missing), inputs.lines)
     if len(per_prompt) > 1:
         text = ", ".join(f"{prompts} have {count}" for count, prompts in per_prompt)
         logger.warning("prompts count by their images, and differ: %s", text)
@@ -103,7 +108,7 @@ def _notes(config: EvaluateConfig, inputs: Inputs) -> dict[str, Any]:
             "images": len(inputs.images),
             "images_per_prompt": {str(count): prompts for count, prompts in per_prompt},
         },
-        "missing_lines": list(missing),
+        "missing_lines": list(inputs.missing),
         "images_without_regions": list(unmentioned),
         "lines_with_copies": copies,
         "lines_cut_by_clip": long,
@@ -162,24 +167,8 @@ def _fid(config: EvaluateConfig, inputs: Inputs, features: Any) -> Line:
     real, fake = features
     fewest = min(len(real), len(fake))
     if fewest <= real.shape[1]:
-        logger.warning(
-            "FID of %d images with %d features: its covariance is not full, and it is too high",
-            *map(int, (fewest, real.shape[1])),
-        )
+        text = "FID of %d images with %d features: its covariance is not full, and it is too high"
+        logger.warning(text, fewest, real.shape[1])
     lines = [image.line for image in inputs.images]
     distance, low, high = frechet_interval(real, fake, lines, config.level, config.fid_resamples, config.seed)
     return Line(distance, low, high, len(fake), len(set(lines)))
-
-
-def _per_subject(
-    images: Mapping[Any, Sequence[Row]],
-    regions: Mapping[Any, Sequence[Row]],
-    metrics: Mapping[str, str],
-    leakage: Mapping[str, str],
-    interval: Intervals,
-) -> dict[str, dict[str, Line]]:
-    """Each subject's metrics, by name; regions count for the subject that they show."""
-    return {
-        subject: summarise(images[subject], metrics, interval) | summarise(regions.get(subject, ()), leakage, interval)
-        for subject in sorted(images)
-    }

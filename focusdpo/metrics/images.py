@@ -33,16 +33,13 @@ class GeneratedImage:
     line: int
 
 
-@dataclass(frozen=True)
-class FoundImages:
-    """Images ordered by line and number, and the lines that have too few or none, which only allow_missing lets pass."""
-
-    images: tuple[GeneratedImage, ...]
-    missing: tuple[int, ...]
-
-
-def find_images(folder: Path, prompts: Sequence[Prompt], per_prompt: int | None, allow_missing: bool) -> FoundImages:
+def find_images(
+    folder: Path, prompts: Sequence[Prompt], per_prompt: int | None, allow_missing: bool
+) -> tuple[tuple[GeneratedImage, ...], tuple[int, ...]]:
     """Matches files to the manifest's lines by name: N.png, N_K.png or N/K.png, leading zeros or not. Opens none.
+
+    Returns:
+        Images ordered by line and number, and the lines that have too few or none, which only allow_missing lets pass.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -87,8 +84,7 @@ def find_images(folder: Path, prompts: Sequence[Prompt], per_prompt: int | None,
     if problems:
         raise ValueError(f"images: {folder}:\n  " + "\n  ".join(problems))
     ordered = [(line, by[number]) for line, by in sorted(found.items()) for number in sorted(by, key=lambda n: n or 0)]
-    images = [GeneratedImage(path, path.relative_to(folder).as_posix(), line) for line, path in ordered]
-    return FoundImages(tuple(images), tuple(few))
+    return tuple(GeneratedImage(path, path.relative_to(folder).as_posix(), line) for line, path in ordered), tuple(few)
 
 
 def _some(names: Sequence[str]) -> str:

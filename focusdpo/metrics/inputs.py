@@ -11,7 +11,7 @@ from PIL import Image
 from focusdpo.data.lines import DatasetError, Problem
 from focusdpo.metrics.config import EvaluateConfig
 from focusdpo.metrics.encoders import Encoder, Encoders, check_device, load_encoder, load_inception
-from focusdpo.metrics.images import Content, FoundImages, GeneratedImage, Picture, find_images, read_contents
+from focusdpo.metrics.images import Content, GeneratedImage, Picture, find_images, read_contents
 from focusdpo.metrics.prompts import IMAGE_SUFFIXES, Prompt, Subjects, find_subjects, read_prompts
 from focusdpo.metrics.regions import FoundRegions, check_sizes, read_regions
 
@@ -26,7 +26,7 @@ class Inputs:
         prompts: those that have images, by line of the manifest.
         subjects: who their references show.
         references: pictures of each reference of a line, several with --references all.
-        found: the generated images.
+        images: that were generated. missing: lines of prompts that have too few.
         regions: where their subjects are.
         contents: of every file.
         encoders: by the setting that names their folder.
@@ -37,17 +37,14 @@ class Inputs:
     prompts: dict[int, Prompt]
     subjects: Subjects
     references: dict[int, tuple[tuple[Picture, ...], ...]]
-    found: FoundImages
+    images: tuple[GeneratedImage, ...]
+    missing: tuple[int, ...]
     regions: FoundRegions | None
     contents: dict[Path, Content]
     encoders: dict[str, Encoders]
     fid: Encoder[Image.Image] | None
     real: tuple[Picture, ...]
     lines: int
-
-    @property
-    def images(self) -> tuple[GeneratedImage, ...]:
-        return self.found.images
 
 
 def read_inputs(config: EvaluateConfig) -> Inputs:
@@ -58,18 +55,18 @@ def read_inputs(config: EvaluateConfig) -> Inputs:
     """
     manifest = Path(config.manifest)
     prompts = read_prompts(manifest)
-    found = find_images(Path(config.images), prompts, config.images_per_prompt, config.allow_missing)
-    if config.fid is not None and len(found.images) < 2:
-        message = f"images: FID needs at least 2 generated images, {config.images} holds {len(found.images)}"
+    images, missing = find_images(Path(config.images), prompts, config.images_per_prompt, config.allow_missing)
+    if config.fid is not None and len(images) < 2:
+        message = f"images: FID needs at least 2 generated images, {config.images} holds {len(images)}"
         raise ValueError(f"{message}; generate more, or leave fid out")
-    with_images = {image.line for image in found.images}
+    with_images = {image.line for image in images}
     used = {prompt.line: prompt for prompt in prompts if prompt.line in with_images}
     subjects = find_subjects(manifest, list(used.values()), config.references)
     references = {line: _pictures(prompt, subjects, config, manifest) for line, prompt in used.items()}
     regions = None
     if config.regions is not None:
         counts = {line: len(prompt.references) for line, prompt in used.items()}
-        regions = read_regions(Path(config.regions), found.images, counts, config.allow_missing)
+        regions = read_regions(Path(config.regions), images, counts, config.allow_missing)
     real = _real(config, subjects)
     check_device(config.device)
     encoders = {
@@ -77,13 +74,16 @@ def read_inputs(config: EvaluateConfig) -> Inputs:
         for setting in SIMILAR
         if (folder := getattr(config, setting)) is not None
     }
-    fid = None if config.fid is None else _fid_encoder(Path(config.fid), config.device)
-    contents = _contents(config, used, subjects, found, regions, real)
+    fid = None
+    if config.fid is not None:
+        path = Path(config.fid)
+        fid = load_inception(path, config.device) if path.is_file() else load_encoder("fid", path, config.device).image
+    contents = _contents(config, used, subjects, images, regions, real)
     _same_sizes(manifest, list(used.values()), contents, config)
     if regions is not None:
         regions = check_sizes(regions, contents)
     pictures = tuple(Picture(path) for path in real)
-    return Inputs(used, subjects, references, found, regions, contents, encoders, fid, pictures, len(prompts))
+    return Inputs(used, subjects, references, images, missing, regions, contents, encoders, fid, pictures, len(prompts))
 
 
 def _pictures(prompt: Prompt, subjects: Subjects, config: EvaluateConfig, manifest: Path) -> tuple[tuple[Picture, ...], ...]:
@@ -117,15 +117,11 @@ def _real(config: EvaluateConfig, subjects: Subjects) -> tuple[Path, ...]:
     return tuple(real)
 
 
-def _fid_encoder(path: Path, device: str) -> Encoder[Image.Image]:
-    return load_inception(path, device) if path.is_file() else load_encoder("fid", path, device).image
-
-
 def _contents(
     config: EvaluateConfig,
     prompts: dict[int, Prompt],
     subjects: Subjects,
-    found: FoundImages,
+    images: Sequence[GeneratedImage],
     regions: FoundRegions | None,
     real: Sequence[Path],
 ) -> dict[Path, Content]:
@@ -139,7 +135,7 @@ def _contents(
                 files[photo] = f"{place}.image"
             if config.reference_crop == "mask":
                 masks.setdefault(Path(str(reference.mask)), f"{place}.mask")
-    files |= {image.path: "images" for image in found.images}
+    files |= {image.path: "images" for image in images}
     return read_contents(files, masks)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from focusdpo.foundation.files import write_whole, writing
-from focusdpo.foundation.text import cell, printable
+from focusdpo.foundation.text import aligned, cell, printable
 from focusdpo.metrics.summary import Line
 
 RESULTS, PROMPTS, SUBJECTS, PICTURE = "results.json", "prompts.csv", "subjects.csv", "subjects.png"
@@ -47,12 +47,7 @@ def table(lines: Mapping[str, Line], labels: Mapping[str, str], level: float, of
             line, digits = lines[name], 2 if name == "fid" else 4
             interval = "-" if math.isnan(line.low) else f"{line.low:.{digits}f} to {line.high:.{digits}f}"
             rows.append((printable(label), f"{line.mean:.{digits}f}", interval, str(line.count), str(line.prompts)))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    text = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        text.append("  ".join(cells).rstrip())
-    return "\n".join(text)
+    return aligned(rows, words=1)
 
 
 def draw_subjects(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from focusdpo.metrics.bootstrap import Interval, mean_interval
+from focusdpo.metrics.bootstrap import Interval
 
 Row = Mapping[str, Any]
 
@@ -22,12 +22,7 @@ class Line:
     prompts: int
 
 
-Intervals = Callable[[Sequence[float], Sequence[Hashable] | None], Interval]
-
-
-def intervals(level: float, resamples: int, seed: int) -> Intervals:
-    """`mean_interval` with a run's settings."""
-    return lambda values, groups: mean_interval(values, groups, level, resamples, seed)
+Intervals = Callable[[Sequence[float], Sequence[Hashable] | None], Interval]  # `mean_interval` with a run's settings
 
 
 def summarise(rows: Sequence[Row], names: Iterable[str], interval: Intervals, within_prompt: bool = False) -> dict[str, Line]:

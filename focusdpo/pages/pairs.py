@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from markupsafe import Markup
@@ -41,18 +41,15 @@ SUBJECTS = (  # one for each of six subjects, where each has its own prior
 )
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """What a card shows in one place: a thumbnail and the outlines over it, or that there is none. Names of files."""
 
     caption: str
     colour: str | None = None
-    size: Size = (1, 1)
+    width: int = 1
+    height: int = 1
     image: str | None = None
     outlines: str | None = None
-
-    def as_json(self) -> list[Any]:
-        return [self.caption, self.colour, *self.size, self.image, self.outlines]
 
 
 @dataclass
@@ -132,15 +129,16 @@ def _render(path: str, folder: Path, cards: list[Card]) -> str:
             fields[severity].append(name)
     # The page makes elements of the few cards in sight: ten thousand at once would keep a browser busy for a minute.
     data = {"folder": quote(f"{folder.parent.name}/{folder.name}"), "cards": [_as_json(card) for card in cards]}
-    values: dict[str, Any] = {
-        "title": f"{path}: {len(cards)} pairs",
-        "path": path,
-        "count": len(cards),
-        "classes": classes.most_common(),
-        "kinds": kinds,
-        "fields": fields,
-    }
-    return pages.TEMPLATES.get_template("pairs.html").render(values, data=_in_script(data), stamp=stamp(COMMAND))
+    return pages.TEMPLATES.get_template("pairs.html").render(
+        title=f"{path}: {len(cards)} pairs",
+        path=path,
+        count=len(cards),
+        classes=classes.most_common(),
+        kinds=kinds,
+        fields=fields,
+        data=_in_script(data),
+        stamp=stamp(COMMAND),
+    )
 
 
 def _as_json(card: Card) -> dict[str, Any]:
@@ -151,8 +149,8 @@ def _as_json(card: Card) -> dict[str, Any]:
         "prompt": card.prompt,
         "classes": card.classes,
         "kinds": card.kinds,
-        "references": [picture.as_json() for picture in card.references],
-        "targets": [picture.as_json() for picture in card.targets],
+        "references": card.references,
+        "targets": card.targets,
         "problems": [[p.severity, p.field, p.message, p.remedy] for p in card.problems],
     }
 
@@ -221,14 +219,14 @@ class _Drawer:
         if fitting:
             lines = [(read_mask(self.record.mask_fields[mask]), paint) for mask, paint in fitting.items()]
             outlines = self.save(outlines_of(lines, thumbnail.size), f"{stem}_outlines", lossless=True)
-        return Picture(caption, colour, thumbnail.size, self.save(thumbnail, stem, quality=80), outlines)
+        return Picture(caption, colour, *thumbnail.size, self.save(thumbnail, stem, quality=80), outlines)
 
     def difference(self, winner: Image.Image | None, loser: Image.Image | None) -> Picture:
         caption = f"difference × {GAIN}"
         if winner is None or loser is None or winner.size != loser.size:
             return Picture(caption)
         thumbnail = self.thumbnail(ImageChops.difference(winner, loser).point(BRIGHTER))
-        return Picture(caption, None, thumbnail.size, self.save(thumbnail, "difference", quality=80))
+        return Picture(caption, None, *thumbnail.size, self.save(thumbnail, "difference", quality=80))
 
     def thumbnail(self, image: Image.Image) -> Image.Image:
         image.thumbnail((self.longest, self.longest), Image.Resampling.LANCZOS)

@@ -19,7 +19,7 @@ import queue
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from focusdpo.drawing.metric_panels import Floats, names_of
+from focusdpo.drawing.metric_panels import Floats, names_of, value_of
 from focusdpo.foundation.journals import Part, Row, has_step, parse_row, parts_of, read_steps
 from focusdpo.foundation.workers import end_with_parent
 
@@ -173,28 +173,19 @@ def _take(sums: _Sums, lines: Sequence[str], index: int, rows: list[Row]) -> Non
     tables: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in rows:
         tables[tuple(row)].append(row)
+    wanted = {"pairs", "pairs_per_second"}.union(*map(names_of, lines))
     for names, alike in tables.items():
-        table = dict(zip(names, zip(*(row.values() for row in alike), strict=True), strict=True))
-        found = {i: values for i, line in enumerate(lines) if (values := _values(table, line)) is not None}
+        columns = zip(names, zip(*(row.values() for row in alike), strict=True), strict=True)
+        table = {name: _numbers(values) for name, values in columns if name in wanted}
+        with np.errstate(invalid="ignore", over="ignore"):
+            found = {i: values for i, line in enumerate(lines) if (values := value_of(table, line)) is not None}
         if found:
             sums.add(index, list(found), np.stack(list(found.values())))
         if "pairs" in table and "pairs_per_second" in table:
-            pairs, speed = _numbers(table["pairs"]), _numbers(table["pairs_per_second"])
+            pairs, speed = table["pairs"], table["pairs_per_second"]
             sound = np.isfinite(pairs) & np.isfinite(speed) & (speed > 0)
             sums.pairs += float(pairs[sound].sum())
             sums.seconds += float((pairs[sound] / speed[sound]).sum())
-
-
-def _values(table: Mapping[str, Sequence[Any]], line: str) -> Floats | None:
-    """A panel's line; see `focusdpo.drawing.metric_panels.value_of`."""
-    first, second = names_of(line)
-    if first not in table or (second and second not in table):
-        return None
-    values = _numbers(table[first])
-    if second:
-        with np.errstate(invalid="ignore", over="ignore"):
-            values -= _numbers(table[second])
-    return values
 
 
 def _numbers(values: Sequence[Any]) -> Floats:

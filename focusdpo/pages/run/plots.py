@@ -33,9 +33,8 @@ def panel_figure(
     None where the run has none of the lines.
     """
     figure = go.Figure()
-    limits = (
-        None if panel.unit_range or panel.log else _limits([run.curves[line] for line in panel.lines if line in run.curves])
-    )
+    curves = [run.curves[line] for line in panel.lines if line in run.curves]
+    limits = None if panel.unit_range or panel.log else _limits(curves)
     for (line, label), colour in zip(panel.lines.items(), colours, strict=False):
         curve = run.curves.get(line)
         if curve is not None:
@@ -57,15 +56,14 @@ def panel_figure(
         title_text=panel.title[0].upper() + panel.title[1:],
         meta={"x": STEPS, "note": panel.note},
         xaxis={"title": {"text": "optimiser step"}, "rangemode": "tozero"},
-        yaxis={"type": "log" if panel.log else "linear", "exponentformat": "power"},
+        yaxis={
+            "type": "log" if panel.log else "linear",
+            "exponentformat": "power",
+            "rangemode": None if panel.smoothed else "tozero",
+            "range": (-0.03, 1.03) if panel.unit_range else limits,
+        },
         showlegend=len(panel.lines) > 1,
     )
-    if not panel.smoothed:
-        figure.update_layout(yaxis_rangemode="tozero")
-    if panel.unit_range:
-        figure.update_layout(yaxis_range=[-0.03, 1.03])
-    elif limits is not None:
-        figure.update_layout(yaxis_range=limits)
     return figure
 
 
