@@ -21,6 +21,7 @@ from focusdpo.demo.scenes import write_dataset
 from focusdpo.drawing.contact_sheets import sample_sheet
 from focusdpo.models import BACKBONES, Backbone, TokenLayout
 from focusdpo.training.config import FocusConfig, SamplesConfig
+from focusdpo.training.trainer import Trainer
 from tests import ROOT
 from tests.runs import rows_of, train
 from tests.tiny_qwen import write_tiny_qwen
