@@ -17,7 +17,7 @@ from typing import Any
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from focusdpo.commands.parser import QUIET, command_of, error_message, parse_config
-from focusdpo.commands.table import COMMANDS
+from focusdpo.commands.registry import COMMANDS
 from focusdpo.foundation.launch import ElsewhereError, Launch, is_follower, is_launched, lost_connection, tell_launcher
 from focusdpo.foundation.progress_bars import hide_progress_bars
 from focusdpo.foundation.text import MessageFormatter

@@ -9,8 +9,8 @@ from focusdpo.data import LongestSide
 from focusdpo.data.images import PATCH_SIZE
 from focusdpo.foundation.text import aligned
 from focusdpo.models import BACKBONES, TokenLayout
+from focusdpo.models.precision import DTYPES
 from focusdpo.models.sizes import RELEASED, parameters
-from focusdpo.training.loading import DTYPES
 from focusdpo.training.memory import GIB, estimate, launched
 
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, set_loader
 
 import focusdpo
-from focusdpo.commands.table import COMMANDS, GROUPS
+from focusdpo.commands.registry import COMMANDS, GROUPS
 from focusdpo.foundation.packages import require_package
 from focusdpo.foundation.settings_text import item_of, options, read_option, read_settings, types_of
 from focusdpo.foundation.text import message_lines

@@ -11,15 +11,13 @@ from focusdpo.models import BACKBONES, Backbone
 from focusdpo.models.base import Parts, check_pipeline_path
 from focusdpo.models.base_lora import NAME, merge_base_lora
 from focusdpo.models.lora_reading import read_lora
-from focusdpo.models.quantization import check_quantization, quantize
+from focusdpo.models.precision import DTYPES, check_quantization, quantize
 from focusdpo.training.adapter import add_adapter, give_memory
 from focusdpo.training.checkpoints import find_checkpoint, load_adapter
 from focusdpo.training.config import TrainConfig
 from focusdpo.training.optimizers import check_optimizer
 from focusdpo.training.run_files import CHECKPOINTS_FOLDER
 from focusdpo.training.step import PreferenceStep
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def check_files_and_packages(config: TrainConfig) -> None:

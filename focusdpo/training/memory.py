@@ -58,12 +58,11 @@ from focusdpo.data import PairDataset
 from focusdpo.data.images import PATCH_SIZE
 from focusdpo.models import BACKBONES, Backbone, PromptEmbeddings, TokenLayout
 from focusdpo.models.base import pipeline_folder
-from focusdpo.models.quantization import BITS, quantized_layers
+from focusdpo.models.precision import BITS, DTYPES, quantized_layers
 from focusdpo.models.sizes import Architecture, parameters
 from focusdpo.training.adapter import add_adapter
 from focusdpo.training.batches import dataset_of, in_order
 from focusdpo.training.config import DataConfig, LoraConfig, ModelConfig, TrainConfig
-from focusdpo.training.loading import DTYPES
 from focusdpo.training.optimizers import STATE_BYTES
 
 GIB = 2**30

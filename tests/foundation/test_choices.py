@@ -8,8 +8,8 @@ import pytest
 
 from focusdpo import loss
 from focusdpo.foundation import choices
-from focusdpo.models import BACKBONES, lora_writing, quantization
-from focusdpo.training import loading, optimizers
+from focusdpo.models import BACKBONES, lora_writing, precision
+from focusdpo.training import optimizers
 from focusdpo_kernels import backend, checks, similarity
 
 
@@ -17,9 +17,9 @@ from focusdpo_kernels import backend, checks, similarity
     ("choice", "there"),
     [
         (choices.BackboneName, BACKBONES),
-        (choices.WeightDtype, loading.DTYPES),
-        (choices.Quantization, quantization.PACKAGES),
-        (choices.Quantization, quantization.BITS),
+        (choices.WeightDtype, precision.DTYPES),
+        (choices.Quantization, precision.PACKAGES),
+        (choices.Quantization, precision.BITS),
         (choices.Optimizer, optimizers.STATE_BYTES),
         (choices.Optimizer, ("adamw", *optimizers.PACKAGES)),
         (choices.LoraForm, lora_writing.FILES),

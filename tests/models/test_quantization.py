@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from focusdpo.data import collate
 from focusdpo.foundation.journals import read_metrics
 from focusdpo.models import BACKBONES, TokenLayout
-from focusdpo.models.quantization import BITS, check_quantization, quantize, quantized_layers
+from focusdpo.models.precision import BITS, check_quantization, quantize, quantized_layers
 from focusdpo.models.sizes import Architecture
 from focusdpo.training.adapter import add_adapter
 from focusdpo.training.config import LoraConfig, ModelConfig, OptimConfig

@@ -1,6 +1,6 @@
-"""Frozen weights in four or eight bits: of the linear layers in the transformer's blocks, where nearly all parameters are.
+"""Dtypes of the frozen weights, and fewer bits: of the linear layers in the transformer's blocks, where nearly all of them are.
 
-Embedders and output layers keep their precision. Quantised is what is in memory, after a base LoRA was merged, so that it works
+Embedders and output layers keep their dtype. Quantised is what is in memory, after a base LoRA was merged, so that it works
 with every checkpoint.
 """
 
@@ -15,6 +15,7 @@ from torch import nn
 
 from focusdpo.models.base import Backbone
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PACKAGES = {"nf4": "bitsandbytes", "fp8": "torchao"}
 # nf4 has one fp32 scale for 64 weights, which is itself kept in 8 bits, with one fp32 scale for 256 of them.
 BITS = {"nf4": 4 + (8 + 32 / 256) / 64, "fp8": 8}
