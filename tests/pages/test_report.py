@@ -31,6 +31,7 @@ from focusdpo.pages.run.films import evenly, read_films
 from focusdpo.pages.run.page import write_run_page
 from focusdpo.pages.run.plots import MARKS, panel_figure
 from focusdpo.training import health
+from focusdpo.training.callbacks import Callback
 from focusdpo.training.config import SamplesConfig
 from focusdpo.training.run_files import WRITTEN, read_starts
 from focusdpo.training.run_folder import RunFolder
@@ -358,13 +359,23 @@ class KilledError(Exception):
     pass
 
 
+class Hears(Callback):
+    """Passes alarms on."""
+
+    def __init__(self, hear):
+        self.hear = hear
+
+    def on_alarm(self, trainer, alarm):
+        self.hear(alarm)
+
+
 def test_alarms_and_environment_of_a_resumed_run(config, tmp_path, monkeypatch):
     """Killed at an alarm beyond its checkpoint, a run ends with the alarms of one that never stopped, and knows both starts."""
     monkeypatch.setattr(health, "WINDOW", 2)
     monkeypatch.setattr(health, "STUCK", 0.01)
     monkeypatch.setattr(health, "SATURATED", 1.0)
     heard = []
-    Trainer(config, heard.append).train()
+    Trainer(config, callbacks=[Hears(heard.append)]).train()
     AcceleratorState._reset_state(reset_partial_state=True)
     expected = (tmp_path / "run" / "alarms.jsonl").read_text()
     alarms = [json.loads(line) for line in expected.splitlines()]
@@ -377,7 +388,7 @@ def test_alarms_and_environment_of_a_resumed_run(config, tmp_path, monkeypatch):
 
     killed = dataclasses.replace(config, output_dir=str(tmp_path / "killed"))
     with pytest.raises(KilledError):
-        Trainer(killed, kill).train()
+        Trainer(killed, callbacks=[Hears(kill)]).train()
     AcceleratorState._reset_state(reset_partial_state=True)
     written = (tmp_path / "killed" / "alarms.jsonl").read_text()
     assert json.loads(written.splitlines()[-1])["step"] in (4, 5), "written before anyone else heard of it"
