@@ -87,11 +87,6 @@ def _per_sample(name: str, value: Tensor | None, policy: Tensor) -> Tensor | Non
     return value.clone() if not torch.compiler.is_compiling() and value.is_inference() else value
 
 
-def _silenced(residual: PreferenceResidual, silent: Tensor | None) -> PreferenceResidual:
-    """The residual with zeros, which carry no gradient, for the pairs that take no part."""
-    return residual if silent is None else PreferenceResidual(*(x.masked_fill(silent, 0) for x in residual))
-
-
 def _logits(margin: Tensor, beta: float, timestep_weight: Tensor | None) -> Tensor:
     weighted = margin if timestep_weight is None else timestep_weight.to(margin.dtype) * margin
     return -0.5 * beta * weighted
@@ -192,7 +187,8 @@ def focus_dpo_loss(
         mask_power=mask_power,
         backend=backend,
     )
-    residual = _silenced(measured, silent)
+    # Zeros, which carry no gradient, for the pairs that take no part.
+    residual = measured if silent is None else PreferenceResidual(*(x.masked_fill(silent, 0) for x in measured))
 
     margin = residual.margin
     if loser_scale is not None:

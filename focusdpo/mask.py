@@ -128,7 +128,7 @@ def focus_mask(
     Raises:
         TypeError, ValueError: arguments of wrong type, shape, dtype, device or range, each named.
     """
-    scores = check_scores("scores", scores, ndim=3)
+    scores = check_scores(scores)
     prior = check_prior(prior, *scores.shape)
     counts = match_counts(match_count, scores, prior, reference_mask)
     field = focus_field_of_images(

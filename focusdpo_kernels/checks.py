@@ -149,10 +149,8 @@ def check_similarity(
     return targets, references, mask
 
 
-def check_scores(name: str, value: object, *, ndim: int | None = None) -> torch.Tensor:
-    ranks = tuple(range(1, 9)) if ndim is None else ndim
-    layout = "[..., P]" if ndim is None else "[B, R, P]"
-    return check_tensor(name, value, ndim=ranks, dtypes=FLOATS, layout=layout)
+def check_scores(value: object) -> torch.Tensor:
+    return check_tensor("scores", value, ndim=3, dtypes=FLOATS, layout="[B, R, P]")
 
 
 def check_k(k: object, scores: torch.Tensor) -> int | torch.Tensor:
@@ -185,9 +183,17 @@ def check_prior(prior: object, batch: int, subjects: int | None, patches: int) -
     return value
 
 
-def check_per_subject(per_subject: bool, prior: torch.Tensor) -> None:
+def check_field(
+    scores: object, k: object, prior: object, per_subject: bool
+) -> tuple[torch.Tensor, int | torch.Tensor, torch.Tensor]:
+    """Arguments of E5 and E6: scores [B, R, P], their k, and a prior; detached."""
+    scores = check_scores(scores).detach()
+    k = check_k(k, scores)
+    prior = check_prior(prior, *scores.shape).detach()
+    check_device("prior", prior, scores.device, "scores")
     if per_subject and prior.ndim == 2:
         raise ValueError("prior: per_subject=True needs one prior per subject [B, R, P], got [B, P]")
+    return scores, k, prior
 
 
 def check_images(images: object, patch_size: int, check_range: bool | None) -> torch.Tensor:

@@ -34,17 +34,14 @@ def takes(tensor: Tensor) -> bool:
 
 def topk_mask(scores: Tensor, k: int | Tensor) -> Tensor:
     """E5."""
-    return torch.from_numpy(_matches(scores.float().numpy(), _counts(k, scores.shape[-1])))
+    return torch.from_numpy(_matches(scores, k))
 
 
-def _counts(k: int | Tensor, patches: int) -> int | np.ndarray:
-    """k from 0 to P."""
-    return k if isinstance(k, int) else np.minimum(np.maximum(k.numpy().astype(np.int64), 0), patches)
-
-
-def _matches(x: np.ndarray, counts: int | np.ndarray) -> np.ndarray:
+def _matches(scores: Tensor, k: int | Tensor) -> np.ndarray:
     """E5 with numpy, whose partition and calls take a fraction of the time of PyTorch's: bool [..., P]."""
+    x = scores.float().numpy()
     patches = x.shape[-1]
+    counts = k if isinstance(k, int) else np.minimum(np.maximum(k.numpy().astype(np.int64), 0), patches)
     if x.size == 0 or (isinstance(counts, int) and counts == 0):
         return np.zeros(x.shape, np.bool_)
     rows = x.size // patches
@@ -75,7 +72,7 @@ def _exact_matches(x: np.ndarray, counts: int | np.ndarray) -> np.ndarray:
 
 def structure_field(scores: Tensor, k: int | Tensor, prior: Tensor, per_subject: bool) -> tuple[Tensor, Tensor]:
     """E5, E6 and E8's coverage."""
-    matched = _matches(scores.float().numpy(), _counts(k, scores.shape[-1]))
+    matched = _matches(scores, k)
     inside = spec.binary_prior(prior).numpy()
     union = inside if inside.ndim == 2 else np.logical_or.reduce(inside, axis=1)
     # Of booleans, greater is "and not".

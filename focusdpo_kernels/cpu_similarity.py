@@ -7,7 +7,7 @@ no copy, and runs as specified.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -62,11 +62,3 @@ def layer_similarity(target: Tensor, reference: Tensor, reference_mask: Tensor) 
                 norms[b, 0, tokens] = torch.linalg.vector_norm(block, dim=-1).flatten()
     norms_pooled = torch.linalg.vector_norm(pooled, dim=-1, keepdim=True).clamp_min(spec.EPS)
     return dots / (norms_pooled * norms.clamp_min(spec.EPS))
-
-
-def cross_layer_similarity(target: Sequence[Tensor], reference: Sequence[Tensor], reference_mask: Tensor) -> Tensor:
-    """E4; as in the specification."""
-    total = target[0].new_zeros((), dtype=torch.float32)
-    for target_n, reference_n in zip(target, reference, strict=True):
-        total = total + layer_similarity(target_n, reference_n, reference_mask)
-    return spec.finish_similarity(total, len(target), reference_mask)

@@ -18,9 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from focusdpo_kernels import reference as spec
-from focusdpo_kernels.backend import INTERPRETED, device_guard
-from focusdpo_kernels.launch import TRITON_DTYPES, Launch, Registers, ceil_div, next_power_of_2
-from focusdpo_kernels.layers import REFERENCE, TARGET, is_vectorizable, pointer_table, table_rows
+from focusdpo_kernels.backend import device_guard
+from focusdpo_kernels.launch import Launch, Registers, ceil_div, next_power_of_2
+from focusdpo_kernels.layers import REFERENCE, SHIPPED, TARGET, hidden_constants, is_vectorizable, pointer_table, table_rows
 
 
 @triton.jit(do_not_specialize=["N", "T"])
@@ -121,13 +121,14 @@ def _dense_kernel(
 @functools.cache
 def _launches(dtype: torch.dtype, subjects: int, contiguous: bool, accumulate: bool) -> tuple[Launch, Launch, Launch]:
     """Launches of the target's norms, the reference's norms, and the matches."""
-    shared = {"DTYPE": TRITON_DTYPES[dtype], "CONTIGUOUS": contiguous}
+    hidden = hidden_constants(dtype, contiguous)
+    layers = {name: hidden[name] for name in ("DTYPE", "CONTIGUOUS")}
     floats = ("inverse_ptr", "target_inverse_ptr", "reference_inverse_ptr", "out_ptr")
     types = {"table_ptr": "*i64", "mask_ptr": "*u8", **dict.fromkeys(floats, "*fp32")}
     norms = [
         Launch(
             _norm_kernel,
-            {"SIDE": side.value, **shared, "EPS": spec.EPS, "BLOCK_T": 16, "BLOCK_D": 256},
+            {"SIDE": side.value, **layers, "EPS": spec.EPS, "BLOCK_T": 16, "BLOCK_D": 256},
             threads=128,
             registers=Registers(120, 128, 120, 64),
             types=types,
@@ -148,10 +149,8 @@ def _launches(dtype: torch.dtype, subjects: int, contiguous: bool, accumulate: b
         {
             "R": subjects,
             "R_PAD": max(next_power_of_2(subjects), 2),
-            **shared,
+            **hidden,
             "ACCUMULATE": accumulate,
-            # The interpreter's dot takes the bits of bf16 for integers; products of bf16 are exact in fp32 as well.
-            "UPCAST": INTERPRETED and dtype == torch.bfloat16,
             **blocks,
         },
         threads=128,
@@ -187,9 +186,7 @@ def launch_dense(target: Sequence[Tensor], reference: Sequence[Tensor], mask: Te
 
 def launches() -> Iterator[Launch]:
     """Every shipped launch configuration, for ahead-of-time compilation."""
+    for variant in SHIPPED:
+        yield from _launches(*variant, accumulate=False)
     for dtype in (torch.bfloat16, torch.float32):
-        for subjects in (1, 2, 4, 6):
-            yield from _launches(dtype, subjects, contiguous=True, accumulate=False)
         yield from _launches(dtype, 2, contiguous=True, accumulate=True)
-        yield from _launches(dtype, 2, contiguous=False, accumulate=False)
-    yield from _launches(torch.float16, 2, contiguous=True, accumulate=False)

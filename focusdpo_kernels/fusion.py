@@ -10,8 +10,7 @@ in one launch, a program a sample: 4 B R P for the scores, 4 B P for H, B P or B
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -25,11 +24,9 @@ from focusdpo_kernels.checks import (
     FLOATS,
     check_device,
     check_estimator,
+    check_field,
     check_images,
-    check_k,
-    check_per_subject,
     check_prior,
-    check_scores,
     check_shape,
     check_tensor,
     check_unit_interval,
@@ -49,18 +46,7 @@ from focusdpo_kernels.matching import (
     uncovered,
     unordered,
 )
-
-
-class FieldOut(NamedTuple):
-    """Where `_field_kernel` writes: fp32 [B, P] the first three, bool [B, P] the prior, [B] the others."""
-
-    mask: Any
-    structure: Any
-    complexity: Any
-    coverage: Any
-    prior: Any
-    coverage_floor: Any
-    all_matched: Any
+from focusdpo_kernels.reference import FocusField
 
 
 @triton.jit
@@ -101,7 +87,7 @@ def _field_kernel(
     selected,  # M' and how many are wanted
     prior,  # [B, PRIOR_ROWS, P] of any type
     entropy_ptr,  # [B, P] fp32
-    out,
+    out,  # FocusField: fp32, and bytes of 0 and 1 for what is bool
     P,
     tau,
     gamma,
@@ -194,7 +180,7 @@ def _field_launch(subjects: int, patches: int, prior_rows: int, per_subject: boo
             "selected": Selected("*u8", "*i32"),
             "prior": row_types("*u8"),
             "entropy_ptr": "*fp32",
-            "out": FieldOut("*fp32", "*fp32", "*fp32", "*fp32", "*u8", "*fp32", "*u8"),
+            "out": FocusField._make(["*fp32", "*fp32", "*fp32", "*fp32", "*u8", "*fp32", "*u8"]),
             "tau": "fp32",
             "gamma": "fp32",
         },
@@ -300,31 +286,23 @@ def image_field_op(
     return _fields(selected, prior, entropy, per_subject, tau, gamma)
 
 
-def _fields(
-    selected: Selected, prior: Tensor, entropy: Tensor, per_subject: bool, tau: float, gamma: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fields(selected: Selected, prior: Tensor, entropy: Tensor, per_subject: bool, tau: float, gamma: float) -> FocusField:
     """E6 to E8 from matches and entropies."""
     batch, subjects, patches = selected.matches.shape
     out = _empty_field(selected.matches)
     if batch:
         inside = row_arguments(prior)
         launch = _field_launch(subjects, patches, inside.ptr.shape[1], per_subject)
-        pointers = FieldOut(*(x.view(torch.uint8) if x.dtype == torch.bool else x for x in out))
+        pointers = FocusField(*(x.view(torch.uint8) if x.dtype == torch.bool else x for x in out))
         with device_guard(entropy):
             launch((batch,), selected, inside, entropy, pointers, patches, tau, gamma)
-    return _as_tuple(out)
+    return out
 
 
-def _as_tuple(field: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of a FocusField, which the schema of an operator does not know."""
-    mask, structure, complexity, coverage, prior, floor, all_matched = field
-    return mask, structure, complexity, coverage, prior, floor, all_matched
-
-
-def _empty_field(scores: Tensor) -> spec.FocusField:
+def _empty_field(scores: Tensor) -> FocusField:
     batch, _, patches = scores.shape
     per_patch, per_sample = (batch, patches), (batch,)
-    return spec.FocusField(
+    return FocusField(
         mask=scores.new_empty(per_patch, dtype=torch.float32),
         structure=scores.new_empty(per_patch, dtype=torch.float32),
         complexity=scores.new_empty(per_patch, dtype=torch.float32),
@@ -337,25 +315,12 @@ def _empty_field(scores: Tensor) -> spec.FocusField:
 
 @focus_field_op.register_fake
 def _(scores, k, k_value, prior, entropy, per_subject, tau, gamma):
-    return _as_tuple(_empty_field(scores))
+    return _empty_field(scores)
 
 
 @image_field_op.register_fake
 def _(scores, k, k_value, prior, images, patch_size, bins, sigma, method, per_subject, tau, gamma):
-    return _as_tuple(_empty_field(scores))
-
-
-def _check_field(
-    scores: Tensor, k: int | Tensor, prior: Tensor, per_subject: bool, tau: float, gamma: float
-) -> tuple[Tensor, int | Tensor, Tensor]:
-    scores = check_scores("scores", scores, ndim=3).detach()
-    k = check_k(k, scores)
-    prior = check_prior(prior, *scores.shape).detach()
-    check_device("prior", prior, scores.device, "scores")
-    check_per_subject(per_subject, prior)
-    check_unit_interval("tau", tau)
-    check_unit_interval("gamma", gamma)
-    return scores, k, prior
+    return _empty_field(scores)
 
 
 def focus_field(
@@ -368,7 +333,7 @@ def focus_field(
     tau: float = 0.1,
     gamma: float = 0.3,
     backend: str | None = None,
-) -> spec.FocusField:
+) -> FocusField:
     """The focus mask and its parts from scores and entropies (E5 to E8): `structure_field`, the entropies' scaling and
     `fuse_focus` in two launches.
 
@@ -385,7 +350,9 @@ def focus_field(
     Raises:
         TypeError, ValueError: arguments of wrong type, shape, dtype, device or range, each named.
     """
-    scores, k, prior = _check_field(scores, k, prior, per_subject, tau, gamma)
+    scores, k, prior = check_field(scores, k, prior, per_subject)
+    check_unit_interval("tau", tau)
+    check_unit_interval("gamma", gamma)
     entropy = check_tensor("entropy", entropy, ndim=2, dtypes=FLOATS, layout="[B, P]").detach()
     check_shape("entropy", entropy, (scores.shape[0], scores.shape[2]), "B and P of scores")
     check_device("entropy", entropy, scores.device, "scores")
@@ -393,7 +360,7 @@ def focus_field(
         matched = (cpu_mask if cpu_mask.takes(scores) else spec).topk_mask(scores, k)
         return spec.focus_field(matched, scores, k, prior, entropy, per_subject, tau, gamma)
     counts, k_value = (k, 0) if isinstance(k, Tensor) else (None, k)
-    return spec.FocusField(*focus_field_op(scores, counts, k_value, prior, entropy, per_subject, float(tau), float(gamma)))
+    return FocusField(*focus_field_op(scores, counts, k_value, prior, entropy, per_subject, float(tau), float(gamma)))
 
 
 def focus_field_of_images(
@@ -411,7 +378,7 @@ def focus_field_of_images(
     method: str = "kde",
     check_range: bool | None = None,
     backend: str | None = None,
-) -> spec.FocusField:
+) -> FocusField:
     """`focus_field` from scores and pixels, also in two launches: top-K runs beside the entropies of the patches.
 
     Args:
@@ -425,7 +392,9 @@ def focus_field_of_images(
     Raises:
         TypeError, ValueError: arguments of wrong type, shape, dtype, device or range, each named.
     """
-    scores, k, prior = _check_field(scores, k, prior, per_subject, tau, gamma)
+    scores, k, prior = check_field(scores, k, prior, per_subject)
+    check_unit_interval("tau", tau)
+    check_unit_interval("gamma", gamma)
     images = check_images(images, patch_size, check_range).detach()
     check_estimator(method, bins, sigma)
     wanted = [scores.shape[0], scores.shape[2]]
@@ -454,7 +423,7 @@ def focus_field_of_images(
         tau=float(tau),
         gamma=float(gamma),
     )
-    return spec.FocusField(*fields)
+    return FocusField(*fields)
 
 
 def launches() -> Iterator[Launch]:

@@ -17,15 +17,12 @@ TRITON_DTYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
     torch.float32: tl.float32,
-    torch.uint8: tl.uint8,
 }
 POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
     torch.uint8: "*u8",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
 }
 
 WARP_SIZE = 64 if torch.version.hip else 32

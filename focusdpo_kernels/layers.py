@@ -7,16 +7,26 @@ table describes one layer. Where there is one layer only, it is passed as it is.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from focusdpo_kernels.backend import INTERPRETED
+from focusdpo_kernels.launch import TRITON_DTYPES
+
 # Columns of a row: pointer and three strides of the target, and the same of the reference.
 TARGET = tl.constexpr(0)
 REFERENCE = tl.constexpr(4)
 COLUMNS = tl.constexpr(8)
+# Types, numbers of subjects and CONTIGUOUS for which the kernels are compiled ahead of time.
+SHIPPED = (
+    *((dtype, subjects, True) for dtype in (torch.bfloat16, torch.float32) for subjects in (1, 2, 4, 6)),
+    *((dtype, 2, False) for dtype in (torch.bfloat16, torch.float32)),
+    (torch.float16, 2, True),
+)
 
 
 @triton.jit
@@ -44,6 +54,13 @@ def table_rows(table_ptr, n, b, SIDE: tl.constexpr, DTYPE: tl.constexpr, CONTIGU
         stride = tl.multiple_of(stride, 8)
         width = 1
     return base, stride, width
+
+
+def hidden_constants(dtype: torch.dtype, contiguous: bool) -> dict[str, Any]:
+    """Constants of a kernel that multiplies hidden states."""
+    # The interpreter's dot takes the bits of bf16 for integers; products of bf16 are exact in fp32 as well.
+    upcast = INTERPRETED and dtype == torch.bfloat16
+    return {"DTYPE": TRITON_DTYPES[dtype], "CONTIGUOUS": contiguous, "UPCAST": upcast}
 
 
 def is_vectorizable(layers: Sequence[Tensor]) -> bool:

@@ -26,7 +26,7 @@ from torch import Tensor
 from focusdpo_kernels import cpu_mask
 from focusdpo_kernels import reference as spec
 from focusdpo_kernels.backend import device_guard, resolve_backend
-from focusdpo_kernels.checks import check_device, check_k, check_per_subject, check_prior, check_scores
+from focusdpo_kernels.checks import FLOATS, check_field, check_k, check_tensor
 from focusdpo_kernels.launch import POINTERS, Launch, Registers, next_power_of_2
 
 DIGITS = tl.constexpr(15)  # of a place among the scores that a program looks at in one go, 16384 at most
@@ -440,7 +440,7 @@ def topk_mask(scores: Tensor, k: int | Tensor, *, backend: str | None = None) ->
     Raises:
         TypeError, ValueError: arguments of wrong type, shape, dtype or device, or an int k outside 0..P.
     """
-    scores = check_scores("scores", scores).detach()
+    scores = check_tensor("scores", scores, ndim=tuple(range(1, 9)), dtypes=FLOATS, layout="[..., P]").detach()
     k = check_k(k, scores)
     if resolve_backend(backend, scores) == "torch":
         return (cpu_mask if cpu_mask.takes(scores) else spec).topk_mask(scores, k)
@@ -467,12 +467,7 @@ def structure_field(
     Raises:
         TypeError, ValueError: arguments of wrong type, shape, dtype or device, each named.
     """
-    scores = check_scores("scores", scores, ndim=3).detach()
-    k = check_k(k, scores)
-    batch, subjects, patches = scores.shape
-    prior = check_prior(prior, batch, subjects, patches).detach()
-    check_device("prior", prior, scores.device, "scores")
-    check_per_subject(per_subject, prior)
+    scores, k, prior = check_field(scores, k, prior, per_subject)
     if resolve_backend(backend, scores) == "torch":
         return (cpu_mask if cpu_mask.takes(scores) else spec).structure_field(scores, k, prior, per_subject)
     if isinstance(k, Tensor):

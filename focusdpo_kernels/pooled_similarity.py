@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -27,9 +26,9 @@ import triton.language as tl
 from torch import Tensor
 
 from focusdpo_kernels import reference as spec
-from focusdpo_kernels.backend import INTERPRETED, device_guard
-from focusdpo_kernels.launch import POINTERS, TRITON_DTYPES, Launch, Registers, ceil_div, next_power_of_2
-from focusdpo_kernels.layers import REFERENCE, TARGET, is_vectorizable, pointer_table, table_rows
+from focusdpo_kernels.backend import device_guard
+from focusdpo_kernels.launch import POINTERS, Launch, Registers, ceil_div, next_power_of_2
+from focusdpo_kernels.layers import REFERENCE, SHIPPED, TARGET, hidden_constants, is_vectorizable, pointer_table, table_rows
 
 FILL = 512  # programs that fill a large GPU: about four for each multiprocessor
 MIN_SPAN, MAX_SPAN = 128, 2048  # reference tokens of a program: fewer are not worth a split, more leave a long tail
@@ -258,21 +257,13 @@ def _average_kernel(
     tl.store(out_ptr + (b * R + r) * P + offs_p, tl.where(present, mean, float("-inf")), mask=mask_p)
 
 
-class _Launches(NamedTuple):
-    pool: Launch
-    unit: Launch
-    compare: Launch
-    average: Launch
-
-
 @functools.cache
-def _launches(dtype: torch.dtype, subjects: int, contiguous: bool) -> _Launches:
+def _launches(dtype: torch.dtype, subjects: int, contiguous: bool) -> tuple[Launch, Launch, Launch, Launch]:
+    """Launches of the sums, the unit vectors, the comparison and the average."""
     half = dtype != torch.float32
     parts = 3 if half else 1  # 3 x 8 bits of bf16 are all 24 of fp32
     parts_pad = next_power_of_2(parts)
-    layers = {"DTYPE": TRITON_DTYPES[dtype], "CONTIGUOUS": contiguous}
-    # The interpreter's dot takes the bits of bf16 for integers; products of bf16 are exact in fp32 as well.
-    upcast = {"UPCAST": INTERPRETED and dtype == torch.bfloat16}
+    hidden = hidden_constants(dtype, contiguous)
     scaled = {"EPS": spec.EPS, "SCALE": SCALE}
     floats = dict.fromkeys(("sum_ptr", "part_count_ptr", "count_ptr", "part_ptr", "out_ptr"), "*fp32")
     types = {**floats, "table_ptr": "*i64", "unit_ptr": POINTERS[dtype], "mask_ptr": "*u8"}
@@ -286,8 +277,7 @@ def _launches(dtype: torch.dtype, subjects: int, contiguous: bool) -> _Launches:
         {
             "R": subjects,
             "R_PAD": max(next_power_of_2(subjects), 16),
-            **layers,
-            **upcast,
+            **hidden,
             "BLOCK_Q": min(rows, 32),
             "BLOCK_D": 128 if large else 32,
         },
@@ -313,8 +303,7 @@ def _launches(dtype: torch.dtype, subjects: int, contiguous: bool) -> _Launches:
             "R_PAD": max(next_power_of_2(subjects), 16 // parts_pad),
             "PARTS": parts,
             "PARTS_PAD": parts_pad,
-            **layers,
-            **upcast,
+            **hidden,
             **scaled,
             "BLOCK_P": rows,
             "BLOCK_D": 64 if large else 32,
@@ -332,7 +321,7 @@ def _launches(dtype: torch.dtype, subjects: int, contiguous: bool) -> _Launches:
         registers=Registers(32, 32, 32, 32),
         types=types,
     )
-    return _Launches(pool, unit, compare, average)
+    return pool, unit, compare, average
 
 
 def token_splits(layers: int, blocks: int, tokens: int) -> int:
@@ -374,8 +363,5 @@ def launch_pooled(target: Sequence[Tensor], reference: Sequence[Tensor], mask: T
 
 def launches() -> Iterator[Launch]:
     """Every shipped launch configuration, for ahead-of-time compilation."""
-    for dtype in (torch.bfloat16, torch.float32):
-        for subjects in (1, 2, 4, 6):
-            yield from _launches(dtype, subjects, contiguous=True)
-        yield from _launches(dtype, 2, contiguous=False)
-    yield from _launches(torch.float16, 2, contiguous=True)
+    for variant in SHIPPED:
+        yield from _launches(*variant)

@@ -89,10 +89,11 @@ def cross_layer_similarity(
     check_choice("pooling", pooling, POOLINGS)
     with torch.no_grad():
         if resolve_backend(backend, *targets, *references) == "torch":
-            targets, references = (tuple(x.detach() for x in layers) for layers in (targets, references))  # from tangents too
-            if cpu_similarity.takes(targets[0], pooling):
-                return cpu_similarity.cross_layer_similarity(targets, references, mask)
-            return spec.cross_layer_similarity(targets, references, mask, pooling)
+            shape = (targets[0].shape[0], mask.shape[1], targets[0].shape[1])
+            summed = _SummedSimilarity(shape, targets[0], mask, pooling, "torch")
+            for target_n, reference_n in zip(targets, references, strict=True):
+                summed.add(target_n, reference_n, mask)
+            return summed.average()
         return cross_layer_similarity_op(targets, references, mask, pooling)
 
 

@@ -25,9 +25,9 @@ import triton.language as tl
 from torch import Tensor
 
 from focusdpo_kernels import reference as spec
-from focusdpo_kernels.backend import INTERPRETED, device_guard
-from focusdpo_kernels.launch import POINTERS, TRITON_DTYPES, Launch, Registers, Relaunch, ceil_div, next_power_of_2
-from focusdpo_kernels.layers import direct_rows, is_vectorizable
+from focusdpo_kernels.backend import device_guard
+from focusdpo_kernels.launch import POINTERS, Launch, Registers, Relaunch, ceil_div, next_power_of_2
+from focusdpo_kernels.layers import SHIPPED, direct_rows, hidden_constants, is_vectorizable
 from focusdpo_kernels.pooled_similarity import FILL, pool_tokens, token_splits
 
 BLOCK_P = 64  # target tokens of a program that forms cosines
@@ -247,23 +247,13 @@ def _average_layers_kernel(
     tl.store(out_ptr + offsets, tl.where((count > 0)[:, None], mean, float("-inf")), mask=mask_out)
 
 
-class _Launches(NamedTuple):
-    pool: Launch
-    compare: Launch
-    average: Launch
-
-
 @functools.cache
-def _launches(dtype: torch.dtype, subjects: int, contiguous: bool) -> _Launches:
+def _launches(dtype: torch.dtype, subjects: int, contiguous: bool) -> tuple[Launch, Launch, Launch]:
+    """Launches of the sums, the comparison and the average."""
     half = dtype != torch.float32
     large = half and contiguous
     parts = 4 if half else 1
-    hidden = {
-        "DTYPE": TRITON_DTYPES[dtype],
-        "CONTIGUOUS": contiguous,
-        # The interpreter's dot takes the bits of bf16 for integers; products of bf16 are exact in fp32 as well.
-        "UPCAST": INTERPRETED and dtype == torch.bfloat16,
-    }
+    hidden = hidden_constants(dtype, contiguous)
     rows = {"R": subjects, "ROWS": next_power_of_2(subjects + 1)}
     fp32, strides = "*fp32", ("i32",) * 3
     buffers: dict[str, Any] = {"sums": Sums(fp32, fp32), "parts": Parts(fp32, fp32), "total_ptr": fp32}
@@ -309,7 +299,7 @@ def _launches(dtype: torch.dtype, subjects: int, contiguous: bool) -> _Launches:
         registers=Registers(64, 64, 72, 32),
         types={**buffers, "count_ptr": fp32, "out_ptr": fp32},
     )
-    return _Launches(pool, compare, average)
+    return pool, compare, average
 
 
 class _Plan:
@@ -392,8 +382,5 @@ class StreamedSimilarity:
 
 def launches() -> Iterator[Launch]:
     """Every shipped launch configuration, for ahead-of-time compilation."""
-    for dtype in (torch.bfloat16, torch.float32):
-        for subjects in (1, 2, 4, 6):
-            yield from _launches(dtype, subjects, contiguous=True)
-        yield from _launches(dtype, 2, contiguous=False)
-    yield from _launches(torch.float16, 2, contiguous=True)
+    for variant in SHIPPED:
+        yield from _launches(*variant)
