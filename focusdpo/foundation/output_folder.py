@@ -24,6 +24,7 @@ from typing import Any
 from focusdpo.foundation.files import checksum, comes, read_object, write_json, writing_folder
 from focusdpo.foundation.folder_lock import FolderLock
 from focusdpo.foundation.launch import Launch
+from focusdpo.foundation.text import first_of
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,6 @@ WRITTEN = "written"  # a note: what stood in files that people edit
 PARTIAL = re.compile(r"\.(.+?)(\.(\w+-)?\d+)?\.partial")  # see partial_of; versions before 0.2 named no machine
 # Up to how many bytes a file is listed with its hash: texts may be edited to others of the same length; images hardly can.
 HASHED = dict.fromkeys((".csv", ".html", ".json", ".jsonl", ".md", ".txt", ".yaml"), 2**20) | {".safetensors": 2**30}
-NAMED = 5  # files in a message
 # A pipeline that diffusers saved under the name model, as patterns.
 PIPELINE_WRITTEN = (r"model/model_index\.json", r"model/[a-z_0-9]+/[\w.-]+\.(json|jinja|model|safetensors|txt)")
 DELETE = "delete it with --overwrite true, or name another folder"
@@ -266,12 +266,11 @@ class OutputFolder:
         own, others = self._sides()
         names = [found.name for found in others if found.name.split("/")[0] not in self._proven]
         if names:
-            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
             why = "which this command did not write, or which was changed since"
             if self.is_legacy:
                 why = "and an earlier version, which kept no list of its files, wrote to this folder"
             raise FileExistsError(
-                f"{self.setting}: {self.path} holds {', '.join(names[:NAMED])}{more}, {why}; only what this command wrote is "
+                f"{self.setting}: {self.path} holds {first_of(names)}, {why}; only what this command wrote is "
                 "replaced: move it away, or name another folder"
             )
         return own
