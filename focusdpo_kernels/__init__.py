@@ -14,17 +14,12 @@ if TYPE_CHECKING:
     from focusdpo_kernels.similarity import SimilarityAccumulator, cross_layer_similarity
 
 _HOMES = {
-    "FocusField": "reference",
-    "PreferenceResidual": "reference",
-    "SimilarityAccumulator": "similarity",
-    "cross_layer_similarity": "similarity",
-    "focus_field": "fusion",
-    "focus_field_of_images": "fusion",
-    "fuse_focus": "fusion",
-    "patch_entropy": "entropy",
-    "preference_residual": "residual",
-    "structure_field": "matching",
-    "topk_mask": "matching",
+    "entropy": ("patch_entropy",),
+    "fusion": ("focus_field", "focus_field_of_images", "fuse_focus"),
+    "matching": ("structure_field", "topk_mask"),
+    "reference": ("FocusField", "PreferenceResidual"),
+    "residual": ("preference_residual",),
+    "similarity": ("SimilarityAccumulator", "cross_layer_similarity"),
 }
 __all__ = [
     "FocusField",
@@ -43,6 +38,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """The public names when they are asked for: choices.py is read where nobody needs torch."""
-    if name not in _HOMES:
+    home = next((module for module, names in _HOMES.items() if name in names), None)
+    if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
