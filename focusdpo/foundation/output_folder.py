@@ -83,7 +83,8 @@ class OutputFolder:
         self._lock = FolderLock(path / OWN, leads)
         self._claimed = False
         self._notes: dict[str, Any] = {}
-        self._goes_on = False  # this and the next two are what `check` was told
+        # What `check` was told, or `check_begun` found: whether work that was begun here is gone on with, and how.
+        self.goes_on = False
         self._aside: Sequence[str] = ()
         self._proven: Sequence[str] = ()
         self._settings: tuple[str, Any] | None = None  # of work that can be gone on with: its file, and what belongs there
@@ -151,13 +152,13 @@ class OutputFolder:
         """What is the command's own, and what of others is in its way."""
         value = self._read_list()
         listed = None if value is None else value["files"]
-        claimed = self._claimed or (self._goes_on if value is None else listed is None)
+        claimed = self._claimed or (self.goes_on if value is None else listed is None)
         own: list[_Found] = []
         others: list[_Found] = []
         for found in self._fitting():
             if found.kind in ("file", "tree") and listed:
                 # Who goes on with what was begun finds its damaged files himself.
-                is_own = found.name in listed and (self._goes_on or self._is_same(found.name, listed[found.name]))
+                is_own = found.name in listed and (self.goes_on or self._is_same(found.name, listed[found.name]))
             else:
                 is_own = found.kind == "partial" or (found.kind != "other" and claimed)
             (own if is_own else others).append(found)
@@ -173,11 +174,6 @@ class OutputFolder:
         """
         self._check_place()
         self._lock.acquire(self.setting, self.command)
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether `check` was told, or `check_begun` found, that work which was begun here is gone on with."""
-        return self._goes_on
 
     def check(
         self, overwrite: bool, hint: str = DELETE, goes_on: bool = False, aside: Sequence[str] = (), proven: Sequence[str] = ()
@@ -197,7 +193,7 @@ class OutputFolder:
             BlockingIOError: another process writes there.
         """
         self.lock()
-        self._goes_on, self._aside, self._proven = goes_on, aside, proven
+        self.goes_on, self._aside, self._proven = goes_on, aside, proven
         try:
             own = self._refuse_others()
             whole = [found for found in own if found.kind != "partial"]
@@ -321,7 +317,7 @@ class OutputFolder:
         if self.is_legacy:
             (self.path / OWN).unlink()
         self._lock.acquire(self.setting, self.command)
-        if not self._goes_on if clear is None else clear:
+        if not self.goes_on if clear is None else clear:
             for found in own:
                 self._delete(found)
         else:
