@@ -16,20 +16,15 @@ __version__ = "0.2.0.dev0"
 # This process, and the one that started it: a launcher may be gone when imports are through, and with it its number.
 _STARTED = os.getpid(), os.getppid()
 
-_HOMES = {
-    "FocusDPOOutput": "loss",
-    "FocusMask": "mask",
-    "convert_beta": "loss",
-    "focus_dpo_loss": "loss",
-    "focus_mask": "mask",
-}
+_HOMES = {"loss": ("FocusDPOOutput", "convert_beta", "focus_dpo_loss"), "mask": ("FocusMask", "focus_mask")}
 
 
 def __getattr__(name: str) -> Any:
     """The public names when they are asked for: the kernels take 150 MB, which checking a dataset need not."""
-    if name not in _HOMES:
+    home = next((module for module, names in _HOMES.items() if name in names), None)
+    if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
 
 
 def __dir__() -> list[str]:

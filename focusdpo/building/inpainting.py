@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -24,10 +22,9 @@ class Inpainting(Disruption):
     """Inpaints the subject's region and pastes it back; every other pixel is the winner's."""
 
     def __init__(self, config: DisruptionConfig) -> None:
-        assert config.path is not None
         self.device = config.device
         self._config = config
-        name = json.loads((Path(config.path) / "model_index.json").read_text())["_class_name"]
+        name = DiffusionPipeline.load_config(config.path, local_files_only=True)["_class_name"]
         # FLUX Fill is made for inpainting alone: diffusers' automatic choice does not know it.
         loader = DiffusionPipeline if "Fill" in name else AutoPipelineForInpainting
         dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype]

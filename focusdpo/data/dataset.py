@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset
 
 from focusdpo.data.headers import INDEX
@@ -74,14 +75,8 @@ class PairBatch:
 
     def to(self, device: torch.device) -> PairBatch:
         """All but the prompt's images and the encodings, which the step stacks first."""
-        return replace(
-            self,
-            winner=self.winner.to(device, non_blocking=True),
-            loser=self.loser.to(device, non_blocking=True),
-            references=tuple(image.to(device, non_blocking=True) for image in self.references),
-            reference_masks=tuple(mask.to(device, non_blocking=True) for mask in self.reference_masks),
-            prior=self.prior.to(device, non_blocking=True),
-        )
+        pictures = {name: getattr(self, name) for name in ("winner", "loser", "references", "reference_masks", "prior")}
+        return replace(self, **tree_map(lambda picture: picture.to(device, non_blocking=True), pictures))
 
 
 @dataclass(frozen=True)

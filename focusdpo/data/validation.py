@@ -19,7 +19,7 @@ from focusdpo.data.lines import DatasetError, Problem
 from focusdpo.data.records import PairRecord, collector_paused
 from focusdpo.data.sources import find_sources, items_of
 from focusdpo.foundation.choices import Check
-from focusdpo.foundation.text import printable
+from focusdpo.foundation.text import first_of, printable
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +53,8 @@ def load_pairs(path: str | Path, check: Check = "full", progress: bool = True, w
     if errors:
         raise DatasetError(errors)
     if warnings and warn:
-        lines = "\n".join(map(str, warnings[:LOGGED]))
-        more = f"\nand {len(warnings) - LOGGED} more" if len(warnings) > LOGGED else ""
-        logger.warning("%d warnings; `focusdpo data validate %s` lists all:\n%s%s", len(warnings), path, lines, more)
+        lines = first_of(warnings, LOGGED, "\n")
+        logger.warning("%d warnings; `focusdpo data validate %s` lists all:\n%s", len(warnings), path, lines)
     return records
 
 

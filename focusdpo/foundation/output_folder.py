@@ -24,6 +24,7 @@ from typing import Any
 from focusdpo.foundation.files import checksum, comes, read_object, write_json, writing_folder
 from focusdpo.foundation.folder_lock import FolderLock
 from focusdpo.foundation.launch import Launch
+from focusdpo.foundation.text import first_of
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,6 @@ WRITTEN = "written"  # a note: what stood in files that people edit
 PARTIAL = re.compile(r"\.(.+?)(\.(\w+-)?\d+)?\.partial")  # see partial_of; versions before 0.2 named no machine
 # Up to how many bytes a file is listed with its hash: texts may be edited to others of the same length; images hardly can.
 HASHED = dict.fromkeys((".csv", ".html", ".json", ".jsonl", ".md", ".txt", ".yaml"), 2**20) | {".safetensors": 2**30}
-NAMED = 5  # files in a message
 # A pipeline that diffusers saved under the name model, as patterns.
 PIPELINE_WRITTEN = (r"model/model_index\.json", r"model/[a-z_0-9]+/[\w.-]+\.(json|jinja|model|safetensors|txt)")
 DELETE = "delete it with --overwrite true, or name another folder"
@@ -83,7 +83,8 @@ class OutputFolder:
         self._lock = FolderLock(path / OWN, leads)
         self._claimed = False
         self._notes: dict[str, Any] = {}
-        self._goes_on = False  # this and the next two are what `check` was told
+        # What `check` was told, or `check_begun` found: whether work that was begun here is gone on with, and how.
+        self.goes_on = False
         self._aside: Sequence[str] = ()
         self._proven: Sequence[str] = ()
         self._settings: tuple[str, Any] | None = None  # of work that can be gone on with: its file, and what belongs there
@@ -151,13 +152,13 @@ class OutputFolder:
         """What is the command's own, and what of others is in its way."""
         value = self._read_list()
         listed = None if value is None else value["files"]
-        claimed = self._claimed or (self._goes_on if value is None else listed is None)
+        claimed = self._claimed or (self.goes_on if value is None else listed is None)
         own: list[_Found] = []
         others: list[_Found] = []
         for found in self._fitting():
             if found.kind in ("file", "tree") and listed:
                 # Who goes on with what was begun finds its damaged files himself.
-                is_own = found.name in listed and (self._goes_on or self._is_same(found.name, listed[found.name]))
+                is_own = found.name in listed and (self.goes_on or self._is_same(found.name, listed[found.name]))
             else:
                 is_own = found.kind == "partial" or (found.kind != "other" and claimed)
             (own if is_own else others).append(found)
@@ -173,11 +174,6 @@ class OutputFolder:
         """
         self._check_place()
         self._lock.acquire(self.setting, self.command)
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether `check` was told, or `check_begun` found, that work which was begun here is gone on with."""
-        return self._goes_on
 
     def check(
         self, overwrite: bool, hint: str = DELETE, goes_on: bool = False, aside: Sequence[str] = (), proven: Sequence[str] = ()
@@ -197,7 +193,7 @@ class OutputFolder:
             BlockingIOError: another process writes there.
         """
         self.lock()
-        self._goes_on, self._aside, self._proven = goes_on, aside, proven
+        self.goes_on, self._aside, self._proven = goes_on, aside, proven
         try:
             own = self._refuse_others()
             whole = [found for found in own if found.kind != "partial"]
@@ -266,12 +262,11 @@ class OutputFolder:
         own, others = self._sides()
         names = [found.name for found in others if found.name.split("/")[0] not in self._proven]
         if names:
-            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
             why = "which this command did not write, or which was changed since"
             if self.is_legacy:
                 why = "and an earlier version, which kept no list of its files, wrote to this folder"
             raise FileExistsError(
-                f"{self.setting}: {self.path} holds {', '.join(names[:NAMED])}{more}, {why}; only what this command wrote is "
+                f"{self.setting}: {self.path} holds {first_of(names)}, {why}; only what this command wrote is "
                 "replaced: move it away, or name another folder"
             )
         return own
@@ -322,7 +317,7 @@ class OutputFolder:
         if self.is_legacy:
             (self.path / OWN).unlink()
         self._lock.acquire(self.setting, self.command)
-        if not self._goes_on if clear is None else clear:
+        if not self.goes_on if clear is None else clear:
             for found in own:
                 self._delete(found)
         else:

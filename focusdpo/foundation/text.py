@@ -34,6 +34,13 @@ def message_lines(text: object) -> str:
     return "\n".join([printable(first), *(line if line[:2] == "  " else f"  {line}" for line in map(printable, rest))])
 
 
+def first_of(items: Sequence[object], limit: int = 5, separator: str = ", ") -> str:
+    """The first few, and how many more there are: on the last one's line, or on one of their own where each item is."""
+    left = len(items) - limit
+    more = f"{separator if separator.isspace() else ' '}and {left} more" if left > 0 else ""
+    return separator.join(map(str, items[:limit])) + more
+
+
 class MessageFormatter(logging.Formatter):
     """Shows every record under the rule of `message_lines`."""
 

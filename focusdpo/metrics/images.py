@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from focusdpo.data.images import ROOM, ImageError, Size, attempt, inside, read_gray, read_image, read_size
 from focusdpo.foundation.files import checksum, hash_of
+from focusdpo.foundation.text import first_of
 from focusdpo.metrics.prompts import IMAGE_SUFFIXES, Prompt
 
 LISTED = 10  # names that a message quotes
@@ -72,24 +73,19 @@ def find_images(
     problems = []
     if strange:
         remedy = "name the images of line N N.png, N_K.png or N/K.png, and move others away"
-        problems.append(f"images of no prompt: {_some(strange)}; {remedy}")
+        problems.append(f"images of no prompt: {first_of(strange, LISTED)}; {remedy}")
     if double:
-        problems.append(f"two images of one number: {_some(double)}; keep one, or give each a number N_K")
+        problems.append(f"two images of one number: {first_of(double, LISTED)}; keep one, or give each a number N_K")
     if many or (few and not allow_missing):
-        wrong = sorted(many if allow_missing else many + few)
+        wrong = [f"line {line} has {counts[line]}" for line in sorted(many if allow_missing else many + few)]
         remedy = "generate them, or go on with --allow_missing true" if not many else "correct --images_per_prompt"
-        problems.append(f"{_some([f'line {line} has {counts[line]}' for line in wrong])}; expected {expected}; {remedy}")
+        problems.append(f"{first_of(wrong, LISTED)}; expected {expected}; {remedy}")
     if not files:
         problems = [f"no image in it; expected {', '.join(IMAGE_SUFFIXES)}"]
     if problems:
         raise ValueError(f"images: {folder}:\n  " + "\n  ".join(problems))
     ordered = [(line, by[number]) for line, by in sorted(found.items()) for number in sorted(by, key=lambda n: n or 0)]
     return tuple(GeneratedImage(path, path.relative_to(folder).as_posix(), line) for line, path in ordered), tuple(few)
-
-
-def _some(names: Sequence[str]) -> str:
-    rest = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + rest
 
 
 @dataclass(frozen=True)

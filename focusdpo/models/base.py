@@ -16,18 +16,32 @@ import numpy as np
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from peft.utils import get_peft_model_state_dict
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from focusdpo.data.images import PATCH_SIZE
+from focusdpo.data.images import PATCH_SIZE, Size
 from focusdpo.data.references import ReferenceRule
 from focusdpo.models.lora_fusion import Update
 from focusdpo.models.lora_names import family_of
 from focusdpo.models.lora_reading import Lora
 from focusdpo.models.lora_settings import scale_of
 from focusdpo.models.lora_writing import write_lora
+
+
+class StretchedReferences(ReferenceRule):
+    """References of pipelines that stretch them, and take RGB images alone.
+
+    These are what diffusers' `load_image` makes: transparent parts have whatever colour the file has under them.
+    """
+
+    processor: ClassVar[VaeImageProcessor] = VaeImageProcessor(vae_scale_factor=PATCH_SIZE, do_normalize=False)
+
+    def resize(self, photo: Image.Image, scaled: Size, size: Size) -> Tensor:
+        return self.processor.preprocess(photo.convert("RGB"), size[1], size[0])[0]
 
 
 def check_pipeline_path(path: str) -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from focusdpo.foundation.files import checksum, hash_of, remembered_checksum
-from focusdpo.models.lora_keys import PEFT_PREFIX, first
+from focusdpo.foundation.text import first_of
+from focusdpo.models.lora_keys import PEFT_PREFIX
 from focusdpo.models.lora_names import FAMILIES
 from focusdpo.models.lora_reading import Lora, find_lora_file, lora_shapes, read_lora
 from focusdpo.models.lora_settings import CONFIG_FILE
@@ -64,7 +65,7 @@ def _matching_layers(transformer: nn.Module, lora: Lora, where: str) -> dict[str
     if unmatched:
         raise ValueError(
             f"{where}: {len(unmatched)} of {2 * len(lora.layers)} names are no pair of lora_A and lora_B for a linear layer of "
-            f"{type(transformer).__name__}: {first(unmatched)}; is it for another model?"
+            f"{type(transformer).__name__}: {first_of(unmatched)}; is it for another model?"
         )
     for name, update in lora.layers.items():
         a, b, weight = (list(value.shape) for value in (update.a, update.b, linear[name].weight))

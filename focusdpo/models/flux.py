@@ -20,14 +20,12 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, FluxKontextPipeline, FluxPipeline
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
-from PIL import Image
 from torch import Tensor
 
 from focusdpo.data.images import PATCH_SIZE, Size
 from focusdpo.data.references import ReferenceRule, UnoReferences
-from focusdpo.models.base import Backbone, PromptEmbeddings, TokenLayout
+from focusdpo.models.base import Backbone, PromptEmbeddings, StretchedReferences, TokenLayout
 from focusdpo.models.uno_lora import unos_layers
 
 
@@ -61,15 +59,10 @@ def _grid(rows: int, columns: int, row_offset: int, column_offset: int, image: i
 
 
 @dataclass(frozen=True)
-class KontextReferences(ReferenceRule):
-    """As FluxKontextPipeline: stretched to the nearest of its own sizes, all of about a megapixel.
-
-    The pipeline takes RGB images alone, which diffusers' `load_image` makes: transparent parts have whatever colour the file
-    has under them.
-    """
+class KontextReferences(StretchedReferences):
+    """As FluxKontextPipeline: stretched to the nearest of its own sizes, all of about a megapixel."""
 
     name: ClassVar[str] = "kontext"
-    processor: ClassVar[VaeImageProcessor] = VaeImageProcessor(vae_scale_factor=PATCH_SIZE, do_normalize=False)
 
     def fit(self, size: Size, count: int) -> tuple[Size, Size]:
         height, width = self.processor.get_default_height_width(None, size[1], size[0])
@@ -77,9 +70,6 @@ class KontextReferences(ReferenceRule):
             raise ValueError(f"{size[0]}x{size[1]} px; expected a height of at least {PATCH_SIZE} px, one token")
         best: Size = min(PREFERRED_KONTEXT_RESOLUTIONS, key=lambda known: abs(width / height - known[0] / known[1]))
         return best, best
-
-    def resize(self, photo: Image.Image, scaled: Size, size: Size) -> Tensor:
-        return self.processor.preprocess(photo.convert("RGB"), size[1], size[0])[0]
 
 
 class Flux1(Backbone):

@@ -6,12 +6,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from focusdpo.foundation.text import first_of
 from focusdpo.models.lora_names import FAMILIES, Family, family_of
 from focusdpo.models.lora_settings import PREFIX, Settings
 
 PEFT_PREFIX = "base_model.model."
 FAMILY_KEY = "focusdpo_family"  # in the metadata of the files that this project writes
-MAX_NAMES = 5  # listed in an error
 
 # The last is OneTrainer's: diffusers' names with underscores.
 PREFIXES = (PREFIX, PEFT_PREFIX, "diffusion_model.", "lora_unet_", "lora_transformer_")
@@ -25,12 +25,6 @@ _OTHER_KINDS = {
     r"^(text_encoder|lora_te)": "also updates a text encoder",
     r"\.(lora_B\.bias|diff_b|diff|bias)$": "also updates biases or whole weights",
 }
-
-
-def first(names: Sequence[str]) -> str:
-    """The first few names, for an error."""
-    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-    return ", ".join(names[:MAX_NAMES]) + more
 
 
 def either(families: Iterable[Family]) -> str:
@@ -49,7 +43,7 @@ def layer_keys(names: Iterable[str]) -> dict[str, dict[str, str]]:
     for pattern, kind in _OTHER_KINDS.items():
         others = [name for name in names if re.search(pattern, name)]
         if others:
-            raise ValueError(f"it {kind} ({first(others)}); a plain LoRA of the transformer alone is taken")
+            raise ValueError(f"it {kind} ({first_of(others)}); a plain LoRA of the transformer alone is taken")
     stems: dict[str, dict[str, str]] = {}
     odd = []
     for name in names:
@@ -60,7 +54,7 @@ def layer_keys(names: Iterable[str]) -> dict[str, dict[str, str]]:
             stems.setdefault(match[1], {})[_SIDES[match[2]]] = name
     odd += [name for keys in stems.values() if not {"a", "b"} <= keys.keys() for name in keys.values()]
     if odd:
-        raise ValueError(f"{len(odd)} of {len(names)} names are no pair of lora_A and lora_B: {first(sorted(odd))}")
+        raise ValueError(f"{len(odd)} of {len(names)} names are no pair of lora_A and lora_B: {first_of(sorted(odd))}")
     return stems
 
 
@@ -89,7 +83,7 @@ def families_of(
         nearest = min(FAMILIES, key=lambda family: len(unknown[family]))
         odd = sorted(name for stem in unknown[nearest] for name in stems[stem].values())
         raise ValueError(
-            f"{len(odd)} of {len(shapes)} names are no pair of matrices for a layer of {either(FAMILIES)}: {first(odd)} "
+            f"{len(odd)} of {len(shapes)} names are no pair of matrices for a layer of {either(FAMILIES)}: {first_of(odd)} "
             f"(it is nearest to {nearest.name}); is it for another model?"
         )
     mapping: Any = (settings or {}).get("auto_mapping")

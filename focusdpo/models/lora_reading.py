@@ -19,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from focusdpo.foundation.files import tensor_shapes
+from focusdpo.foundation.text import first_of
 from focusdpo.models.lora_fusion import Update, split
-from focusdpo.models.lora_keys import PEFT_PREFIX, check_backbone, families_of, first, inner, layer_keys
+from focusdpo.models.lora_keys import PEFT_PREFIX, check_backbone, families_of, inner, layer_keys
 from focusdpo.models.lora_names import Family, Module, family_of
 from focusdpo.models.lora_settings import Settings, check_alpha, folder_settings, metadata_settings, scale_of
 from focusdpo.models.uno_lora import is_uno, uno_to_diffusers
@@ -82,7 +83,7 @@ def lora_shapes(name: str, file: Path) -> dict[str, list[int]]:
         raise ValueError(f"{name}: {file} is no safetensors file, or it is damaged ({error})") from error
     if not any(re.search("lora|hada|lokr", key) for key in shapes):
         raise ValueError(
-            f"{name}: {file} holds no LoRA, none of its names has 'lora' in it; it has {first(sorted(shapes)) or 'nothing'}"
+            f"{name}: {file} holds no LoRA, none of its names has 'lora' in it; it has {first_of(sorted(shapes)) or 'nothing'}"
         )
     return shapes
 

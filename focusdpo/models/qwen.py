@@ -14,20 +14,17 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import QwenImageEditPlusPipeline
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import (
     CONDITION_IMAGE_SIZE,
     VAE_IMAGE_SIZE,
     calculate_dimensions,
 )
-from PIL import Image
 from torch import Tensor
 from transformers import Qwen2VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from focusdpo.data.images import PATCH_SIZE, Size, to_pil
-from focusdpo.data.references import ReferenceRule
-from focusdpo.models.base import Backbone, PromptEmbeddings, TokenLayout
+from focusdpo.data.images import Size, to_pil
+from focusdpo.models.base import Backbone, PromptEmbeddings, StretchedReferences, TokenLayout
 
 
 class ImageTextProcessor(Qwen2VLProcessor):  # type: ignore[misc]  # a lazily imported class is Any to mypy
@@ -38,16 +35,11 @@ class ImageTextProcessor(Qwen2VLProcessor):  # type: ignore[misc]  # a lazily im
 
 
 @dataclass(frozen=True)
-class QwenReferences(ReferenceRule):
-    """As QwenImageEditPlusPipeline: stretched to about an area in pixels, one for the VAE and one for the text encoder.
-
-    The pipeline takes RGB images alone, which diffusers' `load_image` makes: transparent parts have whatever colour the file
-    has under them.
-    """
+class QwenReferences(StretchedReferences):
+    """As QwenImageEditPlusPipeline: stretched to about an area in pixels, one for the VAE and one for the text encoder."""
 
     area: int
     name: ClassVar[str] = "qwen-edit-plus"
-    processor: ClassVar[VaeImageProcessor] = VaeImageProcessor(vae_scale_factor=PATCH_SIZE, do_normalize=False)
 
     def fit(self, size: Size, count: int) -> tuple[Size, Size]:
         width, height = calculate_dimensions(self.area, size[0] / size[1])
@@ -55,9 +47,6 @@ class QwenReferences(ReferenceRule):
             raise ValueError(f"{size[0]}x{size[1]} px is too narrow: a side would be of no pixels")
         smart_resize(height, width)  # has its own limit, and the text encoder's part of the pipeline asks it
         return (width, height), (width, height)
-
-    def resize(self, photo: Image.Image, scaled: Size, size: Size) -> Tensor:
-        return self.processor.preprocess(photo.convert("RGB"), size[1], size[0])[0]
 
 
 class QwenEditPlus(Backbone):

@@ -22,9 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from focusdpo.foundation.text import first_of
+
 UNO_FILE = "dit_lora.safetensors"  # UNO's own name for it
 
-MAX_PROBLEMS = 5  # listed in an error
 MLP_RATIO = 4
 
 
@@ -112,8 +113,8 @@ def diffusers_to_uno(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         converted[down], converted[up] = downs[0].clone(), torch.cat(ups)
     if differing:
         raise ValueError(
-            "this LoRA cannot be written in UNO's format, where query, key and value share one lora_A; these differ:\n"
-            + _listed(differing)
+            "this LoRA cannot be written in UNO's format, where query, key and value share one lora_A; these differ:\n  "
+            + first_of(differing, separator="\n  ")
         )
     return converted
 
@@ -152,12 +153,8 @@ def _check(state: Mapping[str, Tensor], pairs: Mapping[tuple[str, str], tuple[in
                 problems.append(f"{name}: shape {shapes[name]}, expected {expected}")
     if problems or not pairs:
         found = f"{len(problems)} of its matrices are wrong" if pairs else "it has no matrix of such a name"
+        listed = first_of(sorted(problems), separator="\n  ")
         raise ValueError(
-            f"not a LoRA in {owner} format with UNO's layers, {found}:\n{_listed(sorted(problems))}\nexpected for every "
+            f"not a LoRA in {owner} format with UNO's layers, {found}:\n  {listed}\nexpected for every "
             f"block in it all of UNO's layers ({example} and so on), of one rank and width, and nothing else"
         )
-
-
-def _listed(lines: list[str]) -> str:
-    more = [f"and {len(lines) - MAX_PROBLEMS} more"] if len(lines) > MAX_PROBLEMS else []
-    return "\n".join(f"  {line}" for line in (*lines[:MAX_PROBLEMS], *more))

@@ -21,7 +21,7 @@ from focusdpo.foundation.files import write_whole, writing
 from focusdpo.foundation.journals import read_metrics, read_steps
 from focusdpo.foundation.output_folder import step_folders
 from focusdpo.foundation.packages import version_of
-from focusdpo.foundation.text import code, code_block, markdown
+from focusdpo.foundation.text import code, code_block, first_of, markdown
 from focusdpo.models.lora_reading import LORA_FILE
 from focusdpo.training.config import DataConfig, ModelConfig, TrainConfig
 from focusdpo.training.run_files import METRICS_FILE, SAMPLES_FOLDER, VALIDATION_FILE
@@ -162,9 +162,8 @@ def _data_summary(pairs: PairDataset) -> str:
     return "\n".join(lines)
 
 
-def _most(counts: Counter[str], limit: int = 20) -> str:
-    shown = ", ".join(f"{markdown(name)} ({count})" for name, count in counts.most_common(limit))
-    return shown + (f" and {len(counts) - limit} more" if len(counts) > limit else "")
+def _most(counts: Counter[str]) -> str:
+    return first_of([f"{markdown(name)} ({count})" for name, count in counts.most_common()], 20)
 
 
 def _shown(config: TrainConfig) -> dict[str, Any]:

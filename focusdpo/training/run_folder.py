@@ -19,6 +19,7 @@ from focusdpo.foundation.files import KNOWN_DIGESTS, fingerprint, hash_of, is_st
 from focusdpo.foundation.launch import Launch
 from focusdpo.foundation.output_folder import OutputFolder, step_folders
 from focusdpo.foundation.settings import differences, flat
+from focusdpo.foundation.text import first_of
 from focusdpo.models import BACKBONES
 from focusdpo.models.base import pipeline_folder, pipeline_parts
 from focusdpo.models.base_lora import base_lora_checksum
@@ -41,7 +42,6 @@ logger = logging.getLogger(__name__)
 
 EARLIER = re.compile(r"model\.path \(\w+, its content\)")  # a hash of the first rows of each tensor alone
 BASE_LORA_CONTENT = "model.base_lora (its content)"
-MAX_PROBLEMS = 5  # shown in a warning
 
 # What a resumed run may change: where things lie, how and how often it reports, how long it goes on. Settings, and sections.
 FREE = (
@@ -210,9 +210,8 @@ class RunFolder:
             return
         file = self.path / LEFT_OUT_FILE
         pairs = len({(problem.file, problem.line) for problem in problems})
-        first = "\n".join(f"  {problem}" for problem in problems[:MAX_PROBLEMS])
-        more = f"\n  and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
-        logger.warning("%d pairs fit no bucket and are left out; %s lists why:\n%s%s", pairs, file, first, more)
+        first = first_of(problems, separator="\n  ")
+        logger.warning("%d pairs fit no bucket and are left out; %s lists why:\n  %s", pairs, file, first)
 
     def start(self, config: TrainConfig) -> None:
         """Makes the folder ready to be written. Called last, when nothing can be refused any more."""

@@ -104,7 +104,7 @@ def test_parts_find_what_the_whole_file_has(tmp_path, caplog, monkeypatch, cores
     file = tmp_path / "metrics.jsonl"
     file.write_text("\n".join(lines) + '\n{"step": 901, "lo')
     monkeypatch.setattr(binning, "PART", 2**10)
-    monkeypatch.setattr(binning, "_cores", lambda: cores)
+    monkeypatch.setattr(binning, "cores", lambda: cores)
     own = []
     read_part = binning._read_part
     monkeypatch.setattr(binning, "_read_part", lambda *task: own.append(task) or read_part(*task))
@@ -131,7 +131,7 @@ def test_a_helper_that_dies_costs_time_alone(tmp_path, monkeypatch):
     file = write_run(tmp_path / "run", 300) / "metrics.jsonl"
     whole = read_run(file, ["loss"], points=40, progress=False)
     monkeypatch.setattr(binning, "PART", 2**10)
-    monkeypatch.setattr(binning, "_cores", lambda: 3)
+    monkeypatch.setattr(binning, "cores", lambda: 3)
     monkeypatch.setattr(binning._Helper, "CODE", "raise SystemExit(1)")
     run = read_run(file, ["loss"], points=40, progress=False)
     np.testing.assert_allclose(run.curves["loss"].mean, whole.curves["loss"].mean, rtol=1e-12)
@@ -143,7 +143,7 @@ def test_a_helper_imports_nothing_from_the_working_folder(tmp_path, monkeypatch)
     (tmp_path / "numpy.py").write_text("raise SystemExit(1)")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(binning, "PART", 2**10)
-    monkeypatch.setattr(binning, "_cores", lambda: 2)
+    monkeypatch.setattr(binning, "cores", lambda: 2)
     own = []
     read_part = binning._read_part
     monkeypatch.setattr(binning, "_read_part", lambda *task: own.append(task) or read_part(*task))

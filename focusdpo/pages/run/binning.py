@@ -29,7 +29,7 @@ import numpy as np
 
 from focusdpo.drawing.metric_panels import Floats, names_of, value_of
 from focusdpo.foundation.journals import Part, Row, has_step, parse_row, parts_of, read_steps
-from focusdpo.foundation.workers import end_with_parent
+from focusdpo.foundation.workers import cores, end_with_parent
 
 TAIL = 2**20  # bytes in which the last whole row is looked for; a row has some thousand
 BLOCK = 500  # rows in memory
@@ -137,7 +137,7 @@ def read_run(path: Path, lines: Iterable[str], points: int, progress: bool = Tru
         return BinnedRun()
     width = -(-(last - first + 1) // points)
     task = _Task(path, list(dict.fromkeys(lines)), first, last, width)
-    own, *others = parts_of(path, max(min(path.stat().st_size // PART, _cores(), PROCESSES), 1))
+    own, *others = parts_of(path, max(min(path.stat().st_size // PART, cores(), PROCESSES), 1))
     helpers = [_Helper(task, part) for part in others]
     try:
         sums = _read_part(task, own, progress)
@@ -212,10 +212,6 @@ def _ends(path: Path) -> tuple[int, int]:
         stream.seek(max(path.stat().st_size - TAIL, 0))
         last = next((row for line in reversed(stream.readlines()) if (row := parse_row(line)) and has_step(row)), first)
     return int(first["step"]), max(int(last["step"]), int(first["step"]))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Helper:

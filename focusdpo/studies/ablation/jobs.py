@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Protocol
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils.memory import clear_device_cache
 
 from focusdpo.foundation.files import write_whole
 from focusdpo.foundation.journals import Journal, read_metrics, up_to
@@ -100,9 +100,7 @@ def work_on(job: Job) -> Result:
     result = read_result(job)
     if result is None:
         result = _train(job) if job.change.trained else _judge_untrained(job)
-        gc.collect()  # here, where nothing holds the trainer any more
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        clear_device_cache(garbage_collection=True)  # here, where nothing holds the trainer any more
         job.folder.mkdir(parents=True, exist_ok=True)
         write_whole(job.folder / RESULT_FILE, json.dumps(vars(result)))
     return result

@@ -9,10 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from focusdpo.data import SizeBatches
 from focusdpo.features import pool_mask
 from focusdpo.loss import pair_accuracy
-from focusdpo.training.batches import load_batches
+from focusdpo.training.batches import in_order, load_batches
 from focusdpo.training.trainer import VALIDATION_SEED, Trainer
 from focusdpo_kernels import preference_residual
 
@@ -56,7 +55,7 @@ def judge(trainer: Trainer, times: Sequence[float], limit: int | None = None) ->
         limit: how many pairs, the first ones.
     """
     dataset, step, accelerator = trainer.validation_set, trainer.step, trainer.accelerator
-    plan = SizeBatches(dataset, trainer.config.data.batch_size, shuffle=False, seed=0).epoch(0)
+    plan = in_order(dataset, trainer.config.data.batch_size)
     if limit is not None:
         plan = [kept for batch in plan if (kept := [index for index in batch if index < limit])]
     values: dict[str, dict[int, list[float]]] = {}

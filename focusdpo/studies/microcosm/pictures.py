@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from focusdpo.data import PairDataset
-from focusdpo.drawing.figures import new_figure, save_figure
+from focusdpo.drawing.figures import new_figure
 from focusdpo.studies.ablation.page import VERDICTS
 from focusdpo.studies.ablation.statistics import Table
 from focusdpo.studies.microcosm.classifier import IdentityClassifier, classify
@@ -35,7 +35,7 @@ def draw_intervals(table: Table, names: Mapping[str, str], measures: Sequence[st
         f"mean and 95 % interval; dotted: {names[table.baseline]}; green is better than it, red worse, gray neither",
         fontsize=10,
     )
-    save_figure(figure, path)
+    figure.savefig(path, dpi=110)
 
 
 def _panel(axis: Axes, table: Table, measure: str, names: Mapping[str, str], labelled: bool) -> None:
@@ -84,7 +84,7 @@ def draw_curves(
         axis.set_xlabel("optimiser step")
         axis.grid(alpha=0.3)
     axes[0, -1].legend(fontsize=7)
-    save_figure(figure, path)
+    figure.savefig(path, dpi=110)
 
 
 def draw_samples(
@@ -127,7 +127,7 @@ def draw_samples(
             for half, number in enumerate(seen[name][i].tolist()):
                 colour = VERDICTS[number == who[half]]
                 axis.text(0.25 + half / 2, -0.04, names[number], color=colour, **below)
-    save_figure(figure, path)
+    figure.savefig(path, dpi=110)
 
 
 def draw_world(scenes: Tensor, restored: Tensor, path: Path, columns: int = 8) -> None:
@@ -148,7 +148,7 @@ def draw_world(scenes: Tensor, restored: Tensor, path: Path, columns: int = 8) -
         _show(axes[2 * row, column], scene.float() / 255)
         _show(axes[2 * row + 1, column], back)
     figure.suptitle("real scenes, and under each what the autoencoder gives back", fontsize=10)
-    save_figure(figure, path, dpi=100)
+    figure.savefig(path, dpi=100)
 
 
 def draw_losses(losses: Mapping[str, Sequence[tuple[int, float]]], path: Path) -> None:
@@ -159,7 +159,7 @@ def draw_losses(losses: Mapping[str, Sequence[tuple[int, float]]], path: Path) -
         axis.set_title(f"{name}: training loss", fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-    save_figure(figure, path, dpi=100)
+    figure.savefig(path, dpi=100)
 
 
 def _show(axis: Axes, image: Tensor) -> None:

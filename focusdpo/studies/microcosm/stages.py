@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate.utils.memory import clear_device_cache
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from torch import Tensor
@@ -137,9 +137,7 @@ class Stages:
         save()
         for state in self.folder.glob("*.state"):
             state.unlink()
-        if self.device.type == "cuda":  # the ablation's workers want the memory
-            gc.collect()
-            torch.cuda.empty_cache()
+        clear_device_cache(garbage_collection=True)  # the ablation's workers want the memory
 
     def facts(self) -> dict[str, Any]:
         """What the stages noted."""

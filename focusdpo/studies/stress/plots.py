@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from focusdpo.data import PairBatch
-from focusdpo.drawing.figures import new_figure, save_figure
+from focusdpo.drawing.figures import new_figure
 from focusdpo.drawing.overlays import (
     COLOURS,
     PANEL,
@@ -66,7 +66,7 @@ def draw_auc(config: StressConfig, rows: Sequence[Row], layers: Sequence[str], p
         axis.set_xlabel("block")
     handles, labels = axes[0, -1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", title=f"bands: {config.level:.0%} intervals\nover scenes")
-    save_figure(figure, path)
+    figure.savefig(path, dpi=110)
 
 
 def draw_confusion(config: StressConfig, rows: Sequence[Row], path: Path) -> None:
@@ -100,7 +100,7 @@ def draw_confusion(config: StressConfig, rows: Sequence[Row], path: Path) -> Non
     figure.colorbar(
         drawn, ax=axes, label=f"share of a reference's matches (K: {count}) that lie in a region", shrink=0.6, aspect=40
     )
-    save_figure(figure, path)
+    figure.savefig(path, dpi=110)
 
 
 def draw_exchange(config: StressConfig, rows: Sequence[Row], path: Path) -> None:
@@ -128,7 +128,7 @@ def draw_exchange(config: StressConfig, rows: Sequence[Row], path: Path) -> None
     axes[0, 0].set_ylabel(f"A, share of the prior not matched (K: {count})")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
-    save_figure(figure, path)
+    figure.savefig(path, dpi=110)
 
 
 def draw_examples(
@@ -166,4 +166,4 @@ def draw_examples(
             precision = np.asarray(arrays["confusion"], dtype=np.float64)[t, i, 0, 0]
             own = " and ".join(f"{precision[r, r]:.2f}" for r in range(subjects))
             show_matches(row[first + subjects], winner, list(matched), regions, f"M', {pooling}\nprecision {own}")
-    save_figure(figure, path, dpi=90)
+    figure.savefig(path, dpi=90)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
+from focusdpo.foundation.text import aligned
 from focusdpo.metrics.bootstrap import mean_interval
 from focusdpo.studies.config import StressConfig
 from focusdpo.studies.stress.work import Arrays
@@ -139,8 +140,7 @@ def find(rows: Sequence[Row], **wanted: Any) -> list[Row]:
 
 def table(config: StressConfig, rows: Sequence[Row], labels: Mapping[str, str]) -> str:
     """A line per time, number of matches, pooling and kind, of the mean over layers; mean and interval of each measure."""
-    head = ["t", "K", "pooling", "scenes", *labels.values()]
-    lines = [head]
+    lines = [["t", "K", "pooling", "scenes", *labels.values()]]
     indexed = {(r.kind, r.t, r.pooling, r.count, r.measure): r for r in find(rows, layer=ALL)}
     for t in config.timesteps:
         for count in map(str, config.match_counts):
@@ -149,8 +149,7 @@ def table(config: StressConfig, rows: Sequence[Row], labels: Mapping[str, str]) 
                     found = [indexed.get((kind, t, pooling, c, m)) for m in labels for c in (count, None)]
                     cells = [_cell(pair) for pair in zip(found[::2], found[1::2], strict=True)]
                     lines.append([f"{t:g}", count, pooling, kind, *cells])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return aligned(lines, words=len(lines[0]))
 
 
 def _cell(found: tuple[Row | None, Row | None]) -> str:
