@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from focusdpo.commands import cli
-from focusdpo.drawing.metric_panels import PANELS, smooth
+from focusdpo.drawing.training_curves import PANELS, smooth
 from focusdpo.foundation.files import is_stamped
 from focusdpo.foundation.journals import read_rows
 from focusdpo.foundation.output_folder import OutputFolder

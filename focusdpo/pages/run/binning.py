@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from focusdpo.drawing.metric_panels import Floats, names_of, value_of
+from focusdpo.drawing.training_curves import Floats, names_of, value_of
 from focusdpo.foundation.journals import Part, Row, has_step, parse_row, parts_of, read_steps
 from focusdpo.foundation.workers import cores, end_with_parent
 
@@ -54,7 +54,7 @@ class BinnedRun:
     Args:
         first, last: steps of its first and last row; 0 where it has none.
         width: steps of a bin.
-        curves: by line of a panel (`focusdpo.drawing.metric_panels`); those alone that the run has.
+        curves: by line of a panel (`focusdpo.drawing.training_curves`); those alone that the run has.
         pairs: that were trained on, with repetition.
         seconds: that the steps took.
     """

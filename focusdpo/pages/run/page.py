@@ -10,7 +10,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from focusdpo.drawing.metric_panels import BY_TIME, PANELS, Panel
+from focusdpo.drawing.training_curves import BY_TIME, PANELS, Panel
 from focusdpo.foundation.journals import read_metrics
 from focusdpo.foundation.output_folder import step_folders
 from focusdpo.pages.html import COLOURS, plot, write_page

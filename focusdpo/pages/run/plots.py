@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from focusdpo.drawing.metric_panels import Floats, Panel, smooth, value_of
+from focusdpo.drawing.training_curves import Floats, Panel, smooth, value_of
 from focusdpo.pages.run.binning import BinnedRun, Curve
 
 STEPS = "steps"  # the plots of this group zoom together
