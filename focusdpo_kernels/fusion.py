@@ -344,8 +344,7 @@ def focus_field(
         tau, gamma, backend: see `fuse_focus`.
 
     Returns:
-        FocusField: M, M_s, M_d, A, the union of the priors, the lowest A that so many matches can reach, and whether one
-        subject may match every token. fp32 (float64 for float64 scores) and bool. Carries no gradient.
+        FocusField; fp32 (float64 for float64 scores) and bool. Carries no gradient.
 
     Raises:
         TypeError, ValueError: arguments of wrong type, shape, dtype, device or range, each named.

@@ -1,4 +1,4 @@
-"""A build of preference pairs: a resumable run over all drafts, then the dataset and a report."""
+"""A build of preference pairs: a resumable run over all candidates, then the dataset and a report."""
 
 from __future__ import annotations
 

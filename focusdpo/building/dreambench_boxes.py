@@ -5,6 +5,11 @@ Left, top, right, bottom in hundredths of the photo's sides, by subject and numb
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from focusdpo.building.scenes import Box
+from focusdpo.data.images import read_size
+
 BOXES: dict[str, dict[int, tuple[int, int, int, int]]] = {
     "backpack_dog": {1: (12, 12, 60, 80)},
     "can": {3: (54, 22, 77, 63), 4: (34, 23, 70, 92), 5: (47, 44, 73, 90)},
@@ -35,3 +40,18 @@ LEFT_OUT: dict[str, set[int]] = {
     "pink_sunglasses": {0, 2, 3, 4, 5},
     "teapot": {2, 3},
 }
+
+
+def number_of(photo: Path) -> int:
+    """By which the tables name a photo; -1 where it has none."""
+    return int(photo.stem) if photo.stem.isdecimal() else -1
+
+
+def box_in(photo: Path) -> Box | None:
+    """Where the subject is, in pixels of the photo; None where nobody has read it off."""
+    shares = BOXES.get(photo.parent.name, {}).get(number_of(photo))
+    if shares is None:
+        return None
+    width, height = read_size(photo)
+    left, top, right, bottom = (round(share * side / 100) for share, side in zip(shares, (width, height) * 2, strict=True))
+    return left, top, right, bottom

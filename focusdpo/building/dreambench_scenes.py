@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 
 from focusdpo.building.candidate import Mask, Photo, Pixels, Rejected
-from focusdpo.building.dreambench_boxes import BOXES, LEFT_OUT
-from focusdpo.building.scenes import Box
-from focusdpo.data.images import read_size
+from focusdpo.building.dreambench_boxes import LEFT_OUT, box_in, number_of
 from focusdpo.data.writing import image_of, png_saver
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -22,7 +20,7 @@ COMPOSED = "composed"  # folder of the composed scenes
 def photos(root: Path, name: str) -> list[Path]:
     """A subject's photos that are fit to be cut out of, in order."""
     found = sorted(path for path in (root / name).glob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    return [photo for photo in found if _number(photo) not in LEFT_OUT.get(name, ())]
+    return [photo for photo in found if number_of(photo) not in LEFT_OUT.get(name, ())]
 
 
 def as_stored(photo: Path) -> Path:
@@ -119,20 +117,6 @@ def _described(name: str, class_name: str, reference: Path, out: Path) -> dict[s
     described: dict[str, Any] = {"class_name": class_name, "name": name, "reference": relative(reference, out)}
     box = box_in(reference)
     return described if box is None else {**described, "reference_box": box}
-
-
-def _number(photo: Path) -> int:
-    return int(photo.stem) if photo.stem.isdecimal() else -1
-
-
-def box_in(photo: Path) -> Box | None:
-    """Where the subject is, in pixels of the photo; None where nobody has read it off."""
-    shares = BOXES.get(photo.parent.name, {}).get(_number(photo))
-    if shares is None:
-        return None
-    width, height = read_size(photo)
-    left, top, right, bottom = (round(share * side / 100) for share, side in zip(shares, (width, height) * 2, strict=True))
-    return left, top, right, bottom
 
 
 def relative(path: Path, folder: Path) -> str:

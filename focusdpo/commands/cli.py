@@ -39,14 +39,14 @@ def failure(error: Exception, config: Any = None) -> str | None:
     """
     text = WORKERS_TRACEBACK.sub("", str(error)).strip() or type(error).__name__
     torch, hub = sys.modules.get("torch"), sys.modules.get("focusdpo.training.hub")
-    told = ((torch, "OutOfMemoryError"), (hub, "UploadError"))
+    known = ((torch, "OutOfMemoryError"), (hub, "UploadError"))
     if WORKER.search(text):
         text += "; as a rule for lack of memory, of which a smaller data.num_workers takes less"
     elif lost := lost_connection(error):
         return lost
     elif not (
         isinstance(error, ElsewhereError | ValueError | OSError | FloatingPointError | MemoryError | ModuleNotFoundError)
-        or any(module is not None and isinstance(error, getattr(module, kind)) for module, kind in told)
+        or any(module is not None and isinstance(error, getattr(module, kind)) for module, kind in known)
         or (type(error).__name__ in ("RuntimeError", "SafetensorError") and (DISK.search(text) or SYSTEM.search(text)))
     ):
         return None

@@ -383,7 +383,7 @@ class Launch:
     def _wait_for(self, key: str, what: str, meeting: str | None, whom: Sequence[int]) -> None:
         """Until the store has a key that others set: those of `whom` who have not come to a meeting."""
         began = time.monotonic()
-        told, pause, looked = PATIENCE, 0.002, began
+        patience, pause, looked = PATIENCE, 0.002, began
         while not self._has(key):
             found = self._found_failure()
             if found is not None:
@@ -396,8 +396,8 @@ class Launch:
                     if self._has(f"left/{rank}"):
                         self.fail(reason := f"{self._name(rank)} has ended without a word")
                         raise ElsewhereError(reason)
-                if now - began >= told:
-                    told *= 2
+                if now - began >= patience:
+                    patience *= 2
                     names = ", ".join(map(self._name, missing[:5])) + (f" and {len(missing) - 5} more" if missing[5:] else "")
                     if self.is_main:
                         logger.info("waiting for %s: %s", names, what)
