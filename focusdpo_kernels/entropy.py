@@ -28,8 +28,9 @@ from focusdpo_kernels.checks import METHODS, check_estimator, check_images
 from focusdpo_kernels.launch import POINTERS, Launch, Registers, ceil_div, next_power_of_2
 from focusdpo_kernels.matching import (
     SCORES_ALIGNED,
-    Counts,
     Selected,
+    count_types,
+    counts_arguments,
     row_arguments,
     row_constants,
     row_types,
@@ -205,7 +206,7 @@ def entropy_launch(
             "images": Images(POINTERS[dtype], *["i32"] * 7),
             "out_ptr": "*fp32",
             "scores": None if scores is None else row_types(POINTERS[scores]),
-            "k": Counts("*i64", "i32", "i32") if k_tensor else None,
+            "k": count_types("*i64" if k_tensor else None),
             "selected": None if scores is None else Selected("*u8", "*i32"),
         },
         aligned=(
@@ -251,7 +252,7 @@ def run_entropy(
                 Images(images, stride_b, stride_c, stride_h, stride_w, columns, patches, batch * patches),
                 entropy,
                 None if scores is None else row_arguments(scores),
-                None if k is None else Counts(k, *k.stride()),
+                counts_arguments(k),
                 selected,
                 k_value,
                 1 if scores is None else scores.shape[1],

@@ -344,7 +344,8 @@ def focus_field(
         tau, gamma, backend: see `fuse_focus`.
 
     Returns:
-        FocusField; fp32 (float64 for float64 scores) and bool. Carries no gradient.
+        FocusField: M, M_s, M_d, A, the union of the priors, the lowest A that so many matches can reach, and whether one
+        subject may match every token. fp32 (float64 for float64 scores) and bool. Carries no gradient.
 
     Raises:
         TypeError, ValueError: arguments of wrong type, shape, dtype, device or range, each named.

@@ -313,6 +313,11 @@ def row_types(kind: str) -> Rows:
     return Rows(kind, "i32", "i32", "i32")
 
 
+def count_types(kind: str | None) -> Counts | None:
+    """The same of k [B, R], or None where it is a number."""
+    return None if kind is None else Counts(kind, "i32", "i32")
+
+
 SCORES_ALIGNED = ("scores.stride_b", "scores.stride_r")
 PRIOR_ALIGNED = ("prior.stride_b", "prior.stride_r")
 
@@ -340,7 +345,7 @@ def _topk_launch(patches: int, k_tensor: bool, dtype: torch.dtype) -> Launch:
         registers=Registers(128, 128, 128, 128),
         types={
             "scores": row_types(POINTERS[dtype]),
-            "k": Counts("*i64", "i32", "i32") if k_tensor else None,
+            "k": count_types("*i64" if k_tensor else None),
             "selected": Selected("*u8", "*i32"),
         },
         aligned=(*SCORES_ALIGNED, "P"),
@@ -369,8 +374,8 @@ def run_topk(scores: Tensor, k: Tensor | None, k_value: int) -> Selected:
     if selected.matches.numel():
         launch = _topk_launch(patches, k is not None, scores.dtype)
         with device_guard(scores):
-            counts = None if k is None else Counts(k, *k.stride())
-            launch((batch * subjects,), row_arguments(scores), counts, selected, subjects, patches, k_value)
+            rows = (row_arguments(scores), counts_arguments(k), selected)
+            launch((batch * subjects,), *rows, subjects, patches, k_value)
     return selected
 
 
@@ -390,6 +395,11 @@ def row_arguments(rows: Tensor) -> Rows:
     """Scores [B, R, P], or a prior [B, P] or [B, R, P], as a kernel takes them."""
     rows = rows if rows.ndim == 3 else rows[:, None]
     return Rows(rows.view(torch.uint8) if rows.dtype == torch.bool else rows, *rows.stride())
+
+
+def counts_arguments(k: Tensor | None) -> Counts | None:
+    """k [B, R], or None where it is a number."""
+    return None if k is None else Counts(k, *k.stride())
 
 
 @torch.library.custom_op("focusdpo::structure_field", mutates_args=())
@@ -460,8 +470,9 @@ def structure_field(
     scores, k, prior = check_field(scores, k, prior, per_subject)
     if resolve_backend(backend, scores) == "torch":
         return (cpu_mask if cpu_mask.takes(scores) else spec).structure_field(scores, k, prior, per_subject)
-    counts, k_value = (k, 0) if isinstance(k, Tensor) else (None, k)
-    return structure_field_op(scores, counts, k_value, prior, per_subject)
+    if isinstance(k, Tensor):
+        return structure_field_op(scores, k, 0, prior, per_subject)
+    return structure_field_op(scores, None, k, prior, per_subject)
 
 
 def launches() -> Iterator[Launch]:

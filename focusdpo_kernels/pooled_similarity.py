@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -257,9 +258,15 @@ def _average_kernel(
     tl.store(out_ptr + (b * R + r) * P + offs_p, tl.where(present, mean, float("-inf")), mask=mask_p)
 
 
+class _Launches(NamedTuple):  # by name, as benchmarks/test_variants.py changes one of them
+    pool: Launch
+    unit: Launch
+    compare: Launch
+    average: Launch
+
+
 @functools.cache
-def _launches(dtype: torch.dtype, subjects: int, contiguous: bool) -> tuple[Launch, Launch, Launch, Launch]:
-    """Launches of the sums, the unit vectors, the comparison and the average."""
+def _launches(dtype: torch.dtype, subjects: int, contiguous: bool) -> _Launches:
     half = dtype != torch.float32
     parts = 3 if half else 1  # 3 x 8 bits of bf16 are all 24 of fp32
     parts_pad = next_power_of_2(parts)
@@ -321,7 +328,7 @@ def _launches(dtype: torch.dtype, subjects: int, contiguous: bool) -> tuple[Laun
         registers=Registers(32, 32, 32, 32),
         types=types,
     )
-    return pool, unit, compare, average
+    return _Launches(pool, unit, compare, average)
 
 
 def token_splits(layers: int, blocks: int, tokens: int) -> int:

@@ -1,6 +1,6 @@
 """What a compiler made of a kernel, read from its machine code: registers, spills, loads, and the occupancy that follows.
 
-NVIDIA figures come from the cubin with the cuobjdump and nvdisasm that Triton ships, or is told of, AMD figures from the
+NVIDIA figures come from the cubin with the cuobjdump and nvdisasm that ship inside the triton wheel, AMD figures from the
 assembly.
 """
 
@@ -10,8 +10,9 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
-from triton import knobs
+import triton
 
 # Shared memory of a multiprocessor in KiB, of which each resident block takes one more for the system.
 SHARED_KIB = {"sm_80": 164, "sm_90": 228, "sm_100": 228}
@@ -23,8 +24,13 @@ _WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one compiled kernel, explained in LEGEND of inspect.py: wide_loads as `wide`, tensor_cores as `mma`, in_flight as
-    `ahead`, here in bytes. `loop` is 0 without one, and the last three are None on AMD.
+    """Of one compiled kernel.
+
+    registers: per thread (AMD: vector registers). spills: local-memory instructions (AMD: spilled vector registers).
+    wide_loads: 16-byte global loads. tensor_cores, fp64: instructions. barriers: of a block, as they stand in the code, not as
+    often as they run. instructions: all. loop: instructions of the longest innermost loop, 0 without one. blocks: of a
+    multiprocessor at the same time. in_flight: bytes that these blocks ask of memory before they use the first, at most. The
+    last three are None on AMD.
     """
 
     registers: int
@@ -44,9 +50,8 @@ def nvidia_figures(cubin: bytes, arch: str, threads: int, shared: int, num_stage
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        dump, disassemble = [knobs.nvidia.cuobjdump.path, "-res-usage"], [knobs.nvidia.nvdisasm.path, "-c"]
-        usage = subprocess.run([*dump, file.name], check=True, capture_output=True, text=True)
-        assembly = subprocess.run([*disassemble, file.name], check=True, capture_output=True, text=True).stdout
+        usage = subprocess.run([_tool("cuobjdump"), "-res-usage", file.name], check=True, capture_output=True, text=True)
+        assembly = subprocess.run([_tool("nvdisasm"), "-c", file.name], check=True, capture_output=True, text=True).stdout
     found = re.search(r"REG:(\d+)", usage.stdout + usage.stderr)
     if found is None:
         raise RuntimeError(f"cuobjdump -res-usage reports no register count: {usage.stdout}{usage.stderr}")
@@ -134,3 +139,7 @@ def amd_figures(assembly: str) -> Figures:
         barriers=len(re.findall(r"^\s+s_barrier\b", assembly, re.MULTILINE)),
         instructions=len(re.findall(r"^\s+(?:s|v|ds|global|buffer|flat|scratch)_\w+", assembly, re.MULTILINE)),
     )
+
+
+def _tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)

@@ -35,6 +35,7 @@ from focusdpo_kernels import (
 )
 from focusdpo_kernels.backend import INTERPRETED
 from focusdpo_kernels.launch import Launch
+from focusdpo_kernels.shapes import SHAPES, bytes_moved
 from focusdpo_kernels.tools.disassembly import Figures, amd_figures, nvidia_figures
 
 TARGETS = {
@@ -48,15 +49,6 @@ PRODUCTS = ("_dense_kernel", *SIMILARITY)
 STREAMING = (*SIMILARITY, "_forward_kernel", "_backward_kernel")
 # What memory delivers in the time of one access, for each multiprocessor: 4.8 TB/s x 0.8 us / 132 on an H200.
 KIB_AHEAD = {"sm_80": 16, "sm_90": 32, "sm_100": 48, "gfx942": 0}
-# What the kernels are tuned and measured for, sizes of real models: layers N, target tokens P, reference tokens Q,
-# width D, subjects R, channels C of a token.
-SHAPES = {
-    "uno-512": {"N": 19, "P": 1024, "Q": 800, "D": 3072, "R": 2, "C": 64},
-    "uno-1024": {"N": 57, "P": 4096, "Q": 1600, "D": 3072, "R": 4, "C": 64},
-    "flux2-klein-4b": {"N": 25, "P": 4096, "Q": 8192, "D": 3072, "R": 2, "C": 128},
-    "flux2-dev": {"N": 56, "P": 4096, "Q": 8192, "D": 6144, "R": 2, "C": 128},
-    "qwen-edit-plus": {"N": 60, "P": 4096, "Q": 8192, "D": 3072, "R": 2, "C": 64},
-}
 FAMILIES = (pooled_similarity, streamed_similarity, dense_similarity, matching, entropy, fusion, residual_kernels)
 
 
@@ -202,21 +194,6 @@ def _columns(c: Compiled) -> str:
     loop = "-" if f.loop is None else f.loop
     widths = (9, 8, 8, 8, 6, 6, 6, 10, 14, 6, 8, 8)
     return "".join(f"{value:>{width}}" for value, width in zip((*code, loop, f.blocks or "-", ahead), widths, strict=True))
-
-
-def bytes_moved(N: int, P: int, Q: int, D: int, R: int, C: int) -> dict[str, int]:
-    """Bytes of one sample that have to move, each input read and each output written once.
-
-    Hidden states and predictions are bf16, pixels fp32 RGB, scores and masks fp32, priors and reference masks one byte.
-    """
-    return {
-        "similarity": 2 * N * (P + Q) * D + R * Q + 4 * R * P,
-        "structure field": 4 * R * P + P + 4 * P,
-        "entropy": 4 * 3 * 256 * P + 4 * P,
-        "fusion": 4 * P + 4 * P + P + 4 * P,
-        "residual forward": 6 * 2 * P * C + 4 * P,
-        "residual backward": 4 * 2 * P * C + 4 * P + 2 * 2 * P * C,
-    }
 
 
 def _print_bytes() -> None:

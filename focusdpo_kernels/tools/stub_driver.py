@@ -130,6 +130,9 @@ def _driver() -> Any:
     """Triton's own CUDA driver, with what it asks PyTorch's CUDA for answered here."""
     from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
 
+    def launcher(src: Any, metadata: Any) -> Callable[..., None]:
+        return _recorded(CudaLauncher(src, metadata), metadata.name)
+
     driver = object.__new__(CudaDriver)  # its __init__ would ask torch.cuda for its functions
     try:
         driver.utils = CudaUtils()
@@ -137,7 +140,7 @@ def _driver() -> Any:
         raise RuntimeError(
             f"stub driver: the launcher of triton {triton.__version__} asks for a function that {SOURCE.name} has not: {error}"
         ) from error
-    driver.launcher_cls = lambda src, metadata: _recorded(CudaLauncher(src, metadata), metadata.name)
+    driver.launcher_cls = launcher
     driver.get_current_device = lambda: 0
     driver.set_current_device = lambda device: None
     driver.get_current_stream = lambda device=0: 0

@@ -22,7 +22,10 @@ from benchmarks.records import Recorder, read_records
 from benchmarks.report import markdown, write_report
 from benchmarks.results import COMPILE, EAGER, FOCUS_STEP, OURS, PLAIN_STEP, Step, Timed, paired_interval, read_result
 from benchmarks.supervise import Part, run_part
+from benchmarks.test_variants import VARIANTS
 from benchmarks.timing import Clock, plan
+from focusdpo_kernels import cross_layer_similarity, preference_residual
+from focusdpo_kernels.launch import Launch
 from focusdpo_kernels.tools.disassembly import _bytes_ahead, _instructions, resident_blocks
 from tests import ROOT
 from tests.conftest import LONG
@@ -695,3 +698,24 @@ def test_a_whole_run_is_killed_and_goes_on(tmp_path):
     assert run["peak_memory"] > 0 and run["estimated_memory"] > 0
     text = markdown(read_result(result))
     assert f"Killed after step {run['killed_after']} and resumed: the same numbers and the same adapter, bit by bit." in text
+
+
+@pytest.mark.parametrize("kernel", ["compare", "pool", "residual forward"])
+def test_a_variant_is_launched_in_place_of_what_is_shipped(kernel, monkeypatch):
+    variant = next(each for each in VARIANTS if each.kernel == kernel and each.constants)
+    target, reference = [torch.randn(1, 64, 64) for _ in range(2)], [torch.randn(1, 48, 64) for _ in range(2)]
+    mask = torch.arange(48)[None, None] // 24 == torch.arange(2)[None, :, None]
+    predictions = torch.randn(6, 2, 16, 4).unbind()
+    launched, call = [], Launch.__call__
+    monkeypatch.setattr(Launch, "__call__", lambda launch, *args: (launched.append(launch.constants), call(launch, *args))[1])
+
+    def run():
+        if kernel == "residual forward":
+            return preference_residual(*predictions, backend="triton").margin
+        return cross_layer_similarity(target, reference, mask, backend="triton")
+
+    expected = run()
+    assert not any(variant.constants.items() <= constants.items() for constants in launched)
+    with variant.applied():
+        torch.testing.assert_close(run(), expected, rtol=1e-5, atol=1e-5)
+    assert any(variant.constants.items() <= constants.items() for constants in launched)
