@@ -20,7 +20,7 @@ from focusdpo.building.candidate import Candidate
 from focusdpo.building.config import BuildConfig
 from focusdpo.building.engines import Worker, steps
 from focusdpo.building.scenes import load_scenes
-from focusdpo.demo.scenes import write_scenes
+from tests.demo_scenes import write_scenes
 
 
 def without_masks(scenes: Path) -> Path:

@@ -8,5 +8,5 @@ engines.py       runs them over all candidates: here, in processes, on a Ray clu
 builder.py       a build: manifest, resuming, report
 blending.py      pasting without seams
 composing.py     cut-outs put into scenes as they are; photos.py has those of scikit-image, cutting.py those of DreamBench
-dreambench.py    DreamBench's lists; dreambench_scenes.py and dreambench_boxes.py make scenes of its photos
+dreambench.py    DreamBench's lists; dreambench_scenes.py makes scenes of its photos
 """

@@ -10,7 +10,7 @@ from PIL import Image
 from focusdpo.building.blending import box_of, grow, matte
 from focusdpo.building.candidate import Mask, Photo, Pixels, Rejected
 from focusdpo.building.disruption import cut_edges
-from focusdpo.building.dreambench_boxes import box_in
+from focusdpo.building.dreambench_scenes import box_in
 from focusdpo.building.loading import read_pixels
 from focusdpo.building.scenes import SceneSubject, View
 from focusdpo.building.segmentation import GrabCut

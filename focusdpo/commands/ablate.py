@@ -15,9 +15,8 @@ from focusdpo.foundation.files import write_json, write_whole
 from focusdpo.foundation.output_folder import OutputFolder
 from focusdpo.foundation.settings import check_begun, require
 from focusdpo.studies.ablation import yardsticks
-from focusdpo.studies.ablation.jobs import JOB_WRITTEN, Job, Judge, Result, run_of
+from focusdpo.studies.ablation.jobs import JOB_WRITTEN, Job, Judge, Result, run_jobs, run_of
 from focusdpo.studies.ablation.page import write_ablation_page
-from focusdpo.studies.ablation.pool import run_jobs
 from focusdpo.studies.ablation.statistics import Table, tabulate, text_of
 from focusdpo.studies.ablation.variants import Change, changes_of
 from focusdpo.studies.ablation.yardsticks import Measure
@@ -25,7 +24,7 @@ from focusdpo.studies.config import AblationConfig
 from focusdpo.training.batches import check_match_count, dataset_of, load_records
 from focusdpo.training.config import TrainConfig
 from focusdpo.training.loading import check_files_and_packages
-from focusdpo.training.run_config import read_run_config
+from focusdpo.training.run_files import read_run_config
 from focusdpo.training.run_folder import compared_settings, model_contents
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from focusdpo.studies.config import MasksConfig
 from focusdpo.studies.masks import WRITTEN, groups_of, write_masks
 from focusdpo.training.batches import check_match_count, dataset_of
 from focusdpo.training.loading import checkpoint_of, load_step
-from focusdpo.training.run_config import read_run_config
+from focusdpo.training.run_files import read_run_config
 
 logger = logging.getLogger(__name__)
 

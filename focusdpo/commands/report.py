@@ -9,8 +9,7 @@ from pathlib import Path
 from focusdpo.pages.config import ReportConfig
 from focusdpo.pages.html import check_page
 from focusdpo.pages.run.page import write_run_page
-from focusdpo.training.run_config import read_run_config
-from focusdpo.training.run_files import REPORT_FILE
+from focusdpo.training.run_files import REPORT_FILE, read_run_config
 
 logger = logging.getLogger(__name__)
 

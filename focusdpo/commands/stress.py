@@ -28,7 +28,7 @@ from focusdpo.studies.stress.work import Arrays, load_scene, measure_scene, save
 from focusdpo.training.checkpoints import ADAPTER_FILE
 from focusdpo.training.config import DataConfig, TrainConfig
 from focusdpo.training.loading import check_files_and_packages, checkpoint_of, load_step
-from focusdpo.training.run_config import read_run_config
+from focusdpo.training.run_files import read_run_config
 from focusdpo.training.run_folder import model_contents
 from focusdpo.training.step import PreferenceStep
 

@@ -13,9 +13,8 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from focusdpo.building.composing import compose, compose_pair, draw_background, draw_boxes, on_white
+from focusdpo.building.composing import compose_pair, draw_background, draw_boxes, on_white
 from focusdpo.building.photos import Subject, backgrounds, subjects
-from focusdpo.building.scenes import FILE_NAME as SCENES_FILE
 from focusdpo.data.images import token_size
 from focusdpo.data.records import FILE_NAME
 from focusdpo.data.writing import pair_line, png_saver, write_lines
@@ -42,27 +41,6 @@ def _write_pair(folder: Path, index: int, resolution: int, seed: int) -> dict[st
     references = [(*_reference(subject, resolution), subject.class_name) for subject in pair]
     meta = {"disruption": kind, "changed": changed, "subjects": [s.name for s in pair], "loser_subject": disrupted.name}
     return pair_line(png_saver(folder, f"{index:04d}_"), _prompt(pair), references, winner, loser, prior, meta)
-
-
-def write_scenes(folder: Path, scenes: int, resolution: int, seed: int) -> Path:
-    """Composes winners alone, with what `focusdpo data build` needs to make pairs of them; returns their scenes.jsonl."""
-    folder.mkdir(parents=True, exist_ok=True)
-    progress = tqdm(range(scenes), desc=f"composing {folder.name}", unit="scene", leave=False)
-    return write_lines(folder / SCENES_FILE, [_write_scene(folder, index, resolution, seed) for index in progress])
-
-
-def _write_scene(folder: Path, index: int, resolution: int, seed: int) -> dict[str, Any]:
-    rng, save = np.random.default_rng([seed, index]), png_saver(folder, f"{index:04d}_")
-    pair, background = _two_subjects(rng), _background(resolution, rng)
-    boxes = draw_boxes(rng, WIDTHS, HEIGHTS, pixels=resolution)
-    scene, masks = compose(background, [s.image for s in pair], boxes)
-    described = []
-    for i, (subject, mask) in enumerate(zip(pair, masks, strict=True)):
-        image, reference_mask = _reference(subject, resolution)
-        files = {"reference": image, "reference_mask": reference_mask, "mask": mask}
-        named = {name: save(f"{name}{i}", picture) for name, picture in files.items()}
-        described.append({"class_name": subject.class_name, "name": subject.name, **named})
-    return {"prompt": _prompt(pair), "scene": save("scene", scene), "subjects": described}
 
 
 def _two_subjects(rng: np.random.Generator) -> list[Subject]:

@@ -60,6 +60,27 @@ def set_threads(count: int) -> None:
             getattr(sys.modules[name], setter)(count)
 
 
+def take_gpu(place: int, devices: int) -> None:
+    """Gives this process its GPU, as the `prepare` of a pool; nothing that asks for GPUs may have been imported.
+
+    Args:
+        place: the worker's number.
+        devices: GPUs of this machine; 0 uses none.
+
+    Raises:
+        ChildProcessError: CUDA was initialised before: a process keeps the GPUs that it saw first.
+    """
+    if not devices:
+        return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(number) for number in range(devices)]
+    os.environ["CUDA_VISIBLE_DEVICES"] = names[place % devices]
+    import torch
+
+    if torch.cuda.device_count() != 1:
+        raise ChildProcessError("a worker sees several GPUs: CUDA was initialised before it was given its own")
+
+
 class Silence:
     """Tells the user when no result comes: after `SILENCE` seconds, then after twice that, and so on."""
 
@@ -128,10 +149,10 @@ class Pool:
             raise
 
     def run(self, tasks: Iterable[Task], tell_silence: bool = False) -> Iterator[tuple[Task, Any]]:
-        """Yields each task with its result as they come.
+        """Hands out the tasks, and yields each with its result as they come.
 
         Args:
-            tasks: handed out in order.
+            tasks: handed out in order, the first at once.
             tell_silence: whether the user is told where nothing comes for a while.
 
         Raises:
@@ -141,6 +162,9 @@ class Pool:
         left = iter(tasks)
         for worker in self._workers:
             self._hand_out(worker, left)
+        return self._results(left, tell_silence)
+
+    def _results(self, left: Iterator[Task], tell_silence: bool) -> Iterator[tuple[Task, Any]]:
         silence = Silence()
         while busy := self._busy():
             ready = wait([worker.connection for worker in busy], silence.left() if tell_silence else None)

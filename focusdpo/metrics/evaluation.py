@@ -23,8 +23,8 @@ from focusdpo.metrics.encoders import unit
 from focusdpo.metrics.fid import frechet_interval
 from focusdpo.metrics.images import Picture
 from focusdpo.metrics.inputs import Inputs
+from focusdpo.metrics.report import Line, Row, by, subject_rows, summarise
 from focusdpo.metrics.similarity import image_metrics, image_values, region_metrics, region_values
-from focusdpo.metrics.summary import Line, Row, by, subject_rows, summarise
 
 logger = logging.getLogger(__name__)
 

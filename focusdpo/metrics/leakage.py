@@ -27,14 +27,12 @@ def region_leakage(
     features, others = np.asarray(regions, dtype=np.float64), np.asarray(references, dtype=np.float64)
     if features.ndim != 2 or others.ndim != 3 or (len(features), features.shape[1]) != (len(others), others.shape[2]):
         raise ValueError(f"regions, references: got {features.shape} and {others.shape}; expected [M, D] and [M, R, D]")
-    known = np.ones(others.shape[:2], bool) if present is None else np.asarray(present, dtype=bool)
-    if known.shape != others.shape[:2]:
-        raise ValueError(f"present: got {known.shape}; expected [M, R], {others.shape[:2]}")
     dots = np.einsum("md,mrd->mr", features, others)
     lengths = np.linalg.norm(features, axis=-1)[:, None] * np.linalg.norm(others, axis=-1)
-    if not (lengths[known] > 0).all():
+    found = leakage_of_similarities(np.divide(dots, lengths, out=np.zeros_like(dots), where=lengths > 0), own, present)
+    if not (lengths > 0)[slice(None) if present is None else np.asarray(present, bool)].all():
         raise ValueError("regions, references: a feature is zero, or not a number; its direction means nothing")
-    return leakage_of_similarities(dots / np.where(known, lengths, 1.0), own, known)
+    return found
 
 
 def leakage_of_similarities(
@@ -45,6 +43,8 @@ def leakage_of_similarities(
     if table.ndim != 2:
         raise ValueError(f"similarities: got {table.shape}; expected [M, R]")
     known = np.ones(table.shape, bool) if present is None else np.asarray(present, dtype=bool)
+    if known.shape != table.shape:
+        raise ValueError(f"present: got {known.shape}; expected [M, R], {table.shape}")
     if index.shape != table.shape[:1] or not np.issubdtype(index.dtype, np.integer):
         raise ValueError(f"own: got {index.dtype} {index.shape}; expected integers [M], M {len(table)}")
     if not ((index >= 0) & (index < table.shape[1])).all():

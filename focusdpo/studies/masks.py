@@ -13,8 +13,7 @@ from tqdm.auto import tqdm
 
 from focusdpo.data import PairBatch
 from focusdpo.data.images import PATCH_SIZE
-from focusdpo.drawing.coverage_grid import draw_coverage
-from focusdpo.drawing.overlays import MaskAtTime, draw_overlays
+from focusdpo.drawing.overlays import MaskAtTime, draw_coverage, draw_overlays
 from focusdpo.features import pool_mask, reference_token_mask
 from focusdpo.foundation.files import write_json
 from focusdpo.foundation.settings import require

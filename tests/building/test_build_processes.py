@@ -27,9 +27,9 @@ from focusdpo.building.engines import run_plain, steps
 from focusdpo.building.scenes import load_scenes
 from focusdpo.commands.data_build import prepare as prepare_build
 from focusdpo.data import load_pairs
-from focusdpo.demo.scenes import write_scenes
 from focusdpo.foundation import workers
 from focusdpo.foundation.journals import Journal
+from tests.demo_scenes import write_scenes
 from tests.hostile.killing import make_photos
 from tests.processes import assert_gone, started, workers_of
 

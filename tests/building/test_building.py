@@ -27,7 +27,7 @@ from focusdpo.building.gates import Gates, duplicates, pair_hash
 from focusdpo.building.scenes import load_scenes
 from focusdpo.commands.data_build import prepare as prepare_build
 from focusdpo.data import DatasetError, LongestSide, PairDataset, load_pairs
-from focusdpo.demo.scenes import write_scenes
+from tests.demo_scenes import write_scenes
 
 SIDE = 128
 

@@ -21,7 +21,7 @@ from focusdpo.building.scenes import load_scenes
 from focusdpo.building.segmentation import GrabCut, Sam
 from focusdpo.commands.data_build import prepare as prepare_build
 from focusdpo.data import load_pairs
-from focusdpo.demo.scenes import write_scenes
+from tests.demo_scenes import write_scenes
 from tests.tiny_vision import write_tiny_captioner, write_tiny_detector, write_tiny_features, write_tiny_sam
 
 

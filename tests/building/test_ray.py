@@ -34,10 +34,10 @@ from focusdpo.building.engines import Step
 from focusdpo.building.ray_engine import run_ray
 from focusdpo.commands.data_build import prepare as prepare_build
 from focusdpo.commands.data_dreambench import prepare as prepare_dreambench
-from focusdpo.demo.scenes import write_scenes
 from focusdpo.foundation import workers
 from tests.building.ray_stages import Broken, Killed, WaitFor
 from tests.building.test_building import build, small, tree
+from tests.demo_scenes import write_scenes
 from tests.processes import assert_gone, started
 
 pytestmark = pytest.mark.timeout(200)

@@ -159,7 +159,7 @@ def test_ctrl_c_ends_all_without_a_word_from_the_workers(tmp_path):
 
 
 def test_a_worker_imports_little_before_it_is_prepared():
-    """What an ablation's worker must not import before it has its GPU: see its `worker.py`."""
+    """What an ablation's worker must not import before it has its GPU: see `take_gpu`."""
     code = "import sys, focusdpo.foundation.workers; print(sorted({'torch', 'cv2', 'numpy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr

@@ -208,7 +208,7 @@ def make_uno(folder: Path) -> None:
 
 
 def make_scenes(folder: Path) -> None:
-    from focusdpo.demo.scenes import write_scenes
+    from tests.demo_scenes import write_scenes
 
     write_scenes(folder / "scenes", 2, 96, seed=1)
 

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
+import os
 import time
 
 import numpy as np
-import psutil
 import pytest
 
 from focusdpo.foundation.journals import Part, parts_of, read_steps
 from focusdpo.pages.pairs import check_page, write_page
 from focusdpo.pages.run import binning
 from focusdpo.pages.run.binning import read_run
-from tests import ROOT
 from tests.browser import browser, in_browser
 from tests.pages.test_show import write_pairs
-from tests.processes import assert_gone, started
 from tests.synthetic_run import write_run
 
 OPENING = """
@@ -127,12 +123,16 @@ def test_parts_find_what_the_whole_file_has(tmp_path, caplog, monkeypatch, cores
     assert sum("it has no step" in message for message in named) == sum(lines[i - 1] == '{"loss": 1}' for i in bad)
 
 
+def dies(task, part):
+    os._exit(1)
+
+
 def test_a_helper_that_dies_costs_time_alone(tmp_path, monkeypatch):
     file = write_run(tmp_path / "run", 300) / "metrics.jsonl"
     whole = read_run(file, ["loss"], points=40, progress=False)
     monkeypatch.setattr(binning, "PART", 2**10)
     monkeypatch.setattr(binning, "cores", lambda: 3)
-    monkeypatch.setattr(binning._Helper, "CODE", "raise SystemExit(1)")
+    monkeypatch.setattr(binning, "_read_apart", dies)
     run = read_run(file, ["loss"], points=40, progress=False)
     np.testing.assert_allclose(run.curves["loss"].mean, whole.curves["loss"].mean, rtol=1e-12)
     assert run.pairs == whole.pairs == 1200
@@ -149,25 +149,6 @@ def test_a_helper_imports_nothing_from_the_working_folder(tmp_path, monkeypatch)
     monkeypatch.setattr(binning, "_read_part", lambda *task: own.append(task) or read_part(*task))
     read_run(file, ["loss"], points=40, progress=False)
     assert len(own) == 1
-
-
-def test_a_helper_ends_with_its_parent(tmp_path):
-    """In the midst of its part."""
-    script = """
-import sys, time
-from pathlib import Path
-from focusdpo.pages.run import binning
-start, end = binning._Helper.CODE.split("; ")
-binning._Helper.CODE = f"{start}; import time; binning._read_part = lambda *args: time.sleep(100); {end}"
-helper = binning._Helper(binning._Task(Path(sys.argv[1]), ["loss"], 1, 2, 1), binning.Part(0, 10))
-print(helper._process.pid, flush=True)
-time.sleep(100)
-"""
-    with started([sys.executable, "-c", script, str(tmp_path / "metrics.jsonl")], cwd=ROOT, stdout=subprocess.PIPE) as parent:
-        helper = psutil.Process(int(parent.stdout.readline()))
-        time.sleep(2)  # most of it imports
-        parent.kill()
-        assert_gone([helper], 10.0)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 50, 1000])

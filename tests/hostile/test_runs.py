@@ -20,13 +20,14 @@ from safetensors.torch import save_file
 from focusdpo.building.config import BuildConfig
 from focusdpo.commands import cli
 from focusdpo.commands.data_build import prepare as prepare_build
-from focusdpo.demo.scenes import write_dataset, write_scenes
+from focusdpo.demo.scenes import write_dataset
 from focusdpo.foundation.files import checksum, fingerprint
 from focusdpo.foundation.journals import read_metrics
 from focusdpo.training.checkpoints import complete_checkpoints, damage, find_checkpoint
 from focusdpo.training.config import OptimConfig
 from focusdpo.training.trainer import Trainer
 from tests import ROOT
+from tests.demo_scenes import write_scenes
 from tests.hostile import SMALL
 from tests.runs import train
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from focusdpo.commands import cli
 from focusdpo.foundation.settings_text import SettingError, read_option, read_settings
 from focusdpo.training.config import TrainConfig
-from focusdpo.training.run_config import read_run_config
+from focusdpo.training.run_files import read_run_config
 
 MINIMAL = {"model": {"path": "nobody/nothing"}, "data": {"train": "/nowhere"}, "output_dir": "out"}
 NAMES = ("train", "demo", "models", "evaluate", "microcosm", "stress", "ablate", "masks", "report", "data build", "data show")

@@ -230,8 +230,7 @@ def test_a_cell_is_no_formula(text):
 
 
 def test_tables_of_an_evaluation(tmp_path):
-    from focusdpo.metrics.report import write_table
-    from focusdpo.metrics.summary import Line
+    from focusdpo.metrics.report import Line, write_table
 
     prompts = ['=HYPERLINK("http://x")', "a, b\n2,=1", "plain", "-5 cats", "\ud800"]
     line = Line(-0.5, -1.0, 0.5, 3, 3)

@@ -21,8 +21,7 @@ from focusdpo.metrics.bootstrap import mean_interval
 from focusdpo.metrics.encoders import load_encoder, load_inception, unit
 from focusdpo.metrics.fid import frechet_distance_of_features, frechet_interval
 from focusdpo.metrics.leakage import leakage_of_similarities, region_leakage
-from focusdpo.metrics.report import table
-from focusdpo.metrics.summary import Line
+from focusdpo.metrics.report import Line, table
 from tests.tiny_vision import write_tiny_captioner, write_tiny_clip, write_tiny_dinov2, write_tiny_features
 
 

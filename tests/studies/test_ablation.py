@@ -21,8 +21,7 @@ from focusdpo.data import DatasetError, load_pairs
 from focusdpo.features import pool_mask
 from focusdpo.studies.ablation import jobs as ablation_jobs
 from focusdpo.studies.ablation import yardsticks
-from focusdpo.studies.ablation.jobs import Result
-from focusdpo.studies.ablation.pool import run_jobs
+from focusdpo.studies.ablation.jobs import Result, run_jobs
 from focusdpo.studies.ablation.statistics import Estimate, difference, over_seeds, tabulate, text_of
 from focusdpo.studies.ablation.variants import VARIANTS, changes_of
 from focusdpo.studies.ablation.yardsticks import Measure

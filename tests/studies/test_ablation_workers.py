@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from focusdpo.studies.ablation import pool, worker
+from focusdpo.foundation import workers
+from focusdpo.studies.ablation import jobs as ablation_jobs
 
 
 def test_a_worker_imports_nothing_that_asks_for_gpus_before_it_has_its_own():
@@ -19,7 +20,7 @@ def test_a_worker_imports_nothing_that_asks_for_gpus_before_it_has_its_own():
 import sys, torch
 def asked(*arguments): raise AssertionError("CUDA was asked for")
 for name in ("is_available", "init", "_lazy_init", "current_device"): setattr(torch.cuda, name, asked)
-import focusdpo.commands.cli, focusdpo.studies.ablation.worker
+import focusdpo.commands.cli, focusdpo.foundation.workers
 print(sorted({"peft", "diffusers", "transformers", "bitsandbytes", "torchao", "accelerate"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -35,12 +36,12 @@ def test_workers_share_the_gpus(visible, expected, monkeypatch):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if visible:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        worker.take_place(place, devices=2)
+        workers.take_gpu(place, devices=2)
         found.append(os.environ["CUDA_VISIBLE_DEVICES"])
     assert found == expected
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ChildProcessError, match="a worker sees several GPUs"):
-        worker.take_place(0, devices=2)
+        workers.take_gpu(0, devices=2)
 
 
 def test_a_worker_for_each_gpu(monkeypatch):
@@ -51,9 +52,9 @@ def test_a_worker_for_each_gpu(monkeypatch):
         spread.append((len(jobs), count, devices))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pool, "_spread", note)
+    monkeypatch.setattr(ablation_jobs, "_spread", note)
     for devices in (3, 8):
         monkeypatch.setattr(torch.cuda, "device_count", lambda devices=devices: devices)
         with pytest.raises(KeyboardInterrupt):
-            pool.run_jobs(jobs, None)
+            ablation_jobs.run_jobs(jobs, None)
     assert spread == [(4, 3, 3), (4, 4, 8)], "no more than there are runs left"

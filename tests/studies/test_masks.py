@@ -26,7 +26,7 @@ from focusdpo.studies.masks import groups_of
 from focusdpo.training.batches import dataset_of
 from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, ModelConfig, TrainConfig
 from focusdpo.training.loading import load_step
-from focusdpo.training.run_config import read_run_config
+from focusdpo.training.run_files import read_run_config
 
 GRID = (6, 6)
 

@@ -25,11 +25,11 @@ from focusdpo.studies.config import MicrocosmConfig
 from focusdpo.studies.microcosm import learning
 from focusdpo.studies.microcosm.classifier import halves
 from focusdpo.studies.microcosm.identities import identities_of
-from focusdpo.studies.microcosm.identity_scenes import draw_scene
 from focusdpo.studies.microcosm.judging import verdicts
 from focusdpo.studies.microcosm.learning import learn
 from focusdpo.studies.microcosm.pairs import write_pairs
 from focusdpo.studies.microcosm.stages import Stages
+from focusdpo.studies.microcosm.world import draw_scene
 from tests import ROOT
 
 SHARED = ROOT.parent / "shared" / "data" / "dreambench"

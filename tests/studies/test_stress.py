@@ -364,7 +364,7 @@ def test_command_line(tiny_flux):
 def test_dreambench_scenes(flux_model, tmp_path):
     """With photos of their names: each subject is an ellipse in its box, references are other photos than the scene's."""
     pytest.importorskip("cv2", reason="needs the extra build: pip install 'focusdpo[build]'")
-    from focusdpo.building.dreambench_boxes import BOXES
+    from focusdpo.building.dreambench_scenes import BOXES
 
     root, rng = tmp_path / "dreambench", np.random.default_rng(0)
     files = {

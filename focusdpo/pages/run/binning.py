@@ -13,15 +13,12 @@ from __future__ import annotations
 import logging
 import logging.handlers
 import math
-import os
-import pickle
 import queue
-import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +26,7 @@ import numpy as np
 
 from focusdpo.drawing.training_curves import Floats, names_of, value_of
 from focusdpo.foundation.journals import Part, Row, has_step, parse_row, parts_of, read_steps
-from focusdpo.foundation.workers import cores, end_with_parent
+from focusdpo.foundation.workers import Pool, WorkerDiedError, cores
 
 TAIL = 2**20  # bytes in which the last whole row is looked for; a row has some thousand
 BLOCK = 500  # rows in memory
@@ -138,16 +135,26 @@ def read_run(path: Path, lines: Iterable[str], points: int, progress: bool = Tru
     width = -(-(last - first + 1) // points)
     task = _Task(path, list(dict.fromkeys(lines)), first, last, width)
     own, *others = parts_of(path, max(min(path.stat().st_size // PART, cores(), PROCESSES), 1))
-    helpers = [_Helper(task, part) for part in others]
-    try:
+    found: dict[Part, tuple[_Sums, list[logging.LogRecord]]] = {}
+    with Pool(len(others), partial(_read_apart, task)) as pool:
+        coming = pool.run(others)
         sums = _read_part(task, own, progress)
-        for helper in helpers:
-            sums += helper.result()
-    finally:
-        for helper in helpers:
-            helper.end()
+        with suppress(WorkerDiedError):  # for want of memory perhaps: it costs time alone
+            found.update(coming)
+    for part in others:
+        more, said = found.get(part) or (_read_part(task, part), [])
+        for record in said:
+            logging.getLogger(record.name).handle(record)
+        sums += more
     curves = {line: curve for i, line in enumerate(task.lines) if (curve := sums.curve(i)) is not None}
     return BinnedRun(first, last, width, curves, sums.pairs, sums.seconds)
+
+
+def _read_apart(task: _Task, part: Part) -> tuple[_Sums, list[logging.LogRecord]]:
+    """In a worker: what it found, and what it said."""
+    said: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+    logging.getLogger().addHandler(logging.handlers.QueueHandler(said))
+    return _read_part(task, part), [said.get() for _ in range(said.qsize())]
 
 
 def _read_part(task: _Task, part: Part, progress: bool = False) -> _Sums:
@@ -212,47 +219,3 @@ def _ends(path: Path) -> tuple[int, int]:
         stream.seek(max(path.stat().st_size - TAIL, 0))
         last = next((row for line in reversed(stream.readlines()) if (row := parse_row(line)) and has_step(row)), first)
     return int(first["step"]), max(int(last["step"]), int(first["step"]))
-
-
-class _Helper:
-    """Reads a part in another process.
-
-    Not with multiprocessing, which would import the program's main module again, or copy this process with its threads.
-    """
-
-    CODE = "from focusdpo.pages.run import binning; binning.help_out()"
-
-    def __init__(self, task: _Task, part: Part) -> None:
-        self._task, self._part = task, part
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        command = [sys.executable, "-P", "-c", self.CODE, str(os.getpid())]  # -P: nothing is imported from the working folder
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError), self._process.stdin as stream:  # one that died at once is seen below
-            pickle.dump((task, part), stream)
-
-    def result(self) -> _Sums:
-        """What it found, after logging what it said. A helper that died, for want of memory perhaps, costs time alone."""
-        assert self._process.stdout is not None
-        found = self._process.stdout.read()
-        if self._process.wait():
-            return _read_part(self._task, self._part)
-        sums, records = pickle.loads(found)
-        for record in records:
-            logging.getLogger(record.name).handle(record)
-        assert isinstance(sums, _Sums)
-        return sums
-
-    def end(self) -> None:
-        self._process.kill()
-        with self._process:  # closes and waits
-            pass
-
-
-def help_out() -> None:
-    """What a helper does: a task and its part come by stdin, what was found and said goes to stdout."""
-    end_with_parent(sys.stdout.fileno(), int(sys.argv[1]))
-    records: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
-    logging.getLogger().addHandler(logging.handlers.QueueHandler(records))
-    sums = _read_part(*pickle.load(sys.stdin.buffer))
-    pickle.dump((sums, [records.get() for _ in range(records.qsize())]), sys.stdout.buffer)

@@ -18,7 +18,6 @@ from focusdpo.pages.run.binning import read_run
 from focusdpo.pages.run.facts import changed_settings, facts, read_alarms
 from focusdpo.pages.run.films import read_films
 from focusdpo.pages.run.plots import heat_map, panel_figure
-from focusdpo.training.run_config import read_run_config
 from focusdpo.training.run_files import (
     CONFIG_FILE,
     COVERAGE_BINS,
@@ -27,6 +26,7 @@ from focusdpo.training.run_files import (
     SAMPLES_FOLDER,
     TIME_BINS,
     VALIDATION_FILE,
+    read_run_config,
     read_starts,
 )
 

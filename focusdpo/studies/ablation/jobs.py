@@ -1,22 +1,24 @@
-"""One run of an ablation: a variant trained with a seed, judged on the way and at its end."""
+"""The runs of an ablation: variants trained with seeds, judged on the way and at their end, here or on a GPU each."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils.memory import clear_device_cache
+from tqdm.auto import tqdm
 
 from focusdpo.foundation.files import write_whole
 from focusdpo.foundation.journals import Journal, read_metrics, up_to
 from focusdpo.foundation.output_folder import step_folders, under
+from focusdpo.foundation.workers import Pool, WorkerDiedError, take_gpu
 from focusdpo.studies.ablation import yardsticks
 from focusdpo.studies.ablation.variants import Change
 from focusdpo.training.config import HubConfig, SamplesConfig, TrainConfig
@@ -104,6 +106,50 @@ def work_on(job: Job) -> Result:
         job.folder.mkdir(parents=True, exist_ok=True)
         write_whole(job.folder / RESULT_FILE, json.dumps(vars(result)))
     return result
+
+
+def run_jobs(jobs: Sequence[Job], workers: int | None) -> list[Result]:
+    """Results in the jobs' order.
+
+    Args:
+        jobs: those that are done are only read.
+        workers: how many at a time; None takes a worker per GPU, or one.
+
+    Raises:
+        Exception: what a job raised. Jobs that had begun are waited for, and no other is begun; results are on disk, and a new
+            start goes on from there.
+        ChildProcessError: a worker was killed, and the others with it; they go on from their checkpoints.
+    """
+    devices = 0 if not jobs or jobs[0].config.cpu else torch.cuda.device_count()
+    open_jobs = [job for job in jobs if not job.is_done]
+    count = min(workers or max(devices, 1), len(open_jobs))
+    bar = tqdm(total=len(jobs), initial=len(jobs) - len(open_jobs), desc="ablation", unit="run")
+    if count <= 1:
+        for job in open_jobs:
+            bar.set_postfix_str(_name(job))
+            work_on(job)
+            bar.update()
+    else:
+        _spread(open_jobs, count, devices, bar)
+    bar.close()
+    return [work_on(job) for job in jobs]
+
+
+def _spread(jobs: Sequence[Job], count: int, devices: int, bar: tqdm[Any]) -> None:
+    with Pool(count, work_on, _name, partial(take_gpu, devices=devices), hears_signals=True) as pool:
+        try:
+            for _ in pool.run(jobs):
+                bar.update()
+        except WorkerDiedError:
+            raise
+        except BaseException:
+            logger.info("ablation: waiting for the runs that have begun; no other is begun")
+            pool.finish()
+            raise
+
+
+def _name(job: Job) -> str:
+    return f"{job.change.name}, seed {job.seed}"
 
 
 def read_result(job: Job) -> Result | None:

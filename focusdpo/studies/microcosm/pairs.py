@@ -13,7 +13,7 @@ from focusdpo.building.composing import compose_pair, on_white
 from focusdpo.data.records import FILE_NAME
 from focusdpo.data.writing import pair_line, png_saver, write_lines
 from focusdpo.studies.microcosm.identities import Identity
-from focusdpo.studies.microcosm.identity_scenes import LIGHT_RANGE, draw_scene, other_instance
+from focusdpo.studies.microcosm.world import LIGHT_RANGE, draw_scene, other_instance
 
 REFERENCES = "references"
 
