@@ -4,7 +4,8 @@ BIN := $(VENV)/bin
 # Installed for the demo alone, and for everything.
 DEMO := $(VENV)/.installed-demo
 STAMP := $(VENV)/.installed
-# The tests are many small ones: a process per core beats threads within one.
+# The tests are many small ones: a process per core beats threads within one. Each takes tests of a module that stand together,
+# whose fixtures are then made once, and in the end those that the other has left.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 # The oldest supported torch and triton. Of numpy a new one: triton 3.6 alone would not run with it.
@@ -27,7 +28,7 @@ demo: $(DEMO)  ## real photos, a tiny FLUX, the real training path: writes demo-
 	$(BIN)/focusdpo demo --out demo-output --overwrite true
 
 test: $(STAMP)  ## all tests; without a GPU the kernels run in Triton's interpreter
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 $(OLDEST)/.installed: constraints-oldest.txt
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)

@@ -270,7 +270,9 @@ def test_smaller_references_are_advised_from_what_they_are(config, settings, nam
     assert named in advice(architecture, config, layout_of, 1)
 
 
-def test_models_counts_references_in_each_backbones_own_size(capsys):
+def test_models_counts_references_in_each_backbones_own_size(capsys, monkeypatch):
+    # The table of released sizes is estimated below, in twenty seconds; here the layouts alone count.
+    monkeypatch.setattr("focusdpo.commands.models.estimate", lambda *arguments: Estimate(6, 5, 4, 4, 8, 3, 2, 1, 1))
     cli.main(["models", "--references", "1", "--photo", "400x272"])
     rows = {line[:20].strip(): line[20:].split() for line in capsys.readouterr().out.splitlines() if line[-1:].isdigit()}
     expected = {"flux": 32 * 21, "kontext": 52 * 78, "flux2": 25 * 17, "qwen-edit-plus": 78 * 52}  # by hand, in tokens
