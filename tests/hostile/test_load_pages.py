@@ -127,18 +127,23 @@ def dies(task, part):
     os._exit(1)
 
 
-def test_a_helper_that_dies_costs_time_alone(tmp_path, monkeypatch):
+def lacks_memory(task, part):
+    raise MemoryError
+
+
+@pytest.mark.parametrize("fails", [dies, lacks_memory])
+def test_a_worker_that_fails_costs_time_alone(tmp_path, monkeypatch, fails):
     file = write_run(tmp_path / "run", 300) / "metrics.jsonl"
     whole = read_run(file, ["loss"], points=40, progress=False)
     monkeypatch.setattr(binning, "PART", 2**10)
     monkeypatch.setattr(binning, "cores", lambda: 3)
-    monkeypatch.setattr(binning, "_read_apart", dies)
+    monkeypatch.setattr(binning, "_read_apart", fails)
     run = read_run(file, ["loss"], points=40, progress=False)
     np.testing.assert_allclose(run.curves["loss"].mean, whole.curves["loss"].mean, rtol=1e-12)
     assert run.pairs == whole.pairs == 1200
 
 
-def test_a_helper_imports_nothing_from_the_working_folder(tmp_path, monkeypatch):
+def test_a_worker_imports_nothing_from_the_working_folder(tmp_path, monkeypatch):
     file = write_run(tmp_path / "run", 300) / "metrics.jsonl"
     (tmp_path / "numpy.py").write_text("raise SystemExit(1)")
     monkeypatch.chdir(tmp_path)

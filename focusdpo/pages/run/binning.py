@@ -26,7 +26,7 @@ import numpy as np
 
 from focusdpo.drawing.training_curves import Floats, names_of, value_of
 from focusdpo.foundation.journals import Part, Row, has_step, parse_row, parts_of, read_steps
-from focusdpo.foundation.workers import Pool, WorkerDiedError, cores
+from focusdpo.foundation.workers import Pool, cores
 
 TAIL = 2**20  # bytes in which the last whole row is looked for; a row has some thousand
 BLOCK = 500  # rows in memory
@@ -139,7 +139,7 @@ def read_run(path: Path, lines: Iterable[str], points: int, progress: bool = Tru
     with Pool(len(others), partial(_read_apart, task)) as pool:
         coming = pool.run(others)
         sums = _read_part(task, own, progress)
-        with suppress(WorkerDiedError):  # for want of memory perhaps: it costs time alone
+        with suppress(Exception):  # for want of memory perhaps: it costs time alone, and another cause comes again below
             found.update(coming)
     for part in others:
         more, said = found.get(part) or (_read_part(task, part), [])
