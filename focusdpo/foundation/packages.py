@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 from typing import Any
 
 
-def require_package(module: str, what: str, extra: str = "data") -> Any:
-    """An optional package; ModuleNotFoundError says which extra brings it."""
+def require_package(module: str, what: str, extra: str = "data", load: bool = True) -> Any:
+    """An optional package; ModuleNotFoundError says which extra brings it. Some ask for GPUs where `load` imports them."""
     try:
-        return importlib.import_module(module)
+        if not load and importlib.util.find_spec(module) is None:
+            raise ModuleNotFoundError
+        return importlib.import_module(module) if load else None
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{what} needs {module}, which is not installed; pip install 'focusdpo[{extra}]'") from error
 

@@ -43,12 +43,9 @@ def embed(
     keys = list(items)
     batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
     left = [batch for batch in ([key for key in batch if key not in found] for batch in batches) if batch]
-    with (
-        tqdm(
-            total=len(keys), initial=len(found), desc=f"encoding with {printable(encoder.name)}", unit="item", leave=False
-        ) as progress,
-        ThreadPoolExecutor(4) as pool,
-    ):
+    name = f"encoding with {printable(encoder.name)}"
+    progress = tqdm(total=len(keys), initial=len(found), desc=name, unit="item", leave=False)
+    with progress, ThreadPoolExecutor(4) as pool:
         for batch, loaded in _ahead(pool, left, lambda key: read(items[key])):
             embeddings = encoder.encode(loaded)
             if not embeddings.isfinite().all():

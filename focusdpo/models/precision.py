@@ -6,13 +6,13 @@ with every checkpoint.
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Iterator
 
 import torch
 from torch import nn
 
+from focusdpo.foundation.packages import require_package
 from focusdpo.models.base import Backbone
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -23,10 +23,7 @@ BITS = {"nf4": 4 + (8 + 32 / 256) / 64, "fp8": 8}
 
 def check_quantization(kind: str) -> None:
     """ModuleNotFoundError where the package is missing that does it."""
-    if importlib.util.find_spec(PACKAGES[kind]) is None:
-        raise ModuleNotFoundError(
-            f"model.quantization: {kind} needs {PACKAGES[kind]}, which is not installed; pip install 'focusdpo[quantization]'"
-        )
+    require_package(PACKAGES[kind], f"model.quantization: {kind}", "quantization", load=False)
 
 
 def quantized_layers(backbone: Backbone) -> Iterator[tuple[nn.Module, str, nn.Linear]]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from focusdpo.foundation.packages import require_package
 from focusdpo.training.config import OptimConfig
 
 PACKAGES = {"adamw8bit": ("bitsandbytes", "quantization"), "prodigy": ("prodigyopt", "prodigy")}  # and the extra with it
@@ -19,11 +19,9 @@ STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}
 
 def check_optimizer(name: str) -> None:
     """ModuleNotFoundError where the package is missing that has it."""
-    package, extra = PACKAGES.get(name, ("", ""))
-    if package and importlib.util.find_spec(package) is None:
-        raise ModuleNotFoundError(
-            f"optim.optimizer: {name} needs {package}, which is not installed; pip install 'focusdpo[{extra}]'"
-        )
+    if name in PACKAGES:
+        package, extra = PACKAGES[name]
+        require_package(package, f"optim.optimizer: {name}", extra, load=False)
 
 
 def build_optimizer(parameters: Sequence[nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:

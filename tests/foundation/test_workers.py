@@ -20,7 +20,6 @@ from tests import ROOT
 from tests.foundation.worker_tasks import Threads, note_place, work
 from tests.processes import assert_gone, started
 
-pytest.importorskip("cv2", reason="needs the extra build: pip install 'focusdpo[build]'")
 pytestmark = pytest.mark.timeout(120)
 
 
@@ -35,6 +34,7 @@ def test_every_task_is_done_once_by_processes_of_their_own(tmp_path):
 
 
 def test_workers_share_the_cores(monkeypatch):
+    pytest.importorskip("cv2", reason="needs the extra build: pip install 'focusdpo[build]'")
     monkeypatch.setattr(workers, "cores", lambda: 6)
     assert [threads_of(count) for count in (1, 2, 4, 6, 9)] == [6, 3, 1, 1, 1]
     monkeypatch.setattr(workers, "threads_of", lambda count: 2 + count)

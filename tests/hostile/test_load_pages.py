@@ -123,22 +123,30 @@ def test_parts_find_what_the_whole_file_has(tmp_path, caplog, monkeypatch, cores
     assert sum("it has no step" in message for message in named) == sum(lines[i - 1] == '{"loss": 1}' for i in bad)
 
 
+READ_APART = binning._read_apart
+
+
 def dies(task, part):
-    os._exit(1)
+    """Of two workers the first."""
+    return READ_APART(task, part) if part.start > os.path.getsize(task.path) / 2 else os._exit(1)
 
 
 def lacks_memory(task, part):
     raise MemoryError
 
 
-@pytest.mark.parametrize("fails", [dies, lacks_memory])
-def test_a_worker_that_fails_costs_time_alone(tmp_path, monkeypatch, fails):
+@pytest.mark.parametrize(("fails", "here"), [(dies, 2), (lacks_memory, 3)])
+def test_a_worker_that_fails_costs_the_time_of_its_part(tmp_path, monkeypatch, fails, here):
     file = write_run(tmp_path / "run", 300) / "metrics.jsonl"
     whole = read_run(file, ["loss"], points=40, progress=False)
     monkeypatch.setattr(binning, "PART", 2**10)
     monkeypatch.setattr(binning, "cores", lambda: 3)
     monkeypatch.setattr(binning, "_read_apart", fails)
+    read = []
+    read_part = binning._read_part
+    monkeypatch.setattr(binning, "_read_part", lambda *task: read.append(task) or read_part(*task))
     run = read_run(file, ["loss"], points=40, progress=False)
+    assert len(read) == here, "its own part, and those of the workers that failed"
     np.testing.assert_allclose(run.curves["loss"].mean, whole.curves["loss"].mean, rtol=1e-12)
     assert run.pairs == whole.pairs == 1200
 

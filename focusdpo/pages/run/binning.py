@@ -16,7 +16,7 @@ import math
 import queue
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,8 @@ import numpy as np
 from focusdpo.drawing.training_curves import Floats, names_of, value_of
 from focusdpo.foundation.journals import Part, Row, has_step, parse_row, parts_of, read_steps
 from focusdpo.foundation.workers import Pool, cores
+
+logger = logging.getLogger(__name__)
 
 TAIL = 2**20  # bytes in which the last whole row is looked for; a row has some thousand
 BLOCK = 500  # rows in memory
@@ -135,17 +137,18 @@ def read_run(path: Path, lines: Iterable[str], points: int, progress: bool = Tru
     width = -(-(last - first + 1) // points)
     task = _Task(path, list(dict.fromkeys(lines)), first, last, width)
     own, *others = parts_of(path, max(min(path.stat().st_size // PART, cores(), PROCESSES), 1))
-    found: dict[Part, tuple[_Sums, list[logging.LogRecord]]] = {}
-    with Pool(len(others), partial(_read_apart, task)) as pool:
-        coming = pool.run(others)
+    with ExitStack() as pools:  # of one worker each: one that fails leaves the others alone
+        coming = [pools.enter_context(Pool(1, partial(_read_apart, task))).run([part]) for part in others]
         sums = _read_part(task, own, progress)
-        with suppress(Exception):  # for want of memory perhaps: it costs time alone, and another cause comes again below
-            found.update(coming)
-    for part in others:
-        more, said = found.get(part) or (_read_part(task, part), [])
-        for record in said:
-            logging.getLogger(record.name).handle(record)
-        sums += more
+        for part, results in zip(others, coming, strict=True):
+            try:
+                ((_, (more, said)),) = results
+            except Exception as error:  # for want of memory perhaps: it costs time alone, and another cause comes here again
+                logger.info("%s: a part is read once more, as a worker failed (%s)", path, error)
+                more, said = _read_part(task, part), []
+            for record in said:
+                logging.getLogger(record.name).handle(record)
+            sums += more
     curves = {line: curve for i, line in enumerate(task.lines) if (curve := sums.curve(i)) is not None}
     return BinnedRun(first, last, width, curves, sums.pairs, sums.seconds)
 
