@@ -8,6 +8,7 @@ ended, or where another process has and the main thread hangs in a collective.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import logging
@@ -146,8 +147,6 @@ class Launch:
         parent = _parent() if is_launched else None
         if places is None:
             return cls(parent=parent)
-        import atexit
-
         has_met = threading.Event()
         threading.Thread(target=_end_with, args=(parent, has_met), name="launch-parent", daemon=True).start()
         try:

@@ -9,6 +9,8 @@ from pathlib import Path
 from PIL import Image
 from tqdm.auto import tqdm
 
+from focusdpo.building.dreambench import read_classes
+from focusdpo.building.dreambench_scenes import photos
 from focusdpo.building.photos import Subject, subjects
 from focusdpo.foundation.packages import require_package
 from focusdpo.foundation.settings import require
@@ -43,9 +45,6 @@ def check_source(dreambench: str | None) -> None:
     """
     if dreambench is not None:
         require_package("cv2", "DreamBench in the microcosm", "build")
-        from focusdpo.building.dreambench import read_classes
-        from focusdpo.building.dreambench_scenes import photos
-
         classes = read_classes(Path(dreambench), "dreambench")
         _check_classes(dreambench, [name for subject, name in classes.items() if len(photos(Path(dreambench), subject)) >= 2])
 
@@ -81,8 +80,6 @@ def _fitted(image: Image.Image, longest: int) -> Image.Image:
 def _dreambench(root: Path, longest: int) -> list[Identity]:
     """Subjects with at least two photographs that can be cut out; of four or more, two are held out, of fewer one."""
     from focusdpo.building.cutting import Cutter
-    from focusdpo.building.dreambench import read_classes
-    from focusdpo.building.dreambench_scenes import photos
 
     cutter, found = Cutter(), []
     for name, class_name in tqdm(read_classes(root).items(), desc="cutting subjects out", unit="subject", leave=False):

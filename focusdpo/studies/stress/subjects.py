@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from focusdpo.building.composing import on_white
+from focusdpo.building.dreambench import read_classes
 from focusdpo.data.images import PATCH_SIZE, read_image
 from focusdpo.foundation.files import checksum, hash_of
 from focusdpo.foundation.packages import require_package
@@ -112,7 +113,6 @@ def _dreambench(root: Path) -> SubjectSource:
     """DreamBench's dogs, cut out by GrabCut; a subject's reference is another photo of it, as it was taken."""
     require_package("cv2", "dreambench", "build")
     from focusdpo.building.cutting import Cutter
-    from focusdpo.building.dreambench import read_classes
 
     classes = read_classes(root, "dreambench")
     files = {(name, number): root / name / f"{number:02d}.jpg" for name, numbers in VIEWS.items() for number in numbers}
