@@ -9,7 +9,10 @@ from typing import Any
 
 
 def require_package(module: str, what: str, extra: str = "data", load: bool = True) -> Any:
-    """An optional package; ModuleNotFoundError says which extra brings it. Some ask for GPUs where `load` imports them."""
+    """An optional package; ModuleNotFoundError says which extra brings it.
+
+    With `load` false it is looked for and not imported, as some ask for GPUs at their import; None is returned.
+    """
     try:
         if not load and importlib.util.find_spec(module) is None:
             raise ModuleNotFoundError
