@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from focusdpo.building.dreambench import read_classes
 from focusdpo.commands import cli
 from focusdpo.commands.microcosm import PICTURES, WRITTEN, _settings
 from focusdpo.commands.microcosm import prepare as prepare_microcosm
@@ -66,10 +67,8 @@ def test_scenes_are_of_two_classes(identities):
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the photos of DreamBench are not here")
 def test_dreambench_holds_photos_out(monkeypatch):
     """Of two of its subjects, as each takes half a second to be cut out."""
-    from focusdpo.building import dreambench
-
-    classes = {name: kind for name, kind in dreambench.read_classes(SHARED).items() if name in ("dog5", "teapot")}
-    monkeypatch.setattr(dreambench, "read_classes", lambda *_: classes)
+    classes = {name: kind for name, kind in read_classes(SHARED).items() if name in ("dog5", "teapot")}
+    monkeypatch.setattr("focusdpo.studies.microcosm.identities.read_classes", lambda *_: classes)
     found = identities_of(str(SHARED), 96)
     assert {one.class_name for one in found} == {"dog", "teapot"} and len(found) == 6
     for one in found:
@@ -151,7 +150,7 @@ def results_of(folder):
 
 def test_the_whole_command_also_when_killed(tmp_path):
     """Killed with SIGKILL whenever a stage has begun, and run to its end: the same numbers as without."""
-    folder, environment = tmp_path / "whole", os.environ | {"OMP_NUM_THREADS": "1"}
+    folder, environment = tmp_path / "whole", os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     arguments = ["--size", "smoke", "--out", str(folder), "--variants", "base", "focus", "--seeds", "0", "--cpu", "true"]
     cli.main(["microcosm", *arguments])
     with pytest.raises(ValueError, match="ablation.variants: the begun ablation has .'base', 'focus'., got .'base'."):
