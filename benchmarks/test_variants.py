@@ -60,6 +60,10 @@ class Variant:
     def applied(self) -> Iterator[None]:
         with ExitStack() as patches:
             if self.kernel == "residual forward":
+                # A launch is made once: nothing of a variant may be left behind, nor be there before.
+                forget = residual_kernels.forward_launch.cache_clear
+                forget()
+                patches.callback(forget)
                 changed = {
                     "FORWARD_BLOCK": self.constants.get("BLOCK", residual_kernels.FORWARD_BLOCK),
                     "MAX_SPLITS": self.splits or residual_kernels.MAX_SPLITS,
