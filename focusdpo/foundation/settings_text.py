@@ -20,6 +20,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+import yaml
+
 from focusdpo.foundation.text import printable
 
 MAX_BYTES = 2**20  # of a file
@@ -190,8 +192,6 @@ class Reader:
 
     def parse(self, text: str, name: str = "") -> Node:
         """The root of YAML. Events come one by one, so that nothing is ever built of what goes too deep."""
-        import yaml  # only where there is YAML: --help has none
-
         about = f"{name}: " if name else ""
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
         anchors: dict[str, Node] = {}

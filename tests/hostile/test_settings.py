@@ -11,7 +11,6 @@ import re
 import time
 import types
 import typing
-from pathlib import Path
 
 import pytest
 import yaml
@@ -410,17 +409,3 @@ def test_each_command_reads_a_file_with_all_its_defaults(file):
                 value = field.default_factory()
                 defaults[field.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
         assert read_settings(file(yaml.safe_dump(defaults)), command.config_class) == defaults
-
-
-def test_no_pyyaml_for_help(monkeypatch):
-    """YAML is only imported where there is some."""
-    import builtins
-
-    real = builtins.__import__
-
-    def without(name, *args):
-        assert name != "yaml"
-        return real(name, *args)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    assert read_option("seed", ["5"], int) == 5 and not Path("seed").exists()
