@@ -179,7 +179,7 @@ def test_who_ends_without_a_word_is_missed(store):
     assert "process 1 on" in str(first) and "has ended without a word" in str(first)
 
 
-def test_who_is_dead_is_missed(store, monkeypatch):
+def test_who_is_dead_is_missed(store):
     """Its thread died with it; whoever only takes long lives."""
 
     def work(launch):
@@ -287,6 +287,7 @@ def test_the_store_is_that_of_the_first_process_where_all_reach_it(monkeypatch, 
 
     def behind_a_firewall(address, port, size, is_main, *args, **kwargs):
         if not is_main:
+            time.sleep(args[0].total_seconds())
             raise dist.DistNetworkError("the client socket has timed out")
         return own(address, port, size, is_main, *args, **kwargs)
 
@@ -367,6 +368,7 @@ if rank == 0:
 joined.wait("the checkpoint is written")
 """,
     "the second is killed": """
+joined.timeout = 30.0  # silence is shorter
 joined.wait("all are here")
 if rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)

@@ -106,6 +106,7 @@ def test_parts_find_what_the_whole_file_has(tmp_path, caplog, monkeypatch, cores
     monkeypatch.setattr(binning, "_read_part", lambda *task: own.append(task) or read_part(*task))
     run = read_run(file, LINES, points=70, progress=False)
     assert len(own) == 1, "the other parts are read elsewhere"
+    assert (own[0][1].end < file.stat().st_size) == (cores > 1), "there are others"
     assert (run.first, run.last, run.width) == (1, 900, 13)
     expected = plain(lines, bad, 13, 70)
     assert run.curves.keys() == {"loss", "a", "a-b", "pairs"}
@@ -161,7 +162,7 @@ def test_a_worker_imports_nothing_from_the_working_folder(tmp_path, monkeypatch)
     read_part = binning._read_part
     monkeypatch.setattr(binning, "_read_part", lambda *task: own.append(task) or read_part(*task))
     read_run(file, ["loss"], points=40, progress=False)
-    assert len(own) == 1
+    assert len(own) == 1 and own[0][1].end < file.stat().st_size
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 50, 1000])

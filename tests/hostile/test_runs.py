@@ -21,7 +21,7 @@ from focusdpo.building.config import BuildConfig
 from focusdpo.commands import cli
 from focusdpo.commands.data_build import prepare as prepare_build
 from focusdpo.demo.scenes import write_dataset
-from focusdpo.foundation.files import checksum, fingerprint
+from focusdpo.foundation.files import _hash_parts, checksum, fingerprint
 from focusdpo.foundation.journals import read_metrics
 from focusdpo.training.checkpoints import complete_checkpoints, damage, find_checkpoint
 from focusdpo.training.config import OptimConfig
@@ -203,6 +203,7 @@ def test_large_files_are_hashed_in_parts(tmp_path, monkeypatch):
         file.write_bytes(content)
         seen.add(fingerprint(tmp_path, ["vae"]))
     assert len(seen) == 4
+    assert _hash_parts(file) != checksum(file), "it is more than one part"
 
 
 def test_a_build_that_lost_images_says_so_and_makes_them_again(tmp_path, caplog):

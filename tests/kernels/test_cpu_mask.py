@@ -82,12 +82,17 @@ def test_pixels_out_of_range(method, value):
     assert actual.isnan().sum() == (not -1e-3 <= value <= 1.001)
 
 
-@pytest.mark.parametrize("pixels", [1, 1000, 1 << 16])
-def test_blocks_of_patches_are_one_result(monkeypatch, pixels):
+@pytest.mark.parametrize("rows", [1, 3, 5])  # of eight; the last block is shorter
+def test_blocks_of_patches_are_one_result(monkeypatch, rows):
     images = torch.rand(2, 3, 64, 48)
     expected = patch_entropy(images, 8, normalize=True, backend="torch")
-    monkeypatch.setattr(cpu_mask, "PIXELS", pixels)
+    heights, block_entropy = [], cpu_mask._block_entropy
+    monkeypatch.setattr(cpu_mask, "PIXELS", rows * 2 * 48 * 8)
+    monkeypatch.setattr(
+        cpu_mask, "_block_entropy", lambda part, *args: heights.append(part.shape[2] // 8) or block_entropy(part, *args)
+    )
     assert torch.equal(patch_entropy(images, 8, normalize=True, backend="torch"), expected)
+    assert heights == {1: [1] * 8, 3: [3, 3, 2], 5: [5, 3]}[rows]
     assert patch_entropy(images[:0], 8, backend="torch").shape == (0, 48)
     assert patch_entropy(images[:, :, :0], 8, backend="torch").shape == (2, 0)
 

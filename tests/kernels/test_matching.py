@@ -53,7 +53,7 @@ def test_k_per_row_from_a_tensor(backend):
     assert torch.equal(column[1], topk_mask(scores[1], 7, backend=backend))
 
 
-def test_rows_longer_than_a_block(monkeypatch):
+def test_rows_longer_than_a_block(monkeypatch, request):
     row_constants = matching.row_constants
     monkeypatch.setattr(
         matching, "row_constants", lambda *args, **more: {**row_constants(*args, **more), "BLOCK_P": 256, "ONE": False}
@@ -62,6 +62,8 @@ def test_rows_longer_than_a_block(monkeypatch):
     monkeypatch.setattr(matching, "field_constants", lambda *args: ({**field_constants(*args)[0], "BLOCK": 256}, 128))
     for launch in (matching._topk_launch, matching._structure_launch):
         launch.cache_clear()
+        request.addfinalizer(launch.cache_clear)
+    assert matching._topk_launch(700, True, torch.float32).constants["BLOCK_P"] == 256
     scores = hard_scores(2, 700)
     scores[1] = 1.0  # ties across blocks
     k = torch.tensor([300, 513], device=DEVICE)

@@ -72,7 +72,8 @@ def test_parts_are_read_to_a_device(pipeline, parts, monkeypatch):
     """Through diffusers' device_map; the CPU takes the place of a GPU."""
     name, folder = pipeline
     plain = BACKBONES[name].from_pretrained(folder, dtype=torch.bfloat16, parts=parts)
-    monkeypatch.setattr(base, "_device_map", lambda device: None if device is None else device.type)
+    places = []
+    monkeypatch.setattr(base, "_device_map", lambda device: places.append(device) or (None if device is None else device.type))
     device = torch.device("cpu")
     for place in (device, None, META):
         backbone = BACKBONES[name].from_pretrained(
@@ -88,6 +89,7 @@ def test_parts_are_read_to_a_device(pipeline, parts, monkeypatch):
                 weights = dict(expected.state_dict())
                 assert found.state_dict().keys() == weights.keys() and not any(p.requires_grad for p in found.parameters())
                 assert all(torch.equal(value, weights[key]) for key, value in found.state_dict().items())
+    assert device in places
 
 
 def test_only_kinds_of_other_devices_are_told_to_diffusers():

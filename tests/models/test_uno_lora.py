@@ -408,7 +408,7 @@ def test_resume_compares_the_lora_itself(config, uno_file, tmp_path):
 
 
 def test_refused_before_the_model_is_loaded(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("focusdpo.training.prepared_run.load_backbone", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("focusdpo.training.prepared_run.load_backbone", lambda *_, **__: pytest.fail("the model was loaded"))
     (tmp_path / "empty").mkdir()
     save_file({"weight": torch.ones(2)}, tmp_path / "other.safetensors")
     for path, kind, message in (

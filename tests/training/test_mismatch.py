@@ -146,7 +146,9 @@ def changed(config, folder, change):
 def test_another_run_is_refused_by_field(copied, case, monkeypatch):
     folder, config = copied
     change, expected = CASES[case]
-    monkeypatch.setattr("focusdpo.training.prepared_run.load_backbone", lambda *_: pytest.fail("before a model is loaded"))
+    monkeypatch.setattr(
+        "focusdpo.training.prepared_run.load_backbone", lambda *_, **__: pytest.fail("before a model is loaded")
+    )
     with pytest.raises(ValueError, match="made with other settings") as error:
         Trainer(changed(config, folder, change))
     lines = [re.sub(r"'[0-9a-f]{16}'", "'x'", line.strip()) for line in str(error.value).splitlines()[1:-1]]

@@ -176,7 +176,7 @@ def test_earlier_run_is_protected(config, tmp_path):
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "model_index.json").write_text(json.dumps({"_class_name": "NoSuchPipeline"}))
-    with pytest.raises((ValueError, TypeError, AttributeError)):
+    with pytest.raises(ValueError, match="holds a NoSuchPipeline"):
         Trainer(dataclasses.replace(config, overwrite=True, model=ModelConfig(path=str(broken))))
     assert metrics.read_text() == before, "a run that cannot start deletes nothing"
     AcceleratorState._reset_state(reset_partial_state=True)
