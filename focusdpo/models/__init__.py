@@ -4,7 +4,6 @@ from focusdpo.models.base import Backbone, PromptEmbeddings, TokenLayout
 from focusdpo.models.flux import Flux1, Kontext
 from focusdpo.models.flux2 import Flux2
 from focusdpo.models.qwen import QwenEditPlus
-
-BACKBONES: dict[str, type[Backbone]] = {model.name: model for model in (Flux1, Kontext, Flux2, QwenEditPlus)}
+from focusdpo.models.registry import BACKBONES
 
 __all__ = ["BACKBONES", "Backbone", "Flux1", "Flux2", "Kontext", "PromptEmbeddings", "QwenEditPlus", "TokenLayout"]
