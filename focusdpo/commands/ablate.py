@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from focusdpo.data.sources import content_checksum
+from focusdpo.data.formats import content_checksum
 from focusdpo.foundation.files import write_json, write_whole
 from focusdpo.foundation.output_folder import OutputFolder
 from focusdpo.foundation.settings import check_begun, require

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from focusdpo.commands.config import ImportConfig
+from focusdpo.data.formats import find_sources
 from focusdpo.data.importers import import_pickapic, import_uno
-from focusdpo.data.sources import find_sources
 from focusdpo.foundation.output_folder import OutputFolder
 
 logger = logging.getLogger(__name__)

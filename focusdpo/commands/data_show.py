@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from focusdpo.data.sources import find_sources
+from focusdpo.data.formats import find_sources
 from focusdpo.pages.config import ShowConfig
 from focusdpo.pages.pairs import check_page, write_page
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from focusdpo.commands.config import ValidateConfig
 from focusdpo.data.dataset import SizeRules
-from focusdpo.data.sources import find_sources
+from focusdpo.data.formats import find_sources
 from focusdpo.data.validation import validate
 from focusdpo.foundation.files import check_stamped, stamp, write_stamped
 from focusdpo.training.image_sizes import size_rules

@@ -1,6 +1,6 @@
 """The dataset format: records of pairs.
 
-`pairs.jsonl` has one preference pair a line, with paths relative to the file; `sources` knows where else records may lie.
+`pairs.jsonl` has one preference pair a line, with paths relative to the file; `formats` knows where else records may lie.
 
     {"prompt": "a cat and a cup",
      "references": [{"image": "refs/cat.png", "mask": "refs/cat_mask.png", "class_name": "cat"}, {"image": "refs/cup.png"}],

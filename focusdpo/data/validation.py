@@ -14,10 +14,10 @@ from tqdm.auto import tqdm
 
 from focusdpo.data.checks import CheckedPair, Comparison, check_pair
 from focusdpo.data.dataset import PairSizes, SizeRules
+from focusdpo.data.formats import find_sources, items_of
 from focusdpo.data.headers import INDEX
 from focusdpo.data.lines import DatasetError, Problem
 from focusdpo.data.records import PairRecord, collector_paused
-from focusdpo.data.sources import find_sources, items_of
 from focusdpo.foundation.choices import Check
 from focusdpo.foundation.text import first_of, printable
 

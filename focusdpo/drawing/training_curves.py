@@ -1,6 +1,6 @@
 """Curves of a training run: which metrics belong together in one panel, what they are called, how they are smoothed; as a PNG.
 
-The page of a run draws the same panels, see `focusdpo.pages.run.plots`.
+The page of a run draws the same panels, see `focusdpo.pages.run.plotly_figures`.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ PART = 2**26  # bytes of a large file that are hashed at once
 
 
 class ReadableFile(Protocol):
-    """Bytes, wherever they lie: a Path, or an image of `focusdpo.data.sources`."""
+    """Bytes, wherever they lie: a Path, or an image of `focusdpo.data.formats`."""
 
     def open(self, mode: Literal["rb"]) -> Any: ...  # a binary file
 

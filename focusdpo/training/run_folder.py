@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from focusdpo.data import PairDataset
+from focusdpo.data.formats import content_checksum
 from focusdpo.data.lines import Problem
-from focusdpo.data.sources import content_checksum
 from focusdpo.foundation.files import KNOWN_DIGESTS, fingerprint, hash_of, is_stamped, write_json, write_whole
 from focusdpo.foundation.launch import Launch
 from focusdpo.foundation.output_folder import OutputFolder, step_folders

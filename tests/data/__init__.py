@@ -3,8 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from focusdpo.data import PairRecord, Problem
+from focusdpo.data.formats import find_sources, items_of
 from focusdpo.data.lines import split_problems
-from focusdpo.data.sources import find_sources, items_of
 
 
 def parse_pairs(path: str | Path) -> tuple[list[PairRecord], list[Problem]]:

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from focusdpo.data import DatasetError, LongestSide, PairDataset, load_pairs
+from focusdpo.data.formats import content_checksum, find_sources
 from focusdpo.data.shards import write_shards
-from focusdpo.data.sources import content_checksum, find_sources
 from focusdpo.foundation.files import checksum
 from tests.data import parse_pairs
 from tests.training.test_resume import SETTINGS, assert_same, train  # noqa: F401 (the settings of its runs)

@@ -17,10 +17,9 @@ import pytest
 from PIL import Image
 
 from focusdpo.building.scenes import load_scenes
-from focusdpo.data import DatasetError, LongestSide, PairDataset, load_pairs
-from focusdpo.data import sources as sources_module
+from focusdpo.data import DatasetError, LongestSide, PairDataset, formats, load_pairs
+from focusdpo.data.formats import content_checksum, find_sources
 from focusdpo.data.shards import write_shards
-from focusdpo.data.sources import content_checksum, find_sources
 from focusdpo.metrics.prompts import read_prompts
 from tests.data import parse_pairs
 
@@ -131,7 +130,7 @@ def test_a_file_replaced_while_it_is_read(tmp_path):
     file = write(tmp_path / "p.parquet")
     (record, *_), _ = parse_pairs(file)
     write(tmp_path / "p2.parquet", table(4, 4)).replace(file)
-    sources_module._CELLS.__init__()
+    formats._CELLS.__init__()
     with pytest.raises(OSError, match="p.parquet was replaced while it was read; start again"):
         record.winner.open("rb")
 
@@ -147,30 +146,30 @@ def test_cells_at_random(tmp_path, group, monkeypatch):
     order = np.random.default_rng(0).permutation(np.repeat(range(10), 3)).tolist()
     for block, kept, held in ((1, 1, 1), (30_000, 50_000, 2**20), (2**24, 2**27, 2**29)):
         for name, value in (("BLOCK", block), ("KEPT", kept), ("HELD", held)):
-            monkeypatch.setattr(sources_module, name, value)
-        sources_module._CELLS.__init__()
+            monkeypatch.setattr(formats, name, value)
+        formats._CELLS.__init__()
         sent = pickle.loads(pickle.dumps(records))
         for i in order:
             for record in (records[i], sent[i]):
                 assert record.winner.open("rb").read() == png(i) and record.loser.open("rb").read() == png(50 + i)
                 assert record.references[0].image.open("rb").read() == png(100 + i)
-        cells = sources_module._CELLS
+        cells = formats._CELLS
         assert sum(values.nbytes for values in cells._kept.values()) <= max(kept, 300_000)
     assert len(pickle.dumps(records)) < 10_000, "images do not travel"
 
 
 def test_rows_in_order_are_decoded_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources_module, "BLOCK", 1)
+    monkeypatch.setattr(formats, "BLOCK", 1)
     records, _ = parse_pairs(write(tmp_path / "p.parquet", table(10)))
-    begun, real = [], sources_module.Table.batches
-    monkeypatch.setattr(sources_module.Table, "batches", lambda self, *a: begun.append(a) or real(self, *a))
+    begun, real = [], formats.Table.batches
+    monkeypatch.setattr(formats.Table, "batches", lambda self, *a: begun.append(a) or real(self, *a))
     for record in records:
         record.winner.open("rb"), record.loser.open("rb")
     assert begun == [(0, "winner"), (0, "loser")]
 
 
 def test_large_row_groups_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources_module, "HELD", 1000)
+    monkeypatch.setattr(formats, "HELD", 1000)
     _, problems = parse_pairs(write(tmp_path / "p.parquet", row_group_size=2))
     assert [(p.line, p.severity) for p in problems] == [(1, "warning"), (3, "warning")]
     assert "row_group_size=100" in str(problems[0])

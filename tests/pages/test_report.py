@@ -29,7 +29,7 @@ from focusdpo.pages.run.binning import read_run
 from focusdpo.pages.run.facts import _held_out
 from focusdpo.pages.run.films import evenly, read_films
 from focusdpo.pages.run.page import write_run_page
-from focusdpo.pages.run.plots import MARKS, panel_figure
+from focusdpo.pages.run.plotly_figures import MARKS, panel_figure
 from focusdpo.training import health
 from focusdpo.training.callbacks import Callback
 from focusdpo.training.config import SamplesConfig

@@ -17,7 +17,7 @@ from focusdpo.pages.html import COLOURS, plot, write_page
 from focusdpo.pages.run.binning import read_run
 from focusdpo.pages.run.facts import changed_settings, facts, read_alarms
 from focusdpo.pages.run.films import read_films
-from focusdpo.pages.run.plots import heat_map, panel_figure
+from focusdpo.pages.run.plotly_figures import heat_map, panel_figure
 from focusdpo.training.run_files import (
     CONFIG_FILE,
     COVERAGE_BINS,

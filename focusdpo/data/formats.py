@@ -1,4 +1,4 @@
-"""Where a dataset's records and images lie: `pairs.jsonl`, WebDataset shards, parquet tables, or image folders.
+"""The formats a dataset may have: `pairs.jsonl`, WebDataset shards, parquet tables, or image folders.
 
 All become records whose images open at random: batches, exact resume, cache and the split over processes know no format.
 """

@@ -1,4 +1,4 @@
-"""The plots of a run's page."""
+"""Panels of a run and its heat map as Plotly figures, which its page has people zoom and point at."""
 
 from __future__ import annotations
 
