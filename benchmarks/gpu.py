@@ -191,10 +191,6 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"gpu.sh: error: {error}")
 
 
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Checks the folder, then runs the plan's parts."""
     plan, result = PLANS[options.plan], options.outdir / "result.jsonl"
@@ -211,7 +207,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         except BlockingIOError:
             parser.error(f"OUTDIR: another run is writing to {result}; wait for it, or name another folder")
         for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, _interrupt)  # as Ctrl-C: what runs is ended with it
+            signal.signal(number, signal.default_int_handler)  # as Ctrl-C: what runs is ended with it
         started = time.monotonic()
         parts, recorder = plan.parts(result), Recorder(result)
         print(describe(options.plan, plan, parts), flush=True)

@@ -11,7 +11,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 
 from focusdpo.foundation.packages import require_package
 
@@ -103,18 +102,13 @@ def joined_cluster(ray_address: str | None) -> Iterator[bool]:
         else:
             ray.init(address=named[1], log_to_driver=False, logging_level=logging.WARNING)
             logger.info("Ray: on the cluster %s, which %s names", _address(), named[0])
-        if is_main:  # Ray has put its own handler there, which leaves with another status
-            signal.signal(signal.SIGTERM, before if callable(before) else _leave)
+        if is_main:  # Ray has put its own handler there, which leaves with another status; an exit in order ends a cluster too
+            signal.signal(signal.SIGTERM, before if callable(before) else lambda number, _: sys.exit(128 + number))
         yield named is None
     finally:
         ray.shutdown()
         if is_main:
             signal.signal(signal.SIGTERM, before)
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    """Ends this process in order, so that its cluster ends too."""
-    sys.exit(128 + number)
 
 
 def _address() -> str:

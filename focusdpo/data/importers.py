@@ -271,7 +271,8 @@ def import_pickapic(
                 raise UnfitError("a tie" if label == 0.5 and row.get("has_label") is not False else "no label")
             prompt = _text(row["caption"], "the caption")
             winner, loser = (_bytes(row[name]) for name in (("jpg_0", "jpg_1") if label == 1 else ("jpg_1", "jpg_0")))
-            shown = [_bytes(image) for column in references for image in _listed(row[column])]
+            cells = [row[column] for column in references]
+            shown = [_bytes(image) for cell in cells for image in (cell if isinstance(cell, list) else [cell])]
             if not 1 <= len(shown) <= MAX_REFERENCES:
                 raise UnfitError(f"not 1 to {MAX_REFERENCES} references")
             mask = None if prior is None else _bytes(row[prior])
@@ -316,7 +317,3 @@ def _bytes(value: Any) -> ImageBytes:
     if not isinstance(data, bytes):
         raise UnfitError("an image is missing or damaged", f"expected bytes, got {type(data).__name__}")
     return ImageBytes(data)
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
