@@ -25,6 +25,22 @@ def build(file: str) -> None:
     COMMANDS[name].prepare(config)()
 
 
+def stop_within_a_pair(child: int, folder: Path) -> None:
+    """Stops the child while a pair's images are half written: between a look and a kill it could have finished them."""
+    while True:
+        if any(folder.glob("images/.*.partial")):
+            os.kill(child, signal.SIGSTOP)
+            _, status = os.waitpid(child, os.WUNTRACED)
+            if not os.WIFSTOPPED(status):
+                break
+            if any(folder.glob("images/.*.partial")):
+                return
+            os.kill(child, signal.SIGCONT)
+        elif os.waitpid(child, os.WNOHANG) != (0, 0):
+            break
+    raise SystemExit("the build ended before it was killed")
+
+
 def main(file: str, kills: int) -> None:
     # Imported before the fork, which spares every child the seconds.
     import focusdpo.building.engines
@@ -42,11 +58,8 @@ def main(file: str, kills: int) -> None:
             enough, latest = _done(folder) + FEW, time.monotonic() + draw.uniform(0, 0.6)
             while time.monotonic() < latest and _done(folder) < enough:
                 time.sleep(0.002)
-        else:  # while it writes a pair's images
-            while not any(folder.glob("images/.*.partial")):
-                if os.waitpid(child, os.WNOHANG) != (0, 0):
-                    raise SystemExit("the build ended before it was killed")
-            time.sleep(draw.uniform(0, 0.02))
+        else:
+            stop_within_a_pair(child, folder)
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if not os.WIFSIGNALED(status):
