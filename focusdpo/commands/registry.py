@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -47,7 +49,19 @@ class Command:
 
 
 def _imported(name: str) -> Any:
+    """What "module:attribute" names.
+
+    diffusers and PEFT make a million objects that stay until the end. To look through them for garbage would take a fifth of
+    what a short command takes: while they are imported, at the end, and whenever a run collects.
+    """
     module, _, attribute = name.partition(":")
+    if module not in sys.modules and gc.isenabled():
+        gc.disable()
+        try:
+            import_module(module)
+        finally:
+            gc.enable()
+        gc.freeze()
     return getattr(import_module(module), attribute)
 
 

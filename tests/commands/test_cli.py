@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib.util
 import os
 import subprocess
@@ -12,7 +13,7 @@ import typing
 import pytest
 
 import focusdpo
-from focusdpo.commands import cli
+from focusdpo.commands import cli, registry
 from focusdpo.foundation.progress_bars import HIDDEN
 from focusdpo.foundation.workers import Pool
 from focusdpo.training.config import TrainConfig
@@ -275,3 +276,24 @@ def test_tab_completion_says_what_it_needs(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--completion", "bash"])
     assert capsys.readouterr().err.endswith("pip install 'focusdpo[completion]'\n")
+
+
+def test_no_garbage_is_looked_for_while_a_command_is_imported(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "of_a_command.py").write_text("import gc\ncollects, kept = gc.isenabled(), [[]]\n")
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    frozen = gc.get_freeze_count()
+    try:
+        with pytest.raises(ZeroDivisionError):
+            registry._imported("broken:prepare")
+        assert gc.isenabled() and gc.get_freeze_count() == frozen
+        assert registry._imported("of_a_command:collects") is False and gc.isenabled()
+        assert gc.get_freeze_count() > frozen, "what was imported stays"
+        gc.unfreeze()
+        assert registry._imported("of_a_command:kept") == [[]] and gc.get_freeze_count() == 0, "and nothing that comes later"
+        gc.disable()
+        del sys.modules["of_a_command"]
+        assert registry._imported("of_a_command:collects") is False and not gc.isenabled(), "switched off it stays so"
+    finally:
+        gc.enable()
+        sys.modules.pop("of_a_command", None)
