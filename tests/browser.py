@@ -13,6 +13,8 @@ import threading
 
 import pytest
 
+from tests import PATIENCE
+
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; `apt-get install chromium` brings one")
 
@@ -62,7 +64,7 @@ def in_browser(folder, profile, script, page="page.html", as_file=False):
             address = (folder / "driver.html").as_uri()
         with subprocess.Popen([*command, address], stdout=subprocess.DEVNULL, stderr=errors) as chromium:
             try:
-                seen = found.get(timeout=120)
+                seen = found.get(timeout=PATIENCE)
             finally:
                 chromium.terminate()
                 server.shutdown()

@@ -27,7 +27,7 @@ from benchmarks.timing import Clock, plan
 from focusdpo_kernels import cross_layer_similarity, preference_residual, residual_kernels
 from focusdpo_kernels.launch import Launch
 from focusdpo_kernels.tools.disassembly import _bytes_ahead, _instructions, resident_blocks
-from tests import ROOT
+from tests import PATIENCE, ROOT
 from tests.conftest import LONG
 
 CPU = torch.device("cpu")
@@ -39,7 +39,9 @@ def run(*arguments, interpret=False, code=0):
     environment = {name: value for name, value in kept.items() if name != "TRITON_INTERPRET"}
     if interpret:
         environment["TRITON_INTERPRET"] = "1"
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
 
@@ -397,7 +399,7 @@ def test_tests_after_a_lost_device_run_in_a_fresh_process(tmp_path):
     path = tmp_path / "result.jsonl"
     kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     command = (sys.executable, "-m", "pytest", "-n", "1", "-p", "benchmarks.record_tests", "--record", str(path), "-q")
-    subprocess.run([*command, str(tmp_path / "test_losing.py")], cwd=ROOT, env=kept, capture_output=True, timeout=200)
+    subprocess.run([*command, str(tmp_path / "test_losing.py")], cwd=ROOT, env=kept, capture_output=True, timeout=PATIENCE)
     tests = [(r["case"].split("::")[1], r["outcome"]) for r in read_records(path) if r["kind"] == "test"]
     after = [f"test_after[{i}]" for i in range(3)]
     assert {name for name, outcome in tests if outcome == "passed"} == {"test_before", *after}
@@ -433,7 +435,7 @@ def test_a_run_that_is_killed_leaves_what_it_has(tmp_path):
     kernels = [r["case"] for r in read_records(path) if r["kind"] == "kernel"]
     assert kernels and Recorder(path).unfinished()[-1] == "step-tiny-128-overhead"
     for _ in range(2):
-        done = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 0, done.stdout + done.stderr
         result = read_result(path)
         assert [p["ended"] for p in result.parts] == ["done"] * 4 and not result.failed
@@ -457,7 +459,7 @@ def test_a_signal_ends_it_and_says_how_to_go_on(tmp_path, number):
         time.sleep(0.02)
     time.sleep(1)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130 and "the same command goes on" in errors and "Traceback" not in errors
 
 
@@ -505,11 +507,11 @@ def test_what_the_stub_driver_refuses_is_red(tmp_path):
     (tmp_path / "test_stubbed.py").write_text(STUBBED)
     kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "0"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.stub_tests", str(tmp_path), "-p", "no:cacheprovider"]
-    done = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, timeout=PATIENCE)
     assert "1 failed, 1 passed" in done.stdout and "test_refused" in done.stdout, done.stdout + done.stderr
     assert "stub driver: 1 launches" in done.stdout
     (tmp_path / "test_stubbed.py").write_text("def test_nothing(): pass")
-    done = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, timeout=PATIENCE)
     assert "stub driver: 0 launches" in done.stdout and done.returncode == 1, "nothing launched is nothing tried"
 
 
@@ -517,7 +519,9 @@ def test_what_the_stub_driver_refuses_is_red(tmp_path):
 @pytest.mark.parametrize("name", ["first", "steps", "deep"])
 def test_gpu_script_says_that_there_is_no_gpu(tmp_path, name):
     script = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), name, str(tmp_path)]
-    done = subprocess.run(script, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        script, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == 1 and "PyTorch sees no GPU here" in done.stderr
 
 
@@ -640,7 +644,7 @@ def test_another_runs_folder_is_refused_at_once(tmp_path):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=PATIENCE,
     )
     assert done.returncode == 1 and "holds a run of device 'some GPU'" in done.stderr
     assert kinds(path) == ["run"], "not a line is added to it"
@@ -691,7 +695,7 @@ def test_a_whole_run_is_killed_and_goes_on(tmp_path):
     """`benchmarks.training` on a CPU, at its smallest size: what a GPU run records, and what the report makes of it."""
     result = tmp_path / "result.jsonl"
     command = [sys.executable, "-m", "benchmarks.training", "--backbone", "tiny", "--device", "cpu", "--steps", "4"]
-    done = subprocess.run([*command, "--result", str(result)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, "--result", str(result)], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
     (run,) = read_result(result).training
     assert run["steps"] == 4 and run["pairs_per_second"] > 0 and 2 < run["killed_after"] <= 4

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from focusdpo.building.candidate import Candidate, Rejected
+from tests import PATIENCE
 
 
 class WaitFor:
@@ -19,7 +20,7 @@ class WaitFor:
         self._last, self._file = last, file
 
     def __call__(self, candidate: Candidate) -> None:
-        until = time.monotonic() + 30
+        until = time.monotonic() + PATIENCE
         while candidate.index == self._last and not self._file.exists():
             if time.monotonic() > until:
                 raise TimeoutError(f"{self._file} never came")

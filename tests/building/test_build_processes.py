@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 
-from tests import ROOT
+from tests import PATIENCE, ROOT
 
 pytest.importorskip("cv2", reason="needs the extra build: pip install 'focusdpo[build]'")
 pytest.importorskip("imagehash", reason="needs the extra build: pip install 'focusdpo[build]'")
@@ -55,7 +55,7 @@ def command(scenes, tmp_path):
 
 def begun(parent, manifest):
     """The workers of a command, once it builds."""
-    until = time.monotonic() + 60
+    until = time.monotonic() + PATIENCE
     while not (manifest.exists() and manifest.read_bytes().count(b"\n") > 3):
         assert parent.poll() is None and time.monotonic() < until
         time.sleep(0.02)
@@ -75,14 +75,14 @@ def test_workers_end_with_their_parent(command, tmp_path, name, number):
     with started(command[name], cwd=ROOT) as parent:
         processes = begun(parent, manifest)
         parent.send_signal(number)
-        parent.wait(30)
+        parent.wait(PATIENCE)
     assert parent.returncode == -number
-    assert_gone(processes, 2.0)
+    assert_gone(processes)
     done = manifest.read_bytes()
     time.sleep(0.2)
     assert manifest.read_bytes() == done
     if (name, number) == ("dreambench", signal.SIGKILL):  # the same command goes on, and comes through
-        ended = subprocess.run(command[name], cwd=ROOT, capture_output=True, text=True, timeout=100)
+        ended = subprocess.run(command[name], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
         assert ended.returncode == 0 and "candidates were done before" in ended.stderr, ended.stderr[-3000:]
         assert load_pairs(manifest.parent, progress=False)
 
@@ -91,14 +91,14 @@ def test_a_killed_worker_is_one_line(command, tmp_path):
     with started(command["build"], cwd=ROOT, stderr=subprocess.PIPE) as parent:
         processes = begun(parent, tmp_path / "build" / "manifest.jsonl")
         processes[0].kill()
-        said = parent.communicate(timeout=60)[1]
+        said = parent.communicate(timeout=PATIENCE)[1]
     assert parent.returncode == 1
     message = (
         f"focusdpo data build: error: workers: process {processes[0].pid} was killed by SIGKILL while it worked at 0000000-"
     )
     assert message in said and "fewer workers need less; the same command goes on from what is there" in said
     assert "Traceback" not in said
-    assert_gone(processes, 2.0)
+    assert_gone(processes)
 
 
 def test_an_interrupted_build_has_no_workers_left(scenes, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests import ROOT
+from tests import PATIENCE, ROOT
 
 pytest.importorskip("cv2", reason="needs the extra build: pip install 'focusdpo[build]'")
 pytest.importorskip("imagehash", reason="needs the extra build: pip install 'focusdpo[build]'")
@@ -168,7 +168,7 @@ def test_killed_twenty_times(config, tmp_path):
     file.write_text(yaml.safe_dump(dataclasses.asdict(killed)))
     command = [sys.executable, "-m", "tests.building.killed_build", str(file), "20"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     assert done.stdout.count("killed") == 20 and "with a pair half written" in done.stdout
     assert tree(killed.output_dir) == tree(config.output_dir), "nothing lost, nothing twice, nothing half"

@@ -14,6 +14,7 @@ from PIL import Image
 from focusdpo.data import load_pairs
 from focusdpo.demo.scenes import write_dataset
 from focusdpo.foundation.journals import read_metrics
+from tests import PATIENCE
 
 SMALL = ["--pairs", "6", "--held_out", "3", "--steps", "3", "--batch_size", "2", "--resolution", "96", "--overlays", "1"]
 
@@ -21,7 +22,7 @@ SMALL = ["--pairs", "6", "--held_out", "3", "--steps", "3", "--batch_size", "2",
 def demo(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FOCUSDPO_BACKEND")}
     command = [sys.executable, "-m", "focusdpo", "demo", "--out", str(folder), *SMALL, *arguments]
-    return subprocess.run(command, env=clean | environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, env=clean | environment, capture_output=True, text=True, timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def test_its_settings_file_trains(finished, tmp_path):
     """What the demo prints as the next command works."""
     folder, _ = finished
     command = [sys.executable, "-m", "focusdpo", "train", "--config", str(folder / "train.yaml"), "--max_steps", "1"]
-    done = subprocess.run([*command, "--output_dir", str(tmp_path / "run")], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, "--output_dir", str(tmp_path / "run")], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 1
 

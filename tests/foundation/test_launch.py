@@ -30,7 +30,7 @@ from focusdpo.foundation.launch import ElsewhereError, Launch
 from focusdpo.foundation.output_folder import OutputFolder
 from focusdpo.training.batches import load_datasets
 from focusdpo.training.config import DataConfig, ModelConfig, TrainConfig
-from tests import ROOT
+from tests import PATIENCE, ROOT
 from tests.processes import assert_gone, started
 
 
@@ -230,7 +230,7 @@ def test_all_stop_at_the_same_call(store, seed):
     wanting = drawn.sample(range(size), drawn.choice([1, 1, 2, size]))
     when = {rank: drawn.randrange(1, 30) for rank in wanting}
     pauses = [[drawn.random() * 0.004 for _ in range(60)] for _ in range(size)]
-    barrier = threading.Barrier(size, timeout=20)
+    barrier = threading.Barrier(size, timeout=PATIENCE)
 
     def work(launch):
         for call in range(1, 60):
@@ -292,7 +292,7 @@ def test_the_store_is_that_of_the_first_process_where_all_reach_it(monkeypatch, 
         return own(address, port, size, is_main, *args, **kwargs)
 
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    launchers, until = dist.HashStore(), time.monotonic() + 30
+    launchers, until = dist.HashStore(), time.monotonic() + PATIENCE
     if not reached:
         monkeypatch.setattr(dist, "TCPStore", behind_a_firewall)
         monkeypatch.setattr(rendezvous, "REACHED", 1.0)
@@ -411,16 +411,16 @@ def test_who_is_started_twice_is_refused_and_does_no_harm(serves):
         for rank in range(2) if serves == "the launcher" else [1]:
             third = start(rank)
             processes.append(third)
-            said = third.communicate("", timeout=60)[1]
+            said = third.communicate("", timeout=PATIENCE)[1]
             there = f"process {processes[rank].pid} on {socket.gethostname()}"
             assert third.returncode == 1 and f"the launch at 127.0.0.1:{port}: number {rank} is {there} already; some" in said
         larger = start(3, size=4)
         processes.append(larger)
-        said = larger.communicate("", timeout=60)[1]
+        said = larger.communicate("", timeout=PATIENCE)[1]
         assert larger.returncode == 1 and "it has 2 processes, and this one would be of 4; something was started twice" in said
         for process in processes[:2]:
             process.stdin.close()
-        assert [process.wait(60) for process in processes[:2]] == [0, 0]
+        assert [process.wait(PATIENCE) for process in processes[:2]] == [0, 0]
     finally:
         for process in processes:
             process.kill()
@@ -490,12 +490,12 @@ Launch.join()
     environment |= {"LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "1", "PYTHONPATH": str(ROOT)}
     with started([sys.executable, "-c", launcher], env=environment, stdout=subprocess.PIPE) as process:
         child = psutil.Process(int(process.stdout.readline()))
-        until = time.monotonic() + 60
+        until = time.monotonic() + PATIENCE
         while when != "importing" and not [one for one in child.net_connections() if one.status == psutil.CONN_LISTEN]:
             assert time.monotonic() < until
             time.sleep(0.05)
         process.kill()
-        assert_gone([child], 20.0)
+        assert_gone([child])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -515,9 +515,9 @@ def test_processes(case, tmp_path):
         processes.append(subprocess.Popen(command, env=own, stdout=subprocess.PIPE, text=True, cwd=ROOT))
     try:
         if case == "the first stands still":
-            processes[1].wait(60)
+            processes[1].wait(PATIENCE)
             processes[0].kill()
-        said = [process.communicate(timeout=60)[0] for process in processes]
+        said = [process.communicate(timeout=PATIENCE)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -16,7 +16,7 @@ import pytest
 
 from focusdpo.foundation import workers
 from focusdpo.foundation.workers import Pool, WorkerDiedError, threads_of
-from tests import ROOT
+from tests import PATIENCE, ROOT
 from tests.foundation.worker_tasks import Threads, note_place, work
 from tests.processes import assert_gone, started
 
@@ -137,7 +137,7 @@ def test_they_end_with_their_parent_in_the_midst_of_a_task(tmp_path, number):
         processes = [psutil.Process(int(number)) for number in parent.stdout.readline().split()]
         assert parent.stdout.readline() == "at work\n"
         parent.send_signal(number)
-    assert_gone(processes, 2.0)
+    assert_gone(processes)
 
 
 def test_ctrl_c_ends_all_without_a_word_from_the_workers(tmp_path):
@@ -155,11 +155,11 @@ def test_ctrl_c_ends_all_without_a_word_from_the_workers(tmp_path):
         os.killpg(parent.pid, signal.SIGINT)
         said = parent.stderr.read()
     assert said.count("Traceback") == 1 and said.endswith("KeyboardInterrupt\n")
-    assert_gone(processes, 2.0)
+    assert_gone(processes)
 
 
 def test_a_worker_imports_little_before_it_is_prepared():
     """What an ablation's worker must not import before it has its GPU: see `take_gpu`."""
     code = "import sys, focusdpo.foundation.workers; print(sorted({'torch', 'cv2', 'numpy'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     assert done.stdout.strip() == "[]", done.stderr

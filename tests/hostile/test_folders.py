@@ -21,6 +21,7 @@ from focusdpo.foundation.output_folder import OutputFolder, free_name, step_fold
 from focusdpo.training.config import SamplesConfig
 from focusdpo.training.run_folder import finished_at
 from focusdpo.training.trainer import Trainer
+from tests import PATIENCE
 from tests.hostile import SMALL
 from tests.processes import started
 from tests.runs import train
@@ -435,11 +436,11 @@ def test_two_runs_started_at_once(config, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "focusdpo", "train", "--config", str(file)]
     both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
-    results = [(process.communicate(timeout=300)[1], process.returncode) for process in both]
+    results = [(process.communicate(timeout=PATIENCE)[1], process.returncode) for process in both]
     assert sorted(code for _, code in results) == [0, 1]
     refused = next(text for text, code in results if code)
     assert "output_dir: " in refused and "is being written by focusdpo train, process" in refused and "Traceback" not in refused
-    done = subprocess.run([*command, "--resume", "latest"], capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run([*command, "--resume", "latest"], capture_output=True, text=True, env=environment, timeout=PATIENCE)
     assert done.returncode == 0 and "finished at step 4" in done.stderr, done.stderr
 
 

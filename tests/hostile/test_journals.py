@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from focusdpo.building.builder import read_manifest
@@ -82,6 +82,7 @@ def test_a_line_without_end(tmp_path, caplog):
     assert [row["step"] for row in read_steps(file)] == [1, 2] and caplog.text.count("left out") == 1
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300), st.integers(0, 5))
 def test_whatever_a_disk_did(tmp_path_factory, junk, place):
     """Every line that is as it was written is read, in its order."""

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from tests import ROOT
+from tests import PATIENCE, ROOT
 from tests.conftest import LONG
 from tests.hostile.killing import CASES
 
@@ -20,6 +20,6 @@ from tests.hostile.killing import CASES
 def test_killed_at_its_file_operations(case, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.hostile.killing", case, str(tmp_path), *(["long"] if LONG else [])]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert f"{case}: killed at" in done.stdout

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -88,6 +88,7 @@ def test_coverage_that_is_no_number_is_in_no_bar_and_reaches_nothing():
     assert sound["focus/detail_unreachable"] == 0.25 and sound["focus/coverage_histogram/0.0"] == 0.25
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1) | st.sampled_from([NAN, math.inf, -math.inf]), min_size=1, max_size=60))
 def test_the_bar_shows_the_weighted_mean_of_the_finite_values(values):
     progress = ProgressBar()

@@ -26,7 +26,7 @@ from focusdpo.foundation.journals import read_metrics
 from focusdpo.training.checkpoints import complete_checkpoints, damage, find_checkpoint
 from focusdpo.training.config import OptimConfig
 from focusdpo.training.trainer import Trainer
-from tests import ROOT
+from tests import PATIENCE, ROOT
 from tests.demo_scenes import write_scenes
 from tests.hostile import SMALL
 from tests.runs import train
@@ -66,7 +66,7 @@ def test_a_signal_to_the_whole_process_group(config, tmp_path, number):
     while process.poll() is None and len(read_metrics(metrics)) < 1:
         time.sleep(0.01)
     os.killpg(process.pid, number)
-    errors = process.communicate(timeout=120)[1]
+    errors = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 128 + number, errors[-3000:]
     assert f"{number.name}: stopping after this batch, with all steps saved" in errors and "Traceback" not in errors
     (checkpoint,) = complete_checkpoints(tmp_path / "run" / "checkpoints")

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
@@ -38,6 +38,7 @@ TEXTS = st.text() | st.lists(st.sampled_from(["\n", "\r", "\x1b[1A", "\u2028", "
 # Text.
 
 
+@settings(deadline=None)
 @given(TEXTS)
 def test_printable_has_nothing_unseen_and_keeps_the_rest(text):
     shown = printable(text)
@@ -53,6 +54,7 @@ def test_printable_leaves_writing_as_it_is():
     assert printable("\x1b[2J\n\u202e\u200b\ud800\x9b") == "\\x1b[2J\\n\\u202e\\u200b\\ud800\\x9b"
 
 
+@settings(deadline=None)
 @given(TEXTS)
 def test_no_line_of_a_message_but_the_first_begins_at_the_margin(text):
     first, *rest = message_lines(f"focusdpo train: error: {text}").split("\n")
@@ -221,6 +223,7 @@ def test_a_reader_that_leaves_ends_it_quietly(words):
 # Tables and Markdown.
 
 
+@settings(deadline=None)
 @given(TEXTS | st.sampled_from(["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "＝1", "=cmd|' /C calc'!A0"]))
 def test_a_cell_is_no_formula(text):
     shown = cell(text)
@@ -297,6 +300,7 @@ def rendered(text):
     return Shown(markdown_it.MarkdownIt("gfm-like", {"linkify": False, "html": True}).render(text))
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(MARKS), max_size=6).map(" ".join) | st.text("`|<>*_[]()!#\\&-~ab\n", max_size=20))
 def test_markdown_shows_the_text_itself(text):
     words = " ".join(printable(text).split())

@@ -21,7 +21,7 @@ import sys
 
 import pytest
 
-from tests import ROOT
+from tests import PATIENCE, ROOT
 
 SIMILARITY = ["_pool_kernel", "_unit_kernel", "_compare_kernel", "_average_kernel"]
 STREAMED = ["_pool_layer_kernel", "_compare_layer_kernel"]  # of a layer
@@ -63,7 +63,7 @@ def counted() -> dict[str, dict[str, list[str]]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["CUDA_VISIBLE_DEVICES"] = ""  # counted the same where there is a GPU
     command = [sys.executable, "-m", "tests.kernels.launch_worker"]
-    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout)
 

@@ -10,6 +10,7 @@ import textwrap
 import pytest
 
 from focusdpo_kernels.tools import stub_driver
+from tests import PATIENCE
 
 SETUP = """
 import torch
@@ -24,7 +25,7 @@ def run_python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
     # A GPU machine has its own launches to count; here the stub is what is tested.
     environment |= {"CUDA_VISIBLE_DEVICES": "", **variables}
     command = [sys.executable, "-c", SETUP + textwrap.dedent(code)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def run_stub(code: str, **variables: str) -> str:
@@ -271,7 +272,7 @@ def test_two_processes_build_at_once(tmp_path):
     code = SETUP + f"from pathlib import Path\nprint(stub_driver._build(Path({str(tmp_path)!r})))"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     both = [subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE) for _ in range(2)]
-    assert len({process.communicate(timeout=300)[0] for process in both}) == 1
+    assert len({process.communicate(timeout=PATIENCE)[0] for process in both}) == 1
     assert [process.returncode for process in both] == [0, 0]
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["libcuda.so.1"], "no scratch is left"
 

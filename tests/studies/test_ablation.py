@@ -28,6 +28,7 @@ from focusdpo.studies.ablation.yardsticks import Measure
 from focusdpo.studies.config import AblationConfig
 from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, ModelConfig, OptimConfig, SamplesConfig, TrainConfig
 from focusdpo.training.trainer import VALIDATION_SEED, Trainer
+from tests import PATIENCE
 from tests.backbones import pair_batch
 from tests.processes import workers_of
 
@@ -295,7 +296,7 @@ def test_two_workers_give_the_same(settings, tmp_path):
     options = ["--variants", "dpo", "focus", "--seeds", "3", "--points", "2", "--times", "0.5", "--samples", "0"]
     options += ["--workers", "2"]
     command = [sys.executable, "-m", "focusdpo", "ablate", "--config", config.config, "--output_dir", config.output_dir]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
     assert numbers(tmp_path / "ablation") == alone
     assert "pairs told apart within the prior" in done.stdout

@@ -12,6 +12,7 @@ import torch
 
 from focusdpo.foundation import workers
 from focusdpo.studies.ablation import jobs as ablation_jobs
+from tests import PATIENCE
 
 
 def test_a_worker_imports_nothing_that_asks_for_gpus_before_it_has_its_own():
@@ -23,7 +24,7 @@ for name in ("is_available", "init", "_lazy_init", "current_device"): setattr(to
 import focusdpo.commands.cli, focusdpo.foundation.workers
 print(sorted({"peft", "diffusers", "transformers", "bitsandbytes", "torchao", "accelerate"} & set(sys.modules)))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == "[]"
 

@@ -31,7 +31,7 @@ from focusdpo.studies.microcosm.learning import learn
 from focusdpo.studies.microcosm.pairs import write_pairs
 from focusdpo.studies.microcosm.stages import Stages
 from focusdpo.studies.microcosm.world import draw_scene
-from tests import ROOT
+from tests import PATIENCE, ROOT
 
 SHARED = ROOT.parent / "shared" / "data" / "dreambench"
 
@@ -177,7 +177,7 @@ def test_the_whole_command_also_when_killed(tmp_path):
                 time.sleep(0.02)
             assert child.poll() is None, sign
             child.send_signal(signal.SIGKILL)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
     assert results_of(killed) == (results, table)
     assert "identity accuracy of generated regions" in done.stdout

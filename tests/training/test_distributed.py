@@ -30,7 +30,7 @@ from focusdpo.training.config import OptimConfig, SamplesConfig
 from focusdpo.training.memory import estimate, launched
 from focusdpo.training.sharding import check_launch, split_like, whole
 from focusdpo.training.trainer import Trainer
-from tests import ROOT
+from tests import PATIENCE, ROOT
 from tests.runs import rows_of, tiny_config
 
 LAUNCH_FILES = {"ddp": "ddp", "unsynced": "ddp", "fsdp": "fsdp2", "zero2": "zero2", "zero3": "zero3"}
@@ -68,7 +68,7 @@ def launch(config, world, *options, script="distributed_worker.py"):
         [*command, *worker], stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment, start_new_session=True
     )
     try:
-        _, errors = process.communicate(timeout=300)
+        _, errors = process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)  # the workers too
         raise
@@ -90,7 +90,7 @@ def single(config):
     worker = Path(__file__).with_name("distributed_worker.py")
     command = [sys.executable, str(worker), "--config", str(file)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-5000:]
     rows, (process,) = left(one)
     assert len(process["gradients"]) == 3 and all(g.any() for g in process["gradients"][1])

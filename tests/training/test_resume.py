@@ -30,7 +30,7 @@ from focusdpo.training.config import (
 from focusdpo.training.determinism import repeatable
 from focusdpo.training.signals import GRACE, StopError, StopSignals
 from focusdpo.training.trainer import Trainer
-from tests import ROOT
+from tests import PATIENCE, ROOT
 from tests.runs import assert_same_lora, lora_of, rows_of
 
 SETTINGS = {
@@ -67,7 +67,7 @@ def test_killed_twenty_times(config, tmp_path):
     config.output_dir = str(tmp_path / "killed")
     command = [sys.executable, "-m", "tests.training.killed_worker", write_yaml(config), "20"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     assert done.stdout.count("killed at") == 20
     assert {"start", "step", "checkpoint"} == {line.split()[-1] for line in done.stdout.splitlines() if "killed at" in line}
@@ -88,7 +88,7 @@ def test_a_signal_saves_the_running_step(config, tmp_path, number):
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
         time.sleep(0.005)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + number, errors[-3000:]
     assert f"{number.name}: stopping after this batch, with all steps saved" in errors and "Traceback" not in errors
     (checkpoint,) = complete_checkpoints(tmp_path / "stopped" / "checkpoints")

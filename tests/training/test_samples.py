@@ -22,7 +22,7 @@ from focusdpo.drawing.contact_sheets import sample_sheet
 from focusdpo.models import BACKBONES, Backbone, TokenLayout
 from focusdpo.training.config import FocusConfig, SamplesConfig
 from focusdpo.training.trainer import Trainer
-from tests import ROOT
+from tests import PATIENCE, ROOT
 from tests.runs import rows_of, train
 from tests.tiny_qwen import write_tiny_qwen
 
@@ -149,7 +149,7 @@ def test_two_processes(config):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command = [*launch, "-m", "focusdpo", "train", "--config", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     for pair in range(3):
         assert np.array_equal(pixels(config.output_dir, 0, pair), pixels(alone, 0, pair))

@@ -23,10 +23,10 @@ import yaml
 from focusdpo.demo.scenes import write_dataset
 from focusdpo.foundation.journals import read_metrics, read_rows
 from focusdpo.training.checkpoints import complete_checkpoints, damage
-from tests import ROOT
+from tests import PATIENCE, ROOT
 
 WORKER = str(ROOT / "tests" / "training" / "several_worker.py")
-LONG = 150  # seconds, on a busy machine
+SOON = 150  # seconds, on a busy machine; a process that is not told would wait for ten minutes
 
 
 SETTINGS = {
@@ -94,7 +94,7 @@ class Launched:
             with suppress(ProcessLookupError):
                 os.kill(process, number)
 
-    def end(self, seconds=LONG):
+    def end(self, seconds=PATIENCE):
         """The exit status of the launcher, and what all have said."""
         status = self.process.wait(seconds)
         return status, self.said()
@@ -102,7 +102,7 @@ class Launched:
     def said(self):
         return Path(self.log.name).read_text().replace("\r", "\n")
 
-    def all_end(self, seconds):
+    def all_end(self, seconds=SOON):
         """Waits for all of its processes, whatever became of the launcher."""
         until = time.monotonic() + seconds
         while self.processes():
@@ -111,7 +111,7 @@ class Launched:
             time.sleep(0.1)
 
     def until(self, condition, what):
-        until = time.monotonic() + LONG
+        until = time.monotonic() + PATIENCE
         while not condition():
             assert time.monotonic() < until and self.process.poll() is None, f"{what} did not happen:\n{self.said()[-3000:]}"
             time.sleep(0.02)
@@ -187,7 +187,7 @@ def test_a_machine_without_data_is_named_at_once(config, tmp_path):
         Launched(config, tmp_path / "1", 1, port, cwd=there) as second,
     ):
         ended = [first.end(), second.end()]
-    assert time.monotonic() - began < LONG
+    assert time.monotonic() - began < SOON
     reason = f"process 1 on {socket.gethostname()}: no such dataset: pairs"
     for status, said in ended:
         assert status != 0 and last_words(said).startswith(reason)
@@ -221,9 +221,9 @@ def test_machines_that_lose_each_other(config, tmp_path, networks):
     with first, second:
         first.until(lambda: len(rows(config)) >= 3, "three steps")
         subprocess.run(["ip", "-n", networks[1], "link", "set", "cable", "down"], check=True)
-        ended = [first.end(60), second.end(60)]
+        ended = [first.end(SOON), second.end(SOON)]
         for each in (first, second):
-            each.all_end(40)
+            each.all_end()
     for status, said in ended:
         words = last_words(said)
         # Whichever of them is noticed first: a broken collective, the first process's silence, or that of the second.
@@ -246,7 +246,7 @@ def test_one_stop_however_often_it_is_said(config, tmp_path):
         time.sleep(0.1)
         one.signal(signal.SIGTERM)
         began = time.monotonic()
-        one.all_end(40)  # two signals are too many for the launcher, which leaves them alone
+        one.all_end()  # two signals are too many for the launcher, which leaves them alone
         took = time.monotonic() - began
         said = one.said()
     assert (
@@ -269,7 +269,7 @@ def test_without_a_launcher_they_end_and_while_they_run_no_other_does(config, tm
     """A second launch, in the same second or later, is told who writes there; a launcher's death is a stop."""
     config = dataclasses.replace(config, max_steps=1000, checkpoint_every=0)
     with Launched(config, tmp_path / "first", case="slow") as one, Launched(config, tmp_path / "second", case="slow") as two:
-        until = time.monotonic() + LONG
+        until = time.monotonic() + PATIENCE
         while one.process.poll() is None and two.process.poll() is None:
             assert time.monotonic() < until
             time.sleep(0.05)
@@ -281,7 +281,7 @@ def test_without_a_launcher_they_end_and_while_they_run_no_other_does(config, tm
         with again:
             assert again.end()[0] != 0 and "is being written by focusdpo train" in last_words(again.said())
         os.kill(runs.process.pid, signal.SIGKILL)
-        runs.all_end(40)
+        runs.all_end()
     steps = len(rows(config))
     (checkpoint,) = complete_checkpoints(Path(config.output_dir) / "checkpoints")
     assert checkpoint.name == f"step-{steps:06d}" and damage(checkpoint) is None, "and nothing is lost"
@@ -309,7 +309,7 @@ def test_collectives_give_up(config, tmp_path, case):
         began = time.monotonic()
         status, said = one.end()
         took = time.monotonic() - began
-    assert status != 0 and took < 60, "not after ten minutes"
+    assert status != 0 and took < SOON, "not after ten minutes"
     ours = said.split("Traceback (most recent call last):")[0]
     if case == "hangs":
         assert "focusdpo train: error: another process was lost; the launcher" in ours, said[-4000:]
@@ -321,6 +321,6 @@ def test_collectives_give_up(config, tmp_path, case):
 def test_other_commands_are_for_one_process(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
     command += ["-m", "focusdpo", "data", "validate", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LONG)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode != 0
     assert last_words(done.stderr).startswith("focusdpo data validate: error: a launcher has started several processes")

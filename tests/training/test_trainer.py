@@ -21,6 +21,7 @@ from focusdpo.training.callbacks import Callback
 from focusdpo.training.config import FocusConfig, LoraConfig, LossConfig, ModelConfig, OptimConfig
 from focusdpo.training.seeding import batch_generators
 from focusdpo.training.trainer import Trainer
+from tests import PATIENCE
 from tests.runs import lora_of, rows_of
 
 # Six steps with everything that could spoil a resume: dropout, accumulation, a schedule, shuffled epochs.
@@ -359,6 +360,6 @@ def test_the_command_under_accelerate_launch(config):
     file = Path(config.output_dir).with_suffix(".yaml")
     file.write_text(yaml.safe_dump(dataclasses.asdict(dataclasses.replace(config, max_steps=1, validate_every=0))))
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "focusdpo"]
-    done = subprocess.run([*launch, "train", "--config", str(file)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*launch, "train", "--config", str(file)], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(read_metrics(Path(config.output_dir) / "metrics.jsonl")) == 1
