@@ -158,7 +158,7 @@ def _rehearsal(result: Path) -> list[Part]:
         _environment(result, seconds=60),
         _tests("kernel tests", "a few, in the interpreter", 120, 2, tests, result, each=60),
         _kernels("kernels", "eager and pieces, tiny", 120, 60, result, *tiny),
-        _steps("steps", "the tiny model", 120, 60, result, "tiny", "--steps", "6", device="cpu"),
+        _steps("steps", "the tiny model", 240, 120, result, "tiny", "--steps", "6", device="cpu"),
         _report(result),
     ]
 
@@ -168,7 +168,7 @@ PLANS = {
     "steps": Plan(240, _steps_plan),
     "training": Plan(420, _training),
     "deep": Plan(540, _deep),
-    "rehearsal": Plan(440, _rehearsal),
+    "rehearsal": Plan(560, _rehearsal),
 }
 
 

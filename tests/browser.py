@@ -22,6 +22,7 @@ DRIVER = """<!doctype html><body><iframe src="PAGE" width="1300" height="900"></
 document.querySelector("iframe").onload = async (event) => {
   const { contentWindow: view, contentDocument: page } = event.target;
   const pause = (time) => new Promise((done) => setTimeout(done, time ?? 20));
+  const waiting = async (fits) => { for (let i = 0; i < 3000 && !fits(); i++) await pause(); return fits(); };
   const seen = {};
   try { SCRIPT } catch (error) { seen.error = String(error.stack); }
   seen.requests = view.performance.getEntriesByType("resource").map((entry) => entry.name);

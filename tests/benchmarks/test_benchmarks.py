@@ -356,7 +356,7 @@ def test_parts_that_cannot_go_on(tmp_path):
     assert ended("raise SystemExit(1)") == "done, with failures"
     assert ended("raise SystemExit(4)") == "failed: exit status 4"
     assert ended("", needs=("torch", "no_such_module")) == "left out: needs no_such_module"
-    assert ended(WORKER.format(fault="time.sleep(97)"), seconds=2, silence=60.0) == "out of time, in b"
+    assert ended(WORKER.format(fault="time.sleep(97)"), seconds=6, silence=60.0) == "out of time, in b"
     assert [p["ended"] for p in read_records(recorder.path) if p["kind"] == "part"][-1] == "out of time, in b"
     assert recorder.unfinished() == ["b"] and "b" not in recorder.ended(), "another run takes it up"
     assert ended("", silence=5.0) == "done" and recorder.unfinished() == ["b"], "a part leaves another's case alone"
@@ -433,7 +433,7 @@ def test_a_run_that_is_killed_leaves_what_it_has(tmp_path):
         assert path.stat().st_size == size, "nobody goes on writing"
         assert "report.md" in run("-m", "benchmarks.report", str(path), "--out", str(tmp_path / "report"))
     kernels = [r["case"] for r in read_records(path) if r["kind"] == "kernel"]
-    assert kernels and Recorder(path).unfinished()[-1] == "step-tiny-128-overhead"
+    assert kernels and Recorder(path).unfinished()[-1].startswith("step-tiny-128")
     for _ in range(2):
         done = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -694,12 +694,12 @@ def test_reading_is_timed():
 def test_a_whole_run_is_killed_and_goes_on(tmp_path):
     """`benchmarks.training` on a CPU, at its smallest size: what a GPU run records, and what the report makes of it."""
     result = tmp_path / "result.jsonl"
-    command = [sys.executable, "-m", "benchmarks.training", "--backbone", "tiny", "--device", "cpu", "--steps", "4"]
+    command = [sys.executable, "-m", "benchmarks.training", "--backbone", "tiny", "--device", "cpu", "--steps", "12"]
     done = subprocess.run([*command, "--result", str(result)], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
     (run,) = read_result(result).training
-    assert run["steps"] == 4 and run["pairs_per_second"] > 0 and 2 < run["killed_after"] <= 4
-    assert run["differences"] == [] and len(set(run["margins"])) == 4
+    assert run["steps"] == 12 and run["pairs_per_second"] > 0 and 6 < run["killed_after"] <= 12
+    assert run["differences"] == [] and len(set(run["margins"])) == 12
     assert run["peak_memory"] > 0 and run["estimated_memory"] > 0
     text = markdown(read_result(result))
     assert f"Killed after step {run['killed_after']} and resumed: the same numbers and the same adapter, bit by bit." in text

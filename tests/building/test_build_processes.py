@@ -33,8 +33,6 @@ from tests.demo_scenes import write_scenes
 from tests.hostile.killing import make_photos
 from tests.processes import assert_gone, started, workers_of
 
-pytestmark = pytest.mark.timeout(150)
-
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
@@ -49,7 +47,7 @@ def command(scenes, tmp_path):
     dreambench = ["dreambench", "--root", str(tmp_path / "photos"), "--output_dir", str(tmp_path / "dreambench")]
     start = [sys.executable, "-m", "focusdpo", "data"]
     build += ["--resolution", "256", "--pairs_per_scene", "500"]
-    dreambench += ["--resolution", "96", "--pairs_per_scene", "6"]
+    dreambench += ["--resolution", "96", "--pairs_per_scene", "12"]
     return {words[0]: [*start, *words, "--workers", "2"] for words in (build, dreambench)}
 
 

@@ -40,8 +40,6 @@ from tests.building.test_building import build, small, tree
 from tests.demo_scenes import write_scenes
 from tests.processes import assert_gone, started
 
-pytestmark = pytest.mark.timeout(200)
-
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -15,7 +16,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 
 import psutil
 import pytest
@@ -41,6 +41,7 @@ def store(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
     monkeypatch.setattr(launches, "BEAT", 0.05)
     monkeypatch.setattr(launches, "HEARD", 1.0)
+    monkeypatch.setattr(launches, "_exit", lambda reason: None)  # of all tests
     return dist.HashStore()
 
 
@@ -140,7 +141,8 @@ def test_one_fails_for_all(store, how):
 
 def test_the_first_reason_is_that_of_all(store):
     def work(launch):
-        time.sleep(0.1 * (2 - launch.rank))
+        while launch.rank < 2 and not launch._has("failed"):
+            time.sleep(0.005)
         return launch.fail(f"reason {launch.rank}"), launch.failure()
 
     results = run(store, work)
@@ -183,25 +185,23 @@ def test_who_is_dead_is_missed(store):
     """Its thread died with it; whoever only takes long lives."""
 
     def work(launch):
-        launch.timeout = 0.5
+        launch.timeout = 2.0
         if launch.rank == 1:
             launch._closed.set()
-            time.sleep(2)
+            time.sleep(4)
             return None
         return launch.wait("all are here")
 
-    began = time.monotonic()
     first, _, last = run(store, work)
-    assert time.monotonic() - began < 10
     assert type(first) is type(last) is ElsewhereError
     host = socket.gethostname()
-    assert str(first).endswith(f"process 1 on {host} has given no sign of life for 0.5 s")
+    assert str(first).endswith(f"process 1 on {host} has given no sign of life for 2 s")
 
 
 def test_who_takes_longer_than_the_timeout_is_waited_for(store):
     def work(launch):
-        launch.timeout = 0.3
-        time.sleep(1.5 * launch.rank)
+        launch.timeout = 1.0
+        time.sleep(2.5 * launch.rank)
         launch.wait("all are here")
         return launch.rank
 
@@ -212,14 +212,20 @@ def test_it_is_said_for_whom_one_waits(store, monkeypatch, caplog):
     monkeypatch.setattr(launches, "PATIENCE", 0.2)
     caplog.set_level("INFO")
 
+    def said():
+        return [record.message for record in caplog.records if "waiting" in record.message]
+
     def work(launch):
-        time.sleep(1.0 * launch.rank)
+        while launch.rank == 1 and len(said()) < 2:
+            time.sleep(0.01)
         launch.wait("images and prompts are encoded")
 
+    began = time.monotonic()
     run(store, work, 2)
-    said = [record.message for record in caplog.records if "waiting" in record.message]
-    assert said and all(line.startswith("waiting for process 1 on ") for line in said)
-    assert said[0].endswith(": images and prompts are encoded") and len(said) <= 3, "at growing intervals"
+    took, said = time.monotonic() - began, said()
+    assert len(said) <= math.log2(took / 0.2) + 1, "at growing intervals"
+    assert all(line.startswith("waiting for process 1 on ") for line in said)
+    assert said[0].endswith(": images and prompts are encoded")
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -256,7 +262,8 @@ def test_a_process_that_hangs_ends_when_another_failed(store, monkeypatch, tmp_p
             launch.fail("the disk is full")
             launch.close()
         else:
-            time.sleep(1)  # in a collective
+            while not ended:  # in a collective
+                time.sleep(0.01)
 
     run(store, work, 2)
     assert len(ended) == 1 and ended[0].endswith("the disk is full")
@@ -331,7 +338,7 @@ def test_what_launchers_set(monkeypatch, environment, launched, follows):
 JOINED = """
 import json, os, signal, sys, time
 from focusdpo.foundation import launch
-launch.SILENT, launch.LEAVING, launch.HEARD, rank = 3.0, 1.0, 2.0, int(os.environ["RANK"])
+launch.SILENT, launch.LEAVING, launch.HEARD, rank = 3.0, 1.0, 30.0, int(os.environ["RANK"])
 joined = launch.Launch.join()
 joined.timeout = 3.0
 """
@@ -442,7 +449,7 @@ dist.init_process_group("gloo")
 dist.all_reduce(one)
 if rank == 0 and os.fork() == 0:
     os.closerange(0, 3)
-    time.sleep(80)
+    time.sleep(1000)
     os._exit(0)
 print(joined.gather("pids", os.getpid()), int(one), flush=True)
 time.sleep(1000)
@@ -460,7 +467,7 @@ time.sleep(1000)
                 time.sleep(1.0)
             pids = [process.pid for process in processes]
             assert [process.stdout.readline() for process in processes] == [f"{pids[::-1] if ranks[0] else pids} 2\n"] * 2
-            assert time.monotonic() - began < 60, "as long as the child goes on"
+            assert time.monotonic() - began < PATIENCE, "as long as the child goes on"
             for process in processes:  # but not what the first one has forked
                 process.kill()
                 process.communicate()
@@ -540,15 +547,15 @@ def test_processes(case, tmp_path):
         assert reasons[1] == f"process 1 on {host}: it has no other reason" and said[1].endswith(" True\n")
 
 
-def test_pairs_are_read_once_a_machine(store, tmp_path):
+def test_pairs_are_read_once_a_machine(store, tmp_path, monkeypatch):
     """Those with something to warn of as well; and nothing of it stays."""
     shard = write_shard(tmp_path / "shards" / "pairs-000000.tar")
     config = TrainConfig(ModelConfig("model"), DataConfig(str(shard), resolution=48, check="full"), str(tmp_path / "run"))
-    before = set(Path(tempfile.gettempdir()).glob("focusdpo-pairs-*"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     results = run(store, lambda launch: load_datasets(config, launch), 4, locals=2)
     assert [len(datasets[0]) for datasets, _ in results] == [2] * 4
     assert len({str(datasets[0].sizes) for datasets, _ in results}) == 1
-    assert set(Path(tempfile.gettempdir()).glob("focusdpo-pairs-*")) == before
+    assert not list(tmp_path.glob("focusdpo-pairs-*"))
 
 
 def write_shard(file):

@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.connection import wait
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -19,8 +21,6 @@ from focusdpo.foundation.workers import Pool, WorkerDiedError, threads_of
 from tests import PATIENCE, ROOT
 from tests.foundation.worker_tasks import Threads, note_place, work
 from tests.processes import assert_gone, started
-
-pytestmark = pytest.mark.timeout(120)
 
 
 def test_every_task_is_done_once_by_processes_of_their_own(tmp_path):
@@ -76,8 +76,14 @@ def test_an_error_before_the_first_task_is_raised():
         list(pool.run([("sleep", 0)]))
 
 
+def begun(pool):
+    """All of its workers, so that they take their first tasks at once."""
+    list(pool.run([("sleep", 0)] * len(pool._workers)))
+
+
 def test_those_that_have_begun_may_finish(tmp_path):
     with Pool(2, work) as pool:
+        begun(pool)
         tasks = [("touch", tmp_path / "first"), ("raise", ZeroDivisionError()), ("touch", tmp_path / "second")]
         with pytest.raises(ZeroDivisionError):
             list(pool.run(tasks))
@@ -86,11 +92,13 @@ def test_those_that_have_begun_may_finish(tmp_path):
 
 
 def test_results_that_came_with_a_failure_are_given_out_and_no_other_task(tmp_path):
-    tasks = [("fail", 0.3), ("sleep", 0), ("sleep", 0.1), ("touch", tmp_path / "file")]
+    tasks = [("fail", 1.0), ("sleep", 0), ("sleep", 0.1), ("touch", tmp_path / "file")]
     with Pool(2, work) as pool:
+        begun(pool)
         results = pool.run(tasks)
         assert next(results)[0] == tasks[1]
-        time.sleep(1)  # until both have answered
+        while len(wait([worker.connection for worker in pool._workers])) < 2:  # until both have answered
+            time.sleep(0.01)
         assert next(results)[0] == tasks[2]
         with pytest.raises(ZeroDivisionError):
             next(results)
@@ -107,14 +115,27 @@ def test_signals_to_the_whole_group_are_for_the_parent():
         assert next(results)[1] == process
 
 
-def test_silence_is_told_at_growing_intervals(monkeypatch, caplog):
+def test_silence_is_told(monkeypatch, caplog):
     monkeypatch.setattr(workers, "SILENCE", 0.3)
     with Pool(2, work) as pool:
-        list(pool.run([("sleep", 0), ("sleep", 0)]))  # begun, and warm
+        begun(pool)
         with caplog.at_level(logging.WARNING, "focusdpo"):
             list(pool.run([("sleep", 1.0), ("sleep", 1.1)], tell_silence=True))
-    assert len(caplog.records) == 2, "after 0.3 and 0.6 seconds"
     assert "no worker has given a result for 0 s; at work on: ('sleep', 1.0), ('sleep', 1.1)" in caplog.text
+
+
+def test_silence_is_told_at_growing_intervals(monkeypatch, caplog):
+    seconds = [0.0]
+    monkeypatch.setattr(workers, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
+    silence, told = workers.Silence(), []
+    with caplog.at_level(logging.WARNING, "focusdpo"):
+        for seconds[0] in range(900):
+            if seconds[0] == 500:
+                silence.broken()
+            silence.tell(["a pair"])
+            told += [seconds[0]] * (len(caplog.records) - len(told))
+    assert told == [60, 120, 240, 480, 560, 620, 740]
+    assert "no worker has given a result for 480 s; at work on: a pair. " in caplog.text
 
 
 SCRIPT = """

@@ -104,9 +104,9 @@ def test_a_run_of_100_000_steps(tmp_path):
     held_out, alarm = (json.loads((folder / f"{name}.jsonl").read_text().splitlines()[0]) for name in ("validation", "alarms"))
     (folder / "validation.jsonl").write_text("".join(json.dumps(held_out | {"step": n}) + "\n" for n in range(0, 100_000, 20)))
     (folder / "alarms.jsonl").write_text("".join(json.dumps(alarm | {"step": n}) + "\n" for n in range(1, 100_000, 20)))
-    started = time.perf_counter()
+    started = time.process_time()
     write_run_page(folder, page, progress=False)
-    assert time.perf_counter() - started < 60, "seconds where nothing else runs"
+    assert time.process_time() - started < 60, "seconds of a processor, where nothing else runs"
     assert metrics.stat().st_size > 2e8 and page.stat().st_size < 12e6
     traces = [trace for content in contents_of(page.read_text()) for trace in content["data"]]
     assert len(traces) > 100 and max(length_of(trace) for trace in traces) <= 2000
@@ -192,7 +192,6 @@ def test_image_uri_keeps_what_is_clear():
 # The page in a browser
 
 LOOK = """
-  const waiting = async (fits) => { for (let i = 0; i < 500 && !fits(); i++) await pause(); return fits(); };
   const plots = [...page.querySelectorAll(".plot")];
   await waiting(() => plots[0].querySelector(".js-line"));
   seen.atOnce = plots.filter((plot) => plot.querySelector(".main-svg")).length;

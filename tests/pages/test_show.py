@@ -72,7 +72,6 @@ def thousand(tmp_path_factory):
 
 
 LOADING = """
-  const waiting = async (fits) => { for (let i = 0; i < 500 && !fits(); i++) await pause(); return fits(); };
   const cards = () => [...page.querySelectorAll("article")];
   const places = () => cards().map((card) => card.querySelector(".place").textContent);
   const loaded = () => [...page.images].filter((image) => image.complete && image.naturalWidth);
@@ -163,12 +162,12 @@ CONTROLS = """
   for (let i = 0; i < 99; i++) await press("j");
   seen.far = [place(), page.activeElement.getBoundingClientRect().top >= 0];
   view.scrollTo({ top: 0 });
-  await pause(200);
+  await waiting(() => page.querySelector("article")?.querySelector(".place").textContent === "pairs.jsonl:1");
   await press("j");
   seen.far.push(place());
   page.activeElement.blur();
   view.scrollTo({ top: 0 });
-  await pause(200);
+  await waiting(() => page.querySelector("article")?.querySelector(".place").textContent === "pairs.jsonl:1");
   const outlined = () => getComputedStyle(page.querySelector("img.outlines")).display;
   seen.outlines = [outlined()];
   await press("o");

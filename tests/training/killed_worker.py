@@ -17,6 +17,8 @@ import torch
 from focusdpo.commands.cli import parse_config
 from focusdpo.training.trainer import Trainer
 
+FEW = 3  # steps between two kills
+
 
 def train(file: str) -> None:
     Trainer(parse_config(["train", "--config", file, "--resume", "latest"])[1]).train()
@@ -30,17 +32,22 @@ def wait_for_a_moment(draw: random.Random, folder: Path, child: int) -> str:
     """Sleeps until a random moment of the child's run: while it starts, steps, or writes a checkpoint."""
     kind = draw.choice(["start", "step", "step", "checkpoint"])
     metrics, before = folder / "metrics.jsonl", lines(folder / "metrics.jsonl")
-    if kind == "start":
-        time.sleep(draw.uniform(0, 1))
+
+    def sleep(seconds: float) -> str:
+        # A fast machine would make so many steps in the time that the run ended before it was killed often enough.
+        latest = time.monotonic() + seconds
+        while time.monotonic() < latest and lines(metrics) < before + FEW:
+            time.sleep(0.001)
         return kind
-    steps = draw.randint(1, 3)
+
+    if kind == "start":
+        return sleep(draw.uniform(0, 1))
+    steps = draw.randint(1, FEW)
     while os.waitpid(child, os.WNOHANG) == (0, 0):
         if kind == "step" and lines(metrics) >= before + steps:
-            time.sleep(draw.uniform(0, 0.1))
-            return kind
+            return sleep(draw.uniform(0, 0.1))
         if kind == "checkpoint" and any((folder / "checkpoints").glob("*.partial")):
-            time.sleep(draw.uniform(0, 0.02))
-            return kind
+            return sleep(draw.uniform(0, 0.02))
         time.sleep(0.001)
     raise SystemExit("the run ended before it was killed")
 

@@ -76,18 +76,38 @@ def test_killed_twenty_times(config, tmp_path):
     assert sorted(kept) == ["step-000096", "step-000098", "step-000100"], "and nothing half written"
 
 
+# In its third step it waits for the signal: a fast run would have ended by then.
+HEARS = """
+import sys, time
+from pathlib import Path
+from focusdpo.commands import cli
+from focusdpo.training.trainer import Trainer
+compute_loss, sent = Trainer._compute_loss, Path(sys.argv.pop(1))
+
+def waits(self, batch):
+    while self.progress.step == 2 and not sent.exists():
+        time.sleep(0.01)
+    return compute_loss(self, batch)
+
+Trainer._compute_loss = waits
+cli.main()
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_signal_saves_the_running_step(config, tmp_path, number):
     config = dataclasses.replace(config, checkpoint_every=0)
     expected = train(config)
     config.output_dir = str(tmp_path / "stopped")
-    command = [sys.executable, "-m", "focusdpo", "train", "--config", write_yaml(config)]
+    sent = tmp_path / "sent"
+    command = [sys.executable, "-c", HEARS, str(sent), "train", "--config", write_yaml(config)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "stopped" / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
         time.sleep(0.005)
     process.send_signal(number)
+    sent.touch()
     _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + number, errors[-3000:]
     assert f"{number.name}: stopping after this batch, with all steps saved" in errors and "Traceback" not in errors
