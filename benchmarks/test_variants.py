@@ -132,12 +132,8 @@ def test_variant(recorder: Recorder, case: str, variant: Variant) -> None:
     recorder.append(
         "variant",
         case=case,
-        kernel=variant.kernel,
-        batch=variant.batch,
+        **dataclasses.asdict(variant),
         shape=shape.label,
-        constants=variant.constants,
-        options=variant.options,
-        splits=variant.splits,
         median=median,
         spread=spread,
         bytes=group.bytes_of(shape),

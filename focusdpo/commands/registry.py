@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from focusdpo.foundation.garbage_collection import collector_paused
+
 
 @dataclass(frozen=True)
 class Command:
@@ -55,14 +57,12 @@ def _imported(name: str) -> Any:
     what a short command takes: while they are imported, at the end, and whenever a run collects.
     """
     module, _, attribute = name.partition(":")
-    if module not in sys.modules and gc.isenabled():
-        gc.disable()
-        try:
-            import_module(module)
-        finally:
-            gc.enable()
+    is_first = module not in sys.modules
+    with collector_paused(is_first):
+        found = getattr(import_module(module), attribute)
+    if is_first:
         gc.freeze()
-    return getattr(import_module(module), attribute)
+    return found
 
 
 _ALL = (

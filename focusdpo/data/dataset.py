@@ -17,8 +17,9 @@ from torch.utils.data import Dataset
 from focusdpo.data.headers import INDEX
 from focusdpo.data.images import PATCH_SIZE, Ratio, Size, fit_mask, read_alpha, read_mask, read_photo
 from focusdpo.data.lines import DatasetError, Problem
-from focusdpo.data.records import PairRecord, Reference, collector_paused
+from focusdpo.data.records import PairRecord, Reference
 from focusdpo.data.references import LongestSide, Placement, ReferenceRule
+from focusdpo.foundation.garbage_collection import collector_paused
 
 
 @dataclass(frozen=True)

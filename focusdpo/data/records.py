@@ -14,9 +14,7 @@ where it is opaque.
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,23 +27,6 @@ FIELDS = {"prompt": True, "references": True, "winner": True, "loser": True, "pr
 REFERENCE_FIELDS = {"image": True, "mask": False, "class_name": False}
 
 T = TypeVar("T")
-
-
-@contextmanager
-def collector_paused(wanted: bool = True) -> Iterator[None]:
-    """Python looks for cycles each time that there are some more objects: where all are kept, it does little else.
-
-    Args:
-        wanted: whether to pause it; decoded images may well hang in cycles.
-    """
-    paused = wanted and gc.isenabled()
-    if paused:
-        gc.disable()
-    try:
-        yield
-    finally:
-        if paused:
-            gc.enable()
 
 
 @dataclass(frozen=True)

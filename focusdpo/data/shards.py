@@ -86,12 +86,6 @@ def list_samples(shard: Path) -> tuple[dict[str, dict[str, TarMember]], list[Pro
     return samples, [replace(problem, line=lines.get(key, 1)) for key, problem in problems]
 
 
-def shard_names(pairs: int, pairs_per_shard: int) -> list[str]:
-    """Each says of how many it is one, so that a missing one is noticed."""
-    count = -(-pairs // pairs_per_shard)
-    return [f"pairs-{number:05}-of-{count:05}.tar" for number in range(count)]
-
-
 def write_shards(records: Sequence[PairRecord], folder: Path, pairs_per_shard: int, progress: bool = True) -> list[Path]:
     """Writes checked records, in their order, as shards; the images' bytes stay as they are.
 
@@ -100,7 +94,9 @@ def write_shards(records: Sequence[PairRecord], folder: Path, pairs_per_shard: i
     webdataset = require_package("webdataset", "writing shards")
     bar = tqdm(total=len(records), desc="writing shards", unit="pair", disable=not progress, leave=False)
     written = []
-    for number, name in enumerate(shard_names(len(records), pairs_per_shard)):
+    count = -(-len(records) // pairs_per_shard)
+    for number in range(count):
+        name = f"pairs-{number:05}-of-{count:05}.tar"  # of how many, so that a missing one is noticed
         first = number * pairs_per_shard
         with writing(folder / name) as partial, webdataset.TarWriter(str(partial), encoder=False, mtime=0) as writer:
             for index, record in enumerate(records[first : first + pairs_per_shard], start=first):

@@ -17,8 +17,9 @@ from focusdpo.data.dataset import PairSizes, SizeRules
 from focusdpo.data.formats import find_sources, items_of
 from focusdpo.data.headers import INDEX
 from focusdpo.data.lines import DatasetError, Problem
-from focusdpo.data.records import PairRecord, collector_paused
+from focusdpo.data.records import PairRecord
 from focusdpo.foundation.choices import Check
+from focusdpo.foundation.garbage_collection import collector_paused
 from focusdpo.foundation.text import first_of, printable
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm.auto import tqdm
 
 from focusdpo.building.composing import compose_pair, draw_background, draw_boxes, on_white
@@ -35,12 +34,15 @@ def _write_pair(folder: Path, index: int, resolution: int, seed: int) -> dict[st
     pair = _two_subjects(rng)
     changed = int(rng.integers(2))
     kind, disrupted = _disrupt(pair[changed], rng)
-    background = _background(resolution, rng)
+    photo = backgrounds()[int(rng.integers(len(backgrounds())))]
+    background = draw_background(photo, resolution, (0.6, 1.0), (0.7, 1.1), rng)
     boxes = draw_boxes(rng, WIDTHS, HEIGHTS, pixels=resolution)
     winner, loser, prior = compose_pair(background, [s.image for s in pair], boxes, changed, disrupted.image)
-    references = [(*_reference(subject, resolution), subject.class_name) for subject in pair]
+    alone = [on_white(subject.image, token_size(subject.image.size, resolution // 2)) for subject in pair]
+    references = [(*image_and_mask, subject.class_name) for image_and_mask, subject in zip(alone, pair, strict=True)]
+    prompt = f"a {pair[0].class_name} and a {pair[1].class_name}"
     meta = {"disruption": kind, "changed": changed, "subjects": [s.name for s in pair], "loser_subject": disrupted.name}
-    return pair_line(png_saver(folder, f"{index:04d}_"), _prompt(pair), references, winner, loser, prior, meta)
+    return pair_line(png_saver(folder, f"{index:04d}_"), prompt, references, winner, loser, prior, meta)
 
 
 def _two_subjects(rng: np.random.Generator) -> list[Subject]:
@@ -65,17 +67,3 @@ def _disrupt(subject: Subject, rng: np.random.Generator) -> tuple[str, Subject]:
     if kind == "recolour":
         return kind, subject.recoloured(float(rng.uniform(0.25, 0.75)))
     return kind, subject.retextured(str(rng.choice(["brick", "grass", "gravel"])), float(rng.random()))
-
-
-def _background(resolution: int, rng: np.random.Generator) -> Image.Image:
-    photo = backgrounds()[int(rng.integers(len(backgrounds())))]
-    return draw_background(photo, resolution, (0.6, 1.0), (0.7, 1.1), rng)
-
-
-def _reference(subject: Subject, resolution: int) -> tuple[Image.Image, Image.Image]:
-    """The subject alone on white, half as large as the scene, and its mask."""
-    return on_white(subject.image, token_size(subject.image.size, resolution // 2))
-
-
-def _prompt(pair: list[Subject]) -> str:
-    return f"a {pair[0].class_name} and a {pair[1].class_name}"

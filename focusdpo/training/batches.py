@@ -28,8 +28,8 @@ from focusdpo.data import (
     load_pairs,
 )
 from focusdpo.data.images import PATCH_SIZE
-from focusdpo.data.records import collector_paused
 from focusdpo.foundation.files import ReadableFile, checksum
+from focusdpo.foundation.garbage_collection import collector_paused
 from focusdpo.foundation.launch import Launch
 from focusdpo.training.config import DataConfig, FocusConfig, TrainConfig
 from focusdpo.training.image_sizes import size_rules
