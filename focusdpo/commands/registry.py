@@ -53,7 +53,7 @@ class Command:
 def _imported(name: str) -> Any:
     """What "module:attribute" names.
 
-    diffusers and PEFT make a million objects that stay until the end. To look through them for garbage would take a fifth of
+    diffusers and PEFT make a million objects that stay until the end. To look through them for garbage would take a quarter of
     what a short command takes: while they are imported, at the end, and whenever a run collects.
     """
     module, _, attribute = name.partition(":")
