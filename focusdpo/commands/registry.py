@@ -53,8 +53,8 @@ class Command:
 def _imported(name: str) -> Any:
     """What "module:attribute" names.
 
-    diffusers and PEFT make a million objects that stay until the end. To look through them for garbage would take a quarter of
-    what a short command takes: while they are imported, at the end, and whenever a run collects.
+    What diffusers and PEFT make stays until the end. To look through it for garbage takes long: while they are imported, at the
+    end, and whenever a run collects.
     """
     module, _, attribute = name.partition(":")
     is_first = module not in sys.modules

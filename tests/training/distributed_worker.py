@@ -20,7 +20,7 @@ from focusdpo.training import trainer as training
 from focusdpo.training.adapter import adapter_state
 from focusdpo.training.sharding import whole
 
-gc.freeze()  # as the commands do with what they import: half a second at the end
+gc.freeze()  # as the commands do with what they import
 world = os.environ.get("WORLD", "ddp")
 _, config = parse_config(["train", *sys.argv[1:]])
 if world.startswith("zero"):

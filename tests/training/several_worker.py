@@ -23,7 +23,7 @@ from focusdpo.data import validation
 from focusdpo.foundation import files
 from focusdpo.training import cache, prepared_run, step, trainer
 
-gc.freeze()  # as the commands do with what they import: half a second at the end
+gc.freeze()  # as the commands do with what they import
 case, rank = os.environ.get("CASE", ""), int(os.environ["RANK"])
 compare = step.PreferenceStep.compare
 optimizer_step, compute_loss = trainer.Trainer._optimizer_step, trainer.Trainer._compute_loss
