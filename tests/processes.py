@@ -30,7 +30,7 @@ def lives(process: psutil.Process) -> bool:
         return False
 
 
-def assert_gone(processes: Sequence[psutil.Process], seconds: float = 120.0) -> None:
+def assert_gone(processes: Sequence[psutil.Process], seconds: float = 60.0) -> None:
     """That none lives after so long; those that do are killed."""
     until = time.monotonic() + seconds
     while time.monotonic() < until and any(map(lives, processes)):
