@@ -15,9 +15,9 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from focusdpo.data.images import ROOM, ImageError, Size, attempt, inside, read_gray, read_image, read_size
+from focusdpo.data.prompts import IMAGE_SUFFIXES, Prompt
 from focusdpo.foundation.files import checksum, hash_of
 from focusdpo.foundation.text import first_of
-from focusdpo.metrics.prompts import IMAGE_SUFFIXES, Prompt
 
 LISTED = 10  # names that a message quotes
 NAMED = re.compile(r"(\d+)(?:[_/](\d+))?")  # the line, and which of its images

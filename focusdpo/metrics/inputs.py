@@ -9,11 +9,12 @@ from pathlib import Path
 from PIL import Image
 
 from focusdpo.data.lines import DatasetError, Problem
+from focusdpo.data.prompts import IMAGE_SUFFIXES, Prompt, read_prompts
 from focusdpo.metrics.config import EvaluateConfig
 from focusdpo.metrics.encoders import Encoder, Encoders, check_device, load_encoder, load_inception
 from focusdpo.metrics.images import Content, GeneratedImage, Picture, find_images, read_contents
-from focusdpo.metrics.prompts import IMAGE_SUFFIXES, Prompt, Subjects, find_subjects, read_prompts
 from focusdpo.metrics.regions import FoundRegions, check_sizes, read_regions
+from focusdpo.metrics.subjects import Subjects, find_subjects
 
 SIMILAR = ("clip", "dino", "dinov2")  # settings of the encoders that compare images with references
 

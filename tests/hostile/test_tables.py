@@ -19,8 +19,8 @@ from PIL import Image
 from focusdpo.building.scenes import load_scenes
 from focusdpo.data import DatasetError, LongestSide, PairDataset, formats, load_pairs
 from focusdpo.data.formats import content_checksum, find_sources
+from focusdpo.data.prompts import read_prompts
 from focusdpo.data.shards import write_shards
-from focusdpo.metrics.prompts import read_prompts
 from tests.data import parse_pairs
 
 pa = pytest.importorskip("pyarrow")
@@ -483,7 +483,7 @@ def test_scenes_hold_no_halves_of_characters(folder, field):
 
 def test_prompts_beside_odd_paths(folder):
     """An evaluation does not look at a pair's other images, whatever their paths are."""
-    from focusdpo.metrics.prompts import find_subjects
+    from focusdpo.metrics.subjects import find_subjects
 
     line = {**PAIR, "winner": "a\0b", "loser": "\ud83d", "prior": [3, "x" * 5000]}
     found = read_lines(folder, "prompts.jsonl", json.dumps(line).encode())

@@ -1,4 +1,4 @@
-"""The manifest: prompts and their references, and who the subjects are."""
+"""Who the subjects of a manifest's references are, and the photos that they are compared with."""
 
 from __future__ import annotations
 
@@ -6,59 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from focusdpo.data.lines import DatasetError, Problem, read_lines, split_problems, text_fault
-from focusdpo.data.records import FIELDS, Reference, ReferencesParser
+from focusdpo.data.lines import DatasetError, Problem
+from focusdpo.data.prompts import IMAGE_SUFFIXES, Prompt
 from focusdpo.foundation.choices import ReferencePhotos
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A line of the manifest. `others` are files that it names beside its references: masks, winner, loser, prior."""
-
-    line: int
-    text: str
-    references: tuple[Reference, ...]
-    others: tuple[Path, ...] = ()
-
-
-class _PromptParser(ReferencesParser[Prompt]):
-    """Makes a prompt of a line; of a pair's line, winner, loser and prior are not looked at."""
-
-    def make(self, value: dict[str, Any]) -> Prompt | None:
-        self.check_fields("", value, {name: name in ("prompt", "references") for name in FIELDS})
-        text = self.text("prompt", value["prompt"], "write what the image shows") if "prompt" in value else None
-        references = self.references(value["references"]) if "references" in value else ()
-        if text is None:
-            return None
-        named = [value.get("winner"), value.get("loser"), value.get("prior")]
-        flat = [name for item in named for name in (item if isinstance(item, list) else [item])]
-        masks = [Path(str(reference.mask)) for reference in references if reference.mask is not None]
-        others = [self.file.parent / str(name) for name in flat if text_fault(name) is None]  # others name no file
-        return Prompt(self.line, text, references, (*masks, *others))
-
-
-def read_prompts(manifest: Path) -> list[Prompt]:
-    """The prompts of a manifest, by line. No image is opened.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        DatasetError: lines that are no prompts, all at once.
-    """
-    if not manifest.is_file():
-        raise FileNotFoundError(
-            f"manifest: no such file: {manifest}; focusdpo data dreambench writes single.jsonl, multi.jsonl"
-        )
-    lines = read_lines(manifest, lambda line: _PromptParser(manifest, line, manifest.parent.joinpath))
-    prompts, problems = split_problems(lines)
-    if not prompts and not problems:
-        problems.append(Problem(manifest, 1, "line", "the file is empty", "write a prompt a line"))
-    if problems:
-        raise DatasetError(problems, "the manifest cannot be used")
-    return prompts
 
 
 @dataclass(frozen=True)

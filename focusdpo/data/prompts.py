@@ -1,0 +1,63 @@
+"""The manifest: a prompt and its references a line, to be sampled or measured. A file of pairs serves as one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from focusdpo.data.lines import DatasetError, Problem, read_lines, split_problems, text_fault
+from focusdpo.data.records import FIELDS, Reference, ReferencesParser
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A line of the manifest. `others` are files that it names beside its references: masks, winner, loser, prior."""
+
+    file: Path
+    line: int
+    text: str
+    references: tuple[Reference, ...]
+    others: tuple[Path, ...] = ()
+
+
+class _PromptParser(ReferencesParser[Prompt]):
+    """Makes a prompt of a line; of a pair's line, winner, loser and prior are not looked at."""
+
+    def make(self, value: dict[str, Any]) -> Prompt | None:
+        self.check_fields("", value, {name: name in ("prompt", "references") for name in FIELDS})
+        text = self.text("prompt", value["prompt"], "write what the image shows") if "prompt" in value else None
+        references = self.references(value["references"]) if "references" in value else ()
+        if text is None:
+            return None
+        named = [value.get("winner"), value.get("loser"), value.get("prior")]
+        flat = [name for item in named for name in (item if isinstance(item, list) else [item])]
+        masks = [Path(str(reference.mask)) for reference in references if reference.mask is not None]
+        others = [self.file.parent / str(name) for name in flat if text_fault(name) is None]  # others name no file
+        return Prompt(self.file, self.line, text, references, (*masks, *others))
+
+
+def read_prompts(manifest: Path, setting: str = "manifest") -> list[Prompt]:
+    """The prompts of a manifest, by line. No image is opened.
+
+    Args:
+        manifest: the file; paths in it are relative to it.
+        setting: that names it, for messages.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DatasetError: lines that are no prompts, all at once.
+    """
+    if not manifest.is_file():
+        raise FileNotFoundError(
+            f"{setting}: no such file: {manifest}; focusdpo data dreambench writes single.jsonl, multi.jsonl"
+        )
+    lines = read_lines(manifest, lambda line: _PromptParser(manifest, line, manifest.parent.joinpath))
+    prompts, problems = split_problems(lines)
+    if not prompts and not problems:
+        problems.append(Problem(manifest, 1, "line", "the file is empty", "write a prompt a line"))
+    if problems:
+        raise DatasetError(problems, f"the {setting.rpartition('.')[2]} cannot be used")
+    return prompts
