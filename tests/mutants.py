@@ -26,6 +26,7 @@ MUTATED = (
     "focusdpo/loss.py",
     "focusdpo/mask.py",
     "focusdpo/features.py",
+    "focusdpo/models/conditioning.py",
     "focusdpo/training/step.py",
     "focusdpo/training/times.py",
     "focusdpo_kernels/reference.py",

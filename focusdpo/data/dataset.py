@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,21 +20,27 @@ from focusdpo.data.images import PATCH_SIZE, Ratio, Size, fit_mask, read_alpha, 
 from focusdpo.data.lines import DatasetError, Problem
 from focusdpo.data.records import PairRecord, Reference
 from focusdpo.data.references import LongestSide, Placement, ReferenceRule
+from focusdpo.foundation.files import ReadableFile
 from focusdpo.foundation.garbage_collection import collector_paused
 
 
 @dataclass(frozen=True)
-class Encodings:
-    """What VAE and text encoders made of one pair, where that was kept.
+class PromptEncodings:
+    """What VAE and text encoders made of a prompt with its references, where that was kept.
 
-    winner, loser: clean tokens [P, C]. references: R tensors of clean tokens [Q_r, C]. prompt: the embeddings by name, without
-    a batch axis.
+    references: R tensors of clean tokens [Q_r, C]. prompt: the embeddings by name, without a batch axis.
     """
+
+    references: tuple[Tensor, ...]
+    prompt: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Encodings(PromptEncodings):
+    """The same of one pair, with the clean tokens [P, C] of winner and loser."""
 
     winner: Tensor
     loser: Tensor
-    references: tuple[Tensor, ...]
-    prompt: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,11 @@ class PairBatch:
     prompt_images: tuple[tuple[Tensor, ...], ...] = ()
     encodings: tuple[Encodings, ...] = ()
 
+    @property
+    def target(self) -> Size:
+        height, width = self.winner.shape[-2:]
+        return width, height
+
     def to(self, device: torch.device) -> PairBatch:
         """All but the prompt's images and the encodings, which the step stacks first."""
         pictures = {name: getattr(self, name) for name in ("winner", "loser", "references", "reference_masks", "prior")}
@@ -95,6 +107,24 @@ class PairSizes:
     def __str__(self) -> str:
         target, *references = (f"{width}x{height}" for width, height in (self.target, *self.references))
         return f"{target} px with references of {', '.join(references)} px{', a prior for each' * self.per_subject}"
+
+
+@dataclass(frozen=True)
+class PlacedImage:
+    """An image's file, and its way to whole tokens."""
+
+    file: ReadableFile
+    placement: Placement
+
+
+@dataclass(frozen=True)
+class PlacedPrompt:
+    """A prompt with its references, to be sampled at a size; `seen` are the references as the text encoder sees them."""
+
+    text: str
+    target: Size
+    references: tuple[PlacedImage, ...]
+    seen: tuple[PlacedImage, ...] = ()
 
 
 def reference_mask(reference: Reference) -> Image.Image | None:
@@ -145,24 +175,34 @@ class SizeRules:
         """
         key = target, references, record.per_subject
         if key not in self._known:
-            several = self.reference_rule_multiple if len(references) > 1 else None
-            rule = several or self.reference_rule
-            placed, prompt, problems = [], [], []
-            for number, size in enumerate(references):
-                try:
-                    placed.append(rule.place(size, len(references), self.reference_buckets))
-                    if self.prompt_rule is not None:
-                        prompt.append(self.prompt_rule.place(placed[-1].cut, len(references)))
-                except ValueError as error:
-                    name, image = f"references[{number}].image", record.references[number].image
-                    message = f"{image} cannot be brought to size: {error}"
-                    problems.append(Problem(record.file, record.line, name, message, "cut or enlarge it by hand"))
-            if problems:
-                raise DatasetError(problems)
+            placed, prompt = self.place_references(record.file, record.line, record.references, references)
             winner = LongestSide(self.resolution).place(target, 1, self.buckets)
             sizes = PairSizes(winner.size, tuple(one.size for one in placed), record.per_subject)
-            self._known[key] = PairPlacements(winner, tuple(placed), tuple(prompt), sizes)
+            self._known[key] = PairPlacements(winner, placed, prompt, sizes)
         return self._known[key]
+
+    def place_references(
+        self, file: Path, line: int, references: Sequence[Reference], sizes: Sequence[Size]
+    ) -> tuple[tuple[Placement, ...], tuple[Placement, ...]]:
+        """The way of each reference of a line of a file, and that for the text encoder; none where it sees none.
+
+        Raises:
+            DatasetError: with every reference that its rule has no way for.
+        """
+        several = self.reference_rule_multiple if len(references) > 1 else None
+        rule = several or self.reference_rule
+        placed, prompt, problems = [], [], []
+        for number, (reference, size) in enumerate(zip(references, sizes, strict=True)):
+            try:
+                placed.append(rule.place(size, len(references), self.reference_buckets))
+                if self.prompt_rule is not None:
+                    prompt.append(self.prompt_rule.place(placed[-1].cut, len(references)))
+            except ValueError as error:
+                message = f"{reference.image} cannot be brought to size: {error}"
+                problems.append(Problem(file, line, f"references[{number}].image", message, "cut or enlarge it by hand"))
+        if problems:
+            raise DatasetError(problems)
+        return tuple(placed), tuple(prompt)
 
 
 class PairDataset(Dataset[PairSample]):
@@ -201,6 +241,22 @@ class PairDataset(Dataset[PairSample]):
         self.records = [self.records[index] for index in indices]
         self.placements = [self.placements[index] for index in indices]
         self.sizes = [placed.sizes for placed in self.placements]
+
+    def placed(self, index: int) -> PlacedPrompt:
+        """The pair's prompt, to be sampled at the winner's size."""
+        record, placed = self.records[index], self.placements[index]
+        files = [reference.image for reference in record.references]
+        return PlacedPrompt(
+            record.prompt,
+            placed.target.size,
+            tuple(map(PlacedImage, files, placed.references)),
+            tuple(PlacedImage(file, way) for file, way in zip(files, placed.prompt, strict=False)),  # all or none
+        )
+
+    def targets(self, index: int) -> tuple[PlacedImage, ...]:
+        """Winner and loser."""
+        record, placed = self.records[index], self.placements[index]
+        return PlacedImage(record.winner, placed.target), PlacedImage(record.loser, placed.target)
 
     def __len__(self) -> int:
         return len(self.records)

@@ -297,6 +297,11 @@ class Backbone(abc.ABC):
     def default_scales(self) -> tuple[float, float]:
         """Guidance fed to the model, and scale of classifier-free guidance (1 is none), that its pipeline samples with."""
 
+    @property
+    def default_steps(self) -> int:
+        """Steps that its pipeline samples with."""
+        return int(inspect.signature(type(self.pipeline).__call__).parameters["num_inference_steps"].default)
+
     def time_shift(self, tokens: int, steps: int) -> float:
         """What is sampled with as the scheduler's mu, for an image of so many tokens."""
         return self._mu(tokens, steps)
@@ -313,8 +318,7 @@ class Backbone(abc.ABC):
         config = self.pipeline.scheduler.config
         if not config.get("use_dynamic_shifting", False):
             return float(config.get("flow_shift", config.get("shift", 1.0)))
-        steps = inspect.signature(type(self.pipeline).__call__).parameters["num_inference_steps"].default
-        mu = self._mu(tokens, steps)
+        mu = self._mu(tokens, self.default_steps)
         return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
 
     def guide(self, velocity: Tensor, negative: Tensor, scale: float) -> Tensor:

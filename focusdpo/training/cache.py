@@ -20,8 +20,10 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from focusdpo.data import Encodings, PairDataset, PairRecord, Placement
+from focusdpo.data import Encodings, PairDataset
+from focusdpo.data.dataset import PlacedImage, PromptEncodings
 from focusdpo.data.images import PATCH_SIZE, read_photo
+from focusdpo.data.prompt_dataset import PromptDataset
 from focusdpo.foundation.files import ReadableFile, checksum, fingerprint, hash_of
 from focusdpo.foundation.launch import Launch
 from focusdpo.foundation.tensor_files import SHOWN, TensorFiles
@@ -32,11 +34,7 @@ from focusdpo.training.config import TrainConfig
 FORMAT = 3  # of the files; another one where an image is brought to size, or encoded, in another way
 
 
-@dataclass(frozen=True)
-class _Image:
-    file: ReadableFile
-    placement: Placement
-
+class _Image(PlacedImage):
     def pixels(self, device: torch.device) -> Tensor:
         return self.placement.pixels(read_photo(self.file))[None].to(device)
 
@@ -72,7 +70,19 @@ class EncodingReader:
     def __call__(self, index: int) -> Encodings:
         *images, prompt = self.pairs[index]
         winner, loser, *references = (self.files.read(key)["tokens"] for key in images)
-        return Encodings(winner, loser, tuple(references), self.files.read(prompt))
+        return Encodings(tuple(references), self.files.read(prompt), winner, loser)
+
+
+@dataclass(frozen=True)
+class PromptReader:
+    """The same of prompts with their references."""
+
+    files: TensorFiles
+    prompts: list[tuple[str, ...]]  # keys of references and prompt
+
+    def __call__(self, index: int) -> PromptEncodings:
+        *images, prompt = self.prompts[index]
+        return PromptEncodings(tuple(self.files.read(key)["tokens"] for key in images), self.files.read(prompt))
 
 
 class EncodingCache:
@@ -99,15 +109,24 @@ class EncodingCache:
         self._items: dict[str, _Image | _Prompt] = {}
         self._contents: dict[ReadableFile, str] = {}
 
-    def readers(self, datasets: Sequence[PairDataset]) -> list[EncodingReader]:
-        """What reads each dataset's encodings by index, once `fill` has run."""
-        self._hash_images([record for dataset in datasets for record in dataset.records])
-        return [self._reader(dataset) for dataset in datasets]
+    def attach(self, datasets: Sequence[PairDataset | PromptDataset]) -> None:
+        """Has each dataset read its encodings from here, once `fill` has run."""
+        self._hash_images(datasets)
+        for dataset in datasets:
+            keys = [self._keys(dataset, index) for index in range(len(dataset))]
+            reader = EncodingReader if isinstance(dataset, PairDataset) else PromptReader
+            dataset.encodings = reader(self._files, keys)
 
-    def _hash_images(self, records: Sequence[PairRecord]) -> None:
+    def _hash_images(self, datasets: Sequence[PairDataset | PromptDataset]) -> None:
         """Of each image's content, shared among the processes."""
         rank, processes = self._launch.rank, self._launch.size
-        files = list(dict.fromkeys(file for record in records for file in record.image_fields.values()))
+        images = (
+            image
+            for dataset in datasets
+            for index in range(len(dataset))
+            for image in (*dataset.targets(index), *dataset.placed(index).references)
+        )
+        files = list(dict.fromkeys(image.file for image in images))
         mine = files[rank::processes]
         shown = self._launch.is_main and len(files) >= SHOWN
         with ThreadPoolExecutor() as pool:
@@ -117,15 +136,12 @@ class EncodingCache:
         order = [file for other in range(processes) for file in files[other::processes]]
         self._contents = dict(zip(order, gather_object(contents), strict=True))
 
-    def _reader(self, dataset: PairDataset) -> EncodingReader:
-        pairs = []
-        for record, placed in zip(dataset.records, dataset.placements, strict=True):
-            files = [reference.image for reference in record.references]
-            references = [_Image(file, placement) for file, placement in zip(files, placed.references, strict=True)]
-            winner, loser = (_Image(file, placed.target) for file in (record.winner, record.loser))
-            seen = tuple(_Image(file, placement) for file, placement in zip(files, placed.prompt, strict=False))  # all or none
-            pairs.append((*map(self._add, (winner, loser, *references)), self._add(_Prompt(record.prompt, seen))))
-        return EncodingReader(self._files, pairs)
+    def _keys(self, dataset: PairDataset | PromptDataset, index: int) -> tuple[str, ...]:
+        """Of a pair's or prompt's images, and last of its text."""
+        prompt = dataset.placed(index)
+        images = (_Image(one.file, one.placement) for one in (*dataset.targets(index), *prompt.references))
+        seen = tuple(_Image(one.file, one.placement) for one in prompt.seen)
+        return (*map(self._add, images), self._add(_Prompt(prompt.text, seen)))
 
     def fill(self, load: Callable[[], Backbone]) -> None:
         """Encodes what is not there yet, shared among the processes; all of them call it.

@@ -124,9 +124,7 @@ class PreparedRun:
         if config.data.cache is None:
             return
         cache = EncodingCache(config, self.accelerator, self.launch)
-        encoded = (self.train_set, self.validation_set, *self.samples.datasets)
-        for dataset, reader in zip(encoded, cache.readers(encoded), strict=True):
-            dataset.encodings = reader
+        cache.attach((self.train_set, self.validation_set, *self.samples.datasets))
         with self._explained("images and prompts were encoded", encoding=True):
             cache.fill(lambda: load_backbone(config, "encoders", self.accelerator.device))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,10 +15,12 @@ from tqdm.auto import tqdm
 
 from focusdpo.data import PairBatch, PairRecord, collate
 from focusdpo.data.images import to_pil
+from focusdpo.data.prompt_dataset import PromptDataset
 from focusdpo.drawing.contact_sheets import read_picture, sample_sheet
 from focusdpo.drawing.overlays import MaskAtTime, draw_overlays
 from focusdpo.foundation.output_folder import OutputFolder, step_folders
 from focusdpo.models import BACKBONES, Backbone
+from focusdpo.models.sampling import Sampler
 from focusdpo.training.batches import dataset_of
 from focusdpo.training.callbacks import Callback
 from focusdpo.training.config import TrainConfig
@@ -63,12 +64,10 @@ class Samples(Callback):
         self._folder = out.path / SAMPLES_FOLDER
         shown = records[: config.samples.count] if config.samples.every else []
         self._pairs = dataset_of(shown, config.data, config.model.backbone)
-        self.datasets = [self._pairs]  # what has to be encoded for them
-        if config.samples.cfg_scale != 1:
-            # As pairs, so that the negative prompt takes the same way through cache and encoders as all others.
-            prompt = BACKBONES[config.model.backbone].negative_prompt
-            negatives = [replace(record, prompt=prompt) for record in shown]
-            self.datasets.append(dataset_of(negatives, config.data, config.model.backbone))
+        self._prompts = PromptDataset([self._pairs.placed(index) for index in range(len(self._pairs))])
+        self._negatives = self._prompts.with_text(BACKBONES[config.model.backbone].negative_prompt)
+        # What has to be encoded for them.
+        self.datasets = (self._pairs, self._prompts, *((self._negatives,) if config.samples.cfg_scale != 1 else ()))
         self._vae: Backbone | None = None  # a backbone with the VAE alone, where the run's has none
 
     def on_train_begin(self, trainer: Trainer) -> None:
@@ -115,7 +114,7 @@ class Samples(Callback):
             for index in (i * processes + rank for i in range(rounds)):
                 batch = collate([self._pairs[index % count]]).to(accelerator.device)
                 with accelerator.autocast():
-                    tokens, grid = self._sample(index % count, batch, step, on_sampler)
+                    tokens, grid = self._sample(index % count, step, on_sampler)
                     masks = masks_at(step, batch, MASK_TIMES, self._settings.seed)
                 page = io.BytesIO()
                 if masks:
@@ -129,30 +128,16 @@ class Samples(Callback):
             log_images(accelerator, {f"samples/{name}": np.asarray(page) for name, page in pages.items()}, number)
         launch.wait("samples are written")
 
-    def _sample(
-        self, index: int, batch: PairBatch, step: PreferenceStep, on_step: Callable[[], object]
-    ) -> tuple[Tensor, tuple[int, int]]:
-        """Clean tokens [1, P, C] of the pair of an index, and their grid."""
-        backbone, settings, given = step.backbone, self._settings, step.condition(batch)
-        guidance, cfg_scale = backbone.default_scales()
-        cfg_scale = cfg_scale if settings.cfg_scale is None else settings.cfg_scale
+    def _sample(self, index: int, step: PreferenceStep, on_step: Callable[[], object]) -> tuple[Tensor, tuple[int, int]]:
+        """Clean tokens [1, P, C] of the prompt of an index, and their grid."""
+        backbone, settings = step.backbone, self._settings
+        sampler = Sampler(backbone, settings.steps, settings.guidance, settings.cfg_scale)
+        given = step.condition(self._prompts[index].to(backbone.device))
         negative = None
-        if cfg_scale != 1:
-            negative = step.condition(collate([self.datasets[1][index]]).to(backbone.device)).prompts
-        shape = (1, given.layout.num_target, given.references.shape[-1])
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(settings.seed + index))
-        tokens = backbone.sample(
-            noise.to(backbone.device),
-            given.prompts,
-            given.references,
-            given.layout,
-            steps=settings.steps,
-            guidance=guidance if settings.guidance is None else settings.guidance,
-            negative=negative,
-            cfg_scale=cfg_scale,
-            on_step=on_step,
-        )
-        return tokens, given.layout.target
+        if sampler.needs_negative:
+            negative = step.condition(self._negatives[index].to(backbone.device)).prompts
+        generator = torch.Generator().manual_seed(settings.seed + index)
+        return sampler(given, negative, generator, on_step), given.layout.target
 
     def _decode(self, tokens: Tensor, grid: tuple[int, int], backbone: Backbone) -> Image.Image:
         if backbone.pipeline.vae is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,14 +16,13 @@ from focusdpo.data.images import PATCH_SIZE
 from focusdpo.features import SimilarityTap, pool_mask, reference_token_mask
 from focusdpo.loss import FocusDPOOutput, focus_dpo_loss
 from focusdpo.mask import FocusMask, focus_mask
-from focusdpo.models import Backbone, PromptEmbeddings, TokenLayout
+from focusdpo.models import Backbone
+from focusdpo.models.conditioning import Conditioner, Conditioning, Prompted
 from focusdpo.training.adapter import reference_model
 from focusdpo.training.config import FocusConfig, LossConfig
 from focusdpo.training.times import at_times, draw_times
 
 Which = Literal["policy", "reference"]
-
-KEPT_PROMPTS = 256  # 4 MiB each for FLUX.1 in bf16
 
 
 @dataclass(frozen=True)
@@ -34,15 +32,6 @@ class StepResult:
     output: FocusDPOOutput
     focus: FocusMask | None
     t: Tensor
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What the model is given beside the target: reference tokens [B, Q, C], text, and the grids of all images."""
-
-    references: Tensor
-    prompts: PromptEmbeddings
-    layout: TokenLayout
 
 
 @dataclass(frozen=True)
@@ -87,7 +76,7 @@ class PreferenceStep:
         self.paths = tapped_paths(backbone, focus)
         # The tap and the switch of the adapter need the module itself; `backbone.transformer` may get wrapped later.
         self._module: Any = backbone.transformer
-        self._prompts: dict[tuple[str, ...], PromptEmbeddings] = {}
+        self._conditioner = Conditioner(backbone)
 
     def __call__(
         self,
@@ -289,53 +278,16 @@ class PreferenceStep:
             return []
         return [self.tap(noised, batch, each=self.focus.mask_from == "each")]
 
-    @torch.no_grad()
-    def condition(self, batch: PairBatch) -> Conditioning:
+    def condition(self, batch: Prompted) -> Conditioning:
         """References and prompts of a batch, encoded or as they were kept, on the model's device."""
-        if batch.encodings:
-            references = torch.stack([torch.cat(kept.references) for kept in batch.encodings]).to(self.backbone.device)
-        else:
-            references = torch.cat([self._encode(images) for images in batch.references], dim=1)
-        grids = [image.shape[-2:] for image in (batch.winner, *batch.references)]
-        target, *others = [(height // PATCH_SIZE, width // PATCH_SIZE) for height, width in grids]
-        return Conditioning(references, self._embed(batch), TokenLayout(target, tuple(others)))
+        return self._conditioner.condition(batch)
 
     def _clean(self, batch: PairBatch) -> Tensor:
         """Clean tokens of winners and losers, fp32 [2B, P, C]."""
         if batch.encodings:
             clean = torch.stack([kept.winner for kept in batch.encodings] + [kept.loser for kept in batch.encodings])
             return clean.to(self.backbone.device).float()
-        return self._encode(torch.cat([batch.winner, batch.loser])).float()
-
-    def _encode(self, images: Tensor) -> Tensor:
-        """One by one, as data.cache keeps them: convolutions sum in another order in a batch of another size."""
-        return torch.cat([self.backbone.encode_images(image[None]) for image in images])
-
-    def _embed(self, batch: PairBatch) -> PromptEmbeddings:
-        """Text conditioning; what was used last is kept on the CPU, by prompt and by what its encoder saw of the references."""
-        if batch.encodings:
-            kept = [PromptEmbeddings({name: x[None] for name, x in one.prompt.items()}) for one in batch.encodings]
-            return PromptEmbeddings.stack(kept).to(self.backbone.device, self.backbone.dtype)
-        images = batch.prompt_images if self.backbone.prompt_rule is not None else ((),) * len(batch.prompts)
-        if len(images) != len(batch.prompts):
-            expected = f"{len(batch.prompts)}, by a dataset with the backbone's prompt_rule"
-            raise ValueError(f"batch.prompt_images: got those of {len(images)} pairs; expected {expected}")
-        embeddings = []
-        for prompt, of_pair in zip(batch.prompts, images, strict=True):
-            seen = [image[None] for image in of_pair]
-            key = (prompt, *map(_fingerprint, seen))
-            known = self._prompts.pop(key, None)
-            if known is None:
-                known = self.backbone.encode_prompts([prompt], seen).to(torch.device("cpu"), self.backbone.dtype)
-            self._prompts[key] = known  # last: the order is that of use
-            embeddings.append(known)
-        while len(self._prompts) > KEPT_PROMPTS:
-            del self._prompts[next(iter(self._prompts))]
-        return PromptEmbeddings.stack(embeddings).to(self.backbone.device, self.backbone.dtype)
-
-
-def _fingerprint(image: Tensor) -> str:
-    return hashlib.sha256(str(tuple(image.shape)).encode() + image.cpu().numpy().tobytes()).hexdigest()
+        return self._conditioner.encode(torch.cat([batch.winner, batch.loser])).float()
 
 
 def tapped_paths(backbone: Backbone, focus: FocusConfig) -> list[str]:

@@ -19,12 +19,12 @@ from focusdpo.data.images import read_photo, read_size
 from focusdpo.data.validation import validate
 from focusdpo.foundation.launch import Launch
 from focusdpo.models import BACKBONES
+from focusdpo.models.conditioning import Conditioner
 from focusdpo.models.tiny_flux import write_tiny_flux
 from focusdpo.training.batches import dataset_of
 from focusdpo.training.cache import EncodingCache
-from focusdpo.training.config import DataConfig, FocusConfig, LossConfig, ModelConfig, TrainConfig
+from focusdpo.training.config import DataConfig, ModelConfig, TrainConfig
 from focusdpo.training.image_sizes import reference_rules, size_rules
-from focusdpo.training.step import PreferenceStep
 from focusdpo.training.trainer import Trainer
 from tests.tiny_flux2 import write_tiny_flux2
 from tests.tiny_qwen import write_tiny_qwen
@@ -168,10 +168,10 @@ def test_the_pixels_are_those_of_the_pipelines_own_call(load, tmp_path, kind, na
     theirs = seen(backbone, len(names), lambda: backbone.pipeline(image=image, **arguments))
 
     batch = collate([dataset(folder, backbone.name)[0]])
-    step = PreferenceStep(backbone, FocusConfig(), LossConfig())
+    conditioner = Conditioner(backbone)
 
     def ours():
-        step._embed(batch)
+        conditioner.embed(batch)
         for pixels in batch.references:
             backbone.encode_images(pixels)
 
@@ -187,10 +187,10 @@ def test_qwens_text_encoder_sees_the_photo_itself(load, tmp_path):
     _, theirs = seen(backbone, 1, lambda: backbone.pipeline(image=[photo], **arguments))
     batch = collate([dataset(folder, "qwen-edit-plus", reference_resolution=64)[0]])
     assert batch.references[0].shape == (1, 3, 32, 64)
-    step = PreferenceStep(backbone, FocusConfig(), LossConfig())
+    conditioner = Conditioner(backbone)
 
     def ours():
-        step._embed(batch)
+        conditioner.embed(batch)
         backbone.encode_images(batch.references[0])
 
     _, read = seen(backbone, 1, ours)
@@ -200,9 +200,9 @@ def test_qwens_text_encoder_sees_the_photo_itself(load, tmp_path):
 
 def test_a_batch_without_the_text_encoders_images_is_refused(load, tmp_path):
     batch = collate([dataset(write_pair(tmp_path / "pair", PHOTOS["tiny"]), "flux")[0]])
-    step = PreferenceStep(load("qwen-edit-plus"), FocusConfig(), LossConfig())
+    conditioner = Conditioner(load("qwen-edit-plus"))
     with pytest.raises(ValueError, match="batch.prompt_images: got those of 0 pairs; expected 1, by a dataset with"):
-        step._embed(batch)
+        conditioner.embed(batch)
 
 
 def unos_way(photo, several):
@@ -424,7 +424,9 @@ def test_the_cache_tells_rules_of_one_size_apart(tmp_path, tiny_flux):
     for number in (None, 80):
         data = dataset(folder, "flux2", reference_resolution=number)
         assert data.sizes[0].references == ((64, 80),)
-        keys.append(cache.readers([data])[0].pairs[0])
+        cache.attach([data])
+        keys.append(data.encodings.pairs[0])
+        data.encodings = None
         pixels.append(data[0].references[0])
     assert not torch.equal(*pixels)
     assert [a == b for a, b in zip(*keys, strict=True)] == [True, True, False, True], "winner, loser, reference, prompt"

@@ -588,7 +588,7 @@ def test_kept_encodings_give_the_same_bits(models, batch):
         images = [batch.winner[i], batch.loser[i], *(one[i] for one in batch.references)]
         winner, loser, *references = (ours.encode_images(image[None])[0] for image in images)
         kept = {name: value[0] for name, value in ours.encode_prompts([prompt]).tensors.items()}
-        encodings.append(Encodings(winner, loser, tuple(references), kept))
+        encodings.append(Encodings(tuple(references), kept, winner, loser))
     blank = dataclasses.replace(batch, prompts=["?"] * PAIRS, loser=batch.winner, encodings=tuple(encodings))
     step = PreferenceStep(ours, *settings("detail"))
     direct, cached = (step(pairs, torch.Generator().manual_seed(SEED)).output for pairs in (batch, blank))
@@ -614,7 +614,7 @@ def test_prompts_are_encoded_once(models, batch, monkeypatch):
     assert calls == [([prompt], []) for prompt in batch.prompts]
     assert all(torch.equal(x, step.condition(batch).prompts.tensors[name]) for name, x in first.tensors.items())
     assert len(calls) == 3
-    monkeypatch.setattr("focusdpo.training.step.KEPT_PROMPTS", 3)
+    monkeypatch.setattr("focusdpo.models.conditioning.KEPT_PROMPTS", 3)
     again = dataclasses.replace(batch, prompts=[batch.prompts[0], "new", batch.prompts[0]])
     step.condition(again)
     assert calls[3:] == [(["new"], [])]
