@@ -12,7 +12,7 @@ import pytest
 from tests import ROOT
 
 # Each may import those before it. `commands` knows all.
-ROOMS = ("foundation", "data", "models", "drawing", "training", "building", "metrics", "pages", "studies", "demo")
+ROOMS = ("foundation", "data", "models", "drawing", "training", "building", "metrics", "pages", "sampling", "studies", "demo")
 LOSS = ("loss", "mask", "features")  # the drop-in call: beside each other, they import the kernels alone
 KERNELS = "focusdpo_kernels"
 LESS = {"metrics": {"foundation", "data"}}  # what is measured must not depend on how it was trained or drawn

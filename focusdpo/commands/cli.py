@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _join(name: str) -> Launch:
     """The launch that this process belongs to; ValueError where the command is one for a single process."""
-    if name == "train":
+    if name in COMMANDS and COMMANDS[name].in_launch:
         launch = Launch.join()
         if not launch.is_main:  # the others say the same, and what one alone has to say it raises
             os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"

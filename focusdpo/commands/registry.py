@@ -25,12 +25,14 @@ class Command:
         settings: module and class of the settings; it imports nothing heavy, which --help need not wait for.
         description: in --help.
         positional: settings that are given by position.
+        in_launch: whether it runs in all processes of a launch; others refuse to.
     """
 
     name: str
     settings: str
     description: str
     positional: tuple[str, ...] = ()
+    in_launch: bool = False
 
     @property
     def config_class(self) -> type[Any]:
@@ -66,7 +68,13 @@ def _imported(name: str) -> Any:
 
 
 _ALL = (
-    Command("train", "focusdpo.training.config:TrainConfig", "Train a LoRA with FocusDPO on preference pairs."),
+    Command("train", "focusdpo.training.config:TrainConfig", "Train a LoRA with FocusDPO on preference pairs.", in_launch=True),
+    Command(
+        "sample",
+        "focusdpo.sampling.config:SampleConfig",
+        "Make images of prompts with references, with a run's LoRA or another.",
+        in_launch=True,
+    ),
     Command(
         "demo", "focusdpo.demo.config:DemoConfig", "Build a small dataset of real photos, train on it, and draw what happened."
     ),

@@ -14,7 +14,6 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from focusdpo.data import LongestSide, PairDataset, collate, load_pairs
-from focusdpo.foundation.choices import Autocast
 from focusdpo.foundation.files import checksum, write_json
 from focusdpo.foundation.output_folder import OutputFolder
 from focusdpo.foundation.packages import version_of
@@ -26,9 +25,9 @@ from focusdpo.studies.stress.scenes import write_scenes
 from focusdpo.studies.stress.subjects import SubjectSource, source_of
 from focusdpo.studies.stress.work import Arrays, load_scene, measure_scene, save_scene
 from focusdpo.training.checkpoints import ADAPTER_FILE
-from focusdpo.training.config import DataConfig, TrainConfig
+from focusdpo.training.config import TrainConfig
 from focusdpo.training.loading import check_files_and_packages, checkpoint_of, load_step
-from focusdpo.training.run_files import read_run_config
+from focusdpo.training.run_files import model_as_run, read_run_config
 from focusdpo.training.run_folder import model_contents
 from focusdpo.training.step import PreferenceStep
 
@@ -85,8 +84,7 @@ def run_of(config: StressConfig) -> TrainConfig:
         run = read_run_config("config", config.config)
     else:
         assert config.model is not None
-        precision: Autocast = "bf16" if config.model.dtype == "bf16" else "no"
-        run = TrainConfig(config.model, DataConfig("-"), "-", mixed_precision=precision)
+        run = model_as_run(config.model)
     run.cpu = run.cpu or config.cpu
     run.backend = config.backend or run.backend
     # Scenes have sizes of their own, and their latents are not those of the run's pairs.

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm.auto import tqdm
+
+from focusdpo.data.images import ROOM, ImageError, attempt, read_photo, read_size
 from focusdpo.data.lines import DatasetError, Problem, read_lines, split_problems, text_fault
 from focusdpo.data.records import FIELDS, Reference, ReferencesParser
+from focusdpo.foundation.files import ReadableFile
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -37,6 +43,46 @@ class _PromptParser(ReferencesParser[Prompt]):
         masks = [Path(str(reference.mask)) for reference in references if reference.mask is not None]
         others = [self.file.parent / str(name) for name in flat if text_fault(name) is None]  # others name no file
         return Prompt(self.file, self.line, text, references, (*masks, *others))
+
+
+def check_references(prompts: Sequence[Prompt], fewest: int = 1, progress: bool = True) -> None:
+    """Decodes every reference, each file once, in threads.
+
+    Args:
+        prompts: by line.
+        fewest: references that a prompt must have.
+        progress: show a progress bar.
+
+    Raises:
+        DatasetError: with all that cannot be read, and prompts with too few.
+    """
+    message, remedy = f"expected {fewest} or more, got", "name the images of its subjects"
+    few = [prompt for prompt in prompts if len(prompt.references) < fewest]
+    problems = [Problem(p.file, p.line, "references", f"{message} {len(p.references)}", remedy) for p in few]
+    files = list(dict.fromkeys(reference.image for prompt in prompts for reference in prompt.references))
+    with ThreadPoolExecutor() as pool:  # Pillow's decoders run beside each other
+        found = pool.map(_fault, files)
+        bar = tqdm(found, total=len(files), desc="checking references", unit="image", disable=not progress, leave=False)
+        faults = dict(zip(files, bar, strict=True))
+    for prompt in prompts:
+        for number, reference in enumerate(prompt.references):
+            fault = faults[reference.image]
+            if fault is not None:
+                field = f"references[{number}].image"
+                problems.append(Problem(prompt.file, prompt.line, field, fault.message, fault.remedy))
+    if problems:
+        raise DatasetError(problems, "the prompts cannot be used")
+
+
+def _fault(file: ReadableFile) -> ImageError | None:
+    """What is wrong with an image."""
+    try:
+        width, height = attempt(read_size, file)
+        with ROOM.hold(width * height):
+            attempt(read_photo, file)
+        return None
+    except ImageError as error:
+        return error
 
 
 def read_prompts(manifest: Path, setting: str = "manifest") -> list[Prompt]:

@@ -38,7 +38,7 @@ def sample_sheet(prompt: str, references: Sequence[Image.Image], images: Mapping
     width, height = next(iter(images.values())).size
     factor = math.ceil(SIDE / max(width, height))
     size = width * factor, height * factor
-    panels = {"references": _grid(references, size)}
+    panels = {"references": _grid(references, size)} if references else {}
     panels |= {name: image.resize(size, Image.Resampling.NEAREST) for name, image in images.items()}
 
     font = ImageFont.load_default(FONT_SIZE)

@@ -150,6 +150,7 @@ class Backbone(abc.ABC):
     prompt_rule: ClassVar[ReferenceRule | None] = None  # how the text encoder sees the references, where it does
     adapted_layers: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")  # ends of names, the default
     tapped: ClassVar[tuple[str, ...]] = ("transformer_blocks", "single_transformer_blocks")  # lists of blocks, as they run
+    fewest_references: ClassVar[int] = 0  # that its pipeline can sample with
     negative_prompt: ClassVar[str] = ""  # what classifier-free guidance leads away from
     merged_layers: Sequence[str] = ()  # of a LoRA that is part of the frozen weights: sampling may go by it
     transformer: Any  # an nn.Module; what the trainer calls on it comes from diffusers' mixins

@@ -17,11 +17,11 @@ from focusdpo.models.lora_settings import CONFIG_FILE
 NAME = "model.base_lora"
 
 
-def base_lora_checksum(path: str) -> str:
-    """A hash of what decides the update of the LoRA that a path names."""
-    file = find_lora_file(NAME, path)
+def lora_checksum(name: str, path: str) -> str:
+    """A hash of what decides the update of the LoRA that a path names; `name` is the setting, for errors."""
+    file = find_lora_file(name, path)
     config = file.parent / CONFIG_FILE  # has alpha, where the LoRA is PEFT's
-    is_peft = config.is_file() and any(key.startswith(PEFT_PREFIX) for key in lora_shapes(NAME, file))
+    is_peft = config.is_file() and any(key.startswith(PEFT_PREFIX) for key in lora_shapes(name, file))
     return hash_of(remembered_checksum(file), checksum(config)) if is_peft else remembered_checksum(file)
 
 
@@ -45,7 +45,7 @@ def merge_base_lora(pipeline: Any, path: str, scale: float) -> list[str]:
     """
     kind = type(pipeline.transformer).__name__
     lora = read_lora(NAME, path, next((family.backbones[0] for family in FAMILIES if family.transformer == kind), None))
-    layers = _matching_layers(pipeline.transformer, lora, f"{NAME}: {find_lora_file(NAME, path)}")
+    layers = matching_layers(pipeline.transformer, lora, f"{NAME}: {find_lora_file(NAME, path)}")
     for name, layer in layers.items():
         if layer.weight.is_meta:  # of a process that gets its weights from another
             continue
@@ -56,8 +56,8 @@ def merge_base_lora(pipeline: Any, path: str, scale: float) -> list[str]:
     return list(layers)
 
 
-def _matching_layers(transformer: nn.Module, lora: Lora, where: str) -> dict[str, nn.Linear]:
-    """The linear layers, by name, that the LoRA updates."""
+def matching_layers(transformer: nn.Module, lora: Lora, where: str) -> dict[str, nn.Linear]:
+    """The linear layers, by name, that a LoRA updates; ValueError says where it came from and what of it fits none."""
     linear = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
     unmatched = [
         f"transformer.{name}.lora_{side}.weight" for name in sorted(lora.layers.keys() - linear.keys()) for side in "AB"

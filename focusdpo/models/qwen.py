@@ -57,6 +57,7 @@ class QwenEditPlus(Backbone):
     pipelines = (QwenImageEditPlusPipeline,)
     reference_rule = QwenReferences(VAE_IMAGE_SIZE)
     prompt_rule = QwenReferences(CONDITION_IMAGE_SIZE)
+    fewest_references = 1
     negative_prompt = " "
 
     @classmethod

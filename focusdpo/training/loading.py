@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,23 +15,32 @@ from focusdpo.models.lora_reading import read_lora
 from focusdpo.models.precision import DTYPES, check_quantization, quantize
 from focusdpo.training.adapter import add_adapter, give_memory
 from focusdpo.training.checkpoints import find_checkpoint, load_adapter
-from focusdpo.training.config import TrainConfig
+from focusdpo.training.config import ModelConfig, TrainConfig
 from focusdpo.training.optimizers import check_optimizer
 from focusdpo.training.run_files import CHECKPOINTS_FOLDER
 from focusdpo.training.step import PreferenceStep
 
 
+def check_model(model: ModelConfig) -> None:
+    """Looks at what the settings of a model name: its folder, the base LoRA's file, optional packages.
+
+    Raises:
+        FileNotFoundError, ModuleNotFoundError, ValueError: each names the setting.
+    """
+    check_pipeline_path(model.path)
+    if model.base_lora is not None:
+        read_lora(NAME, model.base_lora, model.backbone)  # all of its values
+    if model.quantization is not None:
+        check_quantization(model.quantization)
+
+
 def check_files_and_packages(config: TrainConfig) -> None:
-    """Looks at what the settings of the model name: folders, the base LoRA's file, optional packages.
+    """The same of a run, its optimiser and its caches.
 
     Raises:
         FileNotFoundError, NotADirectoryError, ModuleNotFoundError, ValueError: each names the setting.
     """
-    check_pipeline_path(config.model.path)
-    if config.model.base_lora is not None:
-        read_lora(NAME, config.model.base_lora, config.model.backbone)  # all of its values
-    if config.model.quantization is not None:
-        check_quantization(config.model.quantization)
+    check_model(config.model)
     check_optimizer(config.optim.optimizer)
     for name in ("cache", "reference_cache"):
         folder = getattr(config.data, name)
@@ -71,14 +81,19 @@ def make_policy(backbone: Backbone, config: TrainConfig, checkpoint: Path | None
         checkpoint: whose adapter; None takes a fresh one, which changes nothing yet.
         device: where quantised weights are made.
     """
-    if config.model.base_lora is not None:
-        backbone.merged_layers = merge_base_lora(backbone.pipeline, config.model.base_lora, config.model.base_lora_scale)
-    if config.model.quantization is not None:
-        quantize(backbone, config.model.quantization, device)
+    make_base(backbone, config.model, device)
     add_adapter(backbone, config.lora, config.seed)
     give_memory(backbone.transformer)
     if checkpoint is not None:
         load_adapter(checkpoint, backbone.transformer)
+
+
+def make_base(backbone: Backbone, model: ModelConfig, device: torch.device) -> None:
+    """Turns a freshly loaded backbone into what a LoRA stands on: merges the base LoRA, quantises. `make_policy` has more."""
+    if model.base_lora is not None:
+        backbone.merged_layers = merge_base_lora(backbone.pipeline, model.base_lora, model.base_lora_scale)
+    if model.quantization is not None:
+        quantize(backbone, model.quantization, device)
 
 
 def checkpoint_of(name: str, config: TrainConfig, chosen: str) -> Path | None:
@@ -96,6 +111,16 @@ def checkpoint_of(name: str, config: TrainConfig, chosen: str) -> Path | None:
     return found
 
 
+def load_whole(config: TrainConfig, device: torch.device, adapt: Callable[[Backbone], None]) -> Backbone:
+    """A run's whole pipeline on a device, in evaluation mode, after `adapt` has made of it what is run."""
+    whole = device if config.model.quantization is None else None  # quantised layers go there one by one
+    backbone = load_backbone(config, "all", device, transformer_device=whole)
+    adapt(backbone)
+    backbone.to(device)
+    backbone.transformer.eval()
+    return backbone
+
+
 def load_step(config: TrainConfig, checkpoint: Path | None) -> PreferenceStep:
     """The preference step of a run, its model in evaluation mode, on the accelerator where there is one.
 
@@ -104,9 +129,5 @@ def load_step(config: TrainConfig, checkpoint: Path | None) -> PreferenceStep:
     """
     check_files_and_packages(config)
     device = torch.device("cpu" if config.cpu or not torch.cuda.is_available() else "cuda")
-    whole = device if config.model.quantization is None else None  # quantised layers go there one by one
-    backbone = load_backbone(config, "all", device, transformer_device=whole)
-    make_policy(backbone, config, checkpoint, device)
-    backbone.to(device)
-    backbone.transformer.eval()
+    backbone = load_whole(config, device, lambda loaded: make_policy(loaded, config, checkpoint, device))
     return PreferenceStep(backbone, config.focus, config.loss, config.backend)

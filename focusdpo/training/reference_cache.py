@@ -23,7 +23,7 @@ from focusdpo.foundation.files import checksum, fingerprint, hash_of
 from focusdpo.foundation.launch import Launch
 from focusdpo.foundation.tensor_files import TensorFiles
 from focusdpo.models.base import pipeline_folder
-from focusdpo.models.base_lora import base_lora_checksum
+from focusdpo.models.base_lora import NAME, lora_checksum
 from focusdpo.training.batches import in_rounds, load_batches
 from focusdpo.training.cache import EncodingReader
 from focusdpo.training.config import TrainConfig
@@ -57,7 +57,7 @@ class ReferenceCache:
         self._launch = launch
         self._content: Callable[[Any], str] = functools.cache(checksum)  # of references' masks
         self._has_scores = focus.mask == "focus" and focus.feature_source == "reference"
-        lora = None if model.base_lora is None else base_lora_checksum(model.base_lora)
+        lora = None if model.base_lora is None else lora_checksum(NAME, model.base_lora)
         # What the prompts' encoders and the VAE contribute is in the pairs' keys.
         self._settings = hash_of(
             FORMAT,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from focusdpo.foundation.settings_text import build, read_settings
-from focusdpo.training.config import TrainConfig
+from focusdpo.training.config import DataConfig, ModelConfig, TrainConfig
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -47,6 +47,11 @@ def read_starts(file: Path) -> list[dict[str, Any]]:
         return [start for start in starts if isinstance(start["step"], int)]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return []
+
+
+def model_as_run(model: ModelConfig) -> TrainConfig:
+    """A model as a run that has not begun, to be looked at like one; it has no pairs and no folder."""
+    return TrainConfig(model, DataConfig("-"), "-", mixed_precision="bf16" if model.dtype == "bf16" else "no")
 
 
 def read_run_config(name: str, run: str | Path) -> TrainConfig:

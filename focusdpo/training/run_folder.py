@@ -22,7 +22,7 @@ from focusdpo.foundation.settings import differences, flat
 from focusdpo.foundation.text import first_of
 from focusdpo.models import BACKBONES
 from focusdpo.models.base import pipeline_folder, pipeline_parts
-from focusdpo.models.base_lora import base_lora_checksum
+from focusdpo.models.base_lora import NAME, lora_checksum
 from focusdpo.models.lora_reading import LORA_FILE
 from focusdpo.training.adapter import targets_of
 from focusdpo.training.checkpoints import LAST_CHECKPOINT, SETTINGS_FILE, find_checkpoint
@@ -104,7 +104,7 @@ def shared_settings(config: TrainConfig, launch: Launch, train_set: PairDataset)
 def model_contents(model: ModelConfig) -> dict[str, str | None]:
     """The parts of a run's model by their content, and the LoRA that is merged into it."""
     pipeline = pipeline_folder(model.path, model.revision)
-    lora = None if model.base_lora is None else base_lora_checksum(model.base_lora)[:16]
+    lora = None if model.base_lora is None else lora_checksum(NAME, model.base_lora)[:16]
     parts = {f"model.path ({part}, all of it)": fingerprint(pipeline, [part])[:16] for part in pipeline_parts(pipeline)}
     return {**parts, BASE_LORA_CONTENT: lora}
 

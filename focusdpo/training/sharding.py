@@ -55,6 +55,15 @@ def check_devices(launch: Launch, cpu: bool) -> None:
         )
 
 
+def device_of(launch: Launch, cpu: bool) -> torch.device:
+    """The device of a process that shares none with others and is in no collective operation: its own GPU, or the CPU."""
+    if cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", launch.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
 def limit_waits(accelerator: Accelerator, seconds: float) -> None:
     """Has the groups that a model is split over wait as long as that of all processes: a mesh makes them with defaults."""
     mesh = getattr(accelerator, "torch_device_mesh", None)

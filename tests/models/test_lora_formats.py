@@ -20,7 +20,7 @@ from torch import nn
 
 from focusdpo.commands import cli
 from focusdpo.models import BACKBONES
-from focusdpo.models.base_lora import base_lora_checksum, merge_base_lora
+from focusdpo.models.base_lora import NAME, lora_checksum, merge_base_lora
 from focusdpo.models.lora_fusion import Update, fuse, split
 from focusdpo.models.lora_reading import read_lora
 from focusdpo.models.tiny_flux import write_tiny_flux
@@ -540,15 +540,15 @@ def test_a_lora_of_another_backbone_is_seen_before_the_model_is_loaded(trained):
 def test_the_base_loras_checksum_has_pefts_settings(trained, tmp_path):
     folder = trained("flux", "default")[0]
     convert(folder, tmp_path / "peft", "peft")
-    before = base_lora_checksum(str(tmp_path / "peft"))
+    before = lora_checksum(NAME, str(tmp_path / "peft"))
     config = tmp_path / "peft" / "adapter_config.json"
     config.write_text(re.sub('"lora_alpha": 4', '"lora_alpha": 2', config.read_text()))
-    assert base_lora_checksum(str(tmp_path / "peft")) != before
+    assert lora_checksum(NAME, str(tmp_path / "peft")) != before
     # Beside a LoRA that is not PEFT's it is somebody else's.
     convert(folder, tmp_path / "both", "diffusers")
-    before = base_lora_checksum(str(tmp_path / "both"))
+    before = lora_checksum(NAME, str(tmp_path / "both"))
     (tmp_path / "both" / "adapter_config.json").write_text(config.read_text())
-    assert base_lora_checksum(str(tmp_path / "both")) == before
+    assert lora_checksum(NAME, str(tmp_path / "both")) == before
 
 
 def test_a_models_own_file_has_its_strength(trained, tmp_path):

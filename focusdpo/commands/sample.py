@@ -1,0 +1,86 @@
+"""`focusdpo sample`: everything is checked first, then what is missing is made, in all processes of a launch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import diffusers
+import transformers
+
+from focusdpo.foundation.launch import Launch
+from focusdpo.foundation.output_folder import OutputFolder
+from focusdpo.foundation.settings import check_begun
+from focusdpo.sampling.config import SampleConfig
+from focusdpo.sampling.inputs import Inputs, may_differ, read_inputs, settings_of
+from focusdpo.sampling.work import BASE, IMAGES, Wanted, file_name, load, make_images, share_of, wanted_images
+from focusdpo.training.sharding import check_devices
+
+logger = logging.getLogger(__name__)
+
+SETTINGS_FILE = "sample.json"
+# What the command writes, see `focusdpo.foundation.output_folder`.
+WRITTEN = (r"sample\.json", rf"({IMAGES}|{BASE})/\d{{4,}}_\d+\.png")
+
+
+def prepare(config: SampleConfig) -> Callable[[], None]:
+    """Checks settings, prompts, LoRA and folder, loads the model if an image is missing, and returns what makes them.
+
+    Raises:
+        FileNotFoundError, ModuleNotFoundError, ValueError: run, model, LoRA or prompts cannot be used.
+        FileExistsError, NotADirectoryError: the folder holds something that may not be replaced.
+        ElsewhereError: another process of the launch failed.
+    """
+    launch = Launch.join()
+    if not launch.is_main:
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+    folder = Path(config.output_dir)
+    out = OutputFolder("output_dir", folder, "sample", WRITTEN, leads=launch.is_main)
+    with launch.failing():
+        check_devices(launch, config.cpu)
+        inputs = read_inputs(config, launch)
+
+        def look() -> list[Wanted]:
+            """Refuses a folder of other images, and says which are missing."""
+            out.lock()  # before anything that another process may be writing is looked at
+            settings = settings_of(config, inputs)
+            out.check_begun(
+                config.overwrite,
+                SETTINGS_FILE,
+                settings,
+                partial(check_begun, "set of images", folder, may_differ=may_differ),
+            )
+            wanted = wanted_images(config, inputs)
+            return [one for one in wanted if not (out.goes_on and _file(folder, inputs, one).is_file())]
+
+        try:
+            missing = [Wanted(*one) for one in launch.from_main("prompts and folder are looked at", look)]
+            out.check_shared(launch)
+            share = share_of(missing, launch.rank, launch.size)
+            backbone = load(config, inputs, launch) if share else None
+        except BaseException:
+            out.release()
+            raise
+
+    def work() -> None:
+        with launch.failing(), out.begin() if launch.is_main else nullcontext():
+            if launch.is_main:
+                out.tidy()
+                for name in (IMAGES, BASE) if config.compare else (IMAGES,):
+                    (folder / name).mkdir(exist_ok=True)
+            launch.wait("the folder is ready")
+            if backbone is not None:
+                make_images(config, inputs, share, backbone, launch)
+            launch.wait("images are made")
+            if launch.is_main:
+                logger.info("%s: %d images, %d of them new", folder / IMAGES, len(wanted_images(config, inputs)), len(missing))
+
+    return work
+
+
+def _file(folder: Path, inputs: Inputs, wanted: Wanted) -> Path:
+    return folder / wanted.folder / file_name(inputs.prompts[wanted.prompt].line, wanted.number)
