@@ -14,6 +14,7 @@ import transformers
 from focusdpo.foundation.launch import Launch
 from focusdpo.foundation.output_folder import OutputFolder
 from focusdpo.foundation.settings import check_begun
+from focusdpo.sampling import page
 from focusdpo.sampling.config import SampleConfig
 from focusdpo.sampling.inputs import Inputs, may_differ, read_inputs, settings_of
 from focusdpo.sampling.work import BASE, IMAGES, Wanted, file_name, load, make_images, share_of, wanted_images
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "sample.json"
 # What the command writes, see `focusdpo.foundation.output_folder`.
-WRITTEN = (r"sample\.json", rf"({IMAGES}|{BASE})/\d{{4,}}_\d+\.png")
+WRITTEN = (r"sample\.json", rf"({IMAGES}|{BASE})/\d{{4,}}_\d+\.png", *page.WRITTEN)
 
 
 def prepare(config: SampleConfig) -> Callable[[], None]:
@@ -70,6 +71,7 @@ def prepare(config: SampleConfig) -> Callable[[], None]:
         with launch.failing(), out.begin() if launch.is_main else nullcontext():
             if launch.is_main:
                 out.tidy()
+                page.remove_sheets(out, inputs, missing)
                 for name in (IMAGES, BASE) if config.compare else (IMAGES,):
                     (folder / name).mkdir(exist_ok=True)
             launch.wait("the folder is ready")
@@ -77,7 +79,12 @@ def prepare(config: SampleConfig) -> Callable[[], None]:
                 make_images(config, inputs, share, backbone, launch)
             launch.wait("images are made")
             if launch.is_main:
-                logger.info("%s: %d images, %d of them new", folder / IMAGES, len(wanted_images(config, inputs)), len(missing))
+                if config.compare:
+                    page.write_sheets(config, inputs, folder)
+                page.write_page(config, inputs, folder)
+                count, new = len(inputs.prompts) * config.images_per_prompt, sum(one.folder == IMAGES for one in missing)
+                shown = folder / page.PAGE_FILE
+                logger.info("%s: %d images, %d of them new; %s shows them", folder / IMAGES, count, new, shown)
 
     return work
 
