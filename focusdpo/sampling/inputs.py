@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from focusdpo.data.dataset import PlacedPrompt, SizeRules
-from focusdpo.data.images import PATCH_SIZE, Size, token_size
+from focusdpo.data.dataset import PlacedPrompt
+from focusdpo.data.images import PATCH_SIZE, Size
 from focusdpo.data.lines import MAX_REFERENCES
-from focusdpo.data.prompt_dataset import place_prompts
 from focusdpo.data.prompts import Prompt, check_references, read_prompts
 from focusdpo.data.records import Reference
 from focusdpo.foundation.files import checksum, fingerprint, hash_of
@@ -22,8 +21,8 @@ from focusdpo.models.base_lora import lora_checksum
 from focusdpo.models.lora_reading import LORA_FILE, read_lora
 from focusdpo.sampling.config import SampleConfig
 from focusdpo.training.config import TrainConfig
-from focusdpo.training.image_sizes import size_rules
 from focusdpo.training.loading import check_model, checkpoint_of
+from focusdpo.training.prompts import place_as_run, square
 from focusdpo.training.run_files import model_as_run, read_run_config
 from focusdpo.training.run_folder import model_contents
 
@@ -72,14 +71,14 @@ def read_inputs(config: SampleConfig, launch: Launch) -> Inputs:
         check_references(prompts, BACKBONES[backbone].fewest_references, launch.is_main)
 
     launch.once_a_machine("prompts and references are checked", check)
-    return Inputs(run, lora, prompts, place_prompts(prompts, SizeRules(**size_rules(run.data, backbone)), target))
+    return Inputs(run, lora, prompts, place_as_run(prompts, run, target))
 
 
 def _target(config: SampleConfig, run: TrainConfig) -> Size:
     """The images' size; ValueError for one that is not of whole tokens."""
     size = config.pixels
     if size is None:
-        return token_size((1, 1), run.data.resolution)
+        return square(run.data)
     nearest = "{}x{}".format(*(max(round(side / PATCH_SIZE), 1) * PATCH_SIZE for side in size))
     expected = f"multiples of {PATCH_SIZE} pixels, such as {nearest}"
     require(all(side % PATCH_SIZE == 0 for side in size), "size", config.size, expected)

@@ -347,11 +347,13 @@ class OptimConfig:
 
 @dataclass
 class SamplesConfig:
-    """Images of held-out pairs while training, from the same noise each time, and the masks of these pairs.
+    """Images of held-out pairs and of prompts while training, from the same noise each time, and the masks of the pairs.
 
     Args:
         every: Optimiser steps between them; they are also made before the first step and after the last. 0 makes none.
         count: How many of the held-out pairs, the first ones.
+        manifest: File with a prompt and its references a line, as `focusdpo sample` takes it: its prompts are sampled as well,
+            in squares of data.resolution.
         steps: Steps of the sampler.
         guidance: Guidance value fed to guidance-distilled models; null takes their pipeline's default.
         cfg_scale: Scale of classifier-free guidance, which 1 switches off; null takes the pipeline's default.
@@ -360,6 +362,7 @@ class SamplesConfig:
 
     every: int = 0
     count: int = 4
+    manifest: str | None = None
     steps: int = 28
     guidance: float | None = None
     cfg_scale: float | None = None
@@ -367,7 +370,8 @@ class SamplesConfig:
 
     def __post_init__(self) -> None:
         _require(self.every >= 0, "samples.every", self.every, "0 or more")
-        _require(self.count >= 1, "samples.count", self.count, "at least 1")
+        fewest = 1 if self.manifest is None else 0
+        _require(self.count >= fewest, "samples.count", self.count, f"at least {fewest}")
         _require(self.steps >= 1, "samples.steps", self.steps, "at least 1")
         for name in ("guidance", "cfg_scale"):
             scale = getattr(self, name)
@@ -401,7 +405,7 @@ class TrainConfig:
         focus: The spatial mask of the loss.
         loss: The preference loss.
         optim: Optimiser and schedule.
-        samples: Images and masks of held-out pairs while training.
+        samples: Images of held-out pairs and prompts while training, and masks of the pairs.
         push_to_hub: Upload of the finished LoRA.
         max_steps: Optimiser steps.
         gradient_accumulation: Batches per optimiser step.
@@ -465,8 +469,9 @@ class TrainConfig:
         limit = self.checkpoints_total_limit
         _require(limit is None or limit >= 1, "checkpoints_total_limit", limit, "at least 1, or null to keep all")
         _require(self.validate_every >= 0, "validate_every", self.validate_every, "0 or more")
-        shown = self.samples.every == 0 or self.data.validation is not None
-        _require(shown, "samples.every", self.samples.every, "0 without data.validation, whose first pairs are sampled")
+        shown = self.samples.every == 0 or self.data.validation is not None or self.samples.manifest is not None
+        expected = "0 without data.validation, whose first pairs are sampled, and without samples.manifest"
+        _require(shown, "samples.every", self.samples.every, expected)
         _require(len(set(self.trackers)) == len(self.trackers), "trackers", self.trackers, "each once")
         _require(not (self.resume and self.overwrite), "overwrite", self.overwrite, "false together with resume")
         cached, name = self.data.reference_cache, "data.reference_cache"

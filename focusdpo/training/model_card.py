@@ -24,7 +24,7 @@ from focusdpo.foundation.packages import version_of
 from focusdpo.foundation.text import code, code_block, first_of, markdown
 from focusdpo.models.lora_reading import LORA_FILE
 from focusdpo.training.config import DataConfig, ModelConfig, TrainConfig
-from focusdpo.training.run_files import METRICS_FILE, SAMPLES_FOLDER, VALIDATION_FILE
+from focusdpo.training.run_files import METRICS_FILE, SAMPLES_FOLDER, VALIDATION_FILE, samples_in
 
 PACKAGES = ("focusdpo", "torch", "diffusers", "peft", "transformers", "accelerate")
 METHODS = {
@@ -95,9 +95,8 @@ def write_model_card(config: TrainConfig, folder: Path, train: PairDataset, vali
 
 
 def _sheets(folder: Path) -> list[Path]:
-    """The sheets of the last step that has some, by pair."""
-    steps = step_folders(folder)
-    return sorted((p for p in steps[-1][1].glob("*.png") if p.stem.isdecimal()), key=lambda p: int(p.stem)) if steps else []
+    """The sheets of the last step that has some."""
+    return [path / f"{name}.png" for _, path in step_folders(folder)[-1:] for name in samples_in(path)]
 
 
 def _use(model: ModelConfig, hub_id: str | None) -> str:

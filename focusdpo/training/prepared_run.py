@@ -27,6 +27,7 @@ from focusdpo.training.hub import check_hub
 from focusdpo.training.loading import check_files_and_packages, load_backbone, make_policy
 from focusdpo.training.memory import run_advice
 from focusdpo.training.optimizers import build_optimizer
+from focusdpo.training.prompts import load_sample_prompts
 from focusdpo.training.reference_cache import ReferenceCache
 from focusdpo.training.run_folder import RunFolder, shared_settings
 from focusdpo.training.samples import Samples
@@ -87,6 +88,7 @@ class PreparedRun:
             launch.once_a_machine("files and packages are checked", lambda: check_files_and_packages(config))
             datasets, left_out = load_datasets(config, launch)
             self.train_set, self.validation_set = datasets
+            self._prompts = load_sample_prompts(config, launch)
             if launch.is_main:
                 run.report_left_out(left_out)
             settings = shared_settings(config, launch, self.train_set)
@@ -119,7 +121,7 @@ class PreparedRun:
     def _encode_pairs(self, run: RunFolder) -> None:
         """Plans batches and samples; with `data.cache` also encodes what they need, before the transformer takes memory."""
         config = self.config
-        self.samples = Samples(config, self.validation_set.records, run.out)
+        self.samples = Samples(config, self.validation_set.records, self._prompts, run.out)
         self.batches = TrainingBatches(self.train_set, config, self.accelerator)
         if config.data.cache is None:
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +29,7 @@ WRITTEN = (
     rf"{_STEP}/(adapter\.safetensors|state\.pt|settings\.json|checksums\.json|random_states_\d+\.pkl)",
     rf"{_STEP}/lora/pytorch_lora_weights\.safetensors",
     rf"{_STEP}/deepspeed/**",
-    rf"{SAMPLES_FOLDER}/step-\d+/\d+(_sample|_masks)?\.png",
+    rf"{SAMPLES_FOLDER}/step-\d+/(line-)?\d+(_sample|_masks)?\.png",
     r"lora(_ema)?/(pytorch_lora_weights\.safetensors|README\.md|curves\.png|samples\.png)",
     r"lora(_ema)?/peft/adapter_(config\.json|model\.safetensors)",
     r"tensorboard/events\.out\.tfevents\..+",
@@ -38,6 +39,13 @@ WRITTEN = (
 
 TIME_BINS = 4  # of t, alike in width, by which metrics are also given
 COVERAGE_BINS = 10  # of A
+
+
+def samples_in(*folders: Path) -> list[str]:
+    """What the samples of some steps are of: the numbers of held-out pairs, then line-N of samples.manifest, each once."""
+    stems = {file.stem for folder in folders for file in folder.glob("*.png")}
+    found = filter(None, (re.fullmatch(r"(line-)?(\d+)", stem) for stem in stems))
+    return [match[0] for match in sorted(found, key=lambda match: (match[1] is not None, int(match[2])))]
 
 
 def read_starts(file: Path) -> list[dict[str, Any]]:

@@ -1,9 +1,9 @@
-"""Images and masks of held-out pairs while a run goes on, from the same noise and at the same times whenever they are made."""
+"""Images of held-out pairs and of prompts while a run goes on, always from the same noise, and the masks of the pairs."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from focusdpo.data import PairBatch, PairRecord, collate
+from focusdpo.data.dataset import PlacedPrompt
 from focusdpo.data.images import to_pil
 from focusdpo.data.prompt_dataset import PromptDataset
 from focusdpo.drawing.contact_sheets import read_picture, sample_sheet
@@ -21,11 +22,12 @@ from focusdpo.drawing.overlays import MaskAtTime, draw_overlays
 from focusdpo.foundation.output_folder import OutputFolder, step_folders
 from focusdpo.models import BACKBONES, Backbone
 from focusdpo.models.sampling import Sampler
-from focusdpo.training.batches import dataset_of
+from focusdpo.training.batches import dataset_of, in_rounds
 from focusdpo.training.callbacks import Callback
 from focusdpo.training.config import TrainConfig
 from focusdpo.training.loading import load_backbone
 from focusdpo.training.run_files import SAMPLES_FOLDER
+from focusdpo.training.seeding import seeded
 from focusdpo.training.step import PreferenceStep
 from focusdpo.training.tracking import log_images
 
@@ -40,31 +42,36 @@ def masks_at(step: PreferenceStep, batch: PairBatch, times: Sequence[float], see
     return [MaskAtTime(t, step.masks(batch, t, seed)["all"]) for t in times if step.focus.mask == "focus"]
 
 
-Made = tuple[int, Image.Image, bytes]  # for a pair: its index, the sample, the page of its masks as PNG, empty without any
+Made = tuple[int, Image.Image, bytes]  # index of a pair or prompt, its sample, the page of its masks as PNG, empty without any
 
 
 class Samples(Callback):
-    """Samples of the first held-out pairs, with their masks.
+    """Samples of the first held-out pairs, with their masks, and of prompts.
 
     Each step that has some gets a folder with three files per pair: the sample beside references, winner and what the model
-    made of the same noise before it was trained; the sample alone; and the masks.
+    made of the same noise before it was trained; the sample alone; and the masks. A prompt has no winner and no masks.
 
     Args:
         config: of the run.
         records: held-out pairs.
+        prompts: by what their files are called, line-N.
         out: the run's folder.
     """
 
     in_all_processes = True
 
-    def __init__(self, config: TrainConfig, records: Sequence[PairRecord], out: OutputFolder) -> None:
+    def __init__(
+        self, config: TrainConfig, records: Sequence[PairRecord], prompts: Mapping[str, PlacedPrompt], out: OutputFolder
+    ) -> None:
         self._config = config
         self._settings = config.samples
         self._out = out
         self._folder = out.path / SAMPLES_FOLDER
         shown = records[: config.samples.count] if config.samples.every else []
         self._pairs = dataset_of(shown, config.data, config.model.backbone)
-        self._prompts = PromptDataset([self._pairs.placed(index) for index in range(len(self._pairs))])
+        pairs = {str(index): self._pairs.placed(index) for index in range(len(self._pairs))}
+        self._names = [*pairs, *prompts]
+        self._prompts = PromptDataset([*pairs.values(), *prompts.values()])
         self._negatives = self._prompts.with_text(BACKBONES[config.model.backbone].negative_prompt)
         # What has to be encoded for them.
         self.datasets = (self._pairs, self._prompts, *((self._negatives,) if config.samples.cfg_scale != 1 else ()))
@@ -82,7 +89,7 @@ class Samples(Callback):
 
     @torch.no_grad()
     def make(self, number: int, trainer: Trainer, on_step: Callable[[], object] = lambda: None) -> None:
-        """Makes the samples of a step of the run, if it has any; all processes call it, and share the pairs.
+        """Makes the samples of a step of the run, if it has any; all processes call it, and share the work.
 
         Args:
             number: of the optimiser step.
@@ -90,15 +97,16 @@ class Samples(Callback):
             on_step: called after each step of the sampler, equally often in all processes; what it raises ends the sampling.
         """
         step, accelerator, launch = trainer.step, trainer.accelerator, trainer.launch
-        rank, processes, count = launch.rank, launch.size, len(self._pairs)
-        if not count:
+        # A model in shards runs in all processes or in none: all have pairs, which have masks, and then all have prompts.
+        pairs, every = range(len(self._pairs)), range(len(self._prompts))
+        rounds = [*in_rounds(pairs, launch.size), *in_rounds(every[len(pairs) :], launch.size)]
+        if not rounds:
             return
         module = step.backbone.pipeline.transformer
         was_training = module.training
         module.eval()
-        rounds = -(-count // processes)  # as many in each process: a model in shards runs in all of them or in none
         bar = tqdm(
-            total=rounds * self._settings.steps,
+            total=len(rounds) * self._settings.steps,
             desc="sampling",
             unit="step",
             leave=False,
@@ -111,22 +119,26 @@ class Samples(Callback):
 
         made: list[Made] = []
         with bar:
-            for index in (i * processes + rank for i in range(rounds)):
-                batch = collate([self._pairs[index % count]]).to(accelerator.device)
+            for index in (of_processes[launch.rank] for of_processes in rounds):
                 with accelerator.autocast():
-                    tokens, grid = self._sample(index % count, step, on_sampler)
-                    masks = masks_at(step, batch, MASK_TIMES, self._settings.seed)
-                page = io.BytesIO()
-                if masks:
-                    draw_overlays(batch, masks, page, f"step {number}: {batch.prompts[0]}")
-                made.append((index, self._decode(tokens, grid, step.backbone), page.getvalue()))
+                    tokens, grid = self._sample(index, step, on_sampler)
+                    page = self._draw_masks(index, number, step) if index in pairs else b""
+                made.append((index, self._decode(tokens, grid, step.backbone), page))
         module.train(was_training)
         launch.wait("samples are made")
-        made = [one for one in gather_object(made) if one[0] < count]
+        made = list({one[0]: one for one in gather_object(made)}.values())  # the last round may repeat the first
         if launch.is_main:
             pages = self._write(number, made)
             log_images(accelerator, {f"samples/{name}": np.asarray(page) for name, page in pages.items()}, number)
         launch.wait("samples are written")
+
+    def _draw_masks(self, index: int, number: int, step: PreferenceStep) -> bytes:
+        """The page of a pair's masks as PNG; empty where there are none."""
+        page, batch = io.BytesIO(), collate([self._pairs[index]]).to(step.backbone.device)
+        masks = masks_at(step, batch, MASK_TIMES, self._settings.seed)
+        if masks:
+            draw_overlays(batch, masks, page, f"step {number}: {batch.prompts[0]}")
+        return page.getvalue()
 
     def _sample(self, index: int, step: PreferenceStep, on_step: Callable[[], object]) -> tuple[Tensor, tuple[int, int]]:
         """Clean tokens [1, P, C] of the prompt of an index, and their grid."""
@@ -136,7 +148,10 @@ class Samples(Callback):
         negative = None
         if sampler.needs_negative:
             negative = step.condition(self._negatives[index].to(backbone.device)).prompts
-        generator = torch.Generator().manual_seed(settings.seed + index)
+        name = self._names[index]
+        # A prompt's is that of the first image which `focusdpo sample` makes of its line.
+        own = torch.Generator().manual_seed(settings.seed + index)
+        generator = own if name.isdecimal() else seeded(settings.seed, int(name.removeprefix("line-")), 0)
         return sampler(given, negative, generator, on_step), given.layout.target
 
     def _decode(self, tokens: Tensor, grid: tuple[int, int], backbone: Backbone) -> Image.Image:
@@ -156,12 +171,13 @@ class Samples(Callback):
         pages = {}
         with self._out.writing_folder(final) as partial:
             for index, sample, masks in made:
-                pair, name = self._pairs[index], str(index)
+                prompt, name = self._prompts[index], self._names[index]
                 sample.save(partial / f"{name}_sample.png")
                 untrained = read_picture(self._folder / "step-000000" / f"{name}_sample.png") if number else None
                 before = {} if untrained is None else {"step 0": untrained}
-                images = {**before, f"step {number}": sample, "winner": to_pil(pair.winner)}
-                pages[name] = sample_sheet(pair.prompt, [to_pil(image) for image in pair.references], images)
+                winner = {"winner": to_pil(self._pairs[index].winner)} if index < len(self._pairs) else {}
+                images = {**before, f"step {number}": sample, **winner}
+                pages[name] = sample_sheet(prompt.prompts[0], [to_pil(image[0]) for image in prompt.references], images)
                 pages[name].save(partial / f"{name}.png")
                 if masks:
                     (partial / f"{name}_masks.png").write_bytes(masks)

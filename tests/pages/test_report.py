@@ -173,11 +173,11 @@ def test_pictures_are_bounded(tmp_path, caplog):
     (samples / "step-000030" / "0.png").write_bytes(b"no picture")
     (samples / "step-000070.partial").mkdir()
     films = read_films(samples, 12, 300, progress=False)
-    assert [(film.pair, film.available) for film in films] == [(0, 7), (1, 7), (2, 7)]
+    assert [(film.name, film.available) for film in films] == [("0", 7), ("1", 7), ("2", 7)]
     assert [[shot.step for shot in film.shots] for film in films] == [[0, 60]] * 3
     sizes = [Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).size for uri in films[1].shots[1].images.values()]
     assert sizes == [(300, 94), (284, 300)]
-    assert [film.pair for film in read_films(samples, 5, 300, progress=False)] == [0, 1], "whole pairs"
+    assert [film.name for film in read_films(samples, 5, 300, progress=False)] == ["0", "1"], "whole pairs"
     assert read_films(samples, 1, 300, progress=False) == [] == read_films(tmp_path / "none", 12, 300, progress=False)
     assert [len(shot.images) for shot in read_films(samples, 100, 300, progress=False)[0].shots] == [2, 2, 2, 1, 2, 2, 2]
     assert "0.png: left out, it cannot be read" in caplog.text
@@ -233,7 +233,7 @@ LOOK = """
   seen.text = page.querySelector("main").innerText;
 """
 SECTIONS = [
-    "Summary", "Alarms", "Learning", "Focus", "By time", "Optimisation and cost", "Held-out pairs over training",
+    "Summary", "Alarms", "Learning", "Focus", "By time", "Optimisation and cost", "Samples over training",
     "Configuration", "Environment",
 ]  # fmt: skip
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from focusdpo.data import LongestSide, PairDataset, collate, load_pairs
+from focusdpo.data import DatasetError, LongestSide, PairDataset, collate, load_pairs
 from focusdpo.demo.scenes import write_dataset
 from focusdpo.drawing.contact_sheets import sample_sheet
 from focusdpo.models import BACKBONES, Backbone, TokenLayout
@@ -141,8 +143,10 @@ def test_without_masks(config):
 
 
 def test_two_processes(config):
-    """Each draws its share, and the first writes all: three pairs for two processes, in more rounds than one has pairs."""
-    config = dataclasses.replace(config, max_steps=1, samples=SamplesConfig(every=1, count=3, steps=2))
+    """Each draws its share, and the first writes all: three pairs and a prompt, in more rounds than one process has of them."""
+    manifest = Path(prompts_of(config, Path(config.output_dir).with_name("mine")))
+    manifest.write_text(manifest.read_text().splitlines()[1])
+    config = dataclasses.replace(config, max_steps=1, samples=SamplesConfig(every=1, count=3, steps=2, manifest=str(manifest)))
     alone = train(dataclasses.replace(config, output_dir=config.output_dir + "-alone", focus=FocusConfig(mask="none"))).folder
     file = Path(config.output_dir).with_suffix(".yaml")
     file.write_text(yaml.safe_dump(dataclasses.asdict(config)))
@@ -151,11 +155,67 @@ def test_two_processes(config):
     command = [*launch, "-m", "focusdpo", "train", "--config", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
-    for pair in range(3):
-        assert np.array_equal(pixels(config.output_dir, 0, pair), pixels(alone, 0, pair))
-    assert len(list((Path(config.output_dir) / "samples" / "step-000001").iterdir())) == 9
+    for name in (*range(3), "line-1"):
+        assert np.array_equal(pixels(config.output_dir, 0, name), pixels(alone, 0, name))
+    assert len(list((Path(config.output_dir) / "samples" / "step-000001").iterdir())) == 11
     bars = re.findall(r"sampling: +\d+%.*?/(\d+) ", done.stderr)
-    assert set(bars) == {"4"}, "two rounds of two steps"
+    assert set(bars) == {"6"}, "three rounds of two steps"
+
+
+def prompts_of(config, folder):
+    """A manifest of two prompts: a pair's, and one with a photo of its own beside the file."""
+    folder.mkdir()
+    first = json.loads(Path(config.data.train).read_text().splitlines()[0])
+    lines = [{"prompt": first["prompt"], "references": []}, {"prompt": "a cup", "references": [{"image": "cup.png"}]}]
+    for reference in first["references"]:
+        shutil.copy(Path(config.data.train).parent / reference["image"], folder)
+        lines[0]["references"].append({"image": Path(reference["image"]).name})
+    Image.effect_noise((48, 64), 40).convert("RGB").save(folder / "cup.png")
+    file = folder / "prompts.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(file)
+
+
+def test_prompts_of_the_users_own(config, tmp_path):
+    """Beside held-out pairs or without any; with a cache the same, and after a resume; masks are those of pairs alone."""
+    config.samples.manifest, config.samples.count = prompts_of(config, tmp_path / "mine"), 1
+    folder = train(config).folder
+    names = sorted(file.name for file in (folder / "samples" / "step-000002").iterdir())
+    pair, prompts = (
+        ["0.png", "0_masks.png", "0_sample.png"],
+        ["line-1.png", "line-1_sample.png", "line-2.png", "line-2_sample.png"],
+    )
+    assert names == [*pair, *prompts]
+    straight = {(step, line): pixels(folder, step, f"line-{line}") for step in (0, 1, 2) for line in (1, 2)}
+    assert straight[0, 1].shape == (64, 64, 3) and not np.array_equal(straight[0, 1], straight[2, 1])
+    sheet = Image.open(folder / "samples" / "step-000002" / "line-2.png")
+    assert sheet.width == 3 * 320 + 4 * 12, "references, step 0, step 2: there is no winner"
+    card = (folder / "lora" / "README.md").read_text()
+    assert "samples.png" in card and str(tmp_path) not in card
+    assert Image.open(folder / "lora" / "samples.png").height > 3 * sheet.height - 3
+
+    train(dataclasses.replace(config, resume=str(folder / "checkpoints" / "step-000001")))
+    assert all(np.array_equal(pixels(folder, step, f"line-{line}"), image) for (step, line), image in straight.items())
+
+    alone = dataclasses.replace(config, output_dir=str(tmp_path / "alone"), validate_every=0, max_steps=1)
+    alone.data = dataclasses.replace(config.data, validation=None, cache=str(tmp_path / "cache"))
+    files = sorted(file.name for file in (train(alone).folder / "samples" / "step-000001").iterdir())
+    assert files == prompts
+    assert all(
+        np.array_equal(pixels(alone.output_dir, step, f"line-{n}"), straight[step, n]) for step in (0, 1) for n in (1, 2)
+    )
+
+
+def test_prompts_are_checked_before_a_model_is_loaded(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("focusdpo.training.prepared_run.load_backbone", lambda *_, **__: pytest.fail("too early"))
+    config.samples.manifest = prompts_of(config, tmp_path / "mine")
+    (tmp_path / "mine" / "cup.png").unlink()
+    with pytest.raises(DatasetError, match=r"mine/prompts.jsonl:2: references\[0\].image: no such file"):
+        Trainer(config)
+    config.samples.manifest = "nowhere.jsonl"
+    with pytest.raises(FileNotFoundError, match=r"samples.manifest: no such file: nowhere.jsonl"):
+        Trainer(config)
+    assert not Path(config.output_dir).exists()
 
 
 def test_settings_are_checked(config):

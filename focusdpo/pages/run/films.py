@@ -1,4 +1,4 @@
-"""Samples and masks of held-out pairs over a run: a film for each pair, of steps chosen evenly."""
+"""Samples and masks of held-out pairs over a run, and samples of prompts: a film for each, of steps chosen evenly."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from focusdpo.foundation.output_folder import step_folders
 from focusdpo.pages.html import image_uri
+from focusdpo.training.run_files import samples_in
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +31,15 @@ class Shot:
 
 @dataclass
 class Film:
-    """One pair over the steps; `available` is how many steps have pictures of it."""
+    """One pair or prompt over the steps, as its files are called; `available` is how many steps have pictures of it."""
 
-    pair: int
+    name: str
     available: int
     shots: list[Shot] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        return f"Held-out pair {self.name}" if self.name.isdecimal() else f"{self.name.replace('-', ' ')} of samples.manifest"
 
 
 def read_films(folder: Path, max_images: int, size: int, progress: bool = True) -> list[Film]:
@@ -42,25 +47,25 @@ def read_films(folder: Path, max_images: int, size: int, progress: bool = True) 
 
     Args:
         folder: its samples.
-        max_images: sheets and pages of masks, at most; the pairs with the lowest numbers come first.
+        max_images: sheets and pages of masks, at most; the pairs with the lowest numbers come first, then the prompts.
         size: pixels that the longest side of one has at most.
         progress: show a progress bar.
     """
     steps = step_folders(folder)
-    pairs = sorted({int(file.stem) for _, path in steps for file in path.glob("*.png") if file.stem.isdecimal()})
-    kinds = [kind for kind in KINDS if any((path / f"{pair}{kind}.png").is_file() for _, path in steps for pair in pairs)]
+    names = samples_in(*(path for _, path in steps))
+    kinds = [kind for kind in KINDS if any((path / f"{name}{kind}.png").is_file() for _, path in steps for name in names)]
     if not kinds or max_images < len(kinds):
         return []
-    pairs = pairs[: max_images // len(kinds)]
-    each = max_images // (len(kinds) * len(pairs))
+    names = names[: max_images // len(kinds)]
+    each = max_images // (len(kinds) * len(names))
     films = []
     wanted: list[tuple[Film, int, Path]] = []
-    for pair in pairs:
-        having = {step: path for step, path in steps if any((path / f"{pair}{kind}.png").is_file() for kind in kinds)}
-        films.append(Film(pair, len(having)))
+    for name in names:
+        having = {step: path for step, path in steps if any((path / f"{name}{kind}.png").is_file() for kind in kinds)}
+        films.append(Film(name, len(having)))
         wanted += [(films[-1], step, having[step]) for step in evenly(list(having), each)]
     with ThreadPoolExecutor() as pool:  # Pillow releases the interpreter while it decodes, scales and encodes
-        shots = pool.map(lambda one: _shot(one[0].pair, one[1], one[2], size), wanted)
+        shots = pool.map(lambda one: _shot(one[0].name, one[1], one[2], size), wanted)
         bar = tqdm(shots, total=len(wanted), desc="reading pictures", unit="step", disable=not progress, leave=False)
         for (film, _, _), shot in zip(wanted, bar, strict=True):
             if shot.images:
@@ -79,9 +84,9 @@ def evenly(steps: Sequence[int], count: int) -> list[int]:
     return sorted({min(steps, key=lambda step: abs(step - place)) for place in places})
 
 
-def _shot(pair: int, step: int, folder: Path, size: int) -> Shot:
-    images = {what: uri for kind, what in KINDS.items() if (uri := _read(folder / f"{pair}{kind}.png", size))}
-    return Shot(step, images, _read(folder / f"{pair}_sample.png", FRAME))
+def _shot(name: str, step: int, folder: Path, size: int) -> Shot:
+    images = {what: uri for kind, what in KINDS.items() if (uri := _read(folder / f"{name}{kind}.png", size))}
+    return Shot(step, images, _read(folder / f"{name}_sample.png", FRAME))
 
 
 def _read(file: Path, size: int) -> str | None:

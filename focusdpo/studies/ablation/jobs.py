@@ -80,7 +80,7 @@ def run_of(
     """The settings of a job: the run's, but for the change, the seed, and what it writes where."""
     steps = run.max_steps if max_steps is None else max_steps
     every = max(-(-steps // points), 1)
-    shown = replace(run.samples, every=steps, count=samples) if samples else SamplesConfig()
+    shown = replace(run.samples, every=steps, count=samples, manifest=None) if samples else SamplesConfig()
     return replace(
         change.of(run),
         output_dir=str(folder),
