@@ -34,6 +34,19 @@ METHODS = {
 }
 # Which of kohya's tools know the model.
 KOHYAS = {"flux": "sd-scripts", "kontext": "musubi-tuner", "flux2": "musubi-tuner", "qwen-edit-plus": "musubi-tuner"}
+# What the pipelines' calls take of references, and what of them they do not.
+CALLS = {
+    "flux": "",
+    "kontext": ', image=load_image("cat.png")',
+    "flux2": ', image=[load_image("cat.png"), load_image("cup.png")]',
+    "qwen-edit-plus": ', negative_prompt=" ", image=[load_image("cat.png"), load_image("cup.png")]',
+}
+REFERENCES = {
+    "flux": "FLUX.1's pipeline takes no references, which lie as in UNO here; focusdpo places them:",
+    "kontext": "The pipeline takes one reference, and several are put side by side here; focusdpo takes up to six:",
+    "flux2": "focusdpo does the same, for any number of prompts and images:",
+    "qwen-edit-plus": "The pipeline needs torchvision. focusdpo does the same without it:",
+}
 HELD_OUT = {
     "accuracy": "implicit accuracy",
     "loss": "loss (ln 2 = 0.693 at the start)",
@@ -100,19 +113,17 @@ def _sheets(folder: Path) -> list[Path]:
 
 
 def _use(model: ModelConfig, hub_id: str | None) -> str:
-    lines = ["import torch", "from diffusers import DiffusionPipeline", ""]
-    base = json.dumps(hub_id or "the base model")
-    lines.append(f"pipeline = DiffusionPipeline.from_pretrained({base}, dtype=torch.bfloat16)")
-    note = ""
+    """A script for diffusers that ends with a picture, and what its pipeline cannot do by `focusdpo sample`."""
+    base, here = hub_id or "the base model", "this folder or repository"
+    call = CALLS[model.backbone]
     # Without a file's name diffusers looks for one on the hub, which it cannot do offline.
     file = f'weight_name="{LORA_FILE}"'
-    if model.base_lora is None:
-        lines.append(f'pipeline.load_lora_weights("this folder or repository", {file})')
-    else:
+    note, loads = "", [f'pipeline.load_lora_weights("{here}", {file})']
+    if model.base_lora is not None:
         name, scale = Path(model.base_lora).name, model.base_lora_scale
-        lines += [
+        loads = [
             f'pipeline.load_lora_weights("base-lora", {file}, adapter_name="base")',
-            f'pipeline.load_lora_weights("this folder or repository", {file}, adapter_name="focusdpo")',
+            f'pipeline.load_lora_weights("{here}", {file}, adapter_name="focusdpo")',
             f'pipeline.set_adapters(["base", "focusdpo"], [{scale:g}, 1.0])',
         ]
         command = f"focusdpo convert-lora {shlex.quote(name)} base-lora"
@@ -120,10 +131,22 @@ def _use(model: ModelConfig, hub_id: str | None) -> str:
             f"It was trained on top of {code(name)}, which has to be loaded under it, in other tools as well, at scale "
             f"{scale:g}; {code(command)} brings it into diffusers' format.\n\n"
         )
-    example = code_block("python", "\n".join(lines))
-    if model.backbone == "flux":
-        example += "\n\nReferences lie as in UNO, which FLUX.1's own pipeline does not know; `Backbone.sample` does."
-    return note + example
+    lines = ["import torch", "from diffusers import DiffusionPipeline"]
+    lines += ["from diffusers.utils import load_image"] * ("load_image" in call)
+    lines += ["", f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(base)}, dtype=torch.bfloat16)", *loads]
+    lines += ['pipeline.to("cuda" if torch.cuda.is_available() else "cpu")']
+    # By name: the first argument of some is the image.
+    lines += [f'image = pipeline(prompt="a cat and a cup"{call}).images[0]', 'image.save("picture.png")']
+    return f"{note}{code_block('python', chr(10).join(lines))}\n\n{REFERENCES[model.backbone]}\n\n{_sample(model, base)}"
+
+
+def _sample(model: ModelConfig, base: str) -> str:
+    words = ["focusdpo", "sample", "--model.path", base, "--model.backbone", model.backbone]
+    if model.base_lora is not None:
+        words += ["--model.base_lora", "base-lora"]
+        words += ["--model.base_lora_scale", f"{model.base_lora_scale:g}"] * (model.base_lora_scale != 1)
+    words += ["--lora", "this folder", "--prompt", "a cat and a cup", "--references", "cat.png", "cup.png"]
+    return code_block("bash", shlex.join(words))
 
 
 def _other_tools(model: ModelConfig) -> str:

@@ -350,4 +350,4 @@ def test_the_model_card_shows_classes_and_settings_as_text(tmp_path, monkeypatch
     shown = rendered(body)
     assert {"img", "script"} & set(shown.elements) <= {"img"}, "the curves alone"
     assert shown.elements.count("img") == 1 and shown.elements.count("h1") == 1 and "hr" not in shown.elements
-    assert shown.elements.count("pre") == 3 and printable(evil) in shown.text
+    assert shown.elements.count("pre") == 4 and printable(evil) in shown.text

@@ -6,6 +6,8 @@ import base64
 import dataclasses
 import json
 import re
+import shlex
+import shutil
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -13,14 +15,18 @@ from threading import Thread
 import pytest
 import torch
 import yaml
+from diffusers import DiffusionPipeline
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from huggingface_hub import ModelCard, constants
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from PIL import Image
 
+from focusdpo.commands.cli import main, parse_config
 from focusdpo.demo.scenes import write_dataset
 from focusdpo.foundation.journals import read_metrics
 from focusdpo.models import BACKBONES
+from focusdpo.models.qwen import ImageTextProcessor
 from focusdpo.training import hub
 from focusdpo.training.config import (
     HubConfig,
@@ -28,9 +34,10 @@ from focusdpo.training.config import (
     SamplesConfig,
 )
 from focusdpo.training.hub import UploadError, check_hub
-from focusdpo.training.model_card import KOHYAS, write_model_card
+from focusdpo.training.model_card import KOHYAS, _use, write_model_card
 from focusdpo.training.trainer import Trainer
 from tests.runs import train
+from tests.sampling.studies import BACKBONE, WRITE, load, write_random_lora
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +101,62 @@ def test_the_cards_lines_load_the_lora(config, tiny_flux):
     expected = updates(trainer.module, "default")
     for line in ("", peft_line):
         scope = {"PeftModel": PeftModel}
-        code = snippet if not line else snippet.split("pipeline.load")[0] + line
+        before, load, _ = re.split(r"^(pipeline\.load_lora.*\n)", snippet, flags=re.MULTILINE)
+        code = before + (line or load)
         exec(code, scope)  # what a reader of the card would run
         transformer = scope["pipeline"].transformer
         found = updates(transformer, next(iter(transformer.peft_config)) if not line else "default")
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=0.05, atol=value.abs().max().item() / 50)  # bf16
+
+
+@pytest.mark.parametrize("over_base", [False, True])
+@pytest.mark.parametrize("kind", WRITE)
+def test_the_cards_script_ends_with_a_picture(kind, over_base, tmp_path, monkeypatch):
+    """As it stands there, and so does the command below it; sizes and steps are made small from outside."""
+    backbone = BACKBONE.get(kind, kind)
+    lora = write_random_lora(load(kind, WRITE[kind](tmp_path / "model")), tmp_path / "lora")
+    shutil.copytree(lora, tmp_path / "base-lora")
+    base = {"base_lora": "somewhere/base.safetensors", "base_lora_scale": 0.5} if over_base else {}
+    text = _use(ModelConfig(path="-", backbone=backbone, **base), None)
+    for here in ("this folder or repository", "this folder"):
+        text = text.replace(here, str(lora))
+    text = text.replace("the base model", str(tmp_path / "model"))
+    for name in ("cat.png", "cup.png"):
+        Image.effect_noise((64, 64), 50).convert("RGB").save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    (script,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    given = {}
+
+    def small(pipeline, *arguments, **named):
+        given.update(named)
+        own = {"max_area": 64 * 64, "_auto_resize": False} if kind == "kontext" else {}
+        return call(pipeline, *arguments, **{"num_inference_steps": 1, "height": 64, "width": 64, **own, **named})
+
+    from_pretrained = DiffusionPipeline.from_pretrained
+
+    def loaded(path, **named):  # torchvision is not there
+        parts = {"processor": ImageTextProcessor.from_pretrained(path, subfolder="processor")} if kind == "qwen" else {}
+        return from_pretrained(path, **named, **parts)
+
+    pipeline = BACKBONES[backbone].pipelines[1 if kind == "klein" else 0]
+    call = pipeline.__call__
+    monkeypatch.setattr(pipeline, "__call__", small)
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", loaded)
+    monkeypatch.setattr(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", 64 * 64)
+    exec(script, {})
+    assert Image.open(tmp_path / "picture.png").size == (64, 64) and ("image" in given) == (kind != "flux")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    (command,) = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    _, *words = shlex.split(command)
+    config = parse_config([*words, "--size", "64x64"])[1]
+    assert (config.model.path, config.model.backbone, config.lora) == (str(tmp_path / "model"), backbone, str(lora))
+    assert (config.model.base_lora, config.model.base_lora_scale) == (("base-lora", 0.5) if over_base else (None, 1.0))
+    if kind in ("klein", "flux"):  # the others' references have a megapixel
+        main([*words, "--size", "64x64", "--steps", "1", "--quiet"])
+        assert Image.open(tmp_path / "samples" / "images" / "0001_0.png").size == (64, 64)
 
 
 def test_card_of_a_hub_model_over_uno_without_held_out_pairs(config):
