@@ -221,6 +221,14 @@ def make_lora(folder: Path) -> None:
     save_file(sides, folder / "lora.safetensors")
 
 
+def make_sampled(folder: Path) -> None:
+    """A run that has not begun, and a LoRA for its model."""
+    from tests.sampling.studies import load, write_random_lora
+
+    make_run(folder)
+    write_random_lora(load("flux", folder / "model"), folder / "lora")
+
+
 def make_run(folder: Path) -> None:
     """Settings of a run with everything that writes: samples, a cache, a moving average, and few checkpoints."""
     from focusdpo.models.tiny_flux import write_tiny_flux
@@ -333,6 +341,8 @@ MASKS = [
     "--timesteps",
     "[0.5]",
 ]
+SAMPLE = ["sample", "--config", "train.yaml", "--lora", "lora", "--manifest", "pairs/pairs.jsonl", "--output_dir", "out"]
+SAMPLE += ["--steps", "1", "--images_per_prompt", "2", "--compare", "true"]
 STRESS = [
     "stress",
     "--config",
@@ -368,6 +378,7 @@ CASES = {
     "dreambench": Case(make_photos, DREAMBENCH, DREAMBENCH, kills=8, long=8),
     "evaluate": Case(make_study, EVALUATE, [*EVALUATE, "--overwrite", "true"], kills=8, long=8),
     "masks": Case(make_run, MASKS, [*MASKS, "--overwrite", "true"], kills=3, long=5),
+    "sample": Case(make_sampled, SAMPLE, SAMPLE, kills=6, long=20),
     "stress": Case(make_run, STRESS, STRESS, kills=2, long=3),
     "ablate": Case(make_run, ABLATE, ABLATE, kills=0, long=3),
     "demo": Case(lambda folder: None, DEMO, [*DEMO, "--overwrite", "true"], kills=0, long=1),
