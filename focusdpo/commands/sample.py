@@ -54,6 +54,7 @@ def prepare(config: SampleConfig) -> Callable[[], None]:
                 SETTINGS_FILE,
                 settings,
                 partial(check_begun, "set of images", folder, may_differ=may_differ),
+                aside=(page.PAGE_FILE,),
             )
             wanted = wanted_images(config, inputs)
             return [one for one in wanted if not (out.goes_on and _file(folder, inputs, one).is_file())]
@@ -61,6 +62,8 @@ def prepare(config: SampleConfig) -> Callable[[], None]:
         try:
             missing = [Wanted(*one) for one in launch.from_main("prompts and folder are looked at", look)]
             out.check_shared(launch)
+            if launch.is_main:
+                logger.info("LoRA: %s", inputs.lora or "none, the model itself")
             share = share_of(missing, launch.rank, launch.size)
             backbone = load(config, inputs, launch) if share else None
         except BaseException:

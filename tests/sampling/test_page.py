@@ -84,6 +84,16 @@ def test_the_page_can_be_moved(made, tmp_path):
     assert page.index("a cat and a cup") < page.index("&lt;b&gt;dog")
 
 
+def test_a_page_that_was_edited_is_kept(made, tmp_path):
+    root, words = made
+    out = tmp_path / "out"
+    shutil.copytree(root / "out", out)
+    page = (out / "index.html").read_text()
+    (out / "index.html").write_text(page + "<!-- mine -->")
+    sample(*words, "--lora", root / "lora", "--compare", "true", "--output_dir", out)
+    assert (out / "index.html").read_text() == page and (out / "index.html.edited").read_text() == page + "<!-- mine -->"
+
+
 @browser
 def test_pictures_enlarge_and_nothing_else_is_asked_for(made, tmp_path):
     root, _ = made
