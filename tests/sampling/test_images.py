@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -127,17 +129,17 @@ def test_every_form_of_a_lora_and_its_scale(made, tmp_path):
     for form in forms:
         write_lora(tmp_path / form, lora, form)
     write_lora(tmp_path / "twice", twice, "diffusers")
-    cases = {form: ("--lora", tmp_path / form) for form in forms}
-    cases |= {
-        "scaled": ("--lora", tmp_path / "twice", "--lora_scale", 0.5),
-        "none": (),
-        "twice": ("--lora", tmp_path / "twice"),
-    }
+    shutil.copytree(tmp_path / "peft", tmp_path / "alpha")
+    settings = tmp_path / "alpha" / "adapter_config.json"
+    settings.write_text(settings.read_text().replace('"lora_alpha": 3', '"lora_alpha": 6'))
+    cases = {form: ("--lora", tmp_path / form) for form in (*forms, "twice", "alpha")}
+    cases |= {"none": (), "scaled": (*cases["twice"], "--lora_scale", 0.5)}
     for name, more in cases.items():
         sample(*words, *more, "--output_dir", tmp_path / f"out-{name}")
         found[name] = pixels(tmp_path / f"out-{name}" / "images" / "0001_0.png")
     for name in (*forms, "scaled"):
         assert np.abs(found[name] - found["diffusers"]).max() <= 1, name
+    assert np.abs(found["alpha"] - found["twice"]).max() <= 1, "what scales it beside the weights counts as well"
     assert all(np.abs(found[name] - found["diffusers"]).max() > 5 for name in ("none", "twice"))
 
 
