@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -44,23 +44,9 @@ def prepare(config: SampleConfig) -> Callable[[], None]:
     with launch.failing():
         check_devices(launch, config.cpu)
         inputs = read_inputs(config, launch)
-
-        def look() -> list[Wanted]:
-            """Refuses a folder of other images, and says which are missing."""
-            out.lock()  # before anything that another process may be writing is looked at
-            settings = settings_of(config, inputs)
-            out.check_begun(
-                config.overwrite,
-                SETTINGS_FILE,
-                settings,
-                partial(check_begun, "set of images", folder, may_differ=may_differ),
-                aside=(page.PAGE_FILE,),
-            )
-            wanted = wanted_images(config, inputs)
-            return [one for one in wanted if not (out.goes_on and _file(folder, inputs, one).is_file())]
-
         try:
-            missing = [Wanted(*one) for one in launch.from_main("prompts and folder are looked at", look)]
+            found = launch.from_main("prompts and folder are looked at", lambda: _missing(config, inputs, out))
+            missing = [Wanted(*one) for one in found]
             out.check_shared(launch)
             if launch.is_main:
                 logger.info("LoRA: %s", inputs.lora or "none, the model itself")
@@ -82,14 +68,29 @@ def prepare(config: SampleConfig) -> Callable[[], None]:
                 make_images(config, inputs, share, backbone, launch)
             launch.wait("images are made")
             if launch.is_main:
-                if config.compare:
-                    page.write_sheets(config, inputs, folder)
-                page.write_page(config, inputs, folder)
-                count, new = len(inputs.prompts) * config.images_per_prompt, sum(one.folder == IMAGES for one in missing)
-                shown = folder / page.PAGE_FILE
-                logger.info("%s: %d images, %d of them new; %s shows them", folder / IMAGES, count, new, shown)
+                _show(config, inputs, missing)
 
     return work
+
+
+def _missing(config: SampleConfig, inputs: Inputs, out: OutputFolder) -> list[Wanted]:
+    """The images that are to be made; a folder with others is refused."""
+    out.lock()  # before anything that another process may be writing is looked at
+    compare = partial(check_begun, "set of images", out.path, may_differ=may_differ)
+    out.check_begun(config.overwrite, SETTINGS_FILE, settings_of(config, inputs), compare, aside=(page.PAGE_FILE,))
+    wanted = wanted_images(config, inputs)
+    return [one for one in wanted if not (out.goes_on and _file(out.path, inputs, one).is_file())]
+
+
+def _show(config: SampleConfig, inputs: Inputs, made: Sequence[Wanted]) -> None:
+    """Draws sheets and page, and says how many images there are."""
+    folder = Path(config.output_dir)
+    if config.compare:
+        page.write_sheets(config, inputs, folder)
+    page.write_page(config, inputs, folder)
+    count, new = len(inputs.prompts) * config.images_per_prompt, sum(one.folder == IMAGES for one in made)
+    shown = folder / page.PAGE_FILE
+    logger.info("%s: %d images, %d of them new; %s shows them", folder / IMAGES, count, new, shown)
 
 
 def _file(folder: Path, inputs: Inputs, wanted: Wanted) -> Path:
