@@ -170,3 +170,9 @@ def to_lab(pixels: Pixels) -> Float:
 def to_rgb(lab: Float) -> Pixels:
     """Lab back to uint8 RGB."""
     return np.round(np.clip(cv2.cvtColor(lab, cv2.COLOR_LAB2RGB), 0, 1) * 255).astype(np.uint8)
+
+
+def light_gain(there: Pixels, here: Pixels) -> float:
+    """What a subject's lightness is multiplied by when it moves from before one background to another: half of the way."""
+    old, new = (float(to_lab(pixels)[..., 0].mean()) for pixels in (there, here))
+    return float(np.clip(np.sqrt((new + 5) / (old + 5)), 0.75, 1.15))

@@ -46,6 +46,7 @@ class Candidate:
         index, variant: which scene, and which of the pairs that are built from it.
         seed: of the build; with index and variant it decides every random choice.
         scene: the winner. subjects: its subjects as photos of their own, which share the scene's pixels.
+        background: the scene without its subjects, where there is such an image.
         references: one photo per subject.
         changing: which subjects are to change. kinds: for each of them, the embedded disruptions in the order to try them in.
         donors: for those that may need them, photos of other instances of the class.
@@ -65,6 +66,7 @@ class Candidate:
     kinds: dict[int, list[str]] = field(default_factory=dict)
     donors: dict[int, list[Photo]] = field(default_factory=dict)
     scene: Pixels | None = None
+    background: Pixels | None = None
     captions: list[str] = field(default_factory=list)
     loser: Pixels | None = None
     priors: list[Mask] = field(default_factory=list)

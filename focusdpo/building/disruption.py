@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
+from typing import Any
 
 import cv2
 import numpy as np
@@ -13,6 +14,7 @@ from focusdpo.building.blending import (
     box_of,
     fill_background,
     grow,
+    light_gain,
     move_cutout,
     paste,
     put,
@@ -21,37 +23,63 @@ from focusdpo.building.blending import (
     transfer_colours,
 )
 from focusdpo.building.candidate import Candidate, Mask, Photo, Pixels, Rejected
+from focusdpo.building.encoder import Encoder, on_gray
 
 Change = tuple[Pixels, Mask, dict[str, object]]  # the changed loser, where it may differ, and notes for the pair's meta
 LEAST_FIT = 0.5  # intersection over union of a donor and the subject that it replaces
 
 
 class Disruption:
-    """Changes the subjects that a candidate names; a subclass says how."""
+    """Changes the subjects that a candidate names; a subclass says how.
+
+    Args:
+        encoder: compares what comes out with the winner's subject; None does not.
+        max_resemblance: largest cosine of the two.
+    """
 
     device = "cpu"
 
-    def change(self, candidate: Candidate, number: int, loser: Pixels) -> Change:
-        """Subject `number` becomes another instance.
+    def __init__(self, encoder: Encoder | None, max_resemblance: float) -> None:
+        self._encoder = encoder
+        self._max_resemblance = max_resemblance
 
-        Returns:
+    def changes(self, candidate: Candidate, number: int, loser: Pixels) -> Iterator[Change]:
+        """Ways in which subject `number` becomes another instance, the first one first.
+
+        Yields:
             the loser with the change, uint8 [H, W, 3]; where it may differ, bool [H, W]; and what is noted in the pair's meta.
         """
         raise NotImplementedError
 
     def __call__(self, candidate: Candidate) -> None:
         assert candidate.scene is not None
-        loser = candidate.scene
-        candidate.priors = [np.zeros(loser.shape[:2], bool) for _ in candidate.subjects]
-        notes = []
-        for number in candidate.changing:
-            before = loser
-            loser, region, note = self.change(candidate, number, loser)
-            loser = np.where(region[..., None], loser, before)
-            candidate.priors[number] = _closed((loser != before).any(axis=-1))
-            notes.append({"subject": number, **note})
-        candidate.loser = loser
+        candidate.loser = candidate.scene
+        candidate.priors = [np.zeros(candidate.scene.shape[:2], bool) for _ in candidate.subjects]
+        notes = [self._change(candidate, number) for number in candidate.changing]
         candidate.notes["disruption"] = notes
+        if self._encoder is not None:
+            candidate.notes["resemblance"] = max(note["resemblance"] for note in notes)
+
+    def _change(self, candidate: Candidate, number: int) -> dict[str, Any]:
+        """Changes a subject in the first way after which one does not see it any more; returns the note."""
+        assert candidate.scene is not None and candidate.loser is not None
+        before, tried = candidate.loser, False
+        for pixels, region, note in self.changes(candidate, number, before):
+            after = np.where(region[..., None], pixels, before)
+            prior = _closed((after != before).any(axis=-1))
+            resemblance = {}
+            if self._encoder is not None:
+                shown = on_gray(candidate.scene, candidate.subjects[number].region), on_gray(after, prior)
+                one, other = self._encoder.embed(shown)
+                resemblance["resemblance"] = round(float(one @ other), 3)
+                tried = True
+                if one @ other > self._max_resemblance:
+                    continue
+            candidate.loser, candidate.priors[number] = after, prior
+            return {"subject": number, **note, **resemblance}
+        if tried:
+            raise Rejected("the loser still shows the winner's subject")
+        raise Rejected(f"nothing to disrupt with: {', '.join(sorted(candidate.kinds[number]))} does not apply")
 
 
 def _closed(changed: Mask) -> Mask:
@@ -62,7 +90,7 @@ def _closed(changed: Mask) -> Mask:
 class Embedded(Disruption):
     """Disruptions without weights: another instance from a photo, turned hues, a pattern, another subject's colours."""
 
-    def change(self, candidate: Candidate, number: int, loser: Pixels) -> Change:
+    def changes(self, candidate: Candidate, number: int, loser: Pixels) -> Iterator[Change]:
         rng, mask = candidate.rng(f"disruption {number}"), candidate.subjects[number].region
 
         def painted(pixels: Pixels) -> Change:
@@ -78,8 +106,7 @@ class Embedded(Disruption):
             changed = ways[kind]()
             if changed is not None:
                 pixels, region, note = changed
-                return pixels, region, {"kind": kind, **note}
-        raise Rejected(f"nothing to disrupt with: {', '.join(sorted(candidate.kinds[number]))} does not apply")
+                yield pixels, region, {"kind": kind, **note}
 
     def _leak(self, candidate: Candidate, number: int, loser: Pixels, rng: np.random.Generator) -> Change | None:
         others = [index for index in range(len(candidate.subjects)) if index != number]
@@ -96,7 +123,9 @@ class Embedded(Disruption):
         for index in range(len(candidate.subjects)):
             if index != number:
                 others |= candidate.subjects[index].region | candidate.priors[index]
-        fits = [fit for donor in candidate.donors.get(number, []) if (fit := fit_donor(donor, mask)) is not None]
+        # What does not cover the subject leaves a hole, of which a background is needed.
+        least = LEAST_FIT if candidate.background is None else 0.0
+        fits = [fit for donor in candidate.donors.get(number, []) if (fit := fit_donor(donor, mask, least)) is not None]
         if not fits:
             return None
         score, donor, pixels, inside = max(fits, key=lambda fit: fit[0])
@@ -105,18 +134,23 @@ class Embedded(Disruption):
             return None
         pixels = relight(pixels, inside, loser, mask | others, donor)
         # The old outline's soft edge belongs to the old subject: a fill that touched it would take its colours on.
-        gone = grow(mask, max(4, round(0.03 * np.sqrt(mask.sum())))) & ~others
-        filled = fill_background(loser, gone, mask | others)
+        edge = max(4, round(0.03 * np.sqrt(mask.sum())))
+        gone = grow(mask, edge) & ~others
+        if candidate.background is None:
+            filled = fill_background(loser, gone, mask | others)
+        else:  # which tells how far the edge reaches
+            gone |= (loser != candidate.background).any(axis=-1) & grow(mask, 4 * edge) & ~grow(others, edge)
+            filled = np.where(gone[..., None], candidate.background, loser)
         swapped = put(filled, pixels, inside)
         return swapped, gone | inside, {"donor": donor.subject.name, "fit": round(score, 3)}
 
 
-def fit_donor(donor: Photo, mask: Mask) -> tuple[float, Photo, Pixels, Mask] | None:
+def fit_donor(donor: Photo, mask: Mask, least: float = LEAST_FIT) -> tuple[float, Photo, Pixels, Mask] | None:
     """Puts a donor's cut-out where the subject is, in the size and mirroring that covers it best.
 
     Returns:
         how well it covers (intersection over union), the donor, its pixels [H, W, 3] and its mask [H, W] in the scene; None
-        where it does not fit: it is cut off by its photo where the subject is not, or is too small.
+        where it does not fit: it is cut off by its photo where the subject is not, is too small, or covers less than `least`.
     """
     if not donor.region.any() or not cut_edges(donor.region) <= cut_edges(mask):
         return None
@@ -148,7 +182,7 @@ def fit_donor(donor: Photo, mask: Mask) -> tuple[float, Photo, Pixels, Mask] | N
             best = score, move
     assert best is not None
     score, move = best
-    if score < LEAST_FIT:
+    if score < least:
         return None
     pixels, inside = move_cutout(cutout, donor.region[rows, columns], move, (width, height))
     return score, donor, pixels, inside
@@ -172,9 +206,7 @@ def relight(pixels: Pixels, inside: Mask, scene: Pixels, subjects: Mask, donor: 
     if subjects.all() or donor.region.all():
         return pixels
     lab = to_lab(pixels)
-    there, here = to_lab(donor.pixels)[~donor.region, 0].mean(), to_lab(scene)[~subjects, 0].mean()
-    gain = float(np.clip(np.sqrt((here + 5) / (there + 5)), 0.75, 1.15))
-    lab[..., 0] = np.clip(lab[..., 0] * gain, 0, 100)
+    lab[..., 0] = np.clip(lab[..., 0] * light_gain(donor.pixels[~donor.region][None], scene[~subjects][None]), 0, 100)
     return to_rgb(lab)
 
 

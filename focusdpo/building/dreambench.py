@@ -7,29 +7,20 @@ them UNO's two lists, `dreambench_singleip.json` and `dreambench_multiip.json`.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-from focusdpo.building import builder
-from focusdpo.building.dreambench_scenes import COMPOSED, as_stored, photos, relative
+from focusdpo.building import photo_pairs
+from focusdpo.building.photo_folder import SUFFIXES
 from focusdpo.foundation.output_folder import under
 from focusdpo.foundation.settings import require
 
 CLASSES_FILE = "prompts_and_classes.txt"
+PAIRS = "pairs"  # a folder as `data compose` makes it
 # What it writes, see `focusdpo.foundation.output_folder`.
-WRITTEN = (
-    r"(single|multi|scenes)\.jsonl",
-    rf"{COMPOSED}/\d+(_[ab])?\.png",
-    *under("pairs", builder.WRITTEN),
-)
+WRITTEN = (r"(single|multi)\.jsonl", *under(PAIRS, photo_pairs.WRITTEN))
 LISTS = {"single": "dreambench_singleip.json", "multi": "dreambench_multiip.json"}
-
-
-def subjects_together(root: Path, classes: dict[str, str]) -> list[tuple[str, str]]:
-    """The pairs of subjects of UNO's list of several, where there are photos of both, once each."""
-    listed = json.loads((root / LISTS["multi"]).read_text())
-    pairs = dict.fromkeys(tuple(Path(path).parent.name for path in item["image_paths"]) for item in listed)
-    return [(pair[0], pair[1]) for pair in pairs if len(pair) == 2 and all(photos(root, name) for name in pair)]
 
 
 def read_classes(root: Path, setting: str = "root") -> dict[str, str]:
@@ -69,3 +60,16 @@ def manifest(root: Path, out: Path, name: str, classes: dict[str, str]) -> tuple
             references = [{"image": image, "class_name": kind} for image, kind in zip(images, known, strict=True)]
             lines.append({"prompt": prompt, "references": references, "meta": {"list": name, "item": number}})
     return lines, missing
+
+
+def as_stored(photo: Path) -> Path:
+    """A photo that UNO's lists name, as it is called in the folder: suffixes may be written otherwise."""
+    if photo.is_file():
+        return photo
+    others = (path for path in sorted(photo.parent.glob("*")) if path.suffix.lower() in SUFFIXES and path.stem == photo.stem)
+    return next(others, photo)
+
+
+def relative(path: Path, folder: Path) -> str:
+    """A path as a line of a file in `folder` names it."""
+    return Path(os.path.relpath(path, folder)).as_posix()

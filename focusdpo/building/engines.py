@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -11,12 +11,13 @@ from typing import Any
 
 from focusdpo.building.candidate import Candidate, Stage, run_stages
 from focusdpo.building.captioning import CaptionModel, ClassNames
-from focusdpo.building.config import BuildConfig, DisruptionConfig
+from focusdpo.building.config import BuildConfig, SegmentationConfig
 from focusdpo.building.disruption import Disruption, Embedded
+from focusdpo.building.encoder import load_encoder
 from focusdpo.building.gates import Gates
 from focusdpo.building.loading import Load
 from focusdpo.building.scenes import Scene
-from focusdpo.building.segmentation import GivenMasks, GrabCut, Sam
+from focusdpo.building.segmentation import GivenMasks, GrabCut, Rembg, Sam, Segmentation
 from focusdpo.building.writing import Write
 from focusdpo.foundation.workers import Pool
 
@@ -32,23 +33,32 @@ class Step:
 def steps(config: BuildConfig, scenes: Sequence[Scene]) -> list[Step]:
     """The pipeline that the settings name."""
     segmentation, captioning, disruption = config.segmentation, config.captioning, config.disruption
-    segment: dict[str, Callable[[], Stage]] = {"given": GivenMasks, "grabcut": GrabCut, "sam": partial(Sam, segmentation)}
     caption: dict[str, Callable[[], Stage]] = {"class": ClassNames, "model": partial(CaptionModel, captioning)}
-    disrupt: dict[str, Callable[[], Stage]] = {"embedded": Embedded, "inpaint": partial(_inpainting, disruption)}
     return [
         Step("cpu", partial(Load, scenes, config)),
-        Step(segmentation.device, segment[segmentation.name]),
+        Step(segmentation.device, partial(segmentation_of, segmentation)),
         Step(captioning.device, caption[captioning.name]),
-        Step(disruption.device, disrupt[disruption.name]),
-        Step(config.gates.device, partial(Gates, config.gates)),
+        Step(disruption.device, partial(_disruption, config)),
+        Step(config.encoder.device, partial(Gates, config.gates, config.encoder)),
         Step("cpu", partial(Write, Path(config.output_dir).absolute())),
     ]
 
 
-def _inpainting(config: DisruptionConfig) -> Disruption:
+def segmentation_of(config: SegmentationConfig) -> Segmentation:
+    """What finds the masks."""
+    if config.name in ("sam", "rembg"):
+        return {"sam": Sam, "rembg": Rembg}[config.name](config)
+    return GivenMasks() if config.name == "given" else GrabCut()
+
+
+def _disruption(config: BuildConfig) -> Disruption:
+    # Where the disruption runs: a worker of Ray sees no other device.
+    encoder = load_encoder(replace(config.encoder, device=config.disruption.device))
+    if config.disruption.name == "embedded":
+        return Embedded(encoder, config.gates.max_resemblance)
     from focusdpo.building.inpainting import Inpainting  # imports diffusers' pipelines
 
-    return Inpainting(config)
+    return Inpainting(config.disruption, encoder, config.gates.max_resemblance)
 
 
 class Worker:

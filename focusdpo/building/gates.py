@@ -8,13 +8,14 @@ from itertools import pairwise
 
 import imagehash
 import numpy as np
-import torch
 from PIL import Image
 
 from focusdpo.building.blending import box_of, to_lab
 from focusdpo.building.candidate import Candidate, Mask, Pixels, Rejected
-from focusdpo.building.config import GatesConfig
+from focusdpo.building.config import EncoderConfig, GatesConfig
+from focusdpo.building.encoder import load_encoder
 
+SEEN = 5.0  # distance of two colours in Lab (CIE76) from which one sees it in a picture
 LEAST_CHANGE = {"lab": 8.0, "features": 0.05}  # below which a change counts as not visible, by how it is measured
 
 
@@ -23,54 +24,50 @@ def lab_distance(winner: Pixels, loser: Pixels, changed: Mask) -> float:
     return float(np.linalg.norm(to_lab(winner) - to_lab(loser), axis=-1)[changed].mean())
 
 
-class FeatureDistance:
-    """Cosine distance between a vision model's features of the changed region, as a crop of winner and loser.
-
-    Args:
-        path: local folder of a transformers vision model, such as DINO or CLIP.
-        device: where it runs.
-    """
-
-    def __init__(self, path: str, device: str) -> None:
-        from transformers import AutoImageProcessor, AutoModel
-
-        self._device = device
-        self._processor = AutoImageProcessor.from_pretrained(path, local_files_only=True)
-        self._model = AutoModel.from_pretrained(path, local_files_only=True).to(device).eval()
-        self._model = getattr(self._model, "vision_model", self._model)  # CLIP's without its text encoder
-
-    @torch.inference_mode()
-    def __call__(self, winner: Pixels, loser: Pixels, changed: Mask) -> float:
-        crops = [Image.fromarray(image[box_of(changed)]) for image in (winner, loser)]
-        inputs = self._processor(images=crops, return_tensors="pt").to(self._device)
-        features = self._model(**inputs).pooler_output.float()
-        return float(1 - torch.cosine_similarity(features[0], features[1], dim=0))
+def changed_share(winner: Pixels, loser: Pixels, prior: Mask) -> float:
+    """Share of a prior's pixels in which one sees a difference of colour."""
+    return float((np.linalg.norm(to_lab(winner) - to_lab(loser), axis=-1)[prior] > SEEN).mean())
 
 
 class Gates:
-    """Lets a candidate pass, or says why not."""
+    """Lets a candidate pass, or says why not.
 
-    def __init__(self, config: GatesConfig) -> None:
+    Args:
+        config: thresholds.
+        encoder: what sees the change, with visibility="features".
+    """
+
+    def __init__(self, config: GatesConfig, encoder: EncoderConfig) -> None:
         self._config = config
-        self.device = config.device
-        # That there is a path for features is checked by the config.
-        self._distance = lab_distance if config.path is None else FeatureDistance(config.path, config.device)
+        self.device = encoder.device
+        self._encoder = load_encoder(encoder) if config.visibility == "features" else None
         self._minimum = LEAST_CHANGE[config.visibility] if config.min_change is None else config.min_change
 
     def __call__(self, candidate: Candidate) -> None:
-        assert candidate.scene is not None and candidate.loser is not None
+        winner, loser = candidate.scene, candidate.loser
+        assert winner is not None and loser is not None
         changed = np.logical_or.reduce(candidate.priors)
-        if ((candidate.scene != candidate.loser).any(axis=-1) & ~changed).any():
+        if ((winner != loser).any(axis=-1) & ~changed).any():
             raise Rejected("pixels outside the prior changed")
         area = float(changed.mean())
         if area < self._config.min_area:
             raise Rejected("the change is too small")
         if area > self._config.max_area:
             raise Rejected("the change is too large")
-        distance = self._distance(candidate.scene, candidate.loser, changed)
+        distance = self._distance(winner, loser, changed)
         if not distance >= self._minimum:
             raise Rejected("the change is not visible")
-        candidate.notes |= {"area": round(area, 4), "change": round(distance, 3)}
+        shares = [changed_share(winner, loser, candidate.priors[number]) for number in candidate.changing]
+        if min(shares) < self._config.min_changed:
+            raise Rejected("much of a prior looks the same in winner and loser")
+        candidate.notes |= {"area": round(area, 4), "change": round(distance, 3), "changed": round(min(shares), 3)}
+
+    def _distance(self, winner: Pixels, loser: Pixels, changed: Mask) -> float:
+        if self._config.visibility == "lab":
+            return lab_distance(winner, loser, changed)
+        assert self._encoder is not None  # as the settings check
+        one, other = self._encoder.embed([winner[box_of(changed)], loser[box_of(changed)]])
+        return float(1 - one @ other)
 
 
 def pair_hash(winner: Pixels, loser: Pixels, changed: Mask) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 
 import cv2
 import numpy as np
@@ -14,6 +15,7 @@ from focusdpo.building.blending import box_of, grow, poisson
 from focusdpo.building.candidate import Candidate, Pixels
 from focusdpo.building.config import DisruptionConfig
 from focusdpo.building.disruption import Change, Disruption
+from focusdpo.building.encoder import Encoder
 from focusdpo.data.images import PATCH_SIZE
 from focusdpo.data.writing import image_of
 
@@ -21,7 +23,8 @@ from focusdpo.data.writing import image_of
 class Inpainting(Disruption):
     """Inpaints the subject's region and pastes it back; every other pixel is the winner's."""
 
-    def __init__(self, config: DisruptionConfig) -> None:
+    def __init__(self, config: DisruptionConfig, encoder: Encoder | None, max_resemblance: float) -> None:
+        super().__init__(encoder, max_resemblance)
         self.device = config.device
         self._config = config
         name = DiffusionPipeline.load_config(config.path, local_files_only=True)["_class_name"]
@@ -32,7 +35,7 @@ class Inpainting(Disruption):
         self._pipeline.set_progress_bar_config(disable=True)
         self._has_strength = "strength" in inspect.signature(self._pipeline.__call__).parameters
 
-    def change(self, candidate: Candidate, number: int, loser: Pixels) -> Change:
+    def changes(self, candidate: Candidate, number: int, loser: Pixels) -> Iterator[Change]:
         region = grow(candidate.subjects[number].region, 4)
         for index, other in enumerate(candidate.subjects):
             if index != number:
@@ -57,4 +60,4 @@ class Inpainting(Disruption):
         painted = loser.copy()
         interpolation = cv2.INTER_AREA if scale > 1 else cv2.INTER_CUBIC
         painted[rows, columns] = cv2.resize(np.asarray(image), inside.shape[::-1], interpolation=interpolation)
-        return poisson(loser, painted, region, reach=8.0), region, {"kind": "inpaint", "prompt": caption}
+        yield poisson(loser, painted, region, reach=8.0), region, {"kind": "inpaint", "prompt": caption}

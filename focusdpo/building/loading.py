@@ -51,6 +51,8 @@ class Load:
 
     def __call__(self, candidate: Candidate) -> None:
         candidate.scene = read_pixels(candidate.record.image, self._resolution)
+        if candidate.record.background is not None:
+            candidate.background = read_pixels(candidate.record.background, self._resolution)
         candidate.subjects = [self._photo(s, s.scene, self._resolution) for s in candidate.record.subjects]
         candidate.references = [self._photo(s, s.reference, self._reference_resolution) for s in candidate.record.subjects]
         count = len(candidate.subjects)
@@ -66,8 +68,8 @@ class Load:
                 candidate.donors[number] = self._draw(candidate, number)
 
     def _draw(self, candidate: Candidate, number: int) -> list[Photo]:
-        subject = candidate.record.subjects[number]
-        others = [s for s in self._by_class[subject.class_name] if s.name != subject.name]
+        subject, present = candidate.record.subjects[number], {one.name for one in candidate.record.subjects}
+        others = [s for s in self._by_class[subject.class_name] if s.name not in present]
         drawn = candidate.rng(f"donors {number}").permutation(len(others))[: self._disruption.donors]
         return [self._photo(others[int(i)], others[int(i)].reference, self._reference_resolution) for i in drawn]
 

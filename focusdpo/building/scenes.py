@@ -7,7 +7,8 @@
      "meta": {"any": "thing"}}
 
 `name` says which instance of its class a subject is: only another name is another instance. `box` and `reference_box` (left,
-top, right, bottom in pixels) tell a segmentation where to look; a mask makes it unnecessary.
+top, right, bottom in pixels) tell a segmentation where to look; a mask makes it unnecessary. `background`, an image of the
+scene's size without its subjects, is what shows where one of them is taken out; without it that is made up of what is around.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from focusdpo.data.images import ImageError, attempt, read_size
 from focusdpo.data.lines import DatasetError, LineParser, Problem, read_lines, split_problems
 
 FILE_NAME = "scenes.jsonl"
-FIELDS = {"prompt": True, "scene": True, "subjects": True, "meta": False}
+FIELDS = {"prompt": True, "scene": True, "subjects": True, "background": False, "meta": False}
 PATHS = ("reference", "reference_mask", "mask")
 BOXES = ("box", "reference_box")
 SUBJECT_FIELDS = {
@@ -69,6 +70,7 @@ class Scene:
     prompt: str
     image: Path
     subjects: tuple[SceneSubject, ...]
+    background: Path | None = None
     meta: dict[str, Any] = field(default_factory=dict)
 
 
@@ -108,6 +110,8 @@ class _SceneParser(LineParser[Scene]):
         folder = self.file.parent
         prompt = self.text("prompt", value["prompt"], "write what the scene shows") if "prompt" in value else None
         name = self.text("scene", value["scene"], 'write it like "scene.png"') if "scene" in value else None
+        empty = value.get("background")
+        background = None if empty is None else self.text("background", empty, 'write it like "empty.png", or leave it out')
         meta, image = self.meta(value), folder / (name or "")
         subjects = []
         remedy, example = "give each subject of the prompt one", '{"class_name": "dog", "reference": "rex.png"}'
@@ -127,14 +131,15 @@ class _SceneParser(LineParser[Scene]):
                         View(paths["reference"], paths.get("reference_mask"), boxes.get("reference_box")),
                     )
                 )
-        return None if prompt is None else Scene(self.file, self.line, prompt, image, tuple(subjects), meta)
+        behind = None if background is None else folder / background
+        return None if prompt is None else Scene(self.file, self.line, prompt, image, tuple(subjects), behind, meta)
 
 
 def _check_files(scene: Scene) -> Iterator[Problem]:
     """Reads headers: every file is an image, and masks and boxes fit theirs."""
 
     def views() -> Iterator[tuple[str, str, View]]:
-        yield "scene", "scene", View(scene.image)
+        yield "background", "scene", View(scene.image, scene.background)
         for index, subject in enumerate(scene.subjects):
             yield f"subjects[{index}].mask", f"subjects[{index}].box", subject.scene
             yield f"subjects[{index}].reference_mask", f"subjects[{index}].reference_box", subject.reference
@@ -145,7 +150,7 @@ def _check_files(scene: Scene) -> Iterator[Problem]:
         for name, path in ((image_field, view.image), (mask_field, view.mask)):
             try:
                 if path is not None:
-                    sizes.append(attempt(partial(read_size, mask=path is view.mask), path))
+                    sizes.append(attempt(partial(read_size, mask=path is view.mask and name != "background"), path))
             except ImageError as error:
                 yield Problem(scene.file, scene.line, name, error.message, error.remedy)
         if len(sizes) == 2 and sizes[0] != sizes[1]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,8 @@ from focusdpo.building.candidate import Candidate, Mask, Photo, Pixels, Rejected
 from focusdpo.building.config import SegmentationConfig
 from focusdpo.building.scenes import Box, View
 from focusdpo.data.images import read_size
+from focusdpo.foundation.packages import require_package
+from focusdpo.foundation.settings import require
 
 Area = tuple[float, float, float, float]  # left, top, right, bottom as shares of the image
 
@@ -95,6 +98,18 @@ def _agreement(mask: Mask, box: list[int]) -> float:
     return float((own & given).sum() / (own | given).sum())
 
 
+def _nearness(box: Sequence[int], shape: tuple[int, int]) -> Any:
+    """How near each pixel [h, w] is to the middle of a box: 1 there, 1/e at 0.35 of its width or height."""
+    left, top, right, bottom = box
+    x = (np.arange(shape[1]) - (left + right) / 2) / (0.35 * (right - left))
+    y = (np.arange(shape[0]) - (top + bottom) / 2) / (0.35 * (bottom - top))
+    return np.exp(-(x[None] ** 2 + y[:, None] ** 2))
+
+
+def _enlarged(mask: Any, pixels: Pixels) -> Mask:
+    return cast(Mask, cv2.resize(mask, pixels.shape[1::-1], interpolation=cv2.INTER_CUBIC) > 0.5)
+
+
 class GivenMasks(Segmentation):
     """Refuses what has no mask."""
 
@@ -113,10 +128,39 @@ class GrabCut(Segmentation):
     LEAST_AGREEMENT = 0.6  # intersection over union of the given box and the mask's own
 
     def find(self, pixels: Pixels, class_name: str, area: Area | None) -> Mask:
-        scale = min(self.SIDE / max(pixels.shape[:2]), 1.0)
-        small = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-        cv2.setRNGSeed(0)  # its clusters depend on draws from a global generator
+        small = self._reduced(pixels)
         trimap, nearness = self._start(small, area)
+        filled = self._cut(small, trimap, nearness)
+        if area is not None and _agreement(filled > 0, _in_pixels(area, small)) < self.LEAST_AGREEMENT:
+            raise Rejected("GrabCut's mask does not fill its box")
+        return _enlarged(filled, pixels)
+
+    def find_likely(self, pixels: Pixels, likely: Any) -> Mask:
+        """As `find`, started from how likely each part of the photo shows the subject.
+
+        Args:
+            pixels: uint8 [H, W, 3].
+            likely: float [h, w] of any size and scale, higher where it is likelier.
+        """
+        small = self._reduced(pixels)
+        height, width = small.shape[:2]
+        likely = cv2.resize(likely.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
+        span = max(float(likely.max() - likely.min()), 1e-6)
+        salient = (likely - likely.min()) / span * np.sqrt(_nearness((0, 0, width, height), (height, width)))
+        gray = np.round(255 * salient / max(salient.max(), 1e-6)).astype(np.uint8)
+        threshold, _ = cv2.threshold(gray, 0, 255, cv2.THRESH_OTSU)
+        trimap = np.where(gray > threshold, cv2.GC_PR_FGD, cv2.GC_PR_BGD)
+        trimap[gray > threshold + 0.6 * (255 - threshold)] = cv2.GC_FGD
+        trimap[gray < 0.3 * threshold] = cv2.GC_BGD
+        return _enlarged(self._cut(small, trimap.astype(np.uint8), salient), pixels)
+
+    def _reduced(self, pixels: Pixels) -> Pixels:
+        cv2.setRNGSeed(0)  # clusters depend on draws from a global generator
+        scale = min(self.SIDE / max(pixels.shape[:2]), 1.0)
+        return cast(Pixels, cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA))
+
+    def _cut(self, small: Pixels, trimap: Any, weight: Any) -> Any:
+        """GrabCut from its first labels [h, w]: of what it finds the one piece with the most weight, without holes, 0 or 1."""
         if not (trimap == cv2.GC_PR_FGD).any() or not (trimap == cv2.GC_BGD).any():
             raise Rejected("GrabCut sees no subject")
         models = np.zeros((1, 65)), np.zeros((1, 65))
@@ -125,25 +169,19 @@ class GrabCut(Segmentation):
         count, labels = cv2.connectedComponents(inside)
         if count < 2:
             raise Rejected("GrabCut sees no subject")
-        weights = np.bincount(labels.ravel(), nearness.ravel())
+        weights = np.bincount(labels.ravel(), weight.ravel())
         weights[0] = 0
         inside = (labels == weights.argmax()).astype(np.uint8)
         disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (5, 5))
         inside = cv2.morphologyEx(cv2.morphologyEx(inside, cv2.MORPH_OPEN, disc), cv2.MORPH_CLOSE, disc)
         outlines, _ = cv2.findContours(inside, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-        filled = cv2.drawContours(np.zeros(inside.shape, np.float32), outlines, -1, 1, cv2.FILLED)
-        if area is not None and _agreement(filled > 0, _in_pixels(area, small)) < self.LEAST_AGREEMENT:
-            raise Rejected("GrabCut's mask does not fill its box")
-        whole = cv2.resize(filled, pixels.shape[1::-1], interpolation=cv2.INTER_CUBIC)
-        return cast(Mask, whole > 0.5)
+        return cv2.drawContours(np.zeros(inside.shape, np.float32), outlines, -1, 1, cv2.FILLED)
 
     def _start(self, small: Pixels, area: Area | None) -> tuple[Any, Any]:
         """GrabCut's first labels [h, w], and how near each pixel is to where the subject should be."""
         height, width = small.shape[:2]
         left, top, right, bottom = (0, 0, width, height) if area is None else _in_pixels(area, small)
-        x = (np.arange(width) - (left + right) / 2) / (0.35 * (right - left))
-        y = (np.arange(height) - (top + bottom) / 2) / (0.35 * (bottom - top))
-        nearness = np.exp(-(x[None] ** 2 + y[:, None] ** 2))
+        nearness = _nearness((left, top, right, bottom), (height, width))
         outside = np.ones((height, width), bool)
         if area is not None:
             outside[top:bottom, left:right] = False
@@ -173,13 +211,12 @@ class Sam(Segmentation):
         super().__init__()
         self.device = config.device
         self._threshold = config.threshold
-        self._processor = AutoProcessor.from_pretrained(config.path, local_files_only=True)
-        self._model = AutoModelForMaskGeneration.from_pretrained(config.path, local_files_only=True).to(self.device).eval()
+        self._processor = AutoProcessor.from_pretrained(config.path)
+        self._model = AutoModelForMaskGeneration.from_pretrained(config.path).to(self.device).eval()
         self._detector = None
         if config.detector is not None:
-            self._detector_processor = AutoProcessor.from_pretrained(config.detector, local_files_only=True)
-            model = AutoModelForZeroShotObjectDetection.from_pretrained(config.detector, local_files_only=True)
-            self._detector = model.to(self.device).eval()
+            self._detector_processor = AutoProcessor.from_pretrained(config.detector)
+            self._detector = AutoModelForZeroShotObjectDetection.from_pretrained(config.detector).to(self.device).eval()
 
     @torch.inference_mode()
     def find(self, pixels: Pixels, class_name: str, area: Area | None) -> Mask:
@@ -209,3 +246,45 @@ class Sam(Segmentation):
         if not len(found["scores"]):
             raise Rejected(f"the detector sees no {class_name}")
         return cast("list[float]", found["boxes"][found["scores"].argmax()].tolist())
+
+
+def check_rembg(config: SegmentationConfig) -> None:
+    """Refuses what rembg does not know, cannot do without prompts, or would send to somebody's server.
+
+    Raises:
+        ModuleNotFoundError: it is not installed; names the extra.
+        FileNotFoundError, ValueError: no such model.
+    """
+    for package in ("rembg", "onnxruntime"):
+        require_package(package, "segmentation.name=rembg", "rembg")
+    from rembg.sessions import sessions_class
+
+    local = {kind.name(): kind for kind in sessions_class if kind.is_local()}
+    known = sorted(set(local) - {"sam", "u2net_cloth_seg"})  # of prompts, and of garments one by one
+    require(config.model in known, "segmentation.model", config.model, f"one of {', '.join(known)}")
+    if config.path is not None and not Path(config.path).is_file():
+        raise FileNotFoundError(f"segmentation.path: no such file: {config.path}; expected the .onnx file of a {config.model}")
+    if config.path is not None:
+        local[config.model].validate_model_path(model_path=config.path)  # rembg reads models from its own folder alone
+
+
+class Rembg(Segmentation):
+    """What rembg removes the background with: U2Net, ISNet, BiRefNet and others. It knows no classes and no boxes."""
+
+    def __init__(self, config: SegmentationConfig) -> None:
+        import rembg
+
+        super().__init__()
+        self._session = rembg.new_session(config.model, **({} if config.path is None else {"model_path": config.path}))
+
+    def find(self, pixels: Pixels, class_name: str, area: Area | None) -> Mask:
+        if area is None:
+            return self._opaque(pixels)
+        left, top, right, bottom = _in_pixels(area, pixels)
+        mask = np.zeros(pixels.shape[:2], bool)
+        mask[top:bottom, left:right] = self._opaque(np.ascontiguousarray(pixels[top:bottom, left:right]))
+        return mask
+
+    def _opaque(self, pixels: Pixels) -> Mask:
+        (opacity,) = self._session.predict(Image.fromarray(pixels))
+        return np.asarray(opacity) >= 128

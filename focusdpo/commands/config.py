@@ -136,6 +136,31 @@ class ValidateConfig:
 
 
 @dataclass
+class SplitConfig:
+    """Preference pairs, and the two parts of them that share no photo.
+
+    Args:
+        source: A pairs.jsonl, or the folder that holds it.
+        out_dir: Folder for train/pairs.jsonl and held_out/pairs.jsonl, whose lines name the images where they are.
+        held_out: Share of the pairs to hold out. Pairs that share a photo, also over other pairs, stay together.
+        seed: Of the choice.
+        check: What is looked at before: "full" decodes every image, "headers" reads sizes only.
+        overwrite: Replace what an earlier command left in out_dir.
+    """
+
+    source: str
+    out_dir: str
+    held_out: float = 0.1
+    seed: int = 0
+    check: Check = "full"
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        require(0 < self.held_out < 1, "held_out", self.held_out, "above 0, below 1")
+        require(self.seed >= 0, "seed", self.seed, "at least 0")
+
+
+@dataclass
 class ShardConfig:
     """Preference pairs and the WebDataset shards made of them.
 

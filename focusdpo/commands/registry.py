@@ -125,6 +125,12 @@ _ALL = (
         positional=("path",),
     ),
     Command(
+        "data split",
+        "focusdpo.commands.config:SplitConfig",
+        "Hold pairs out that share no photo with the others.",
+        positional=("source", "out_dir"),
+    ),
+    Command(
         "data shard",
         "focusdpo.commands.config:ShardConfig",
         "Write preference pairs as WebDataset shards.",
@@ -135,6 +141,11 @@ _ALL = (
         "focusdpo.commands.config:ImportConfig",
         "Make preference pairs of UNO's json or of Pick-a-Pic's columns.",
         positional=("source", "out_dir"),
+    ),
+    Command(
+        "data compose",
+        "focusdpo.building.config:ComposeConfig",
+        "Make preference pairs from a folder of photos: cut out, judged, composed, disrupted.",
     ),
     Command("data build", "focusdpo.building.config:BuildConfig", "Build preference pairs from scenes with their subjects."),
     Command(

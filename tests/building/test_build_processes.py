@@ -47,7 +47,7 @@ def command(scenes, tmp_path):
     dreambench = ["dreambench", "--root", str(tmp_path / "photos"), "--output_dir", str(tmp_path / "dreambench")]
     start = [sys.executable, "-m", "focusdpo", "data"]
     build += ["--resolution", "256", "--pairs_per_scene", "500"]
-    dreambench += ["--resolution", "96", "--pairs_per_scene", "12"]
+    dreambench += ["--resolution", "96", "--pairs", "60", "--held_out_pairs", "0"]
     return {words[0]: [*start, *words, "--workers", "2"] for words in (build, dreambench)}
 
 
@@ -69,7 +69,7 @@ def begun(parent, manifest):
 def test_workers_end_with_their_parent(command, tmp_path, name, number):
     manifest = tmp_path / "build" / "manifest.jsonl"
     if name == "dreambench":  # which has used OpenCV's threads to compose its scenes
-        manifest = tmp_path / "dreambench" / "pairs" / "manifest.jsonl"
+        manifest = tmp_path / "dreambench" / "pairs" / "train" / "manifest.jsonl"
     with started(command[name], cwd=ROOT) as parent:
         processes = begun(parent, manifest)
         parent.send_signal(number)

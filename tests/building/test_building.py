@@ -22,7 +22,7 @@ pytest.importorskip("imagehash", reason="needs the extra build: pip install 'foc
 
 from focusdpo.building import builder
 from focusdpo.building.candidate import Candidate, Rejected
-from focusdpo.building.config import BuildConfig, DisruptionConfig, GatesConfig, SegmentationConfig
+from focusdpo.building.config import BuildConfig, DisruptionConfig, EncoderConfig, GatesConfig, SegmentationConfig
 from focusdpo.building.gates import Gates, duplicates, pair_hash
 from focusdpo.building.scenes import load_scenes
 from focusdpo.commands.data_build import prepare as prepare_build
@@ -30,6 +30,7 @@ from focusdpo.data import DatasetError, LongestSide, PairDataset, load_pairs
 from tests.demo_scenes import write_scenes
 
 SIDE = 128
+NONE = EncoderConfig("none")  # what it compares is tested by itself
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,15 @@ def scenes(tmp_path_factory):
 
 
 def small(scenes, out):
-    return BuildConfig(str(scenes), str(out), resolution=SIDE, reference_resolution=SIDE // 2, pairs_per_scene=2)
+    return BuildConfig(
+        str(scenes),
+        str(out),
+        disruption=DisruptionConfig(changed="one"),
+        encoder=NONE,
+        resolution=SIDE,
+        reference_resolution=SIDE // 2,
+        pairs_per_scene=2,
+    )
 
 
 @pytest.fixture
@@ -98,7 +107,7 @@ def test_only_the_changed_subject_changes_and_only_within_its_prior(built):
 
 @pytest.mark.parametrize("kind", ["swap", "recolour", "retexture", "leak"])
 def test_every_kind_of_disruption(config, kind):
-    config.disruption = DisruptionConfig(kinds=[kind])
+    config.disruption = DisruptionConfig(kinds=[kind], changed="one")
     records = build(config)
     for record in records:
         (note,) = record.meta["disruption"]
@@ -110,7 +119,7 @@ def test_every_kind_of_disruption(config, kind):
 
 
 def test_all_subjects_change_where_that_is_asked(config):
-    config.disruption = DisruptionConfig(changed="all", kinds=["recolour"])
+    config.disruption = DisruptionConfig(kinds=["recolour"])
     for record in build(config):
         assert all((pixels(path) > 0).any() for path in record.prior)
 
@@ -225,7 +234,7 @@ def test_a_failure_is_listed_and_tried_again(config, tmp_path, caplog):
 
 
 def candidate(winner, loser, priors):
-    return Candidate(0, 0, 0, None, scene=winner, loser=loser, priors=priors)
+    return Candidate(0, 0, 0, None, scene=winner, loser=loser, priors=priors, changing=range(len(priors)))
 
 
 @pytest.fixture
@@ -234,6 +243,7 @@ def halves():
     winner = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     loser, prior = winner.copy(), np.zeros((64, 64), bool)
     loser[:, :32] = 255 - loser[:, :32]
+    loser[:8, :8] = winner[:8, :8]
     prior[:, :32] = True
     return winner, loser, prior
 
@@ -244,22 +254,23 @@ def halves():
         ({"min_area": 0.6}, "the change is too small"),
         ({"max_area": 0.4}, "the change is too large"),
         ({"min_change": 200.0}, "the change is not visible"),
+        ({"min_changed": 1.0}, "much of a prior looks the same in winner and loser"),
     ],
 )
 def test_gates(halves, settings, reason):
     winner, loser, prior = halves
     passing = candidate(winner, loser, [prior])
-    Gates(GatesConfig())(passing)
+    Gates(GatesConfig(), NONE)(passing)
     assert passing.notes["area"] == 0.5 and passing.notes["change"] > 20
     with pytest.raises(Rejected, match=reason):
-        Gates(GatesConfig(**settings))(candidate(winner, loser, [prior]))
+        Gates(GatesConfig(**settings), NONE)(candidate(winner, loser, [prior]))
 
 
 def test_one_level_of_one_pixel_outside_the_prior_is_seen(halves):
     winner, loser, prior = halves
     loser[40, 50, 1] ^= 1
     with pytest.raises(Rejected, match="outside the prior"):
-        Gates(GatesConfig())(candidate(winner, loser, [prior]))
+        Gates(GatesConfig(), NONE)(candidate(winner, loser, [prior]))
 
 
 def test_duplicates_are_found_exactly():
@@ -358,6 +369,16 @@ def test_broken_scenes_are_refused_with_line_and_field(scenes, case):
         (lambda: SegmentationConfig("grabcut", path="x"), "segmentation.path: got 'x'; expected none for grabcut"),
         (lambda: DisruptionConfig(kinds=[]), "disruption.kinds: got"),
         (lambda: GatesConfig(min_area=0.9), "gates.min_area: got 0.9"),
+        (
+            lambda: SegmentationConfig("rembg", model="u2net_custom"),
+            "segmentation.path: got None; expected an .onnx file for rembg's",
+        ),
+        (
+            lambda: SegmentationConfig("rembg", "x"),
+            "segmentation.path: got 'x'; expected none for rembg's isnet-general-use",
+        ),
+        (lambda: EncoderConfig("transformers"), "encoder.path: got None"),
+        (lambda: BuildConfig("a", "b", gates=GatesConfig(visibility="features"), encoder=NONE), "encoder.name: got 'none'"),
         (lambda: BuildConfig("a", "b", workers=0), "workers: got 0; expected at least 1"),
     ],
 )
@@ -393,6 +414,7 @@ def test_no_pair_at_all_is_an_error(config):
 
 def test_the_command_line(scenes, tmp_path):
     options = ["--scenes", str(scenes), "--output_dir", str(tmp_path / "out"), "--resolution", "128"]
+    options += ["--encoder.name", "none"]
     command = [sys.executable, "-m", "focusdpo", "data", "build", *options, "--disruption.kinds", "[recolour]"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image, ImageDraw
 
 from tests import ROOT
 
@@ -18,8 +17,11 @@ from focusdpo.building.config import DreamBenchConfig
 from focusdpo.building.scenes import load_scenes
 from focusdpo.commands.data_dreambench import prepare as prepare_dreambench
 from focusdpo.data import load_pairs
+from tests.photo_folder import KNOWN, write_photos
 
 DREAMBENCH = ROOT.parent / "shared" / "data" / "dreambench"
+PHOTOS = ("photos", "reference_photos")
+NAMES = ["espresso cup", "motorcycle", "chelsea"]
 CLASSES = [f"class{index % 15}" for index in range(30)]  # two subjects of each class
 
 
@@ -27,22 +29,14 @@ CLASSES = [f"class{index % 15}" for index in range(30)]  # two subjects of each 
 def root(tmp_path):
     """A folder in DreamBench's and UNO's format: 30 subjects of two photos, 25 prompts for each, and for 30 pairs."""
     root = tmp_path / "dreambench"
-    rng = np.random.default_rng(0)
-    for index in range(30):
-        folder = root / f"subject{index}"
-        folder.mkdir(parents=True)
-        for number in range(2):
-            photo = Image.fromarray(rng.integers(90, 110, (96, 96, 3), dtype=np.uint8))
-            colour = tuple(int(value) for value in rng.integers(0, 255, 3))
-            ImageDraw.Draw(photo).ellipse((25 + number, 20, 70, 75 - 2 * number), fill=colour)
-            photo.save(folder / f"{number:02d}.jpg")
+    write_photos(root, {f"subject{index}": KNOWN[NAMES[index % len(NAMES)]] for index in range(30)}, 2, 96)
     table = "\n".join(f"subject{index},{name}" for index, name in enumerate(CLASSES))
     (root / "prompts_and_classes.txt").write_text(
         f"Classes\n\nsubject_name,class\n{table}\n\nPrompts\n'a {{0}} on {{1}}, wet'\n"
     )
 
     def item(prompt, *subjects):
-        paths = [f"./dreambooth/dataset/subject{subject}/01.jpg" for subject in subjects]
+        paths = [f"./dreambooth/dataset/subject{subject}/01.png" for subject in subjects]
         return {"prompt": prompt, "image_paths": paths}
 
     single = [item(f"a {CLASSES[s]} {p}", s) for s in range(30) for p in range(25)]
@@ -54,7 +48,7 @@ def root(tmp_path):
 
 @pytest.fixture
 def config(root, tmp_path):
-    return DreamBenchConfig(str(root), str(tmp_path / "out"), resolution=96)
+    return DreamBenchConfig(str(root), str(tmp_path / "out"), pairs=6, held_out_pairs=0, resolution=96)
 
 
 def lines(file):
@@ -62,40 +56,38 @@ def lines(file):
 
 
 def test_750_prompts_each(config, tmp_path):
-    config.pairs_per_scene = 0
+    config.pairs = 0
     prepare_dreambench(config)()
     single, multi = (lines(tmp_path / "out" / f"{name}.jsonl") for name in ("single", "multi"))
     assert len(single) == len(multi) == 750
     assert all(len(item["references"]) == 1 for item in single) and all(len(item["references"]) == 2 for item in multi)
     assert single[26]["prompt"] == "a class1 1"
     (reference,) = single[26]["references"]
-    assert (tmp_path / "out" / reference["image"]).resolve() == Path(config.root) / "subject1" / "01.jpg"
+    assert (tmp_path / "out" / reference["image"]).resolve() == Path(config.root) / "subject1" / "01.png"
     assert reference["class_name"] == "class1"
     assert not (tmp_path / "out" / "pairs").exists()
 
 
-def test_pairs_of_its_photos(config, tmp_path, caplog):
+def test_pairs_of_its_photos(config, tmp_path):
+    for index in range(6, 30):  # a photo takes half a second
+        shutil.rmtree(Path(config.root) / f"subject{index}")
+    config.allow_missing = True
     prepare_dreambench(config)()
-    records = load_pairs(tmp_path / "out" / "pairs", progress=False)
-    rejected = lines(tmp_path / "out" / "pairs" / "rejected.jsonl")
-    scenes = load_scenes(tmp_path / "out", progress=False)
-    together = [scene for scene in scenes if len(scene.subjects) == 2]
-    assert len(scenes) - len(together) == 60 and len(together) > 10
-    assert all(
-        subject.scene.mask and subject.reference.image != scene.image for scene in together for subject in scene.subjects
-    )
-    assert len(records) + len(rejected) == len(scenes) and len(records) > 30
-    assert not [item for item in rejected if "failed" in item]
-    before = (tmp_path / "out" / "pairs" / "pairs.jsonl").read_bytes()
+    train = tmp_path / "out" / "pairs" / "train"
+    records = load_pairs(train, progress=False)
+    scenes = load_scenes(train, progress=False)
+    assert len(scenes) == 6 and len(records) + len(lines(train / "rejected.jsonl")) == 6 and len(records) > 3
+    assert {one.class_name for scene in scenes for one in scene.subjects} <= set(CLASSES)
+    before = (train / "pairs.jsonl").read_bytes()
     prepare_dreambench(config)()  # goes on, and finds all done
-    assert (tmp_path / "out" / "pairs" / "pairs.jsonl").read_bytes() == before
+    assert (train / "pairs.jsonl").read_bytes() == before
 
 
 def test_missing_photos_are_refused_or_counted(config, tmp_path, caplog):
-    (Path(config.root) / "subject3" / "01.jpg").unlink()
+    (Path(config.root) / "subject3" / "01.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks photos of 1 subjects \(subject3\).*--allow_missing true"):
         prepare_dreambench(config)
-    config.allow_missing, config.pairs_per_scene = True, 0
+    config.allow_missing, config.pairs = True, 0
     prepare_dreambench(config)()
     assert "left out: the prompts of 1 subjects without photos: subject3" in caplog.text
     assert [len(lines(tmp_path / "out" / f"{name}.jsonl")) for name in ("single", "multi")] == [725, 700]
@@ -122,14 +114,23 @@ def test_broken_folders_are_refused(config, name, content, message):
     not DREAMBENCH.is_dir(), reason=f"no DreamBench in {DREAMBENCH.parent.name}/{DREAMBENCH.name} beside the repository"
 )
 def test_the_real_photos(tmp_path):
-    config = DreamBenchConfig(str(DREAMBENCH), str(tmp_path / "out"), allow_missing=True, resolution=256)
-    config.disruption.kinds = ["swap"]
-    prepare_dreambench(config)()
-    scenes = load_scenes(tmp_path / "out", progress=False)
-    classes = {scene.subjects[0].class_name for scene in scenes}
-    assert {"dog", "cat", "stuffed animal", "toy"} <= classes
-    records = load_pairs(tmp_path / "out" / "pairs", progress=False)
-    notes = [(record, record.meta["disruption"][0]) for record in records]
-    swapped = {record.references[note["subject"]].class_name for record, note in notes}
-    assert len(records) > 20 and {"dog", "stuffed animal", "toy"} <= swapped
-    assert all(note["donor"] != record.meta["subjects"][note["subject"]] for record, note in notes)
+    """Of some of its subjects, as each photo takes a second; the dogs swap, the others have nobody to swap with."""
+    root = tmp_path / "dreambench"
+    root.mkdir()
+    for name in ("dog2", "dog6", "duck_toy", "prompts_and_classes.txt", "dreambench_singleip.json", "dreambench_multiip.json"):
+        (root / name).symlink_to(DREAMBENCH / name)
+    prepare_dreambench(DreamBenchConfig(str(root), str(tmp_path / "out"), True, pairs=10, held_out_pairs=3, resolution=256))()
+    pairs = tmp_path / "out" / "pairs"
+    shown = {
+        split: {photo for scene in load_scenes(pairs / split, False) for name in PHOTOS for photo in scene.meta[name]}
+        for split in ("train", "held_out")
+    }
+    assert shown["train"] and shown["held_out"] and not shown["train"] & shown["held_out"]
+    verdicts = [photo for line in lines(pairs / "cutouts.jsonl") for photo in line["photos"]]
+    assert len(verdicts) == 15 and sum(one["refused"] is None for one in verdicts) >= 13
+    kinds = {"swap": 0}
+    for record in load_pairs(pairs / "train", progress=False):
+        for note in record.meta["disruption"]:
+            kinds[note["kind"]] = kinds.get(note["kind"], 0) + 1
+            assert note["kind"] != "swap" or note["donor"] not in record.meta["subjects"]
+    assert kinds["swap"] and len(kinds) > 2

@@ -31,7 +31,7 @@ def cpu_seconds(*arguments):
 def test_no_help_imports_what_its_command_needs():
     run = subprocess.run([sys.executable, "-c", ALL_HELP], capture_output=True, text=True)
     assert (run.returncode, run.stderr) == (0, "")
-    assert run.stdout.count("usage: focusdpo") == 20 and run.stdout.endswith("imported: []\n")
+    assert run.stdout.count("usage: focusdpo") == 22 and run.stdout.endswith("imported: []\n")
 
 
 def test_help_takes_no_longer_than_torch_to_import():

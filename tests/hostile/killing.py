@@ -266,18 +266,10 @@ def make_finished_run(folder: Path) -> None:
 
 def make_photos(folder: Path) -> None:
     """Three subjects in DreamBench's format, and UNO's lists of them."""
-    import numpy as np
-    from PIL import Image, ImageDraw
+    from tests.photo_folder import KNOWN, write_photos
 
-    rng = np.random.default_rng(0)
-    root = folder / "photos"
-    for index in range(3):
-        (root / f"subject{index}").mkdir(parents=True)
-        for number in range(2):
-            photo = Image.fromarray(rng.integers(90, 110, (96, 96, 3), dtype=np.uint8))
-            colour = tuple(int(value) for value in rng.integers(0, 255, 3))
-            ImageDraw.Draw(photo).ellipse((25 + number, 20, 70, 75 - 2 * number), fill=colour)
-            photo.save(root / f"subject{index}" / f"{number:02d}.jpg")
+    shown = {f"subject{index}": KNOWN["espresso cup"].recoloured(index / 3) for index in range(3)}
+    root = write_photos(folder / "photos", shown, 2, 96)
     (root / "prompts_and_classes.txt").write_text("subject_name,class\n" + "".join(f"subject{i},class0\n" for i in range(3)))
     for name, groups in (("single", [[0], [1], [2]]), ("multi", [[0, 1], [1, 2]])):
         items = [{"prompt": "it", "image_paths": [f"subject{subject}/01.jpg" for subject in group]} for group in groups]
@@ -323,10 +315,10 @@ def report_is_whole(folder: Path) -> None:
 TRAIN = ["train", "--config", "train.yaml"]
 SHARD = ["data", "shard", "pairs", "out"]
 IMPORT = ["data", "import", "pairs/uno.json", "out", "--losers", "losers"]
-BUILD = ["data", "build", "--scenes", "scenes", "--output_dir", "out", "--resolution", "96"]
+BUILD = ["data", "build", "--scenes", "scenes", "--output_dir", "out", "--resolution", "96", "--pairs", "6"]
 SHOW = ["data", "show", "pairs", "--out", "out/page.html", "--size", "64", "--overwrite", "true"]
 VALIDATE = ["data", "validate", "pairs", "--json", "out/checked.json"]
-DREAMBENCH = ["data", "dreambench", "--root", "photos", "--output_dir", "out", "--resolution", "96"]
+DREAMBENCH = ["data", "dreambench", "--root", "photos", "--output_dir", "out", "--resolution", "96", "--pairs", "6"]
 EVALUATE = ["evaluate", "--images", "images", "--manifest", "pairs/pairs.jsonl", "--output_dir", "out", "--dino", "dino"]
 MASKS = [
     "masks",

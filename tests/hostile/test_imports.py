@@ -268,7 +268,7 @@ def test_damaged_parquet_is_named(tmp_path):
 
 def test_photos_of_any_suffix(tmp_path):
     from focusdpo.building.dreambench import manifest
-    from focusdpo.building.dreambench_scenes import photos
+    from focusdpo.building.photo_folder import photos_in
 
     names = ["00.JPG", "01.jpeg", "02.Png", "03.webp", "04.JPEG", "05.jpg"]
     (tmp_path / "mug").mkdir()
@@ -276,7 +276,7 @@ def test_photos_of_any_suffix(tmp_path):
         (tmp_path / "mug" / name).write_bytes(b"")
     (tmp_path / "mug" / "06.jpg").mkdir()
     (tmp_path / "mug" / "notes.txt").write_text("")
-    assert [photo.name for photo in photos(tmp_path, "mug")] == names
+    assert [photo.name for photo in photos_in(tmp_path / "mug")] == names
     listed = [{"prompt": "a", "image_paths": [f"./dreambooth/dataset/mug/{number:02}.jpg"]} for number in (0, 1, 5, 9)]
     (tmp_path / "dreambench_singleip.json").write_text(json.dumps(listed))
     lines, missing = manifest(tmp_path, tmp_path, "single", {"mug": "cup"})

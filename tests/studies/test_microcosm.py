@@ -67,10 +67,10 @@ def test_scenes_are_of_two_classes(identities):
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the photos of DreamBench are not here")
 def test_dreambench_holds_photos_out(monkeypatch):
     """Of two of its subjects, as each takes half a second to be cut out."""
-    classes = {name: kind for name, kind in read_classes(SHARED).items() if name in ("dog5", "teapot")}
+    classes = {name: kind for name, kind in read_classes(SHARED).items() if name in ("dog5", "duck_toy")}
     monkeypatch.setattr("focusdpo.studies.microcosm.identities.read_classes", lambda *_: classes)
     found = identities_of(str(SHARED), 96)
-    assert {one.class_name for one in found} == {"dog", "teapot"} and len(found) == 6
+    assert {one.class_name for one in found} == {"dog", "toy"} and len(found) == 6
     for one in found:
         assert one.views and one.held_out and not set(map(id, one.views)) & set(map(id, one.held_out))
         assert all(image.mode == "RGBA" and max(image.size) == 96 for image in (*one.views, *one.held_out))

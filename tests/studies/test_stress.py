@@ -21,11 +21,12 @@ from focusdpo.models.tiny_flux import write_tiny_flux
 from focusdpo.studies.config import KINDS, StressConfig
 from focusdpo.studies.stress import match_measures, work
 from focusdpo.studies.stress.scenes import write_scenes
-from focusdpo.studies.stress.subjects import BACKGROUNDS, DREAMBENCH, PHOTOGRAPHED, VIEWS, source_of
+from focusdpo.studies.stress.subjects import BACKGROUNDS, DREAMBENCH, PHOTOGRAPHED, source_of
 from focusdpo.studies.stress.summary import by_scene
 from focusdpo.training.config import ModelConfig
 from focusdpo.training.loading import load_step
 from tests import ROOT
+from tests.photo_folder import KNOWN, write_photos
 from tests.tiny_flux2 import write_tiny_flux2
 from tests.tiny_qwen import write_tiny_qwen
 
@@ -335,7 +336,7 @@ def test_the_model_of_a_run_and_what_is_refused(flux_model, tmp_path, monkeypatc
     with pytest.raises(FileNotFoundError, match=r"^dreambench: no prompts_and_classes.txt in .*; expected a DreamBench folder"):
         prepare_stress(config_of(flux_model, out, dreambench=str(tmp_path)))
     (tmp_path / "prompts_and_classes.txt").write_text("subject_name,class\ndog,dog\n")
-    with pytest.raises(FileNotFoundError, match=r"dreambench: .* lacks dog/01.jpg, .*; complete it, or leave dreambench out"):
+    with pytest.raises(FileNotFoundError, match=r"dreambench: .* has no folder with photos"):
         prepare_stress(config_of(flux_model, out, dreambench=str(tmp_path)))
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(ModuleNotFoundError, match=r"dreambench needs cv2, which is not installed; .*focusdpo\[build\]"):
@@ -362,20 +363,12 @@ def test_command_line(tiny_flux):
 
 
 def test_dreambench_scenes(flux_model, tmp_path):
-    """With photos of their names: each subject is an ellipse in its box, references are other photos than the scene's."""
+    """With photos of their names: references are other photos than the scene's."""
     pytest.importorskip("cv2", reason="needs the extra build: pip install 'focusdpo[build]'")
-    from focusdpo.building.dreambench_scenes import BOXES
-
-    root, rng = tmp_path / "dreambench", np.random.default_rng(0)
-    files = {
-        (name, number): BOXES.get(name, {}).get(number, (25, 20, 75, 80)) for name, each in VIEWS.items() for number in each
-    }
-    for (name, number), box in (dict.fromkeys(BACKGROUNDS, (25, 20, 75, 80)) | files).items():
-        photo = Image.fromarray(rng.integers(90, 110, (100, 100, 3), dtype=np.uint8))
-        ImageDraw.Draw(photo).ellipse(box, fill=tuple(int(value) for value in rng.integers(150, 255, 3)))
-        (root / name).mkdir(parents=True, exist_ok=True)
-        photo.save(root / name / f"{number:02d}.jpg")
-    (root / "prompts_and_classes.txt").write_text("subject_name,class\n" + "".join(f"{name},{name}\n" for name in VIEWS))
+    names = sorted({name for pairs in DREAMBENCH.values() for pair in pairs for name in pair} | set(BACKGROUNDS))
+    shown = {name: KNOWN["espresso cup"].recoloured(index / len(names)) for index, name in enumerate(names)}
+    root = write_photos(tmp_path / "dreambench", shown, 3, 128)
+    (root / "prompts_and_classes.txt").write_text("subject_name,class\n" + "".join(f"{name},{name}\n" for name in names))
     config = config_of(flux_model, dreambench=str(root), scenes=4)
     records = load_pairs(str(write_scenes(config, source_of(config), tmp_path / "scenes")), "full")
     for record in records:
@@ -386,14 +379,11 @@ def test_dreambench_scenes(flux_model, tmp_path):
 
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="no DreamBench here")
-def test_every_photo_that_is_named_can_be_cut_out():
+def test_the_real_photos_can_be_cut_out(flux_model):
     pytest.importorskip("cv2", reason="needs the extra build: pip install 'focusdpo[build]'")
-    from focusdpo.building.cutting import Cutter
-
-    cutter = Cutter()
-    for name, numbers in VIEWS.items():
-        for number in numbers:
-            image, grounded = cutter.cut_out(PHOTOS / name / f"{number:02d}.jpg")
-            opaque = np.asarray(image.getchannel("A")) > 127
-            assert opaque.mean() > 0.4 and min(image.size) > 100, f"{name}/{number:02d}"
-            assert grounded == ((name, number) in {("dog", 1), ("dog", 4), ("dog6", 4), ("dog2", 4)})
+    source = source_of(config_of(flux_model, dreambench=str(PHOTOS)))
+    for name in sorted({name for pairs in source.pairs.values() for pair in pairs for name in pair}):
+        one = source.draw(name, np.random.default_rng(0))
+        opaque = np.asarray(one.cutout.getchannel("A")) > 127
+        assert opaque.mean() > 0.3 and min(one.cutout.size) > 60, name
+        assert np.asarray(one.reference_mask).any() and one.about["scene_photo"] != one.about["reference_photo"]

@@ -10,7 +10,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from focusdpo.building.dreambench import read_classes
-from focusdpo.building.dreambench_scenes import photos
+from focusdpo.building.photo_folder import read_photo_folder
 from focusdpo.building.photos import Subject, subjects
 from focusdpo.foundation.packages import require_package
 from focusdpo.foundation.settings import require
@@ -45,8 +45,8 @@ def check_source(dreambench: str | None) -> None:
     """
     if dreambench is not None:
         require_package("cv2", "DreamBench in the microcosm", "build")
-        classes = read_classes(Path(dreambench), "dreambench")
-        _check_classes(dreambench, [name for subject, name in classes.items() if len(photos(Path(dreambench), subject)) >= 2])
+        known = read_photo_folder(Path(dreambench), read_classes(Path(dreambench), "dreambench"), "dreambench")
+        _check_classes(dreambench, [subject.class_name for subject in known if len(subject.files) >= 2])
 
 
 def identities_of(dreambench: str | None, longest: int) -> list[Identity]:
@@ -79,16 +79,13 @@ def _fitted(image: Image.Image, longest: int) -> Image.Image:
 
 def _dreambench(root: Path, longest: int) -> list[Identity]:
     """Subjects with at least two photographs that can be cut out; of four or more, two are held out, of fewer one."""
-    from focusdpo.building.cutting import Cutter
+    from focusdpo.building.cutting import cutter_without_models
 
-    cutter, found = Cutter(), []
-    for name, class_name in tqdm(read_classes(root).items(), desc="cutting subjects out", unit="subject", leave=False):
-        views = []
-        for file in photos(root, name):
-            try:
-                views.append(Subject(name, class_name, cutter.cut_out(file)[0]))
-            except ValueError:  # it cannot be cut out
-                continue
+    cutter, found = cutter_without_models(), []
+    known = read_photo_folder(root, read_classes(root), "dreambench")
+    for subject in tqdm(known, desc="cutting subjects out", unit="subject", leave=False):
+        cut_outs = cutter.cut(subject.name, subject.class_name, subject.files)
+        views = [Subject(one.name, one.class_name, one.rgba()) for one in cut_outs if one.refused is None]
         if len(views) >= 2:
             kept = len(views) - (2 if len(views) >= 4 else 1)
             found += _instances(views[:kept], views[kept:], longest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from PIL import Image, ImageOps
 
 from focusdpo.building.composing import on_white
 from focusdpo.building.dreambench import read_classes
-from focusdpo.data.images import PATCH_SIZE, read_image
+from focusdpo.building.photo_folder import read_photo_folder
+from focusdpo.data.images import PATCH_SIZE
+from focusdpo.data.writing import image_of
 from focusdpo.foundation.files import checksum, hash_of
 from focusdpo.foundation.packages import require_package
 from focusdpo.studies.config import Kind, StressConfig
@@ -31,20 +34,8 @@ DREAMBENCH: dict[Kind, list[tuple[str, str]]] = {
     "alike": [("dog", "dog6"), ("dog2", "dog5")],
     "easy": [("dog", "duck_toy"), ("dog6", "red_cartoon"), ("dog2", "colorful_sneaker"), ("dog5", "duck_toy")],
 }
-# Photos whose cut-outs show the subject and little else, by eye; dog5/03 is dog5/02 mirrored.
-VIEWS = {
-    "dog": (1, 4), "dog6": (0, 1, 3, 4), "dog2": (0, 1, 2, 3, 4), "dog5": (2, 4), "duck_toy": (0, 1, 2, 3),
-    "red_cartoon": (0, 1, 2, 3), "colorful_sneaker": (1, 2, 3, 4),
-}  # fmt: skip
-# Parts of photos that show no subject, by eye: left, top, right, bottom in hundredths of the photo's sides.
-BACKGROUNDS = {
-    ("can", 2): (62, 0, 100, 38),
-    ("colorful_sneaker", 0): (50, 0, 98, 48),
-    ("duck_toy", 3): (0, 0, 42, 42),
-    ("poop_emoji", 3): (0, 0, 48, 48),
-    ("rc_car", 4): (64, 20, 100, 56),
-    ("wolf_plushie", 2): (57, 45, 100, 88),
-}
+# Whose photos show enough beside them to be a background.
+BACKGROUNDS = ("can", "colorful_sneaker", "duck_toy", "poop_emoji", "rc_car", "wolf_plushie")
 
 
 @dataclass(frozen=True)
@@ -110,27 +101,41 @@ def _photographed(config: StressConfig) -> SubjectSource:
 
 
 def _dreambench(root: Path) -> SubjectSource:
-    """DreamBench's dogs, cut out by GrabCut; a subject's reference is another photo of it, as it was taken."""
+    """DreamBench's dogs, cut out and judged; a subject's reference is another photo of it, as it was taken."""
     require_package("cv2", "dreambench", "build")
-    from focusdpo.building.cutting import Cutter
+    from focusdpo.building.composed_scenes import free_part
+    from focusdpo.building.cutting import CutOut, cutter_without_models
 
     classes = read_classes(root, "dreambench")
-    files = {(name, number): root / name / f"{number:02d}.jpg" for name, numbers in VIEWS.items() for number in numbers}
-    files |= {(name, number): root / name / f"{number:02d}.jpg" for name, number in BACKGROUNDS}
-    absent = [str(file.relative_to(root)) for file in files.values() if not file.is_file()]
+    shown = {name for pairs in DREAMBENCH.values() for pair in pairs for name in pair}
+    known = {subject.name: subject for subject in read_photo_folder(root, classes, "dreambench")}
+    absent = sorted({*shown, *BACKGROUNDS} - set(known))
     if absent:
         raise FileNotFoundError(f"dreambench: {root} lacks {', '.join(absent)}; complete it, or leave dreambench out")
-    cutter = Cutter()
+
+    @cache
+    def cut_outs(name: str) -> list[CutOut]:
+        found = cutter_without_models().cut(name, classes[name], known[name].files)
+        kept = [one for one in found if one.refused is None]
+        if len(kept) < 2:
+            raise ValueError(f"dreambench: {root / name}: expected two photos that can be cut out, got {len(kept)}")
+        return kept
+
+    @cache
+    def backgrounds() -> list[tuple[Image.Image, str]]:
+        parts = [(free_part(one), f"{name}/{one.file.name}") for name in BACKGROUNDS for one in cut_outs(name)]
+        shown = [(part, origin) for part, origin in parts if part is not None]
+        if not shown:
+            raise ValueError(f"dreambench: no photo of {', '.join(BACKGROUNDS)} shows enough beside its subject")
+        return shown
 
     def draw(name: str, rng: np.random.Generator) -> DrawnSubject:
-        shown, other = (int(number) for number in rng.permutation(VIEWS[name])[:2])
-        about = {"scene_photo": f"{name}/{shown:02d}.jpg", "reference_photo": f"{name}/{other:02d}.jpg"}
-        return DrawnSubject(*cutter.cut_out(files[name, shown]), *cutter.photo(files[name, other]), about)
+        scene, other = (cut_outs(name)[int(number)] for number in rng.permutation(len(cut_outs(name)))[:2])
+        about = {"scene_photo": f"{name}/{scene.file.name}", "reference_photo": f"{name}/{other.file.name}"}
+        return DrawnSubject(scene.rgba(), scene.is_grounded, image_of(other.pixels), image_of(other.mask), about)
 
     def background(rng: np.random.Generator) -> tuple[Image.Image, str]:
-        name, number = list(BACKGROUNDS)[int(rng.integers(len(BACKGROUNDS)))]
-        photo = read_image(files[name, number])
-        box = [share * side / 100 for share, side in zip(BACKGROUNDS[name, number], photo.size * 2, strict=True)]
-        return photo.crop((round(box[0]), round(box[1]), round(box[2]), round(box[3]))), f"{name}/{number:02d}.jpg"
+        return backgrounds()[int(rng.integers(len(backgrounds())))]
 
-    return SubjectSource(DREAMBENCH, classes, draw, background, hash_of(*(checksum(files[key]) for key in sorted(files))))
+    files = [file for name in sorted({*shown, *BACKGROUNDS}) for file in known[name].files]
+    return SubjectSource(DREAMBENCH, classes, draw, background, hash_of(*(checksum(file) for file in files)))

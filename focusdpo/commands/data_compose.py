@@ -1,0 +1,125 @@
+"""`focusdpo data compose`: photos are checked first, then cut out, judged, put into scenes, and built into pairs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from focusdpo.building import builder
+from focusdpo.building.config import ComposeConfig
+from focusdpo.building.cut_out_files import ACCEPTED, chosen, cut_all, read_accepted, write_accepted
+from focusdpo.building.cutting import Cutter
+from focusdpo.building.encoder import load_encoder
+from focusdpo.building.engines import segmentation_of
+from focusdpo.building.photo_folder import SubjectPhotos, photos_in, read_photo_folder
+from focusdpo.building.photo_pairs import PAGE, SETTINGS, SPLITS, WRITTEN, stocks, write_scenes
+from focusdpo.building.scenes import FILE_NAME as SCENES_FILE
+from focusdpo.commands import data_build
+from focusdpo.foundation.files import checksum, hash_of, read_object
+from focusdpo.foundation.output_folder import OutputFolder
+from focusdpo.foundation.settings import differences, flat
+from focusdpo.pages.cut_outs import write_page
+
+logger = logging.getLogger(__name__)
+
+# What a run that goes on may change: where things lie, what they run on, how far it goes; and the list of a person's decisions,
+# from which scenes and pairs are made anew.
+FREE = (
+    "photos", "output_dir", "classes", "accepted", "masks_only", "backgrounds", "overwrite", "engine", "workers", "ray_address",
+    "device",
+)  # fmt: skip
+DECIDED = "decided"  # the note of the decisions that scenes and pairs are made of
+
+
+def prepare(config: ComposeConfig, classes: Mapping[str, str] | None = None, setting: str = "photos") -> Callable[[], None]:
+    """Checks settings, photos and output folder, and returns the work.
+
+    Args:
+        config: settings.
+        classes: of the subjects, in place of a file with them.
+        setting: names the folder of photos in messages.
+
+    Raises:
+        ModuleNotFoundError: an optional dependency is missing; names the extra.
+        FileNotFoundError, ValueError: photos, models or settings are not fit.
+        FileExistsError, NotADirectoryError: the folder holds something that may not be replaced.
+        ConnectionError: the Ray cluster that is named does not answer.
+    """
+    data_build.check_models(config, "data compose")
+    listed = classes if config.classes is None else Path(config.classes)
+    subjects = read_photo_folder(Path(config.photos), listed, setting)
+    if config.backgrounds is not None and not (Path(config.backgrounds).is_dir() and photos_in(Path(config.backgrounds))):
+        raise FileNotFoundError(f"backgrounds: no photos in {config.backgrounds}; name a folder of photos without subjects")
+    folder = Path(config.output_dir)
+    file = folder / ACCEPTED if config.accepted is None else Path(config.accepted)
+    if config.accepted is not None and not file.is_file():
+        raise FileNotFoundError(f"accepted: no such file: {file}; a first run without it writes {ACCEPTED}")
+    accepted = read_accepted(file, subjects)
+    out = OutputFolder("output_dir", folder, "data compose", WRITTEN)
+    out.check_begun(config.overwrite, SETTINGS, _settings(config, subjects), partial(_check_same, folder))
+
+    def work() -> None:
+        with out.begin():
+            segmentation = segmentation_of(config.segmentation)
+            encoder = load_encoder(config.encoder)
+            assert encoder is not None  # as the settings check
+            longest = max(config.resolution, config.reference_resolution)
+            found = cut_all(subjects, Cutter(segmentation, encoder, config.cut_outs, longest), folder)
+            every = [one for cut_outs in found.values() for one in cut_outs]
+            if not file.is_file():
+                write_accepted(file, every)
+            write_page(folder / PAGE, every, accepted)
+            kept = chosen(found, accepted)
+            count = sum(map(len, kept.values()))
+            logger.info("%d of %d cut-outs are used: look at %s; %s decides", count, len(every), folder / PAGE, file)
+            if config.masks_only:
+                return
+            decided = hash_of(*(f"{one.name}/{one.file.name}" for cut_outs in kept.values() for one in cut_outs))
+            if out.recall(DECIDED) != decided:
+                for split in SPLITS:
+                    (folder / split / SCENES_FILE).unlink(missing_ok=True)
+                out.remember(DECIDED, decided)
+            write_scenes(config, stocks(config, subjects, kept), out)
+            for split in SPLITS:
+                if (folder / split / SCENES_FILE).is_file():
+                    data_build.prepare(config.build_config(split, _is_of_other_scenes(folder / split)))()
+
+    return work
+
+
+def _is_of_other_scenes(split: Path) -> bool:
+    """Whether the pairs there were built of scenes that other cut-outs were in: a person has decided otherwise since."""
+    try:
+        built = read_object(split / builder.SETTINGS)
+    except (OSError, ValueError):
+        return False
+    if built.get(data_build.CONTENT) == data_build.content_of(split / SCENES_FILE):
+        return False
+    logger.info("%s: other cut-outs are used now, so its pairs are built anew", split)
+    return True
+
+
+def _settings(config: ComposeConfig, subjects: Sequence[SubjectPhotos]) -> dict[str, Any]:
+    """What decides the pairs, flat, with what is in the files that are named."""
+    kept = {name: value for name, value in flat(config).items() if name.split(".")[-1] not in FREE}
+    files = {
+        "photos": [file for subject in subjects for file in subject.files],
+        "backgrounds": [] if config.backgrounds is None else list(photos_in(Path(config.backgrounds))),
+    }
+    for name, paths in files.items():
+        content = [f"{path.parent.name}/{path.name} {checksum(path)}" for path in paths]
+        kept[f"{name} (their content)"] = hash_of(*content)[:16]
+    return {**kept, "classes": {one.name: [one.class_name, one.caption] for one in subjects}}
+
+
+def _check_same(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    differing = differences("run", saved, now)
+    if differing:
+        lines = "\n  ".join(differing)
+        raise ValueError(
+            f"output_dir: {folder} holds pairs of other settings:\n  {lines}\n"
+            "use its settings to go on, delete it with --overwrite true (accepted.yaml stays), or name another folder"
+        )

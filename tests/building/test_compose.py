@@ -1,0 +1,336 @@
+"""From a folder of photos to pairs: what comes out, what a person decides, what is refused, and that a killed run goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+pytest.importorskip("cv2", reason="needs the extra build: pip install 'focusdpo[build]'")
+pytest.importorskip("imagehash", reason="needs the extra build: pip install 'focusdpo[build]'")
+pytest.importorskip("efficientnet_lite_pytorch", reason="needs the extra build: pip install 'focusdpo[build]'")
+
+from focusdpo.building import composed_scenes
+from focusdpo.building.composed_scenes import free_part, prompt_of, split_photos
+from focusdpo.building.config import ComposeConfig
+from focusdpo.building.cut_out_files import read_accepted
+from focusdpo.building.cutting import CutOut, Cutter
+from focusdpo.building.photo_folder import SubjectPhotos, read_photo_folder
+from focusdpo.building.scenes import load_scenes
+from focusdpo.commands.data_compose import prepare
+from focusdpo.data import load_pairs
+from focusdpo.data.validation import check_pairs
+from tests.photo_folder import KNOWN, write_photos
+
+SHOWN = {
+    "cup": KNOWN["espresso cup"],
+    "blue_cup": KNOWN["espresso cup"].recoloured(0.5),
+    "motorcycle": KNOWN["motorcycle"],
+    "astronaut2": KNOWN["astronaut"],
+}
+CLASSES = {"blue_cup": "cup", "motorcycle": {"class_name": "motorcycle", "caption": "an old motorcycle"}}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    root = write_photos(tmp_path_factory.mktemp("photos") / "photos", SHOWN, 5, 160)
+    (root / "classes.yaml").write_text(yaml.safe_dump(CLASSES))
+    return root
+
+
+@pytest.fixture(scope="module")
+def composed(photos, tmp_path_factory):
+    """A run with held-out pairs."""
+    config = ComposeConfig(
+        str(photos), str(tmp_path_factory.mktemp("composed") / "pairs"), pairs=12, held_out_pairs=4, resolution=128
+    )
+    prepare(config)()
+    return config
+
+
+@pytest.fixture
+def copied(composed, tmp_path):
+    """The same run in a folder of the test's own."""
+    out = tmp_path / "pairs"
+    shutil.copytree(composed.output_dir, out)
+    return dataclasses.replace(composed, output_dir=str(out))
+
+
+def tree(folder):
+    """All but what has the clock's numbers, and the lists, which have its hash."""
+    files = {path.relative_to(folder): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+    return {path: content for path, content in files.items() if path.name != "report.json" and ".focusdpo" not in path.parts}
+
+
+def scenes_of(config, split="train"):
+    return load_scenes(Path(config.output_dir) / split, progress=False)
+
+
+def photos_shown(scenes):
+    return {photo for scene in scenes for name in ("photos", "reference_photos") for photo in scene.meta[name]}
+
+
+def test_pairs_are_what_training_reads(composed):
+    for split, most in (("train", 12), ("held_out", 4)):
+        folder = Path(composed.output_dir) / split
+        pairs, problems = check_pairs(folder, "full", progress=False)
+        assert not [problem for problem in problems if problem.severity == "error"], problems
+        rejected = (folder / "rejected.jsonl").read_text().count("\n")
+        assert len(pairs) + rejected == most and len(pairs) > most / 2
+        for pair in pairs:
+            record = pair.record
+            assert record.per_subject and 1 <= len(record.references) <= 4
+            winner, loser = (np.asarray(Image.open(path)) for path in (record.winner, record.loser))
+            priors = [np.asarray(Image.open(path)) > 0 for path in record.prior]
+            changed = (winner != loser).any(axis=-1)
+            assert not (changed & ~np.logical_or.reduce(priors)).any(), "outside the priors nothing changes"
+            assert all(prior.any() for prior in priors), "all subjects are changed"
+            assert record.meta["resemblance"] <= composed.gates.max_resemblance
+            for note in record.meta["disruption"]:
+                assert note.get("donor") not in record.meta["subjects"]
+    assert {len(scene.subjects) for scene in scenes_of(composed)} == {1, 2, 3, 4}
+
+
+def test_the_splits_share_no_photo(composed):
+    train, held_out = (photos_shown(scenes_of(composed, split)) for split in ("train", "held_out"))
+    assert train and held_out and not train & held_out
+    donors = {photo.split("/")[0] for photo in train}
+    assert donors == set(SHOWN)
+    for scene in scenes_of(composed):
+        assert not set(scene.meta["photos"]) & set(scene.meta["reference_photos"]), "a reference is another photo"
+
+
+def test_prompts_name_what_is_there(composed):
+    texts = {scene.prompt for scene in [*scenes_of(composed), *scenes_of(composed, "held_out")]}
+    assert any("an old motorcycle" in text for text in texts) and any("an astronaut" in text for text in texts)
+    for text in texts:
+        told = re.findall(r"a cup (?:on|in|first|second|third|fourth)\b", text)
+        assert text.count("a cup") in (0, 1, len(told)), text
+
+
+def test_a_swap_clears_the_region(copied, tmp_path):
+    """Where the loser shows no other instance it shows the background, which shows no subject."""
+    config = dataclasses.replace(copied, output_dir=str(tmp_path / "swaps"), held_out_pairs=0, subjects=[1])
+    config.disruption = dataclasses.replace(config.disruption, kinds=["swap"])
+    prepare(config)()
+    scenes = {scene.line: scene for scene in scenes_of(config)}
+    records = load_pairs(Path(config.output_dir) / "train", progress=False)
+    assert records and {record.references[0].class_name for record in records} == {"cup"}
+    for record in records:
+        loser = np.asarray(Image.open(record.loser)).astype(int)
+        behind = np.asarray(Image.open(scenes[record.meta["scene_line"]].background)).astype(int)
+        prior = np.asarray(Image.open(record.prior[0])) > 0
+        cleared = prior & (loser == behind).all(axis=-1)
+        assert cleared.sum() > 0.02 * prior.sum()
+        assert (loser == behind).all(axis=-1)[~prior].all(), "a scene of one subject is its background elsewhere"
+
+
+def test_a_second_start_changes_nothing(copied):
+    before = tree(copied.output_dir)
+    prepare(copied)()
+    assert tree(copied.output_dir) == before
+
+
+@pytest.mark.parametrize("stop", ["cutting", "composing"])
+def test_a_killed_run_ends_with_the_same_pairs(composed, tmp_path, monkeypatch, stop):
+    config = dataclasses.replace(composed, output_dir=str(tmp_path / "pairs"))
+    with monkeypatch.context() as patch:
+        name, place, after = {"cutting": ("cut", Cutter, 2), "composing": ("_write", composed_scenes, 5)}[stop]
+        patch.setattr(place, name, failing(getattr(place, name), after))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config)()
+    prepare(config)()
+    assert tree(config.output_dir) == {
+        path: content.replace(composed.output_dir.encode(), config.output_dir.encode())
+        for path, content in tree(composed.output_dir).items()
+    }
+
+
+def failing(work, after):
+    calls = []
+
+    def call(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return work(*args, **kwargs)
+
+    return call
+
+
+def test_a_person_strikes_out(copied):
+    """What is struck out is in no scene, and the list is never written over."""
+    file = Path(copied.output_dir) / "accepted.yaml"
+    accepted = yaml.safe_load(file.read_text())
+    assert {name: len(each) for name, each in accepted.items()} == dict.fromkeys(SHOWN, 5)
+    struck = next(photo for photo in sorted(photos_shown(scenes_of(copied))) if photo.startswith("cup/"))
+    accepted["cup"][struck.split("/")[1]] = False
+    text = yaml.safe_dump(accepted)
+    file.write_text(text)
+    masks = {path: content for path, content in tree(copied.output_dir).items() if path.parts[0] == "cutouts"}
+    prepare(copied)()
+    assert file.read_text() == text
+    shown = photos_shown([*scenes_of(copied), *scenes_of(copied, "held_out")])
+    assert struck not in shown and shown
+    assert len(load_pairs(Path(copied.output_dir) / "train", progress=False)) > 6
+    after = tree(copied.output_dir)
+    assert all(after[path] == content for path, content in masks.items()), "nothing is cut out again"
+    assert "decided by a person" in (Path(copied.output_dir) / "masks.html").read_text()
+    prepare(dataclasses.replace(copied, overwrite=True))()
+    assert file.read_text() == text and struck not in photos_shown(scenes_of(copied))
+
+
+def test_the_masks_alone(photos, tmp_path):
+    config = ComposeConfig(str(photos), str(tmp_path / "pairs"), resolution=128, masks_only=True)
+    prepare(config)()
+    assert sorted(path.name for path in (tmp_path / "pairs").iterdir()) == [
+        ".focusdpo", "accepted.yaml", "compose.json", "cutouts", "cutouts.jsonl", "masks.html",
+    ]  # fmt: skip
+    page = (tmp_path / "pairs" / "masks.html").read_text()
+    assert page.count("<img") == 20 and all(f"cutouts/{name}/00.png_shown.webp" in page for name in SHOWN)
+    verdicts = [json.loads(line) for line in (tmp_path / "pairs" / "cutouts.jsonl").read_text().splitlines()]
+    assert sum(one["refused"] is None for row in verdicts for one in row["photos"]) > 15
+
+
+def test_what_others_put_there_stays(copied):
+    note = Path(copied.output_dir) / "cutouts" / "cup" / "note.txt"
+    note.write_text("mine")
+    prepare(dataclasses.replace(copied, overwrite=True, seed=1, pairs=2, held_out_pairs=0))()
+    assert note.read_text() == "mine"
+    strange = Path(copied.output_dir) / "cutouts" / "cup" / "mine.png"
+    strange.write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match="mine.png, which this command did not write"):
+        prepare(dataclasses.replace(copied, overwrite=True))
+    assert strange.read_bytes() == b"mine"
+
+
+def test_other_settings_and_other_photos_are_refused_by_name(copied, photos, tmp_path):
+    with pytest.raises(ValueError, match=r"pairs of other settings:\n  seed: the run has 0, got 3"):
+        prepare(dataclasses.replace(copied, seed=3))
+    other = shutil.copytree(photos, tmp_path / "photos")
+    Image.open(other / "cup" / "00.png").convert("L").save(other / "cup" / "00.png")
+    with pytest.raises(ValueError, match=r"photos \(their content\)"):
+        prepare(dataclasses.replace(copied, photos=str(other)))
+
+
+def damage(root):
+    (root / "cup" / "03.png").write_bytes((root / "cup" / "03.png").read_bytes()[:500])
+
+
+def loose(root):
+    for file in list(root.glob("*/*")):
+        file.rename(root / f"{file.parent.name}{file.name}")
+
+
+BROKEN = {
+    "no folder": (shutil.rmtree, "photos: no such folder"),
+    "photos beside each other": (loose, "its photos stand beside each other; give each subject a folder of its own"),
+    "damaged": (damage, r"photos: photos cannot be read; mend or remove them:\n  .*cup/03.png cannot be read as an image"),
+    "unknown subject": (
+        lambda root: (root / "classes.yaml").write_text("rex: dog"),
+        r"classes.yaml:\n  rex: is no folder with photos in .*; known are astronaut2, blue_cup, cup, motorcycle",
+    ),
+    "unknown field": (lambda root: (root / "classes.yaml").write_text("cup: {kind: cup}"), "cup: kind is not a field; write"),
+    "no class": (lambda root: (root / "classes.yaml").write_text("cup: {caption: x}"), "cup: class_name is missing"),
+    "no yaml": (lambda root: (root / "classes.yaml").write_text("cup: ["), "classes.yaml is not YAML"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_folders_that_cannot_be_used_are_refused(photos, tmp_path, case):
+    change, message = BROKEN[case]
+    root = shutil.copytree(photos, tmp_path / "photos")
+    change(root)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        prepare(ComposeConfig(str(root), str(tmp_path / "pairs")))
+    assert not (tmp_path / "pairs").exists()
+
+
+def test_too_few_photos_are_an_error_that_says_what_to_do(photos, tmp_path):
+    root = tmp_path / "photos"
+    (root / "cup").mkdir(parents=True)
+    shutil.copy(photos / "cup" / "00.png", root / "cup")
+    with pytest.raises(ValueError, match=r"no subject of .* has 2 cut-outs that can be used; masks.html shows why"):
+        prepare(ComposeConfig(str(root), str(tmp_path / "pairs"), resolution=128))()
+    row = json.loads((tmp_path / "pairs" / "cutouts.jsonl").read_text())
+    assert row["photos"][0]["refused"] == "no other cut-out of this subject to compare it with"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rex: {00.png: true}", "rex: is no subject; known are cup"),
+        ("cup: {09.png: true}", "cup: 09.png: is no photo of it"),
+        ("cup: {00.png: 3}", "cup: 00.png: expected true or false, got 3"),
+        ("cup: true", "cup: expected its photos, got True"),
+        ("[", "is not YAML"),
+    ],
+)
+def test_lists_of_a_person_are_checked(tmp_path, text, message):
+    (tmp_path / "accepted.yaml").write_text(text)
+    known = [SubjectPhotos("cup", "cup", None, (Path("cup/00.png"),))]
+    with pytest.raises(ValueError, match=message):
+        read_accepted(tmp_path / "accepted.yaml", known)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pairs": 0}, "pairs: got 0"),
+        ({"subjects": [5]}, r"subjects: got \[5\]; expected some of 1, 2, 3, 4"),
+        ({"held_out": 1.0}, "held_out: got 1.0"),
+        ({"workers": 0}, "workers: got 0"),
+    ],
+)
+def test_settings_are_refused_by_name(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ComposeConfig("photos", "out", **settings)
+
+
+def test_classes_of_folders(photos, tmp_path):
+    found = {one.name: (one.class_name, one.caption) for one in read_photo_folder(photos)}
+    assert found == {
+        "astronaut2": ("astronaut", None),
+        "blue_cup": ("cup", None),
+        "cup": ("cup", None),
+        "motorcycle": ("motorcycle", "an old motorcycle"),
+    }
+
+
+def subject(class_name, caption=None):
+    return SubjectPhotos(class_name, class_name, caption, ())
+
+
+def test_two_of_a_class_are_told_apart():
+    dog, eel, rex = subject("dog"), subject("eel"), subject("dog", "a brown dog")
+    assert prompt_of([dog]) == "a dog"
+    assert prompt_of([dog, eel]) == "a dog and an eel"
+    assert prompt_of([dog, rex]) == "a dog and a brown dog"
+    assert prompt_of([dog, dog]) == "a dog on the left and a dog on the right"
+    assert prompt_of([dog, eel, dog]) == "a dog on the left, an eel and a dog on the right"
+
+
+@pytest.mark.parametrize(
+    ("count", "held_out", "sizes"), [(8, 0.25, (6, 2)), (4, 0.25, (2, 2)), (3, 0.25, (3, 0)), (9, 0.0, (9, 0))]
+)
+def test_both_parts_have_two_photos_of_a_subject_or_one_has_none(count, held_out, sizes):
+    train, kept = split_photos(count, held_out, np.random.default_rng(0))
+    assert (len(train), len(kept)) == sizes and sorted(train + kept) == list(range(count))
+
+
+def test_backgrounds_show_no_subject():
+    pixels = np.random.default_rng(0).integers(0, 255, (100, 160, 3), dtype=np.uint8)
+    mask = np.zeros((100, 160), bool)
+    mask[20:90, 10:60] = True
+    pixels[mask] = 0
+    part = free_part(CutOut("x", "x", Path("x.png"), pixels, mask))
+    assert part.width == part.height > 80 and (np.asarray(part) > 0).any(axis=-1).all()
+    mask[:, 30:140] = True
+    assert free_part(CutOut("x", "x", Path("x.png"), pixels, mask)) is None
