@@ -36,6 +36,7 @@ T = TypeVar("T")
 
 COMPARED_AT = 512  # pixels of the longest side at which winner, loser and prior are compared, token by token
 CHANGED = 4.0  # mean difference of a token's pixels, of 255, that compression alone does not make
+FEWEST_TOKENS = 4  # that the mask of a reference marks
 MIN_SHARE_CHANGED = 0.25  # of the prior's tokens
 MAX_SHARE_OUTSIDE = 0.25  # of the changed tokens
 MAX_SHARE_GRAY = 0.1  # of a mask's pixels: edges are gray, the inside is not
@@ -182,6 +183,11 @@ class _PairChecker:
             return marked
         if field.startswith("prior") and marked.all():
             self.warn(field, f"{file} marks every pixel, so that nothing tells the subject", "mark what differs in subject")
+        elif not field.startswith("prior") and (tokens := _pooled(image_of(marked)).sum() / 255) < FEWEST_TOKENS:
+            message = (
+                f"{file} marks {int(marked.sum())} pixels, {tokens:.1f} tokens at {COMPARED_AT} px: no subject is so small"
+            )
+            self.error(field, message, "mend the mask, which has to cover the subject")
         elif _pooled(image_of(marked)).sum() < 255:
             message = f"{file} marks {int(marked.sum())} pixels, less than one token at {COMPARED_AT} px"
             self.warn(field, message, "look whether it is the right mask")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import uuid
 from collections import Counter, defaultdict
@@ -63,6 +64,7 @@ class Card:
     references: tuple[Picture, ...] = ()
     targets: tuple[Picture, ...] = ()
     problems: list[Problem] = field(default_factory=list)
+    resemblance: float | None = None  # of loser and winner, where the build noted it
 
     @property
     def kinds(self) -> list[str]:
@@ -136,6 +138,7 @@ def _render(path: str, folder: Path, cards: list[Card]) -> str:
         classes=classes.most_common(),
         kinds=kinds,
         fields=fields,
+        compared=any(card.resemblance is not None for card in cards),
         data=_in_script(data),
         stamp=stamp(COMMAND),
     )
@@ -151,6 +154,7 @@ def _as_json(card: Card) -> dict[str, Any]:
         "kinds": card.kinds,
         "references": card.references,
         "targets": card.targets,
+        "resemblance": card.resemblance,
         "problems": [[p.severity, p.field, p.message, p.remedy] for p in card.problems],
     }
 
@@ -197,7 +201,9 @@ class _Drawer:
         difference = self.difference(winner, loser)  # of the whole images, which become thumbnails
         targets = (self.picture("winner", "winner", priors, winner), self.picture("loser", "loser", {}, loser), difference)
         classes = tuple(reference.class_name or "" for reference in record.references)
-        return Card(record.file, record.line, record.prompt, classes, tuple(references), targets)
+        noted = record.meta.get("resemblance")
+        resemblance = float(noted) if isinstance(noted, int | float) and math.isfinite(noted) else None
+        return Card(record.file, record.line, record.prompt, classes, tuple(references), targets, resemblance=resemblance)
 
     def colour(self, subject: int) -> str:
         return SUBJECTS[subject] if self.record.per_subject else COMMON

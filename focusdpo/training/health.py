@@ -32,7 +32,8 @@ READ = (  # of every row
 # Shares of pairs that should be 0, and what it means where they are not.
 UNWANTED = {
     "focus/detail_unreachable": "have fewer matches than their prior has tokens: coverage cannot fall to tau, and details "
-    "never get weight there (docs/method.md, E8); raise focus.match_count or focus.tau, or use larger references",
+    "never get weight there (docs/method.md, E8); look at the references' masks first, as one that marks a few tokens only is "
+    "wrong, then raise focus.match_count or focus.tau, or use larger references",
     "focus/all_matched": "match every target token: no structure is left to look at (docs/method.md, E5); give the references "
     "masks, use smaller ones, or set focus.match_count",
 }

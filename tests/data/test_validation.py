@@ -236,6 +236,7 @@ DAMAGE = {
     "one colour": (saved("bad.png", lambda f: Image.new("RGB", (W, H), "red"), **reference("bad.png")), W_, "references[0].image", "is of one colour"),
     # subjects
     "empty mask": (saved("bad.png", lambda f: mask(size=(32, 32)), **reference("cup.png", mask="bad.png")), E, "references[0].mask", "is empty"),
+    "mask of a few tokens": (saved("bad.png", lambda f: mask(4, 4, 5, 6, size=(32, 32)), **reference("cup.png", mask="bad.png")), E, "references[0].mask", "marks 2 pixels, 2.0 tokens"),
     "invisible cut-out": (saved("bad.png", transparent(0), **reference("bad.png")), E, "references[0].image", "shows no subject"),
     "winner as reference": (changed(**reference("winner2.png")), W_, "references[0].image", "is the same file as winner"),
     "one reference twice": (changed(references=[{"image": "cat.png"}] * 2), W_, "references[1].image", "is the same file as references[0].image"),

@@ -1,10 +1,11 @@
 "use strict";
-const [text, subject, problem, outlines, count] = ["text", "subject", "problem", "outlines", "count"].map((id) => document.getElementById(id));
+const [text, subject, problem, order, outlines, count] = ["text", "subject", "problem", "order", "outlines", "count"].map((id) => document.getElementById(id));
 const form = document.querySelector("form");
 const list = document.getElementById("cards");
 const { folder, cards } = JSON.parse(document.getElementById("data").textContent);
 const CHUNK = 24; // cards; whole rows of one to four columns
 const NEAR = "1500px"; // above and below what is in sight
+const ALIKE = "How much the loser's subject looks like the winner's: a cosine";
 const NO_IMAGE = "nothing to show";
 let shown = []; // the cards that fit the filters
 let chunks = []; // the elements of their chunks, of which those near the sight are filled
@@ -35,8 +36,9 @@ function complaint([severity, field, message, remedy]) {
 }
 
 function article(card) {
-  const { file, place, prompt, references, targets, problems } = card;
-  const heading = make("h2", {}, make("span", { className: "place", title: file }, place), ` ${prompt}`);
+  const { file, place, prompt, references, targets, problems, resemblance } = card;
+  const alike = resemblance === null ? null : make("span", { className: "alike", title: ALIKE }, ` ${resemblance.toFixed(2)}`);
+  const heading = make("h2", {}, make("span", { className: "place", title: file }, place), ` ${prompt}`, alike);
   const pictures = (className, items) => make("div", { className }, ...items.map(figure));
   const shows = targets.length > 0;
   const row = shows ? make("div", { className: "pictures" }, pictures("references", references), pictures("targets", targets)) : null;
@@ -87,7 +89,7 @@ function lay() {
 
 function show() {
   document.body.classList.toggle("plain", !outlines.checked);
-  const chosen = JSON.stringify([text.value, subject.value, problem.value]);
+  const chosen = JSON.stringify([text.value, subject.value, problem.value, order.value]);
   if (chosen === selection) return;
   if (selection !== undefined) scrollTo(0, 0);
   selection = chosen;
@@ -98,6 +100,7 @@ function show() {
       (problem.value === "*" || card.kinds.includes(problem.value)) &&
       wanted.every((word) => words(card).includes(word)),
   );
+  if (order.value === "alike") shown.sort((one, other) => (other.resemblance ?? -2) - (one.resemblance ?? -2));
   count.textContent = shown.length === cards.length ? `${cards.length} pairs` : `${shown.length} of ${cards.length} pairs`;
   document.getElementById("nothing").hidden = shown.length > 0;
   lay();
@@ -105,7 +108,7 @@ function show() {
 
 // The filters are in the address, so that a selection can be kept, and a reload shows it again.
 function keep() {
-  const chosen = Object.entries({ text: text.value, subject: subject.value, problem: problem.value });
+  const chosen = Object.entries({ text: text.value, subject: subject.value, problem: problem.value, order: order.value });
   const state = new URLSearchParams(chosen.filter(([name, value]) => value !== (name === "text" ? "" : "*")));
   history.replaceState(null, "", `#${state}`);
   show();
@@ -114,7 +117,7 @@ function keep() {
 function restore() {
   const state = new URLSearchParams(location.hash.slice(1));
   text.value = state.get("text") ?? "";
-  for (const select of [subject, problem]) {
+  for (const select of [subject, problem, order]) {
     const value = state.get(select.id);
     select.value = [...select.options].some((option) => option.value === value) ? value : "*";
   }
