@@ -3,8 +3,10 @@
 Two buffers with another value in each process stand for those that a model brings along.
 """
 
+import importlib
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -35,6 +37,10 @@ def with_buffers(backbone, *arguments):
     backbone.transformer.register_buffer("derived", torch.full((2, 2), 3 + rank), persistent=False)
 
 
+with suppress(ImportError):
+    importlib.import_module(
+        "onnxruntime"
+    )  # diffusers does while it loads, where it is installed: no part of what a model takes
 _, config = parse_config(["train", *sys.argv[1:]])
 rank = PartialState(cpu=True).process_index
 PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU  # as in distributed_worker
