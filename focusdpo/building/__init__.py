@@ -1,4 +1,9 @@
-"""Builds disrupted-instance pairs: scenes with their subjects in, a folder with pairs.jsonl out.
+"""Builds disrupted-instance pairs: photos, or scenes with their subjects, in; a folder with pairs.jsonl out.
+
+photo_folder.py      a folder of photos per subject
+encoder.py           what pictures look like to a network
+cutting.py           cut-outs, and which of them can be trusted; cut_out_files.py keeps them, and what a person decides
+composed_scenes.py   scenes of cut-outs; photo_pairs.py splits the photos first
 
 scenes.py        the input format
 config.py        the settings
@@ -7,6 +12,6 @@ loading.py  segmentation.py  captioning.py  disruption.py  inpainting.py  gates.
 engines.py       runs them over all candidates: here, in processes, on a Ray cluster
 builder.py       a build: manifest, resuming, report
 blending.py      pasting without seams
-composing.py     cut-outs put into scenes as they are; photos.py has those of scikit-image, cutting.py those of DreamBench
-dreambench.py    DreamBench's lists; dreambench_scenes.py makes scenes of its photos
+composing.py     cut-outs put before backgrounds; photos.py has those of scikit-image
+dreambench.py    DreamBench's lists
 """

@@ -27,6 +27,7 @@ from focusdpo.building.scenes import load_scenes
 from focusdpo.commands.data_compose import prepare
 from focusdpo.data import load_pairs
 from focusdpo.data.validation import check_pairs
+from tests.browser import browser, in_browser
 from tests.photo_folder import KNOWN, write_photos
 
 SHOWN = {
@@ -334,3 +335,31 @@ def test_backgrounds_show_no_subject():
     assert part.width == part.height > 80 and (np.asarray(part) > 0).any(axis=-1).all()
     mask[:, 30:140] = True
     assert free_part(CutOut("x", "x", Path("x.png"), pixels, mask)) is None
+
+
+@browser
+def test_the_page_of_masks_saves_what_is_ticked(copied, tmp_path):
+    script = """
+      const texts = [];
+      view.URL.createObjectURL = (blob) => { texts.push(blob.text()); return "#"; };
+      seen.before = page.getElementById("count").textContent;
+      const box = page.querySelector('section[data-subject="cup"] input[data-photo="01.png"]');
+      box.click();
+      seen.after = page.getElementById("count").textContent;
+      page.getElementById("save").click();
+      seen.text = await texts[0];
+      seen.images = [...page.images].length;
+      seen.wide = page.documentElement.scrollWidth > view.innerWidth;
+    """
+    (tmp_path / "profile").mkdir()
+    before = yaml.safe_load((Path(copied.output_dir) / "accepted.yaml").read_text())
+    seen, _ = in_browser(Path(copied.output_dir), tmp_path / "profile", script, page="masks.html")
+    assert "error" not in seen and not seen["wide"] and seen["images"] == 20, seen
+    used = sum(flag for photos in before.values() for flag in photos.values())
+    assert seen["before"] == f"{used} of 20 cut-outs are used" and before["cup"]["01.png"]
+    assert seen["after"] == f"{used - 1} of 20 cut-outs are used"
+    before["cup"]["01.png"] = False
+    assert yaml.safe_load(seen["text"]) == before
+    known = read_photo_folder(Path(copied.photos))
+    (tmp_path / "accepted.yaml").write_text(seen["text"])
+    assert read_accepted(tmp_path / "accepted.yaml", known) == before

@@ -53,7 +53,8 @@ def write_pairs(folder, count):
         references = [{"image": f"{name[:2]}.bmp", "class_name": name} for name in names]
         mask = "wide.png" if i % 10 == 4 else "prior.png"
         record = {"prompt": f"pair number <{i}>", "references": references, "winner": f"{i}w.bmp", "loser": f"{i}l.bmp"}
-        lines.append(json.dumps({**record, "prior": mask}))
+        noted = {3: {"meta": {"resemblance": 0.95}}, 20: {"meta": {"resemblance": 0.8}}, 21: {"meta": {"resemblance": "high"}}}
+        lines.append(json.dumps({**record, "prior": mask, **noted.get(i, {})}))
     if count > NO_JSON:
         lines[BROKEN - 1] = lines[BROKEN - 1].replace(f"{BROKEN - 1}w.bmp", "none.bmp")
         lines[NO_JSON - 1] = "{<script>document.body.remove()</script>"
@@ -148,6 +149,11 @@ CONTROLS = """
   look("address");
   await press("Escape");
   look("cleared");
+  set("order", "alike");
+  await pause();
+  seen.alike = [shown().slice(0, 3).map((card) => card.querySelector(".place").textContent), view.location.hash];
+  seen.noted = shown()[0].querySelector(".alike").textContent;
+  await press("Escape");
   await press("/");
   seen.searching = page.activeElement.id;
   await press("j");
@@ -208,6 +214,7 @@ def test_filters_and_keys(thousand, tmp_path):
     assert {name: seen[name]["cards"] for name in expected} == expected
     for name, cards in expected.items():
         assert seen[name]["count"] == (f"{PAIRS} pairs" if cards == PAIRS else f"{cards} of {PAIRS} pairs")
+    assert seen["alike"] == [["pairs.jsonl:4", "pairs.jsonl:21", "pairs.jsonl:1"], "#order=alike"] and seen["noted"] == " 0.95"
     assert "pair number <5>" in seen["text"]["first"], "markup in a prompt is text"
     assert seen["nothing"]["message"] and seen["wide cats"]["hash"] == "#subject=cat&problem=warning+prior"
     options = dict(seen["options"])
