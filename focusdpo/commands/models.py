@@ -7,6 +7,8 @@ from collections.abc import Callable
 from focusdpo.commands.config import ModelsConfig
 from focusdpo.data import LongestSide
 from focusdpo.data.images import PATCH_SIZE
+from focusdpo.data.lines import MAX_REFERENCES
+from focusdpo.foundation.settings import require
 from focusdpo.foundation.text import aligned
 from focusdpo.models import BACKBONES, TokenLayout
 from focusdpo.models.precision import DTYPES
@@ -15,7 +17,12 @@ from focusdpo.training.memory import GIB, estimate, launched
 
 
 def prepare(config: ModelsConfig) -> Callable[[], None]:
-    """Computes the tables, and returns what prints them."""
+    """Computes the tables, and returns what prints them.
+
+    Raises:
+        ValueError: more references than a pair may have, or photos that a backbone cannot bring to size.
+    """
+    require(config.references <= MAX_REFERENCES, "references", config.references, f"at most {MAX_REFERENCES}, as a pair has")
     side = config.resolution // PATCH_SIZE
     dtype = DTYPES[config.dtype]
     number = None if config.reference_resolution is None else LongestSide(config.reference_resolution)

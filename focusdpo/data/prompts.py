@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from focusdpo.data.images import ROOM, ImageError, attempt, read_photo, read_size
 from focusdpo.data.lines import DatasetError, Problem, read_lines, split_problems, text_fault
-from focusdpo.data.records import FIELDS, Reference, ReferencesParser
+from focusdpo.data.records import FIELDS, FILE_NAME, Reference, ReferencesParser
 from focusdpo.foundation.files import ReadableFile
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -20,13 +20,18 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A line of the manifest. `others` are files that it names beside its references: masks, winner, loser, prior."""
+    """A line of the manifest.
+
+    `others` are files that it names beside its references: masks, winner, loser, prior. `subjects` are the names of the
+    references' subjects, where the line is of a pair that was built, whose meta has them.
+    """
 
     file: Path
     line: int
     text: str
     references: tuple[Reference, ...]
     others: tuple[Path, ...] = ()
+    subjects: tuple[str, ...] = ()
 
 
 class _PromptParser(ReferencesParser[Prompt]):
@@ -42,7 +47,15 @@ class _PromptParser(ReferencesParser[Prompt]):
         flat = [name for item in named for name in (item if isinstance(item, list) else [item])]
         masks = [Path(str(reference.mask)) for reference in references if reference.mask is not None]
         others = [self.file.parent / str(name) for name in flat if text_fault(name) is None]  # others name no file
-        return Prompt(self.file, self.line, text, references, (*masks, *others))
+        return Prompt(self.file, self.line, text, references, (*masks, *others), _subjects(value, len(references)))
+
+
+def _subjects(value: dict[str, Any], count: int) -> tuple[str, ...]:
+    """What the meta of a pair calls its subjects, one for each reference; none where it does not."""
+    meta = value.get("meta")
+    listed = meta.get("subjects") if isinstance(meta, dict) else None
+    named = isinstance(listed, list) and len(listed) == count and all(text_fault(name) is None for name in listed)
+    return tuple(listed) if named and listed is not None else ()
 
 
 def check_references(prompts: Sequence[Prompt], fewest: int = 1, progress: bool = True) -> None:
@@ -83,6 +96,12 @@ def _fault(file: ReadableFile) -> ImageError | None:
         return None
     except ImageError as error:
         return error
+
+
+def find_manifest(path: str) -> Path:
+    """The file that a setting names: of a folder of pairs its pairs.jsonl."""
+    manifest = Path(path)
+    return manifest / FILE_NAME if manifest.is_dir() else manifest
 
 
 def read_prompts(manifest: Path, setting: str = "manifest") -> list[Prompt]:

@@ -16,7 +16,8 @@ class EvaluateConfig:
 
     Args:
         images: Folder of the generated images: those of the manifest's line N are N.png, N_K.png or N/K.png.
-        manifest: File with a prompt and its references a line, as `focusdpo data dreambench` writes it; pairs.jsonl serves too.
+        manifest: File with a prompt and its references a line, as `focusdpo data dreambench` writes it; pairs.jsonl, or the
+            folder that holds one, serves too.
         output_dir: Folder for results.json, tables, a picture, and the embeddings that a killed run goes on from.
         clip: Local folder of a CLIP model, for CLIP-I and CLIP-T.
         dino: Local folder of DINO as transformers has it (facebook/dino-vits16), for DINO.

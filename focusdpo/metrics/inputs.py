@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from focusdpo.data.lines import DatasetError, Problem
-from focusdpo.data.prompts import IMAGE_SUFFIXES, Prompt, read_prompts
+from focusdpo.data.prompts import IMAGE_SUFFIXES, Prompt, find_manifest, read_prompts
 from focusdpo.metrics.config import EvaluateConfig
 from focusdpo.metrics.encoders import Encoder, Encoders, check_device, load_encoder, load_inception
 from focusdpo.metrics.images import Content, GeneratedImage, Picture, find_images, read_contents
@@ -54,7 +54,7 @@ def read_inputs(config: EvaluateConfig) -> Inputs:
     Raises:
         FileNotFoundError, ValueError, ModuleNotFoundError: what is not fit, named.
     """
-    manifest = Path(config.manifest)
+    manifest = find_manifest(config.manifest)
     prompts = read_prompts(manifest)
     images, missing = find_images(Path(config.images), prompts, config.images_per_prompt, config.allow_missing)
     if config.fid is not None and len(images) < 2:
@@ -79,7 +79,7 @@ def read_inputs(config: EvaluateConfig) -> Inputs:
     if config.fid is not None:
         path = Path(config.fid)
         fid = load_inception(path, config.device) if path.is_file() else load_encoder("fid", path, config.device).image
-    contents = _contents(config, used, subjects, images, regions, real)
+    contents = _contents(config, manifest, used, subjects, images, regions, real)
     _same_sizes(manifest, list(used.values()), contents, config)
     if regions is not None:
         regions = check_sizes(regions, contents)
@@ -120,6 +120,7 @@ def _real(config: EvaluateConfig, subjects: Subjects) -> tuple[Path, ...]:
 
 def _contents(
     config: EvaluateConfig,
+    manifest: Path,
     prompts: dict[int, Prompt],
     subjects: Subjects,
     images: Sequence[GeneratedImage],
@@ -131,7 +132,7 @@ def _contents(
     masks = {} if regions is None else dict(regions.masks)
     for prompt in prompts.values():
         for index, reference in enumerate(prompt.references):
-            place = f"{config.manifest}:{prompt.line}: references[{index}]"
+            place = f"{manifest}:{prompt.line}: references[{index}]"
             for photo in subjects.photos[Path(str(reference.image))]:
                 files[photo] = f"{place}.image"
             if config.reference_crop == "mask":

@@ -23,7 +23,8 @@ class Subjects:
 def find_subjects(manifest: Path, prompts: Sequence[Prompt], references: ReferencePhotos) -> Subjects:
     """Tells subjects apart by their reference's image, or with "all" by its folder, and finds the photos to compare with.
 
-    A subject is called as its folder where that tells it from the others, as in DreamBench, else as its file.
+    A subject of a pair that was built has its name there. Another is called as its folder where that tells it from the others,
+    as in DreamBench, else as its file.
 
     Raises:
         DatasetError: with "all", a folder that two subjects of one prompt share: its photos show both.
@@ -55,7 +56,7 @@ def find_subjects(manifest: Path, prompts: Sequence[Prompt], references: Referen
         called[image] = folder.name if tells else name.as_posix()
     others = {file.resolve() for prompt in prompts for file in prompt.others}
     photos = {image: (image,) if references == "listed" else _photos(image.parent, others) or (image,) for image in images}
-    names = {p.line: tuple(called[Path(str(r.image))] for r in p.references) for p in prompts}
+    names = {p.line: p.subjects or tuple(called[Path(str(r.image))] for r in p.references) for p in prompts}
     return Subjects(names, photos)
 
 

@@ -24,7 +24,8 @@ class SampleConfig:
         lora_scale: Factor of its update.
         prompt: A single prompt; it counts as line 1.
         references: Images of its subjects, in the prompt's order.
-        manifest: File with a prompt and its references a line, as `focusdpo evaluate` takes it; pairs.jsonl serves too.
+        manifest: File with a prompt and its references a line, as `focusdpo evaluate` takes it; pairs.jsonl, or the folder
+            that holds one, serves too.
         images_per_prompt: Images of each prompt; more can be asked for later.
         size: Width and height of the images in pixels, such as 768x512, multiples of 16; null takes a square of the run's
             data.resolution, or of 512 pixels.

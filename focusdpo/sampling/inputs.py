@@ -10,7 +10,7 @@ from typing import Any
 from focusdpo.data.dataset import PlacedPrompt
 from focusdpo.data.images import PATCH_SIZE, Size
 from focusdpo.data.lines import MAX_REFERENCES
-from focusdpo.data.prompts import Prompt, check_references, read_prompts
+from focusdpo.data.prompts import Prompt, check_references, find_manifest, read_prompts
 from focusdpo.data.records import Reference
 from focusdpo.foundation.files import checksum, fingerprint, hash_of
 from focusdpo.foundation.launch import Launch
@@ -61,7 +61,7 @@ def read_inputs(config: SampleConfig, launch: Launch) -> Inputs:
     run.cpu = run.cpu or config.cpu
     target = _target(config, run)
     lora = _find_lora(config, run)
-    prompts = read_prompts(Path(config.manifest)) if config.manifest is not None else [_single(config)]
+    prompts = read_prompts(find_manifest(config.manifest)) if config.manifest is not None else [_single(config)]
     backbone = run.model.backbone
 
     def check() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import peft
@@ -33,7 +33,9 @@ def add_adapter(backbone: Backbone, config: LoraConfig, seed: int) -> list[nn.Pa
     modules = dict(transformer.named_modules())
     for target in targets:
         _check_target(target, modules)
-    with torch.random.fork_rng():
+    # Of a model without weights the adapter has none either: to draw those of a large rank would take minutes.
+    place = torch.device("meta") if next(transformer.parameters()).is_meta else nullcontext()
+    with torch.random.fork_rng(), place:
         torch.manual_seed(seed)
         transformer.add_adapter(
             peft.LoraConfig(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from focusdpo.data.dataset import PlacedPrompt, SizeRules
 from focusdpo.data.images import Size, token_size
 from focusdpo.data.prompt_dataset import place_prompts
-from focusdpo.data.prompts import Prompt, check_references, read_prompts
+from focusdpo.data.prompts import Prompt, check_references, find_manifest, read_prompts
 from focusdpo.foundation.launch import Launch
 from focusdpo.models import BACKBONES
 from focusdpo.training.config import DataConfig, TrainConfig
@@ -36,7 +35,7 @@ def load_sample_prompts(config: TrainConfig, launch: Launch) -> dict[str, Placed
     manifest = config.samples.manifest
     if manifest is None or not config.samples.every:
         return {}
-    prompts = read_prompts(Path(manifest), "samples.manifest")
+    prompts = read_prompts(find_manifest(manifest), "samples.manifest")
     fewest = BACKBONES[config.model.backbone].fewest_references
     launch.once_a_machine("prompts are checked", lambda: check_references(prompts, fewest, launch.is_main))
     placed = place_as_run(prompts, config, square(config.data))

@@ -450,6 +450,11 @@ def test_pairs_serve_as_a_manifest(study, models):
     options = {"images": str(study / "generated"), "manifest": str(study / "pairs" / "pairs.jsonl"), "dino": models["dino"]}
     (row,) = evaluate(study, **options)["images"]
     assert row["subjects"] == ["images/ref_0.png", "images/ref_1.png"] and row["dino_references"][1] == pytest.approx(1)
+    # A folder is that of its pairs.jsonl, and a build says who its subjects are.
+    named = {**pair, "meta": {"subjects": ["rex", "blue"]}}
+    (study / "pairs" / "pairs.jsonl").write_text("\n" + json.dumps(named) + "\n")
+    (row,) = evaluate(study, **options | {"manifest": str(study / "pairs")}, output_dir=str(study / "named"))["images"]
+    assert row["subjects"] == ["rex", "blue"]
     with pytest.raises(ValueError, match="pairs.jsonl:2: references: two subjects have their photos in"):
         prepare_evaluation(settings(study, **options, references="all", output_dir=str(study / "other")))
 

@@ -19,6 +19,7 @@ from focusdpo.data import collate
 from focusdpo.models import Backbone, Flux1, Flux2, QwenEditPlus, TokenLayout
 from focusdpo.models.sizes import RELEASED, Architecture
 from focusdpo.training import checkpoints
+from focusdpo.training.adapter import add_adapter
 from focusdpo.training.config import DataConfig, LoraConfig, ModelConfig
 from focusdpo.training.memory import Estimate, Launched, advice, estimate, launched
 from focusdpo.training.step import PreferenceStep
@@ -333,11 +334,22 @@ def test_several_processes_are_refused_what_fsdp2_refuses():
     assert nf4 == Launched(plain.files, 2 * (weights + 12), None, None, None), "each process reads all of it"
 
 
+def test_an_adapter_of_a_model_without_weights_has_none(monkeypatch):
+    """Of a rank whose matrices would take gigabytes, and minutes to draw."""
+    backbone = RELEASED["FLUX.1 dev"].build(torch.bfloat16, 512)
+    drawn = []
+    monkeypatch.setattr(torch.nn.init, "normal_", lambda tensor, *_, **__: drawn.append(tensor) or tensor)
+    parameters = add_adapter(backbone, LoraConfig(rank=4096), seed=0)
+    assert sum(p.numel() for p in parameters) == 128 * 37355520, "as many times those of rank 32"
+    assert drawn and all(tensor.is_meta for tensor in (*parameters, *drawn))
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
         (["--processes", "0"], "processes: got 0; expected at least 1"),
         (["--references", "0"], "references: got 0; expected at least 1"),
+        (["--references", "7"], "references: got 7; expected at most 6, as a pair has"),
         (["--photo", "1024"], "photo: got '1024'; expected width and height in pixels, such as 1024x1024"),
         (["--photo", "900x100"], "photo: got 900x100; flux2 cannot bring it to size: Aspect ratio too extreme"),
         (["--rank", "0"], "lora.rank: got 0"),
