@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +15,14 @@ from PIL import Image, ImageEnhance
 from focusdpo.building.blending import grow, light_gain
 from focusdpo.building.candidate import Mask
 from focusdpo.building.composing import Box, at_bottom, compose, draw_background
+from focusdpo.building.config import SMALLEST
 from focusdpo.building.cutting import CutOut
 from focusdpo.building.disruption import cut_edges
 from focusdpo.building.photo_folder import SubjectPhotos
 from focusdpo.data.writing import image_of, png_saver
+from focusdpo.foundation.files import hash_of
+
+logger = logging.getLogger(__name__)
 
 SCENES = "scenes"  # a folder of the composed scenes
 LEAST_FREE = 0.3  # side of a background, as a share of its photo's shorter side
@@ -34,12 +39,12 @@ class Stock:
     """What the scenes of a split are made of.
 
     subjects: by name. cut_outs: those of each subject that may be used, and where each is stored, relative to the folder of the
-    scenes: image and mask. backgrounds: RGB photos, or parts of them, without subjects.
+    scenes: image and mask. backgrounds: RGB photos, or parts of them, without the subject, and what each photo is called.
     """
 
     subjects: Mapping[str, SubjectPhotos]
     cut_outs: Mapping[str, Sequence[tuple[CutOut, str, str]]]
-    backgrounds: Sequence[Image.Image]
+    backgrounds: Sequence[tuple[Image.Image, str]]
 
     @property
     def placeable(self) -> dict[str, list[int]]:
@@ -52,11 +57,22 @@ class Stock:
         return found
 
 
-def split_photos(count: int, held_out: float, rng: np.random.Generator) -> tuple[list[int], list[int]]:
-    """Which of a subject's `count` cut-outs are trained on, and which are held out: two at least of each, or none held out."""
-    order = [int(i) for i in rng.permutation(count)]
-    kept = max(LEAST_PHOTOS, round(count * held_out)) if held_out else 0
-    if count - kept < LEAST_PHOTOS:
+def split_photos(names: Sequence[str], held_out: float, seed: int) -> tuple[list[int], list[int]]:
+    """Which of a subject's photos are trained on, and which are held out: two at least of each, or none held out.
+
+    The order in which they are held out follows from their names: one photo more or less moves no more than one other.
+
+    Args:
+        names: of the photos.
+        held_out: share of them.
+        seed: of the order.
+
+    Returns:
+        places in `names`, of both parts.
+    """
+    order = sorted(range(len(names)), key=lambda index: hash_of(seed, names[index]))
+    kept = max(LEAST_PHOTOS, round(len(names) * held_out)) if held_out else 0
+    if len(names) - kept < LEAST_PHOTOS:
         kept = 0
     return sorted(order[kept:]), sorted(order[:kept])
 
@@ -76,7 +92,7 @@ def free_part(cut_out: CutOut) -> Image.Image | None:
             if not taken[row, column]:
                 sides[row, column] = 1 + min(sides[row - 1, column], sides[row, column - 1], sides[row - 1, column - 1])
     side = int(sides.max())
-    if side * step < LEAST_FREE * min(height, width):
+    if side * step < max(LEAST_FREE * min(height, width), SMALLEST):
         return None
     last = np.unravel_index(int(sides.argmax()), sides.shape)
     bottom, right = (int(cell + 1) * step for cell in last)
@@ -98,14 +114,18 @@ def compose_scenes(
     """
     placeable = stock.placeable
     possible = [number for number in numbers if number <= len(placeable)] or [len(placeable)]
+    if min(numbers) > len(placeable):
+        logger.warning("subjects: got %s; only %d can be in a scene", list(numbers), len(placeable))
     (folder / SCENES).mkdir(parents=True, exist_ok=True)
     for index in range(count):
         rng = np.random.default_rng([*seed, index])
         names = [str(name) for name in rng.choice(sorted(placeable), int(rng.choice(possible)), replace=False)]
-        photo = stock.backgrounds[int(rng.integers(len(stock.backgrounds)))]
+        photo, origin = stock.backgrounds[int(rng.integers(len(stock.backgrounds)))]
         background = draw_background(photo, resolution, (0.7, 1.0), (0.8, 1.1), rng)
         drawn = [(name, *_draw(stock, name, placeable[name], rng)) for name in names]
-        yield _write(index, stock, background, drawn, rng, folder)
+        line = _write(index, stock, background, drawn, rng, folder)
+        line["meta"]["background_photo"] = origin
+        yield line
 
 
 def _draw(stock: Stock, name: str, placeable: Sequence[int], rng: np.random.Generator) -> tuple[int, int]:

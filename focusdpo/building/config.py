@@ -1,4 +1,4 @@
-"""Settings of `focusdpo data build` and `data dreambench`; the docstrings are their --help."""
+"""Settings of `focusdpo data compose`, `data build` and `data dreambench`; the docstrings are their --help."""
 
 from __future__ import annotations
 
@@ -265,7 +265,7 @@ class ComposeConfig:
         classes: YAML with the class of each subject, or {class_name, caption}, by its folder's name; by default classes.yaml in
             photos, or else the folders' names.
         accepted: YAML that says for each photo whether its cut-out is used. By default accepted.yaml in output_dir, which is
-            written with the verdicts where there is none, for a person to change.
+            written with the verdicts for a person to change; what nobody changed follows the verdicts.
         masks_only: Stop after the cut-outs and masks.html.
         pairs: How many scenes are composed to train on, each of which gives a pair unless a gate refuses it.
         held_out_pairs: The same of the held-out photos.
@@ -278,13 +278,13 @@ class ComposeConfig:
         captioning: What the subjects are called when they are inpainted.
         disruption: How they become other instances.
         gates: What a pair must be like.
-        resolution: Side of winner and loser in pixels.
+        resolution: Side of winner and loser in pixels, cut to a multiple of 16.
         reference_resolution: Longest side of a reference in pixels.
         seed: Of every random choice.
         engine: "plain" runs here, "ray" builds the pairs on a Ray cluster.
-        workers: Processes, which share the cores; with ray as many actors for each kind of device.
+        workers: Processes that build the pairs, which share the cores; with ray as many actors for each kind of device.
         ray_address: The Ray cluster to join, as for `focusdpo data build`.
-        overwrite: Delete what an earlier run left in output_dir, and start anew; accepted.yaml stays and counts.
+        overwrite: Delete what an earlier run left in output_dir, and start anew; what a person changed in accepted.yaml stays.
     """
 
     photos: str
@@ -319,6 +319,8 @@ class ComposeConfig:
         known = known and 0 < len(self.subjects) == len(set(self.subjects))
         require(known, "subjects", self.subjects, "some of 1, 2, 3, 4, each once")
         require(self.encoder.name != "none", "encoder.name", self.encoder.name, "an encoder: the cut-outs are judged by it")
+        boxes = self.segmentation.name != "sam" or self.segmentation.detector is not None
+        require(boxes, "segmentation.detector", self.segmentation.detector, "a detector for sam: photos have no boxes")
         require(self.segmentation.name != "given", "segmentation.name", self.segmentation.name, "grabcut, rembg or sam")
         self.build_config("train", False)  # refuses what `data build` would
 

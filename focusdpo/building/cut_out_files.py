@@ -18,10 +18,12 @@ from focusdpo.building.candidate import Mask, Pixels
 from focusdpo.building.cutting import CutOut, Cutter
 from focusdpo.building.photo_folder import SubjectPhotos
 from focusdpo.data.writing import image_of
-from focusdpo.foundation.files import write_whole
+from focusdpo.foundation.files import checksum, write_whole
 from focusdpo.foundation.journals import Journal, read_rows
 
 logger = logging.getLogger(__name__)
+
+Flags = Mapping[str, Mapping[str, bool]]  # whether each cut-out is used, by subject and photo
 
 CUT_OUTS = "cutouts"  # a folder per subject in it
 JOURNAL = "cutouts.jsonl"  # a line per subject that is cut out
@@ -29,7 +31,7 @@ ACCEPTED = "accepted.yaml"
 TINT = np.array([255, 0, 255])  # over what is not the subject, in the pictures that a person looks at
 HEAD = """\
 # Which cut-outs the pairs are made of. masks.html shows them with their verdicts; change true to false, or back, and start the
-# same command again: it goes by this file, which it never writes over.
+# same command again: it goes by what was changed, and does not write over it.
 """
 
 
@@ -50,14 +52,14 @@ def cut_all(subjects: Sequence[SubjectPhotos], cutter: Cutter, folder: Path) -> 
     return found
 
 
-def names_of(cut_out: CutOut) -> tuple[str, str, str]:
-    """Files of a cut-out's photo, mask and picture, relative to the folder."""
-    stem = f"{CUT_OUTS}/{cut_out.name}/{cut_out.file.name}"
+def names_of(subject: str, photo: str) -> tuple[str, str, str]:
+    """Files of a cut-out's photo, mask and picture, relative to the folder, of the names of its subject and its photo."""
+    stem = f"{CUT_OUTS}/{subject}/{photo}"
     return f"{stem}.png", f"{stem}_mask.png", f"{stem}_shown.webp"
 
 
 def _write(one: CutOut, folder: Path) -> dict[str, Any]:
-    image, mask, shown = (folder / name for name in names_of(one))
+    image, mask, shown = (folder / name for name in names_of(one.name, one.file.name))
     image.parent.mkdir(parents=True, exist_ok=True)
     image_of(one.pixels).save(image)
     image_of(one.mask).save(mask)
@@ -77,9 +79,8 @@ def _is_whole(row: dict[str, Any], folder: Path) -> bool:
     """Whether a line of the journal is one, and its files are there, to their ends."""
     try:
         for photo in row["photos"]:
-            stem = folder / CUT_OUTS / row["subject"] / photo["photo"]
-            for name in (f"{stem}.png", f"{stem}_mask.png"):
-                with Image.open(name) as image:
+            for name in names_of(row["subject"], photo["photo"]):
+                with Image.open(folder / name) as image:
                     image.load()
         return True
     except (KeyError, TypeError, OSError, SyntaxError):
@@ -88,7 +89,7 @@ def _is_whole(row: dict[str, Any], folder: Path) -> bool:
 
 def _read(subject: SubjectPhotos, file: Path, row: Mapping[str, Any], folder: Path) -> CutOut:
     one = CutOut(subject.name, subject.class_name, file, np.zeros((1, 1, 3), np.uint8), np.zeros((1, 1), bool))
-    image, mask, _ = (folder / name for name in names_of(one))
+    image, mask, _ = (folder / name for name in names_of(one.name, one.file.name))
     one.pixels, one.mask = np.asarray(Image.open(image).convert("RGB")), np.asarray(Image.open(mask)) >= 128
     one.scores, one.refused = dict(row["scores"]), row["refused"]
     return one
@@ -99,10 +100,10 @@ def write_accepted(file: Path, found: Iterable[CutOut]) -> None:
     lines, before = [HEAD], None
     for one in found:
         if one.name != before:
-            lines.append(f"{json.dumps(one.name)}:\n")
+            lines.append(f"{json.dumps(one.name, ensure_ascii=False)}:\n")
             before = one.name
         reason = "" if one.refused is None else f"  # {one.refused}"
-        lines.append(f"  {json.dumps(one.file.name)}: {'false' if one.refused else 'true'}{reason}\n")
+        lines.append(f"  {json.dumps(one.file.name, ensure_ascii=False)}: {'false' if one.refused else 'true'}{reason}\n")
     write_whole(file, "".join(lines))
 
 
@@ -125,13 +126,13 @@ def read_accepted(file: Path, subjects: Sequence[SubjectPhotos]) -> dict[str, di
     faults = []
     for name, photos in value.items():
         if name not in known:
-            faults.append(f"{name}: is no subject; known are {', '.join(known)}")
+            faults.append(f"{name}: is no subject; take it out, or write it in quotes; known are {', '.join(known)}")
         elif not isinstance(photos, dict):
             faults.append(f"{name}: expected its photos, got {photos!r}")
         else:
             for photo, flag in photos.items():
                 if photo not in known[name]:
-                    faults.append(f"{name}: {photo}: is no photo of it")
+                    faults.append(f"{name}: {photo}: is no photo of it; take the line out")
                 elif not isinstance(flag, bool):
                     faults.append(f"{name}: {photo}: expected true or false, got {flag!r}")
     if faults:
@@ -139,10 +140,33 @@ def read_accepted(file: Path, subjects: Sequence[SubjectPhotos]) -> dict[str, di
     return value
 
 
-def chosen(found: Mapping[str, Sequence[CutOut]], accepted: Mapping[str, Mapping[str, bool]]) -> dict[str, list[CutOut]]:
+def verdicts_of(found: Mapping[str, Sequence[CutOut]]) -> dict[str, dict[str, bool]]:
+    """Whether each cut-out is to be used, by subject and photo, where nobody decides otherwise."""
+    return {name: {one.file.name: one.refused is None for one in cut_outs} for name, cut_outs in found.items()}
+
+
+def decisions(accepted: Flags, written: Flags) -> dict[str, dict[str, bool]]:
+    """Of a list what a person has changed since it was written: the rest are verdicts of that time."""
+    return {
+        name: {photo: flag for photo, flag in photos.items() if written.get(name, {}).get(photo) != flag}
+        for name, photos in accepted.items()
+    }
+
+
+def refuse_shared(found: Mapping[str, Sequence[CutOut]]) -> None:
+    """Of a photo that several subjects have the first one's stays: it could be trained on for one, and held out for another."""
+    first: dict[str, CutOut] = {}
+    for cut_outs in found.values():
+        for one in cut_outs:
+            other = first.setdefault(checksum(one.file), one)
+            if other.name != one.name:
+                one.refused = one.refused or f"is a photo of {other.name} as well, {other.file.name} there"
+
+
+def chosen(found: Mapping[str, Sequence[CutOut]], decided: Flags) -> dict[str, list[CutOut]]:
     """The cut-outs to use: as a person has decided, and by the verdicts where nobody has."""
     kept = {}
     for name, cut_outs in found.items():
-        decided = accepted.get(name, {})
-        kept[name] = [one for one in cut_outs if one.mask.any() and decided.get(one.file.name, one.refused is None)]
+        own = decided.get(name, {})
+        kept[name] = [one for one in cut_outs if one.mask.any() and own.get(one.file.name, one.refused is None)]
     return kept

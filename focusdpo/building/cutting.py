@@ -237,8 +237,8 @@ def cell_scores(grid: Float, covered: Float, subject: Float, others: Float) -> d
     return {"purity": float(purity), "missing": float((subject > others)[around].sum() / inside.sum())}
 
 
-def cutter_without_models() -> Cutter:
-    """What needs no more than comes with the packages: GrabCut, and EfficientNet-Lite0 to judge."""
+def default_cutter() -> Cutter:
+    """What needs no model beside those of its packages: GrabCut, and EfficientNet-Lite0 to judge."""
     return Cutter(GrabCut(), EfficientNetLite0("cpu"), CutOutsConfig(), SIDE)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -142,7 +143,14 @@ class Embedded(Disruption):
             gone |= (loser != candidate.background).any(axis=-1) & grow(mask, 4 * edge) & ~grow(others, edge)
             filled = np.where(gone[..., None], candidate.background, loser)
         swapped = put(filled, pixels, inside)
-        return swapped, gone | inside, {"donor": donor.subject.name, "fit": round(score, 3)}
+        return swapped, gone | inside, {"donor": donor.subject.name, "donor_photo": photo_of(donor), "fit": round(score, 3)}
+
+
+def photo_of(donor: Photo) -> str:
+    """A donor's photo, as the meta of composed scenes names photos: a cut-out's is stored under its name and .png."""
+    image = donor.view.image
+    name = image.name.removesuffix(".png") if Path(image.stem).suffix else image.name
+    return f"{donor.subject.name}/{name}"
 
 
 def fit_donor(donor: Photo, mask: Mask, least: float = LEAST_FIT) -> tuple[float, Photo, Pixels, Mask] | None:

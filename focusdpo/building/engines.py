@@ -52,8 +52,9 @@ def segmentation_of(config: SegmentationConfig) -> Segmentation:
 
 
 def _disruption(config: BuildConfig) -> Disruption:
-    # Where the disruption runs: a worker of Ray sees no other device.
-    encoder = load_encoder(replace(config.encoder, device=config.disruption.device))
+    # A worker of Ray sees the device of its own stages alone.
+    device = config.disruption.device if config.engine == "ray" else config.encoder.device
+    encoder = load_encoder(replace(config.encoder, device=device))
     if config.disruption.name == "embedded":
         return Embedded(encoder, config.gates.max_resemblance)
     from focusdpo.building.inpainting import Inpainting  # imports diffusers' pipelines

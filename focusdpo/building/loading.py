@@ -43,6 +43,7 @@ class Load:
         self._resolution = config.resolution
         self._reference_resolution = config.reference_resolution
         self._disruption = config.disruption
+        self._compared = config.encoder.name != "none"
         by_class: dict[str, dict[View, SceneSubject]] = defaultdict(dict)
         for scene in scenes:
             for subject in scene.subjects:
@@ -63,8 +64,9 @@ class Load:
             kinds = [str(kind) for kind in candidate.rng(f"kinds {number}").permutation(self._disruption.kinds)]
             candidate.kinds[number] = kinds
             reached = kinds[: kinds.index("swap") + 1] if "swap" in kinds else []
-            # Cutting donors out takes most of the time: not where another kind will be done first.
-            if self._disruption.name == "embedded" and reached and not ALWAYS_APPLY & set(reached):
+            # Cutting donors out takes most of the time: not where another kind comes first, which the encoder may refuse.
+            needed = reached and (self._compared or not ALWAYS_APPLY & set(reached))
+            if self._disruption.name == "embedded" and needed:
                 candidate.donors[number] = self._draw(candidate, number)
 
     def _draw(self, candidate: Candidate, number: int) -> list[Photo]:

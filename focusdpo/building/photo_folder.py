@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from tqdm.auto import tqdm
 
+from focusdpo.building.config import SMALLEST
 from focusdpo.data.images import ROOM, ImageError, attempt, read_image, read_size
 from focusdpo.data.lines import text_fault
 
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 CLASSES_FILE = "classes.yaml"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+OTHER_SUFFIXES = (".heic", ".heif", ".avif", ".tif", ".tiff", ".bmp", ".gif")
+WIDEST = 8  # times the shorter side
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,9 @@ def read_photo_folder(
         raise FileNotFoundError(
             f"{setting}: {root} has no folder with photos ({', '.join(SUFFIXES)}); {loose}give each subject a folder of its own"
         )
+    others = {path.suffix.lower() for folder in folders for path in folder.iterdir() if path.suffix.lower() in OTHER_SUFFIXES}
+    if others:
+        logger.warning("%s: files of %s are passed over; photos are %s", root, ", ".join(sorted(others)), ", ".join(SUFFIXES))
     empty = [folder.name for folder in folders if folder.name not in photographed]
     if empty:
         logger.info("no photos in %s of %s: left out", ", ".join(empty), root)
@@ -71,13 +77,13 @@ def read_photo_folder(
         named: dict[str, tuple[str, str | None]] = {name: (class_name, None) for name, class_name in classes.items()}
     else:
         named = _read_classes(root, classes, set(photographed))
-    _check_photos([file for files in photographed.values() for file in files], setting)
+    check_photos([file for files in photographed.values() for file in files], setting)
     return [SubjectPhotos(name, *named.get(name, (_class_of(name), None)), files) for name, files in photographed.items()]
 
 
 def _class_of(name: str) -> str:
     """dog2 is a dog, robot_toy a robot toy."""
-    words = re.sub(r"[_\-\s]+", " ", name).strip()
+    words = re.sub(r"[_\-\s]+", " ", name).strip() or name
     return re.sub(r"\s*\d+$", "", words) or words
 
 
@@ -101,7 +107,8 @@ def _read_classes(root: Path, file: Path | None, subjects: set[str]) -> dict[str
     for key, item in value.items():
         name = str(key)
         if name not in subjects:
-            faults.append(f"{name}: is no folder with photos in {root}; known are {', '.join(sorted(subjects))}")
+            quoted = "" if isinstance(key, str) else " (write it in quotes where that is its name)"
+            faults.append(f"{name}: is no folder with photos in {root}{quoted}; known are {', '.join(sorted(subjects))}")
             continue
         given = item if isinstance(item, dict) else {"class_name": item}
         fault = _fault(given)
@@ -124,12 +131,21 @@ def _fault(given: dict[Any, Any]) -> str | None:
     return faults[0] if faults else None
 
 
-def _check_photos(files: list[Path], setting: str) -> None:
-    """Decodes every photo: a damaged one would show after hours."""
+def check_photos(files: Sequence[Path], setting: str) -> None:
+    """Decodes every photo: a damaged one, or one that shows too little, would turn up after hours.
+
+    Raises:
+        ValueError: those that cannot be used, all at once.
+    """
 
     def fault(file: Path) -> str | None:
         try:
             width, height = attempt(read_size, file)
+            if min(width, height) < SMALLEST or max(width, height) > WIDEST * min(width, height):
+                return (
+                    f"{file} is {width}x{height} pixels; expected at least {SMALLEST} a side, and no side more than {WIDEST} "
+                    "times the other"
+                )
             with ROOM.hold(width * height):
                 attempt(read_image, file)
         except ImageError as error:
@@ -140,4 +156,4 @@ def _check_photos(files: list[Path], setting: str) -> None:
         checked = tqdm(pool.map(fault, files), total=len(files), desc="checking photos", unit="photo", leave=False)
         faults = [text for text in checked if text is not None]
     if faults:
-        raise ValueError(f"{setting}: photos cannot be read; mend or remove them:\n  " + "\n  ".join(faults))
+        raise ValueError(f"{setting}: photos cannot be used; mend or remove them:\n  " + "\n  ".join(faults))

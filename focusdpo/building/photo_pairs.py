@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -46,17 +45,20 @@ def stocks(config: ComposeConfig, subjects: Sequence[SubjectPhotos], kept: Mappi
     """
     parts: dict[str, dict[str, list[CutOut]]] = {split: {} for split in SPLITS}
     for name, cut_outs in kept.items():
-        rng = np.random.default_rng([config.seed, *name.encode()])
-        for split, numbers in zip(SPLITS, split_photos(len(cut_outs), config.held_out, rng), strict=True):
+        halves = split_photos([f"{name}/{one.file.name}" for one in cut_outs], config.held_out, config.seed)
+        for split, numbers in zip(SPLITS, halves, strict=True):
             parts[split][name] = [cut_outs[i] for i in numbers]
     named = {subject.name: subject for subject in subjects}
-    own = None
-    if config.backgrounds is not None:
-        own = [Image.fromarray(read_photo(file, 2 * config.resolution)) for file in photos_in(Path(config.backgrounds))]
+    own = _own_backgrounds(config)
     made = {}
     for split, members in parts.items():
         described = {name: [_described(one) for one in ones] for name, ones in members.items()}
-        free = own or [part for ones in members.values() for one in ones if (part := free_part(one)) is not None]
+        free = own[split] or [
+            (part, f"{one.name}/{one.file.name}")
+            for ones in members.values()
+            for one in ones
+            if (part := free_part(one)) is not None
+        ]
         made[split] = Stock(named, described, free)
     few = sorted(set(kept) - set(made["train"].placeable))
     if few:
@@ -69,18 +71,26 @@ def stocks(config: ComposeConfig, subjects: Sequence[SubjectPhotos], kept: Mappi
             f"photos: no subject of {config.photos} has {LEAST_PHOTOS} cut-outs that can be used; {PAGE} shows why, and "
             "accepted.yaml can be changed; or segment with rembg"
         )
-    for split in SPLITS:
-        if made[split].placeable and not made[split].backgrounds:
-            raise ValueError(
-                f"backgrounds: no photo of the {split} split shows enough beside its subject; name a folder of photos without "
-                "subjects with --backgrounds"
-            )
+    if not made["train"].backgrounds:
+        raise ValueError(
+            "backgrounds: no photo shows enough beside its subject; name a folder of photos without subjects with --backgrounds"
+        )
     return made
 
 
 def _described(one: CutOut) -> tuple[CutOut, str, str]:
-    image, mask, _ = names_of(one)
+    image, mask, _ = names_of(one.name, one.file.name)
     return one, f"../{image}", f"../{mask}"
+
+
+def _own_backgrounds(config: ComposeConfig) -> dict[str, list[tuple[Image.Image, str]]]:
+    """Those of a folder that the settings name, of which each split has its own where there are enough; else none."""
+    if config.backgrounds is None:
+        return {split: [] for split in SPLITS}
+    files = photos_in(Path(config.backgrounds))
+    shown = [(Image.fromarray(read_photo(file, 2 * config.resolution)), f"backgrounds/{file.name}") for file in files]
+    train, held_out = split_photos([file.name for file in files], config.held_out, config.seed)
+    return {"train": [shown[i] for i in train], "held_out": [shown[i] for i in held_out or train]}
 
 
 def write_scenes(config: ComposeConfig, made: Mapping[str, Stock], out: OutputFolder) -> None:
@@ -88,9 +98,13 @@ def write_scenes(config: ComposeConfig, made: Mapping[str, Stock], out: OutputFo
     wanted = {"train": config.pairs, "held_out": config.held_out_pairs}
     for number, split in enumerate(SPLITS):
         folder = out.path / split
-        if not made[split].placeable or not wanted[split]:
-            if wanted[split]:
-                logger.warning("no held-out pairs: no subject has %d cut-outs beyond those that are trained on", LEAST_PHOTOS)
+        if not wanted[split] or not (made[split].placeable and made[split].backgrounds):
+            if wanted[split] and config.held_out:
+                logger.warning(
+                    "no held-out pairs: no subject has %d photos that are not trained on, one of them whole, or none of these "
+                    "shows enough beside its subject",
+                    LEAST_PHOTOS,
+                )
             continue
         if (folder / FILE_NAME).is_file():
             continue

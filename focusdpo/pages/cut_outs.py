@@ -17,16 +17,16 @@ from focusdpo.pages.html import TEMPLATES
 COMMAND = "data compose"
 
 
-def write_page(page: Path, cut_outs: Sequence[CutOut], accepted: Mapping[str, Mapping[str, bool]]) -> None:
+def write_page(page: Path, cut_outs: Sequence[CutOut], decided: Mapping[str, Mapping[str, bool]]) -> None:
     """Writes the page.
 
     Args:
         page: the HTML file, in the folder that the pictures lie in.
         cut_outs: all of them, those of a subject together.
-        accepted: what a person has decided, by subject and photo; elsewhere the verdict counts.
+        decided: what a person has decided, by subject and photo; elsewhere the verdict counts.
     """
     subjects = [
-        (name, ones[0].class_name, [_card(one, accepted.get(name, {}).get(one.file.name)) for one in ones])
+        (name, ones[0].class_name, [_card(one, decided.get(name, {}).get(one.file.name)) for one in ones])
         for name, found in groupby(cut_outs, key=lambda one: one.name)
         if (ones := list(found))
     ]
@@ -41,10 +41,9 @@ def _card(one: CutOut, decided: bool | None) -> dict[str, Any]:
     scores = ", ".join(f"{name} {value:.2f}" for name, value in one.scores.items())
     return {
         "photo": one.file.name,
-        "picture": quote(names_of(one)[2]),
-        "image": quote(names_of(one)[0]),
+        "picture": quote(names_of(one.name, one.file.name)[2]),
         "verdict": one.refused,
         "scores": scores,
-        "used": one.refused is None if decided is None else decided,
-        "decided": decided is not None and decided != (one.refused is None),
+        "used": bool(one.mask.any()) and (one.refused is None if decided is None else decided),
+        "decided": decided is not None,
     }

@@ -19,7 +19,7 @@ pytest.importorskip("efficientnet_lite_pytorch", reason="needs the extra build: 
 
 from focusdpo.building import composed_scenes
 from focusdpo.building.composed_scenes import free_part, prompt_of, split_photos
-from focusdpo.building.config import ComposeConfig
+from focusdpo.building.config import ComposeConfig, SegmentationConfig
 from focusdpo.building.cut_out_files import read_accepted
 from focusdpo.building.cutting import CutOut, Cutter
 from focusdpo.building.photo_folder import SubjectPhotos, read_photo_folder
@@ -102,8 +102,14 @@ def test_pairs_are_what_training_reads(composed):
 def test_the_splits_share_no_photo(composed):
     train, held_out = (photos_shown(scenes_of(composed, split)) for split in ("train", "held_out"))
     assert train and held_out and not train & held_out
-    donors = {photo.split("/")[0] for photo in train}
-    assert donors == set(SHOWN)
+    assert {photo.split("/")[0] for photo in train} == set(SHOWN)
+    for split, own, others in (("train", train, held_out), ("held_out", held_out, train)):
+        behind = {scene.meta["background_photo"] for scene in scenes_of(composed, split)}
+        pairs = load_pairs(Path(composed.output_dir) / split, progress=False)
+        notes = [note for pair in pairs for note in pair.meta["disruption"]]
+        donors = {note["donor_photo"] for note in notes if note["kind"] == "swap"}
+        assert behind and not behind & others and not donors & others
+        assert donors <= own or split == "held_out"
     for scene in scenes_of(composed):
         assert not set(scene.meta["photos"]) & set(scene.meta["reference_photos"]), "a reference is another photo"
 
@@ -188,6 +194,122 @@ def test_a_person_strikes_out(copied):
     assert file.read_text() == text and struck not in photos_shown(scenes_of(copied))
 
 
+def used_of(accepted):
+    return sum(flag for photos in accepted.values() for flag in photos.values())
+
+
+def test_what_nobody_changed_follows_the_verdicts(copied):
+    """Other thresholds give other verdicts: a list that is as it was written is written anew, one that was changed is kept."""
+    file = Path(copied.output_dir) / "accepted.yaml"
+    before = yaml.safe_load(file.read_text())
+    strict = dataclasses.replace(copied, overwrite=True, masks_only=True)
+    strict.cut_outs = dataclasses.replace(copied.cut_outs, min_agreement=0.99)
+    prepare(strict)()
+    after = yaml.safe_load(file.read_text())
+    assert sum(map(sum, (each.values() for each in after.values()))) < sum(
+        map(sum, (each.values() for each in before.values()))
+    )
+    assert "decided by a person" not in (Path(copied.output_dir) / "masks.html").read_text()
+    refused = next((name, photo) for name, each in after.items() for photo, flag in each.items() if not flag)
+    after[refused[0]][refused[1]] = True
+    file.write_text(text := "# mine\n" + yaml.safe_dump(after))
+    prepare(dataclasses.replace(copied, overwrite=True, masks_only=True))()
+    page = (Path(copied.output_dir) / "masks.html").read_text()
+    assert file.read_text() == text and page.count("decided by a person") == 1, "the rest follows the new verdicts"
+    used = int(re.search(r"(\d+) of 20 cut-outs are used", page)[1])
+    assert used == used_of(before)
+
+
+def test_pairs_of_a_part_that_has_no_scenes_any_more_go(copied):
+    """All photos are trained on then, those that the old held-out pairs show as well."""
+    file, root = Path(copied.output_dir) / "accepted.yaml", Path(copied.output_dir)
+    accepted = yaml.safe_load(file.read_text())
+    for photos in accepted.values():
+        for photo in list(photos)[3:]:
+            photos[photo] = False
+    file.write_text(yaml.safe_dump(accepted))
+    mine = root / "held_out" / "mine.txt"
+    mine.write_text("mine")
+    prepare(copied)()
+    assert [path.name for path in (root / "held_out").iterdir()] == ["mine.txt"]
+    assert load_pairs(root / "train", progress=False)
+
+
+def test_an_edited_pairs_file_is_not_deleted(copied):
+    file, root = Path(copied.output_dir) / "accepted.yaml", Path(copied.output_dir)
+    accepted = yaml.safe_load(file.read_text())
+    for photos in accepted.values():
+        photos.update(dict.fromkeys(list(photos)[3:], False))
+    file.write_text(yaml.safe_dump(accepted))
+    pairs = root / "held_out" / "pairs.jsonl"
+    pairs.write_text(text := pairs.read_text() + "\n")
+    with pytest.raises(FileExistsError, match=r"held_out holds pairs.jsonl, which this command did not write"):
+        prepare(copied)()
+    assert pairs.read_text() == text
+
+
+def test_masks_first_and_then_pairs_of_any_settings(photos, tmp_path):
+    config = ComposeConfig(str(photos), str(tmp_path / "pairs"), resolution=128, masks_only=True)
+    prepare(config)()
+    cut = {path: content for path, content in tree(config.output_dir).items() if path.parts[0] == "cutouts"}
+    prepare(dataclasses.replace(config, masks_only=False, pairs=3, held_out_pairs=0, seed=4, subjects=[2]))()
+    assert len(scenes_of(config)) == 3
+    assert {path: tree(config.output_dir)[path] for path in cut} == cut
+    with pytest.raises(ValueError, match="pairs: the run has 3, got 4"):
+        prepare(dataclasses.replace(config, pairs=4, held_out_pairs=0, seed=4, subjects=[2]))
+
+
+def test_names_that_yaml_and_html_would_mangle(photos, tmp_path):
+    root = tmp_path / "photos"
+    (root / "😀 <b>").mkdir(parents=True)
+    for number, name in enumerate(["yes", "1", 'a"b: #c', "é😀"]):
+        shutil.copy(photos / "motorcycle" / f"{number:02d}.png", root / "😀 <b>" / f"{name}.png")
+    config = ComposeConfig(str(root), str(tmp_path / "pairs"), resolution=128, pairs=2, held_out_pairs=0, subjects=[1])
+    prepare(config)()
+    before = tree(config.output_dir)
+    prepare(config)()
+    assert tree(config.output_dir) == before
+    assert set(yaml.safe_load((tmp_path / "pairs" / "accepted.yaml").read_text())["😀 <b>"]) == {
+        path.name for path in (root / "😀 <b>").iterdir()
+    }
+    assert "<b>" not in (tmp_path / "pairs" / "masks.html").read_text().split("<main>")[1]
+
+
+@pytest.mark.parametrize("change", ["small", "wide", "copy"])
+def test_photos_that_cannot_be_used_are_named(photos, tmp_path, change):
+    root = shutil.copytree(photos, tmp_path / "photos")
+    size = {"small": (10, 40), "wide": (900, 100), "copy": None}[change]
+    config = ComposeConfig(str(root), str(tmp_path / "pairs"), resolution=128, masks_only=True)
+    if size is None:
+        shutil.copy(root / "cup" / "00.png", root / "motorcycle" / "09.png")
+        prepare(config)()
+        rows = (tmp_path / "pairs" / "accepted.yaml").read_text()
+        assert '"09.png": false' in rows
+        return
+    Image.new("RGB", size).save(root / "cup" / "00.png")
+    with pytest.raises(ValueError, match=rf"cup/00.png is {size[0]}x{size[1]} pixels; expected at least 64 a side"):
+        prepare(config)
+
+
+def test_backgrounds_of_ones_own(photos, tmp_path):
+    """Each part has its own; what is damaged is named before anything is cut out."""
+    folder = tmp_path / "places"
+    folder.mkdir()
+    for number in range(5):
+        Image.new("RGB", (200, 150), (40 * number, 90, 200)).save(folder / f"{number}.png")
+    config = ComposeConfig(
+        str(photos), str(tmp_path / "pairs"), resolution=128, pairs=4, held_out_pairs=3, backgrounds=str(folder)
+    )
+    prepare(config)()
+    behind = [{scene.meta["background_photo"] for scene in scenes_of(config, split)} for split in ("train", "held_out")]
+    assert all(behind) and not behind[0] & behind[1] and all(name.startswith("backgrounds/") for name in behind[0])
+    (folder / "9.png").write_bytes(b"no")
+    with pytest.raises(ValueError, match=r"backgrounds: photos cannot be used.*\n  .*9.png cannot be read"):
+        prepare(dataclasses.replace(config, output_dir=str(tmp_path / "other")))
+    with pytest.raises(ValueError, match=r"backgrounds: .* is one of the folders in .*, and would be a subject"):
+        prepare(dataclasses.replace(config, output_dir=str(tmp_path / "other"), backgrounds=str(photos / "cup")))
+
+
 def test_the_masks_alone(photos, tmp_path):
     config = ComposeConfig(str(photos), str(tmp_path / "pairs"), resolution=128, masks_only=True)
     prepare(config)()
@@ -233,7 +355,7 @@ def loose(root):
 BROKEN = {
     "no folder": (shutil.rmtree, "photos: no such folder"),
     "photos beside each other": (loose, "its photos stand beside each other; give each subject a folder of its own"),
-    "damaged": (damage, r"photos: photos cannot be read; mend or remove them:\n  .*cup/03.png cannot be read as an image"),
+    "damaged": (damage, r"photos: photos cannot be used; mend or remove them:\n  .*cup/03.png cannot be read as an image"),
     "unknown subject": (
         lambda root: (root / "classes.yaml").write_text("rex: dog"),
         r"classes.yaml:\n  rex: is no folder with photos in .*; known are astronaut2, blue_cup, cup, motorcycle",
@@ -267,7 +389,7 @@ def test_too_few_photos_are_an_error_that_says_what_to_do(photos, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("rex: {00.png: true}", "rex: is no subject; known are cup"),
+        ("rex: {00.png: true}", "rex: is no subject; take it out, or write it in quotes; known are cup"),
         ("cup: {09.png: true}", "cup: 09.png: is no photo of it"),
         ("cup: {00.png: 3}", "cup: 00.png: expected true or false, got 3"),
         ("cup: true", "cup: expected its photos, got True"),
@@ -288,6 +410,7 @@ def test_lists_of_a_person_are_checked(tmp_path, text, message):
         ({"subjects": [5]}, r"subjects: got \[5\]; expected some of 1, 2, 3, 4"),
         ({"held_out": 1.0}, "held_out: got 1.0"),
         ({"workers": 0}, "workers: got 0"),
+        ({"segmentation": SegmentationConfig("sam", "a/b")}, "segmentation.detector: got None; expected a detector for sam"),
     ],
 )
 def test_settings_are_refused_by_name(settings, message):
@@ -322,7 +445,11 @@ def test_two_of_a_class_are_told_apart():
     ("count", "held_out", "sizes"), [(8, 0.25, (6, 2)), (4, 0.25, (2, 2)), (3, 0.25, (3, 0)), (9, 0.0, (9, 0))]
 )
 def test_both_parts_have_two_photos_of_a_subject_or_one_has_none(count, held_out, sizes):
-    train, kept = split_photos(count, held_out, np.random.default_rng(0))
+    names = [f"{number}.jpg" for number in range(count)]
+    train, kept = split_photos(names, held_out, 0)
+    if sizes[1] and count > 4:  # without one that is trained on all others keep their part
+        again = split_photos([name for i, name in enumerate(names) if i != train[0]], held_out, 0)[1]
+        assert [i - (i > train[0]) for i in kept] == again
     assert (len(train), len(kept)) == sizes and sorted(train + kept) == list(range(count))
 
 
@@ -355,7 +482,7 @@ def test_the_page_of_masks_saves_what_is_ticked(copied, tmp_path):
     before = yaml.safe_load((Path(copied.output_dir) / "accepted.yaml").read_text())
     seen, _ = in_browser(Path(copied.output_dir), tmp_path / "profile", script, page="masks.html")
     assert "error" not in seen and not seen["wide"] and seen["images"] == 20, seen
-    used = sum(flag for photos in before.values() for flag in photos.values())
+    used = used_of(before)
     assert seen["before"] == f"{used} of 20 cut-outs are used" and before["cup"]["01.png"]
     assert seen["after"] == f"{used - 1} of 20 cut-outs are used"
     before["cup"]["01.png"] = False

@@ -14,7 +14,7 @@ pytest.importorskip("efficientnet_lite_pytorch", reason="needs the extra build: 
 
 from focusdpo.building.blending import grow
 from focusdpo.building.config import CutOutsConfig
-from focusdpo.building.cutting import Cutter, cutter_without_models, without_bars
+from focusdpo.building.cutting import Cutter, default_cutter, without_bars
 from focusdpo.building.encoder import EfficientNetLite0, on_gray, shares
 from focusdpo.building.segmentation import Segmentation
 from tests.photo_folder import KNOWN, write_photos
@@ -32,7 +32,7 @@ def astronauts(tmp_path_factory):
     """Photos of one subject, and their cut-outs, which are good: by eye, and by what `missing` and `purity` say."""
     root = write_photos(tmp_path_factory.mktemp("cutting") / "photos", {"astronaut": KNOWN["astronaut"]}, COUNT, 192)
     files = sorted((root / "astronaut").iterdir())
-    return files, cutter_without_models().cut("astronaut", "astronaut", files)
+    return files, default_cutter().cut("astronaut", "astronaut", files)
 
 
 class Told(Segmentation):
@@ -93,7 +93,7 @@ def test_a_spoilt_mask_is_refused_and_the_others_pass(astronauts, encoder, spoil
 def test_a_photo_of_something_else_is_refused(astronauts, tmp_path):
     files, _ = astronauts
     other = write_photos(tmp_path / "other", {"coin": KNOWN["coin 1"]}, 1, 192) / "coin" / "00.png"
-    found = cutter_without_models().cut("astronaut", "astronaut", [*files, other])
+    found = default_cutter().cut("astronaut", "astronaut", [*files, other])
     assert found[-1].refused is not None
     assert [one.refused for one in found[:-1]] == [None] * COUNT
 
@@ -103,7 +103,7 @@ def test_one_photo_twice_is_refused_once(astronauts, tmp_path, mirrored):
     files, _ = astronauts
     image = Image.open(files[2])
     (ImageOps.mirror(image) if mirrored else image.resize((150, 150))).save(tmp_path / "again.jpg")
-    found = cutter_without_models().cut("astronaut", "astronaut", [*files, tmp_path / "again.jpg"])
+    found = default_cutter().cut("astronaut", "astronaut", [*files, tmp_path / "again.jpg"])
     assert found[-1].refused == f"is 02.png{' mirrored' if mirrored else ''} once more"
 
 

@@ -315,7 +315,7 @@ def report_is_whole(folder: Path) -> None:
 TRAIN = ["train", "--config", "train.yaml"]
 SHARD = ["data", "shard", "pairs", "out"]
 IMPORT = ["data", "import", "pairs/uno.json", "out", "--losers", "losers"]
-BUILD = ["data", "build", "--scenes", "scenes", "--output_dir", "out", "--resolution", "96", "--pairs", "6"]
+BUILD = ["data", "build", "--scenes", "scenes", "--output_dir", "out", "--resolution", "96"]
 SHOW = ["data", "show", "pairs", "--out", "out/page.html", "--size", "64", "--overwrite", "true"]
 VALIDATE = ["data", "validate", "pairs", "--json", "out/checked.json"]
 DREAMBENCH = ["data", "dreambench", "--root", "photos", "--output_dir", "out", "--resolution", "96", "--pairs", "6"]

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from focusdpo.building.dreambench import read_classes
 from focusdpo.building.photo_folder import read_photo_folder
 from focusdpo.building.photos import Subject, subjects
-from focusdpo.foundation.packages import require_package
+from focusdpo.foundation.packages import require_build
 from focusdpo.foundation.settings import require
 
 HUES = (0.33, 0.66)  # of the two other instances that each subject gives
@@ -44,7 +44,7 @@ def check_source(dreambench: str | None) -> None:
         ModuleNotFoundError: OpenCV, which cuts the subjects out, is not installed.
     """
     if dreambench is not None:
-        require_package("cv2", "DreamBench in the microcosm", "build")
+        require_build("DreamBench in the microcosm")
         known = read_photo_folder(Path(dreambench), read_classes(Path(dreambench), "dreambench"), "dreambench")
         _check_classes(dreambench, [subject.class_name for subject in known if len(subject.files) >= 2])
 
@@ -79,9 +79,9 @@ def _fitted(image: Image.Image, longest: int) -> Image.Image:
 
 def _dreambench(root: Path, longest: int) -> list[Identity]:
     """Subjects with at least two photographs that can be cut out; of four or more, two are held out, of fewer one."""
-    from focusdpo.building.cutting import cutter_without_models
+    from focusdpo.building.cutting import default_cutter
 
-    cutter, found = cutter_without_models(), []
+    cutter, found = default_cutter(), []
     known = read_photo_folder(root, read_classes(root), "dreambench")
     for subject in tqdm(known, desc="cutting subjects out", unit="subject", leave=False):
         cut_outs = cutter.cut(subject.name, subject.class_name, subject.files)

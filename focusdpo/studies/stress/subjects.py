@@ -17,7 +17,7 @@ from focusdpo.building.photo_folder import read_photo_folder
 from focusdpo.data.images import PATCH_SIZE
 from focusdpo.data.writing import image_of
 from focusdpo.foundation.files import checksum, hash_of
-from focusdpo.foundation.packages import require_package
+from focusdpo.foundation.packages import require_build, require_package
 from focusdpo.studies.config import Kind, StressConfig
 
 COINS = [f"coin {i}" for i in range(7)]
@@ -102,9 +102,9 @@ def _photographed(config: StressConfig) -> SubjectSource:
 
 def _dreambench(root: Path) -> SubjectSource:
     """DreamBench's dogs, cut out and judged; a subject's reference is another photo of it, as it was taken."""
-    require_package("cv2", "dreambench", "build")
+    require_build("the stress test with --dreambench")
     from focusdpo.building.composed_scenes import free_part
-    from focusdpo.building.cutting import CutOut, cutter_without_models
+    from focusdpo.building.cutting import CutOut, default_cutter
 
     classes = read_classes(root, "dreambench")
     shown = {name for pairs in DREAMBENCH.values() for pair in pairs for name in pair}
@@ -113,9 +113,11 @@ def _dreambench(root: Path) -> SubjectSource:
     if absent:
         raise FileNotFoundError(f"dreambench: {root} lacks {', '.join(absent)}; complete it, or leave dreambench out")
 
+    cutter = default_cutter()
+
     @cache
     def cut_outs(name: str) -> list[CutOut]:
-        found = cutter_without_models().cut(name, classes[name], known[name].files)
+        found = cutter.cut(name, classes[name], known[name].files)
         kept = [one for one in found if one.refused is None]
         if len(kept) < 2:
             raise ValueError(f"dreambench: {root / name}: expected two photos that can be cut out, got {len(kept)}")
