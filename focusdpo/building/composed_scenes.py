@@ -15,7 +15,6 @@ from PIL import Image, ImageEnhance
 from focusdpo.building.blending import grow, light_gain
 from focusdpo.building.candidate import Mask
 from focusdpo.building.composing import Box, at_bottom, compose, draw_background
-from focusdpo.building.config import SMALLEST
 from focusdpo.building.cutting import CutOut
 from focusdpo.building.disruption import cut_edges
 from focusdpo.building.photo_folder import SubjectPhotos
@@ -26,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 SCENES = "scenes"  # a folder of the composed scenes
 LEAST_FREE = 0.3  # side of a background, as a share of its photo's shorter side
+LEAST_PIXELS = 32  # of that side
 LEAST_PHOTOS = 2  # of a subject: one that the scene shows, and one as its reference
 PLACES = {
     2: ("on the left", "on the right"),
@@ -92,7 +92,7 @@ def free_part(cut_out: CutOut) -> Image.Image | None:
             if not taken[row, column]:
                 sides[row, column] = 1 + min(sides[row - 1, column], sides[row, column - 1], sides[row - 1, column - 1])
     side = int(sides.max())
-    if side * step < max(LEAST_FREE * min(height, width), SMALLEST):
+    if side * step < max(LEAST_FREE * min(height, width), LEAST_PIXELS):
         return None
     last = np.unravel_index(int(sides.argmax()), sides.shape)
     bottom, right = (int(cell + 1) * step for cell in last)

@@ -29,7 +29,7 @@ CLASSES = [f"class{index % 15}" for index in range(30)]  # two subjects of each 
 def root(tmp_path):
     """A folder in DreamBench's and UNO's format: 30 subjects of two photos, 25 prompts for each, and for 30 pairs."""
     root = tmp_path / "dreambench"
-    write_photos(root, {f"subject{index}": KNOWN[NAMES[index % len(NAMES)]] for index in range(30)}, 2, 96)
+    write_photos(root, {f"subject{index}": KNOWN[NAMES[index % len(NAMES)]] for index in range(30)}, 2, 192)
     table = "\n".join(f"subject{index},{name}" for index, name in enumerate(CLASSES))
     (root / "prompts_and_classes.txt").write_text(
         f"Classes\n\nsubject_name,class\n{table}\n\nPrompts\n'a {{0}} on {{1}}, wet'\n"

@@ -269,7 +269,7 @@ def make_photos(folder: Path) -> None:
     from tests.photo_folder import KNOWN, write_photos
 
     shown = {f"subject{index}": KNOWN["espresso cup"].recoloured(index / 3) for index in range(3)}
-    root = write_photos(folder / "photos", shown, 2, 96)
+    root = write_photos(folder / "photos", shown, 2, 192)
     (root / "prompts_and_classes.txt").write_text("subject_name,class\n" + "".join(f"subject{i},class0\n" for i in range(3)))
     for name, groups in (("single", [[0], [1], [2]]), ("multi", [[0, 1], [1, 2]])):
         items = [{"prompt": "it", "image_paths": [f"subject{subject}/01.jpg" for subject in group]} for group in groups]
