@@ -193,7 +193,7 @@ def test_refused_by_name(tmp_path, monkeypatch):
     for name, class_name in (("dog1", "dog"), ("dog2", "dog"), ("cup", "cup")):
         (tmp_path / "one" / name).mkdir(parents=True)
         for number in range(1 if class_name == "cup" else 2):
-            Image.new("RGB", (8, 8)).save(tmp_path / "one" / name / f"0{number}.jpg")
+            Image.new("RGB", (80, 80)).save(tmp_path / "one" / name / f"0{number}.jpg")
     rows = "subject_name,class\ndog1,dog\ndog2,dog\ncup,cup\n\nPrompts\n"
     (tmp_path / "one" / "prompts_and_classes.txt").write_text(f"Classes\n{rows}")
     with pytest.raises(ValueError, match="dreambench: got .* expected subjects of two classes at least, with two photographs"):
