@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from focusdpo.building.blending import box_of
 from focusdpo.building.candidate import Mask, Pixels
 from focusdpo.building.config import EncoderConfig
 
@@ -114,8 +115,7 @@ def on_gray(pixels: Pixels, mask: Mask) -> Pixels:
     """What a mask marks, in the middle of a gray square; the whole picture where it marks nothing."""
     if not mask.any():
         return pixels
-    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
-    box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    box = box_of(mask)
     part = np.where(mask[box][..., None], pixels[box], GRAY).astype(np.uint8)
     side = max(part.shape[:2])
     top, left = (side - part.shape[0]) // 2, (side - part.shape[1]) // 2

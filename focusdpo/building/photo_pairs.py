@@ -16,12 +16,12 @@ from focusdpo.building.cut_out_files import CUT_OUTS, names_of
 from focusdpo.building.cutting import CutOut, read_photo
 from focusdpo.building.photo_folder import SubjectPhotos, photos_in
 from focusdpo.building.scenes import FILE_NAME
+from focusdpo.data.splitting import SPLITS
 from focusdpo.data.writing import write_lines
 from focusdpo.foundation.output_folder import OutputFolder, under
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("train", "held_out")
 SETTINGS = "compose.json"  # what the work was begun with
 PAGE = "masks.html"
 # What it writes, see `focusdpo.foundation.output_folder`; accepted.yaml is a person's.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,10 +90,14 @@ def content_of(scenes: Path) -> str:
 
 
 def _check_same(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    differing = differences("build", saved, now)
+    refuse_others(folder, "a build with", differences("build", saved, now))
+
+
+def refuse_others(folder: Path, what: str, differing: Sequence[str], stays: str = "") -> None:
+    """ValueError where settings differ from those that `what` in the folder was begun with; `stays` is not overwritten."""
     if differing:
         lines = "\n  ".join(differing)
         raise ValueError(
-            f"output_dir: {folder} holds a build with other settings:\n  {lines}\n"
-            "use its settings to go on, delete it with --overwrite true, or name another folder"
+            f"output_dir: {folder} holds {what} other settings:\n  {lines}\n"
+            f"use its settings to go on, delete it with --overwrite true{stays}, or name another folder"
         )

@@ -24,9 +24,10 @@ from focusdpo.building.cutting import CutOut, Cutter
 from focusdpo.building.encoder import load_encoder
 from focusdpo.building.engines import segmentation_of
 from focusdpo.building.photo_folder import SubjectPhotos, check_photos, photos_in, read_photo_folder
-from focusdpo.building.photo_pairs import PAGE, SETTINGS, SPLITS, WRITTEN, stocks, write_scenes
+from focusdpo.building.photo_pairs import PAGE, SETTINGS, WRITTEN, stocks, write_scenes
 from focusdpo.building.scenes import FILE_NAME as SCENES_FILE
 from focusdpo.commands import data_build
+from focusdpo.data.splitting import SPLITS
 from focusdpo.foundation.files import checksum, hash_of, read_object
 from focusdpo.foundation.output_folder import OutputFolder
 from focusdpo.foundation.settings import differences, flat
@@ -163,10 +164,6 @@ def _settings(config: ComposeConfig, subjects: Sequence[SubjectPhotos]) -> dict[
 def _check_same(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
     if not any((folder / split).is_dir() for split in SPLITS):  # the masks alone are there, which the rest does not change
         saved, now = ({name: value for name, value in one.items() if name.startswith(OF_MASKS)} for one in (saved, now))
-    differing = differences("run", saved, now)
-    if differing:
-        lines = "\n  ".join(differing)
-        raise ValueError(
-            f"output_dir: {folder} holds pairs of other settings:\n  {lines}\n"
-            "use its settings to go on, delete it with --overwrite true (accepted.yaml stays), or name another folder"
-        )
+    data_build.refuse_others(
+        folder, "pairs of", differences("run", saved, now), " (what a person changed in accepted.yaml stays)"
+    )

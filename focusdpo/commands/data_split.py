@@ -8,14 +8,13 @@ from pathlib import Path
 
 from focusdpo.commands.config import SplitConfig
 from focusdpo.data.records import FILE_NAME
-from focusdpo.data.splitting import line_in, split
+from focusdpo.data.splitting import SPLITS, line_in, split
 from focusdpo.data.validation import load_pairs
 from focusdpo.data.writing import write_lines
 from focusdpo.foundation.output_folder import OutputFolder
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("train", "held_out")
 WRITTEN = (rf"({'|'.join(SPLITS)})/pairs\.jsonl",)  # what it writes, see `focusdpo.foundation.output_folder`
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from focusdpo.data.records import PairRecord
 from focusdpo.foundation.files import ReadableFile, checksum
 
+SPLITS = ("train", "held_out")  # folders of the two parts
 COMPOSED_OF = ("photos", "reference_photos", "background_photo")  # in the meta of pairs that were composed of photos
 
 

@@ -13,24 +13,13 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 
 from focusdpo.data.images import to_pil
 from focusdpo.models import BACKBONES, TokenLayout
-from focusdpo.models.tiny_flux import write_tiny_flux
 from tests.backbones import photos, prompt_images
-from tests.tiny_flux2 import write_tiny_flux2
-from tests.tiny_qwen import write_tiny_qwen
+from tests.sampling.studies import BACKBONE, TEXT, WRITE
 
 PROMPT = "a cat and a cup"
-TEXT = 300  # tokens; FLUX.2's and Qwen's tiny tokenizers need one for each letter of their templates
 STEPS = 3
 GRID = (4, 6)
 SIZES = [(64, 96), (96, 64)]  # (height, width) of references, of the area that Qwen's pipeline is told below
-WRITE = {
-    "flux": write_tiny_flux,
-    "kontext": lambda folder: write_tiny_flux(folder, kontext=True),
-    "klein": write_tiny_flux2,
-    "dev": lambda folder: write_tiny_flux2(folder, klein=False),
-    "qwen": write_tiny_qwen,
-}
-BACKBONE = {"klein": "flux2", "dev": "flux2", "qwen": "qwen-edit-plus"}
 
 
 @pytest.fixture
