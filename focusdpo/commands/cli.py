@@ -14,12 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
-from tqdm.contrib.logging import logging_redirect_tqdm
-
 from focusdpo.commands.parser import QUIET, command_of, error_message, parse_config
 from focusdpo.commands.registry import COMMANDS
 from focusdpo.foundation.launch import ElsewhereError, Launch, is_follower, is_launched, lost_connection, tell_launcher
-from focusdpo.foundation.progress_bars import hide_progress_bars
+from focusdpo.foundation.progress_bars import progress_bars
 from focusdpo.foundation.text import MessageFormatter
 
 # What failures of the machine say that have no class of their own, as others' code reads and writes: torch, safetensors.
@@ -70,10 +68,10 @@ def main(argv: list[str] | None = None) -> None:
             launch = _join(name)
             with _one_refusal(launch):
                 name, config = parse_config(words)
-            _log_to_terminal(QUIET in words)
-            work = COMMANDS[name].prepare(config)
-            with logging_redirect_tqdm():  # a warning does not tear the progress bar
-                work()
+            quiet = QUIET in words
+            _log_to_terminal(quiet)
+            with progress_bars(hidden=quiet or not launch.is_main):
+                COMMANDS[name].prepare(config)()
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt:
@@ -96,7 +94,6 @@ def _join(name: str) -> Launch:
     if name in COMMANDS and COMMANDS[name].in_launch:
         launch = Launch.join()
         if not launch.is_main:  # the others say the same, and what one alone has to say it raises
-            os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
             logging.disable(logging.WARNING)
             warnings.simplefilter("ignore")
         return launch
@@ -143,13 +140,11 @@ def _is_the_reason(launch: Launch, error: Exception, text: str) -> bool:
     return "TORCHELASTIC_ERROR_FILE" not in os.environ
 
 
-def _log_to_terminal(quiet: bool = False) -> None:
+def _log_to_terminal(quiet: bool) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(MessageFormatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("focusdpo").setLevel(logging.WARNING if quiet else logging.INFO)
-    if quiet:
-        hide_progress_bars()
 
 
 def _reader_is_gone() -> bool:

@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from focusdpo.foundation.garbage_collection import collector_paused
+from focusdpo.foundation.progress_bars import libraries_silenced
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def _imported(name: str) -> Any:
     """
     module, _, attribute = name.partition(":")
     is_first = module not in sys.modules
-    with collector_paused(is_first):
+    with collector_paused(is_first), libraries_silenced():
         found = getattr(import_module(module), attribute)
     if is_first:
         gc.freeze()

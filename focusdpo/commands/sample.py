@@ -8,9 +8,6 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-import diffusers
-import transformers
-
 from focusdpo.foundation.launch import Launch
 from focusdpo.foundation.output_folder import OutputFolder
 from focusdpo.foundation.settings import check_begun
@@ -36,9 +33,6 @@ def prepare(config: SampleConfig) -> Callable[[], None]:
         ElsewhereError: another process of the launch failed.
     """
     launch = Launch.join()
-    if not launch.is_main:
-        diffusers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.disable_progress_bar()
     folder = Path(config.output_dir)
     out = OutputFolder("output_dir", folder, "sample", WRITTEN, leads=launch.is_main)
     with launch.failing():

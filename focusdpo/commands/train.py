@@ -5,9 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-import diffusers
-import transformers
-
 from focusdpo.foundation.launch import Launch
 from focusdpo.training.config import TrainConfig
 from focusdpo.training.run_folder import finished_at
@@ -19,9 +16,6 @@ logger = logging.getLogger(__name__)
 def prepare(config: TrainConfig) -> Callable[[], None]:
     """Looks at the run's folder, loads model and pairs unless it has finished, and returns the training."""
     launch = Launch.join()
-    if not launch.is_main:
-        diffusers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.disable_progress_bar()
     finished = launch.from_main("the run is looked at", lambda: finished_at(config))
     if finished is not None:
         launch.wait("the run is looked at")  # the first process may take the store along

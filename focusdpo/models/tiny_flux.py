@@ -13,6 +13,8 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxPipeline, FluxTransformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
+from focusdpo.foundation.progress_bars import libraries_silenced
+
 TRANSFORMER: dict[str, Any] = {
     "patch_size": 1,
     "in_channels": 16,
@@ -35,7 +37,9 @@ def write_tiny_flux(folder: str | Path, *, seed: int = 0, layers: tuple[int, int
         layers: numbers of double and single blocks.
         kontext: write a FluxKontextPipeline instead of a FluxPipeline.
     """
-    build_flux(seed, transformer_config(layers), VAE, kontext=kontext).save_pretrained(folder)
+    pipeline = build_flux(seed, transformer_config(layers), VAE, kontext=kontext)
+    with libraries_silenced():  # saving imports DeepSpeed where it is installed
+        pipeline.save_pretrained(folder)
     return Path(folder)
 
 

@@ -229,6 +229,8 @@ def test_quiet_leaves_warnings_and_results():
         "import logging, sys\n"
         "from tqdm.auto import tqdm\n"
         "from focusdpo.commands import cli\n"
+        "from focusdpo.foundation import progress_bars\n"
+        "progress_bars.EVERY = 0.0\n"
         "def work():\n"
         "    list(tqdm(range(3), disable=False))\n"
         "    logging.getLogger('focusdpo.x').info('an info')\n"

@@ -68,7 +68,7 @@ def test_lines_of_our_own_keep_their_indentation():
 
 def test_log_records_cannot_be_forged(monkeypatch, capsys):
     monkeypatch.setattr(logging.root, "handlers", [])
-    cli._log_to_terminal()
+    cli._log_to_terminal(quiet=False)
     logger = logging.getLogger("focusdpo.anything")
     logger.warning("%d warnings:\n%s", 1, FORGED)
     logger.info(FORGED)

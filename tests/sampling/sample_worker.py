@@ -8,6 +8,9 @@ import sys
 from PIL import Image
 
 from focusdpo.commands.cli import main
+from focusdpo.foundation import progress_bars
+
+progress_bars.EVERY = 0.0  # every state of a bar is a line
 
 if os.environ.get("CASE") == "fails" and os.environ["RANK"] == "1":
 

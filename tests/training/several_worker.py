@@ -2,7 +2,7 @@
 
 CASE is "nan" (a pair of rank 1 has no finite loss), "hangs" (rank 1 does not come to its second step), "dies" (rank 1 is killed
 there), "slow" (every batch and evaluation takes long), "counts" (what each process decodes and hashes
-is noted, and rank 0 loads its encoders for longer than a collective waits), or nothing.
+is noted, every state of a bar is a line, and rank 0 loads its encoders for longer than a collective waits), or nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from focusdpo.commands.cli import main
 from focusdpo.data import validation
-from focusdpo.foundation import files
+from focusdpo.foundation import files, progress_bars
 from focusdpo.training import cache, prepared_run, step, trainer
 
 gc.freeze()  # as the commands do with what they import
@@ -77,5 +77,6 @@ elif case == "counts":
         return load_backbone(config, parts, *args, **kwargs)
 
     prepared_run.load_backbone = late
+    progress_bars.EVERY = 0.0
 
 main(["train", *sys.argv[1:]])

@@ -20,6 +20,7 @@ from torch import Tensor
 from focusdpo.data.records import FILE_NAME
 from focusdpo.foundation.files import write_json, write_whole, writing, writing_folder
 from focusdpo.foundation.output_folder import PIPELINE_WRITTEN
+from focusdpo.foundation.progress_bars import libraries_silenced
 from focusdpo.studies.config import MicrocosmConfig
 from focusdpo.studies.microcosm.autoencoder import psnr, restore, train_autoencoder
 from focusdpo.studies.microcosm.classifier import IdentityClassifier, classify, train_classifier
@@ -243,7 +244,7 @@ def _save_tensors(tensors: dict[str, Tensor], target: Path) -> None:
 
 def _save_folder(save: Callable[[Path], object], target: Path) -> None:
     """Writes a folder whole or not at all."""
-    with writing_folder(target) as partial:
+    with writing_folder(target) as partial, libraries_silenced():  # saving imports DeepSpeed where it is installed
         save(partial)
 
 
