@@ -132,8 +132,9 @@ def _is_the_reason(launch: Launch, error: Exception, text: str) -> bool:
         return True
     elsewhere: str | None = str(error)
     if not isinstance(error, ElsewhereError):
-        # Connections break before the word of who broke them is there.
-        elsewhere = launch.failure(3.0 if lost_connection(error) else 0.0)
+        # Connections break before the word of who broke them is there; of one that was killed only the launcher can tell, and
+        # it takes the first word that it hears for the cause.
+        elsewhere = launch.failure(10.0 if lost_connection(error) else 0.0)
         if elsewhere is None:
             return launch.fail(text)
     launch.pass_on(elsewhere or text)

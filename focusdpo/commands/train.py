@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 
 from focusdpo.foundation.launch import Launch
+from focusdpo.training import announcements
 from focusdpo.training.config import TrainConfig
 from focusdpo.training.run_folder import finished_at
 from focusdpo.training.trainer import Trainer
@@ -19,6 +20,5 @@ def prepare(config: TrainConfig) -> Callable[[], None]:
     finished = launch.from_main("the run is looked at", lambda: finished_at(config))
     if finished is not None:
         launch.wait("the run is looked at")  # the first process may take the store along
-        message = "%s has finished at step %d of max_steps=%d; a larger --max_steps goes on"
-        return lambda: logger.info(message, config.output_dir, finished, config.max_steps)
+        return lambda: logger.info("%s\n  a larger --max_steps goes on", announcements.finished(config, finished))
     return Trainer(config).train

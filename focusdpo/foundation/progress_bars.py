@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 HIDDEN = "TQDM_DISABLE"  # what tqdm itself reads, but only at its import and where a bar does not say whether it is shown
 EVERY = 60.0  # seconds between two lines of a bar that is not drawn
+UNKNOWN = 80  # columns of a terminal that does not know its size, as those of some services
 _make = tqdm.__init__
 
 
@@ -61,9 +62,8 @@ def progress_bars(hidden: bool = False) -> Iterator[None]:
     if hidden or before:
         hide_progress_bars()
     elif drawn:
-        # A terminal may not know its own size, as those of some services.
         known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
-        settings: dict[str, Any] = {"dynamic_ncols": True} if known else {"dynamic_ncols": False, "ncols": 80, "nrows": 24}
+        settings: dict[str, Any] = {"dynamic_ncols": True} if known else {"ncols": UNKNOWN, "nrows": 24}
         if os.environ.get("NO_COLOR"):
             settings["colour"] = None
         _make_all(**settings)
@@ -82,6 +82,11 @@ def progress_bars(hidden: bool = False) -> Iterator[None]:
 def is_terminal() -> bool:
     """Whether bars go where the cursor can be moved."""
     return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal that messages go to, 80 where it does not know; None where they go elsewhere."""
+    return (os.get_terminal_size(sys.stderr.fileno()).columns or UNKNOWN) if is_terminal() else None
 
 
 def _make_all(lines: bool = False, **settings: Any) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
+import textwrap
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 # Control characters; formats, such as those that turn the writing direction or have no width; halves of surrogate pairs; line
 # and paragraph separators.
@@ -39,6 +40,46 @@ def first_of(items: Sequence[object], limit: int = 5, separator: str = ", ") -> 
     left = len(items) - limit
     more = f"{separator if separator.isspace() else ' '}and {left} more" if left > 0 else ""
     return separator.join(map(str, items[:limit])) + more
+
+
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """How many there are: 1 pair, 2 pairs, 12,000 pairs; nouns that take no s have their plural given."""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def duration(seconds: float) -> str:
+    """A time in its two largest units: 40 s, 3 min 20 s, 2 h 5 min, 1 d 4 h."""
+    parts: list[str] = []
+    left = round(seconds)
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, left = divmod(left, length)
+        if count or parts:
+            parts.append(f"{count} {unit}" if count else "")
+    return " ".join(filter(None, parts[:2])) or "0 s"
+
+
+def size(count: int) -> str:
+    """Bytes as people read them."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 // 100 else f"{count / 2**20:.2f} MiB"
+
+
+def block(title: str, rows: Mapping[str, str], width: int | None) -> str:
+    """A title, and rows with a name each below it, as `message_lines` shows them.
+
+    Args:
+        title: the first line.
+        rows: texts, of several lines where they have newlines, by name.
+        width: columns of the terminal, in which texts are wrapped; None leaves lines as long as they are.
+    """
+    left = max(map(len, rows)) + 4
+    lines = [title]
+    for name, text in rows.items():
+        parts = text.split("\n")
+        if width is not None:
+            room = max(width - left, 20)
+            parts = [part for line in parts for part in textwrap.wrap(line, room, break_on_hyphens=False) or [""]]
+        lines += [f"  {label:<{left - 2}}{part}" for label, part in zip([name, *[""] * len(parts)], parts, strict=False)]
+    return "\n".join(lines)
 
 
 class MessageFormatter(logging.Formatter):

@@ -38,7 +38,6 @@ from focusdpo.training.signals import leave_to_parent
 
 logger = logging.getLogger(__name__)
 
-MAX_LAYOUTS = 8  # named in the log
 MAX_EXAMPLES = 3  # of pairs that are not held out, likewise
 MAX_COMPARED = 1000  # winners and losers whose contents are read for that, some seconds
 
@@ -261,35 +260,19 @@ class TrainingBatches:
         self._pairs_before = functools.lru_cache(maxsize=2)(self._count_before)
         with collector_paused():
             self._rounds = len(self._share(0))  # of every epoch
-        if accelerator.is_main_process:
-            self._log_layouts()
-
-    def _log_layouts(self) -> None:
-        """Says how well the pairs' sizes go into batches, and how many a step has."""
-        layouts, batches, full = self.plan.layouts, self.plan.epoch(0), self._config.data.batch_size
-        pairs = sum(layouts.values())
-        smaller = sum(len(batch) < full for batch in batches)
-        lines = [f"  {count} of {layout}" for layout, count in list(layouts.items())[:MAX_LAYOUTS]]
-        if len(layouts) > MAX_LAYOUTS:
-            rest = sum(list(layouts.values())[MAX_LAYOUTS:])
-            lines.append(f"  {rest} of {len(layouts) - MAX_LAYOUTS} other layouts")
-        summary = f"{pairs} pairs in {len(layouts)} layouts; an epoch has {len(batches)} batches"
-        logger.info("%s, %d of them smaller than data.batch_size=%d\n%s", summary, smaller, full, "\n".join(lines))
-        # Where that is not what the settings alone say: learning rates are meant for one number of pairs.
-        processes, accumulated = self._accelerator.num_processes, self._config.gradient_accumulation
-        if processes > 1:
-            logger.info(
-                "a step has up to %d pairs: %d processes, data.batch_size=%d, gradient_accumulation=%d",
-                processes * full * accumulated, processes, full, accumulated,
-            )  # fmt: skip
-        if pairs / len(batches) < 0.5 * full:
+        pairs, batches, full = len(dataset), len(self.plan.epoch(0)), config.data.batch_size
+        if accelerator.is_main_process and pairs / batches < 0.5 * full:
             logger.warning(
                 "data.batch_size is %d, but a batch holds %.1f pairs on average: only pairs of equal image sizes share one, "
                 "and the data has %d combinations of sizes; data.buckets and data.reference_buckets make them fewer",
                 full,
-                pairs / len(batches),
-                len(layouts),
+                pairs / batches,
+                len(self.plan.layouts),
             )
+
+    def epochs(self, steps: int) -> float:
+        """Epochs that so many optimiser steps are."""
+        return steps * self._config.gradient_accumulation / self._rounds
 
     def start(self, position: int) -> Generator[tuple[PairBatch, float]]:
         """Endless batches of this process from a position, each with the factor of its loss.

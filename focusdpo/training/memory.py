@@ -55,7 +55,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 from focusdpo.data import PairDataset
+from focusdpo.data.dataset import PairSizes
 from focusdpo.data.images import PATCH_SIZE
+from focusdpo.foundation.text import counted, size
 from focusdpo.models import BACKBONES, Backbone, PromptEmbeddings, TokenLayout
 from focusdpo.models.base import pipeline_folder
 from focusdpo.models.precision import BITS, DTYPES, quantized_layers
@@ -89,7 +91,7 @@ class Estimate:
 
     def __str__(self) -> str:
         parts = {**dataclasses.asdict(self), "total": self.total}
-        return "\n".join(f"  {name.replace('_', ' '):<18}{_size(value):>12}" for name, value in parts.items())
+        return "\n".join(f"  {name.replace('_', ' '):<18}{size(value):>12}" for name, value in parts.items())
 
 
 def estimate(
@@ -370,36 +372,54 @@ def advice(architecture: Architecture, config: TrainConfig, layout_of: Callable[
         changed = dataclasses.replace(config, **{section: changed}) if section else changed
         saved[f"{section}.{name}={str(value).lower()}".removeprefix(".")] = now.total - of(changed).total
     best = sorted((label for label in saved if saved[label] > 0), key=lambda label: -saved[label])[:MAX_ADVICE]
-    lines = "\n".join(f"  {label:<42}{_size(saved[label]):>12} less" for label in best)
+    lines = "\n".join(f"  {label:<42}{size(saved[label]):>12} less" for label in best)
     return f"The estimate of its memory:\n{now}\nWhat would save most, each by itself:\n{lines}"
 
 
 def batch_text(dataset: PairDataset, indices: list[int]) -> str:
     """A batch of a dataset's pairs in words."""
-    return f"{len(indices)} pair{'s' * (len(indices) > 1)} of {dataset.sizes[indices[0]]}"
+    return f"{counted(len(indices), 'pair')} of {dataset.sizes[indices[0]]}"
 
 
 def batch_advice(architecture: Architecture, config: TrainConfig, dataset: PairDataset, indices: list[int]) -> str:
     """`advice` for a batch of a dataset's pairs."""
 
     def layout_of(data: DataConfig) -> TokenLayout:
-        sizes = dataset_of([dataset.records[indices[0]]], data, config.model.backbone).sizes[0]
-        grids = [(height // PATCH_SIZE, width // PATCH_SIZE) for width, height in (sizes.target, *sizes.references)]
-        return TokenLayout(grids[0], tuple(grids[1:]))
+        return _layout(dataset_of([dataset.records[indices[0]]], data, config.model.backbone).sizes[0])
 
     return advice(architecture, config, layout_of, len(indices))
 
 
-def run_advice(config: TrainConfig, dataset: PairDataset, encoding: bool = False) -> str:
-    """What a run needs that has not come to its first step: for its largest batch, or to encode for `data.cache`."""
+def _layout(sizes: PairSizes) -> TokenLayout:
+    grids = [(height // PATCH_SIZE, width // PATCH_SIZE) for width, height in (sizes.target, *sizes.references)]
+    return TokenLayout(grids[0], tuple(grids[1:]))
+
+
+def run_estimate(config: TrainConfig, dataset: PairDataset) -> Estimate:
+    """The memory of a run's largest batch, in one process that is not split."""
+    architecture, largest = _largest(config, dataset)
+    sizes, optimizer = dataset.sizes[largest[0]], config.optim.optimizer
+    return estimate(architecture, config.model, config.lora, config.mixed_precision, _layout(sizes), len(largest), optimizer)
+
+
+def _largest(config: TrainConfig, dataset: PairDataset) -> tuple[Architecture, list[int]]:
+    """What a run has on its device, and the indices of its largest batch."""
     model = config.model
     architecture = Architecture.of_folder(BACKBONES[model.backbone], pipeline_folder(model.path, model.revision))
-    if encoding:
-        weights = _size(architecture.companions * DTYPES[model.dtype].itemsize)
-        return f"VAE and text encoders take {weights}, an image or prompt comes on top; lower data.resolution, or free memory"
     if config.data.cache is not None:
         architecture = dataclasses.replace(architecture, companions=0)
-    largest = max(in_order(dataset, config.data.batch_size), key=lambda batch: len(batch) * dataset.sizes[batch[0]].tokens)
+    batches = in_order(dataset, config.data.batch_size)
+    return architecture, max(batches, key=lambda batch: len(batch) * dataset.sizes[batch[0]].tokens)
+
+
+def run_advice(config: TrainConfig, dataset: PairDataset, encoding: bool = False) -> str:
+    """What a run needs that has not come to its first step: for its largest batch, or to encode for `data.cache`."""
+    if encoding:
+        model = config.model
+        architecture = Architecture.of_folder(BACKBONES[model.backbone], pipeline_folder(model.path, model.revision))
+        weights = size(architecture.companions * DTYPES[model.dtype].itemsize)
+        return f"VAE and text encoders take {weights}, an image or prompt comes on top; lower data.resolution, or free memory"
+    architecture, largest = _largest(config, dataset)
     return f"The largest batch is {batch_text(dataset, largest)}. {batch_advice(architecture, config, dataset, largest)}"
 
 
@@ -423,7 +443,3 @@ def _remedies(config: TrainConfig, layout: TokenLayout) -> list[tuple[str, str, 
     if config.mixed_precision == "no":
         remedies.append(("", "mixed_precision", "bf16"))
     return remedies
-
-
-def _size(value: int) -> str:
-    return f"{value / GIB:.2f} GiB" if value >= GIB // 100 else f"{value / 2**20:.2f} MiB"

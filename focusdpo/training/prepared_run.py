@@ -67,12 +67,12 @@ class PreparedRun:
             self.folder = run.path
             try:
                 settings = self._check_inputs(run)
-                kernels = self._open_launch()
+                self.kernels = self._open_launch()
                 self._encode_pairs(run)
                 self._load_model(run)
                 self._build_optimizer(run, settings)
                 self._restore(run)
-                self._begin_folder(run, kernels)
+                self._begin_folder(run)
             except BaseException:
                 self._out.release()
                 raise
@@ -140,6 +140,7 @@ class PreparedRun:
         self.module = self.backbone.transformer
         with self._explained("the model was made ready"):
             make_policy(self.backbone, config, run.checkpoint, device)
+        self.trainable = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
         if config.model.gradient_checkpointing:
             self.module.enable_gradient_checkpointing()
         if config.model.compile:
@@ -176,7 +177,6 @@ class PreparedRun:
         if run.checkpoint is not None:
             with self._explained("adapter and optimiser were restored"):
                 self.checkpoints.load(run.checkpoint, self._stateful, self.parameters)
-            logger.info("resumed from %s at step %d", run.checkpoint, self.progress.step)
         # Of the last checkpoint, or without any the first, which is made anew.
         self._saved = self.progress.step if run.checkpoint is None or run.goes_on else -1
         if self.progress.beta is not None:
@@ -188,7 +188,7 @@ class PreparedRun:
                 end = config.max_steps * config.gradient_accumulation
                 self.references.fill(self.batches.pairs_of_draws(self.progress.batches, end))
 
-    def _begin_folder(self, run: RunFolder, kernels: str) -> None:
+    def _begin_folder(self, run: RunFolder) -> None:
         """Makes the folder ready to be written to, now that nothing can be refused any more."""
         self.launch.wait("the run is ready")
         if not self.launch.is_main:
@@ -198,7 +198,7 @@ class PreparedRun:
             self.progress.step,
             processes=self.launch.size,
             device=str(self.accelerator.device),
-            kernels=kernels,
+            kernels=self.kernels,
             training_pairs=len(self.train_set),
             held_out_pairs=len(self.validation_set),
         )

@@ -168,7 +168,11 @@ def test_work_is_shared_and_said_once(config, tmp_path):
                for name in ("checked", "hashed")}  # fmt: skip
     assert counted["checked"] == [16, 0], "training and held-out pairs, which are the same here"
     assert sum(counted["hashed"]) == 32 and abs(counted["hashed"][0] - counted["hashed"][1]) <= 1, "shared"
-    for line in ("held-out pairs have images of data.train", "INFO: 8 pairs in ", "a step has up to 2 pairs: 2 processes"):
+    for line in (
+        "held-out pairs have images of data.train",
+        "INFO: training begins",
+        " 2 pairs a step (data.batch_size=1, 2 processes)",
+    ):
         assert said.count(line) == 1, line
     for bar in ("training: ", "encoding: "):
         assert said.count(f"INFO: {bar}  0%") == 1, f"one bar: {bar}"
