@@ -24,6 +24,7 @@ from focusdpo.foundation.text import MessageFormatter
 WORKER = re.compile(r"^DataLoader (worker \(pid|timed out)")
 DISK = re.compile(r"No space left on device|[Dd]isk quota exceeded|File too large|enforce fail at inline_container")
 SYSTEM = re.compile(r"\(os error \d+\)")
+ABSOLUTE = re.compile(r"(?<![\w.*?\]}])[/~]")  # a path in a message that says by itself where it leads
 # A worker of a DataLoader fails with its traceback as the message, whose end is the message that it had there.
 WORKERS_TRACEBACK = re.compile(r"^Caught \w+ in DataLoader worker .*\n  File [^\n]*\n(    [^\n]*\n)*", re.DOTALL)
 
@@ -48,6 +49,8 @@ def failure(error: Exception, config: Any = None) -> str | None:
         or (type(error).__name__ in ("RuntimeError", "SafetensorError") and (DISK.search(text) or SYSTEM.search(text)))
     ):
         return None
+    if isinstance(error, FileNotFoundError) and not ABSOLUTE.search(text):
+        text += f"; paths are relative to {os.getcwd()}"
     if DISK.search(text) and getattr(error, "filename", None) is None:
         places = ((name, getattr(config, name, None)) for name in ("output_dir", "out_dir", "out"))
         where = next((f"{name}: {place}: " for name, place in places if place), "")

@@ -62,7 +62,8 @@ def pipeline_folder(path: str, revision: str | None) -> Path:
     try:
         return Path(path if Path(path).is_dir() else DiffusionPipeline.download(path, revision=revision))
     except OSError as error:
-        raise ValueError(f"model.path: {path} cannot be loaded: {error}") from error
+        here = f"no folder of that name is in {Path.cwd()}, and from the hub it cannot be loaded"
+        raise ValueError(f"model.path: {path}: {here}: {error}") from error
 
 
 def pipeline_parts(pipeline: Path) -> list[str]:

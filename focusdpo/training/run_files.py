@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
+
+import yaml
 
 from focusdpo.foundation.settings_text import build, read_settings
 from focusdpo.training.config import DataConfig, ModelConfig, TrainConfig
@@ -60,6 +63,25 @@ def read_starts(file: Path) -> list[dict[str, Any]]:
 def model_as_run(model: ModelConfig) -> TrainConfig:
     """A model as a run that has not begun, to be looked at like one; it has no pairs and no folder."""
     return TrainConfig(model, DataConfig("-"), "-", mixed_precision="bf16" if model.dtype == "bf16" else "no")
+
+
+# Settings that name files or folders; `model.path` may be an id on the hub instead, and `resume` "latest".
+PATHS = (
+    "model.path", "model.base_lora", "data.train", "data.validation", "data.cache", "data.reference_cache", "samples.manifest",
+    "output_dir", "resume",
+)  # fmt: skip
+
+
+def settings_text(config: TrainConfig) -> str:
+    """A run's settings as its folder has them: as YAML, with absolute paths, so that they serve from any folder."""
+    settings = asdict(config)
+    for name in PATHS:
+        section, _, last = name.rpartition(".")
+        within = settings[section] if section else settings
+        value = within[last]
+        if value not in (None, "latest") and (name != "model.path" or os.path.isdir(value)):
+            within[last] = os.path.abspath(value)
+    return yaml.safe_dump(settings, sort_keys=False)
 
 
 def read_run_config(name: str, run: str | Path) -> TrainConfig:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from focusdpo.data import PairDataset
 from focusdpo.data.formats import content_checksum
@@ -35,6 +33,7 @@ from focusdpo.training.run_files import (
     REPORT_FILE,
     WRITTEN,
     read_starts,
+    settings_text,
 )
 from focusdpo_kernels.tools import env
 
@@ -220,7 +219,7 @@ class RunFolder:
         if not self.goes_on and page.is_file() and is_stamped(page, "report"):
             page.unlink()  # of the earlier run
         self.out.tidy()
-        write_whole(self.path / CONFIG_FILE, yaml.safe_dump(asdict(config), sort_keys=False))
+        write_whole(self.path / CONFIG_FILE, settings_text(config))
         self.out.has_written(CONFIG_FILE)
         file = self.path / LEFT_OUT_FILE
         rows = [{"file": str(p.file), "line": p.line, "field": p.field, "reason": p.message} for p in self.left_out]

@@ -293,7 +293,10 @@ def test_what_cannot_be_is_refused_before_the_model(config, encoded):
         trainer(config)
     config.data.cache += "s"
     config.model.path = "nobody/no-such-model"
-    with pytest.raises(ValueError, match="model.path: nobody/no-such-model cannot be loaded"):
+    with pytest.raises(
+        ValueError,
+        match="model.path: nobody/no-such-model: no folder of that name is in /.*, and from the hub it cannot be loaded",
+    ):
         trainer(config)
     assert encoded[1] == []
 

@@ -15,10 +15,12 @@ import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from focusdpo.commands.cli import main
 from focusdpo.data import DatasetError, collate
 from focusdpo.foundation.journals import read_metrics
 from focusdpo.training.callbacks import Callback
 from focusdpo.training.config import FocusConfig, LoraConfig, LossConfig, ModelConfig, OptimConfig
+from focusdpo.training.run_files import read_run_config
 from focusdpo.training.seeding import batch_generators
 from focusdpo.training.trainer import Trainer
 from tests import PATIENCE
@@ -85,7 +87,7 @@ def test_metrics(config):
     assert trainer.progress.batches == 12
     assert list((Path(config.output_dir) / "tensorboard").glob("**/events.*")), "TensorBoard has its file"
     written = yaml.safe_load((Path(config.output_dir) / "config.yaml").read_text())
-    assert written == dataclasses.asdict(config)
+    assert written == dataclasses.asdict(config), "all paths are absolute"
 
 
 @pytest.mark.parametrize("feature_source", ["policy", "reference"])
@@ -192,6 +194,39 @@ def test_nothing_to_resume(config, tmp_path):
     assert trainer.progress.step == 0
     with pytest.raises(FileNotFoundError, match="is not a checkpoint"):
         Trainer(dataclasses.replace(config, resume=str(tmp_path)))
+
+
+def test_a_runs_settings_serve_from_any_folder(config, tiny_flux, tiny_pairs, tmp_path, monkeypatch, capsys):
+    """Its paths were given relative to the folder in which it was started; those of other settings are named with theirs."""
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    for folder in (here, elsewhere):
+        folder.mkdir()
+    (here / "model").symlink_to(tiny_flux)
+    (here / "pairs").symlink_to(tiny_pairs.parent)
+    monkeypatch.chdir(here)
+    config.model.path, config.output_dir, config.max_steps, config.optim = "model", "run", 1, OptimConfig()
+    config.data = dataclasses.replace(config.data, train="pairs", validation="pairs/pairs.jsonl", cache="cache")
+    run(config)
+    assert config.data.train == "pairs", "the caller's settings stay as they are"
+    monkeypatch.chdir(elsewhere)
+    read = read_run_config("config", "../here/run")
+    there = {name: str(here / name) for name in ("model", "pairs", "pairs/pairs.jsonl", "cache")}
+    assert [read.model.path, read.data.train, read.data.validation, read.data.cache] == list(there.values())
+    AcceleratorState._reset_state(reset_partial_state=True)
+    main(["train", "--config", "../here/run/config.yaml", "--resume", "latest", "--max_steps", "2"])
+    assert len(read_metrics(here / "run" / "metrics.jsonl")) == 2 and not list(elsewhere.iterdir())
+
+    for words, named in (
+        (["--data.train", "pairs"], "no such dataset: pairs;"),
+        (["--model.path", "model"], "model.path: no such folder: model "),
+        (["--model.base_lora", "lora"], "model.base_lora: no such file or folder: lora;"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as stop:
+            main(["train", "--config", "../here/run/config.yaml", "--output_dir", "new", *words])
+        assert named in str(stop.value.code) and str(stop.value.code).endswith(f"; paths are relative to {elsewhere}")
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--config", "../here/run/config.yaml", "--output_dir", "new", "--data.train", "/nowhere"])
+    assert "relative" not in str(stop.value.code)
 
 
 def test_resume_with_other_settings_is_refused(config):
