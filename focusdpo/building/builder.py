@@ -21,6 +21,7 @@ from focusdpo.data.writing import write_lines
 from focusdpo.foundation.files import write_whole
 from focusdpo.foundation.journals import Journal, read_rows
 from focusdpo.foundation.output_folder import OutputFolder
+from focusdpo.foundation.text import counted
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +54,13 @@ def build(config: BuildConfig, scenes: Sequence[Scene], out: OutputFolder) -> No
     same = duplicates_of([done[candidate.name] for candidate in candidates if candidate.name in done], config)
     lost = [name for name, row in done.items() if "pair" in row and name not in same and not _has_images(folder, row["pair"])]
     if lost:
-        logger.warning("%s: images of %d pairs are lost (of %s first), and are built again", folder, len(lost), min(lost))
+        logger.warning(
+            "%s: images of %s are lost (of %s first), and are built again", folder, counted(len(lost), "pair"), min(lost)
+        )
         done = {name: row for name, row in done.items() if name not in lost}
     left = [candidate for candidate in candidates if "failed" in done.get(candidate.name, {"failed": "not built"})]
     if len(left) < len(candidates):
-        logger.info("%d of %d candidates were done before", len(candidates) - len(left), len(candidates))
+        logger.info("done before: %d of %s", len(candidates) - len(left), counted(len(candidates), "candidate"))
     started = time.perf_counter()
     manifest = Journal(folder / MANIFEST)
     pipeline = steps(config, scenes)
@@ -147,11 +150,12 @@ def finish(out: OutputFolder, outcomes: list[dict[str, Any]], config: BuildConfi
         "workers": config.workers,
     }
     write_whole(folder / REPORT, json.dumps(report, indent=2) + "\n")
-    logger.info("%d pairs of %d candidates in %s", len(pairs), len(outcomes), folder / FILE_NAME)
+    logger.info("%s of %s in %s", counted(len(pairs), "pair"), counted(len(outcomes), "candidate"), folder / FILE_NAME)
     for reason, count in reasons.most_common():
         logger.info("%d: %s", count, reason)
     if built:
-        logger.info("%d built in %.1f s: %.2f per second with %d x %s", built, seconds, rate, config.workers, config.engine)
+        tried = counted(built, "candidate")
+        logger.info("%s tried in %.1f s: %.2f per second with %d x %s", tried, seconds, rate, config.workers, config.engine)
     if reasons["failed"]:
         logger.warning("%d failed: %s has the errors; the same command tries them again", reasons["failed"], folder / REJECTED)
     if not pairs:

@@ -13,6 +13,7 @@ from focusdpo.building.dreambench import LISTS, PAIRS, WRITTEN, manifest, read_c
 from focusdpo.commands import data_build, data_compose
 from focusdpo.data.writing import text_of, write_lines
 from focusdpo.foundation.output_folder import OutputFolder
+from focusdpo.foundation.text import counted
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +38,8 @@ def prepare(config: DreamBenchConfig) -> Callable[[], None]:
         missing |= absent
     if missing and not config.allow_missing:
         raise FileNotFoundError(
-            f"root: {root} lacks photos of {len(missing)} subjects ({', '.join(sorted(missing))}); complete it, or leave their "
-            "prompts out with --allow_missing true"
+            f"root: {root} lacks photos of {counted(len(missing), 'subject')} ({', '.join(sorted(missing))}); complete "
+            "it, or leave their prompts out with --allow_missing true"
         )
     resumable = not config.overwrite and all(
         (out / name).is_file() and (out / name).read_text() == text_of(lines) for name, lines in written.items()
@@ -53,10 +54,11 @@ def prepare(config: DreamBenchConfig) -> Callable[[], None]:
         with folder.begin():
             for name, lines in written.items():
                 write_lines(out / name, lines)
-                logger.info("%d lines in %s", len(lines), out / name)
+                logger.info("%s in %s", counted(len(lines), "line"), out / name)
             if missing:
                 absent = ", ".join(sorted(missing))
-                logger.warning("left out: the prompts of %d subjects without photos: %s", len(missing), absent)
+                subjects = counted(len(missing), "subject")
+                logger.warning("left out: the prompts of %s without photos: %s", subjects, absent)
             if config.pairs:
                 compose()()
 

@@ -12,6 +12,7 @@ from focusdpo.data.shards import write_shards
 from focusdpo.data.validation import load_pairs
 from focusdpo.foundation.output_folder import OutputFolder
 from focusdpo.foundation.packages import require_package
+from focusdpo.foundation.text import counted
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ def prepare(config: ShardConfig) -> Callable[[], None]:
     def work() -> None:
         with out.begin():
             shards = write_shards(records, folder, config.pairs_per_shard)
-        logger.info("wrote %d pairs to %d shards in %s", len(records), len(shards), folder)
+        written = f"{counted(len(records), 'pair')} to {counted(len(shards), 'shard')}"
+        logger.info("wrote %s in %s", written, folder)
 
     return work

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from focusdpo.data.formats import find_sources
+from focusdpo.foundation.text import counted
 from focusdpo.pages.config import ShowConfig
 from focusdpo.pages.pairs import check_page, write_page
 
@@ -26,6 +27,7 @@ def prepare(config: ShowConfig) -> Callable[[], None]:
 
     def work() -> None:
         cards = write_page(config.path, page, out, config.size)
-        logger.info("%s: %d pairs, %d with problems", page, len(cards), sum(bool(card.problems) for card in cards))
+        spoilt = sum(bool(card.problems) for card in cards)
+        logger.info("%s: %s, %d with problems", page, counted(len(cards), "pair"), spoilt)
 
     return work

@@ -12,6 +12,7 @@ from focusdpo.data.splitting import SPLITS, line_in, split
 from focusdpo.data.validation import load_pairs
 from focusdpo.data.writing import write_lines
 from focusdpo.foundation.output_folder import OutputFolder
+from focusdpo.foundation.text import counted
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,6 @@ def prepare(config: SplitConfig) -> Callable[[], None]:
             for name, part in zip(SPLITS, lines, strict=True):
                 (folder / name).mkdir(parents=True, exist_ok=True)
                 write_lines(folder / name / FILE_NAME, part)
-                logger.info("%d pairs in %s", len(part), folder / name / FILE_NAME)
+                logger.info("%s in %s", counted(len(part), "pair"), folder / name / FILE_NAME)
 
     return work

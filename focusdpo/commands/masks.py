@@ -10,6 +10,7 @@ from pathlib import Path
 from focusdpo.data import collate, load_pairs
 from focusdpo.foundation.output_folder import OutputFolder
 from focusdpo.foundation.settings import require
+from focusdpo.foundation.text import counted
 from focusdpo.studies.config import MasksConfig
 from focusdpo.studies.masks import WRITTEN, groups_of, write_masks
 from focusdpo.training.batches import check_match_count, dataset_of
@@ -37,7 +38,12 @@ def prepare(config: MasksConfig) -> Callable[[], None]:
         logger.info('focus.mask is %r in this run, whose loss has no such mask: drawn is what "focus" would be', run.focus.mask)
         run.focus = replace(run.focus, mask="focus")
     records = load_pairs(source, run.data.check)
-    require(config.pair < len(records), "pair", config.pair, f"0 to {len(records) - 1}: {source} has {len(records)} pairs")
+    require(
+        config.pair < len(records),
+        "pair",
+        config.pair,
+        f"0 to {len(records) - 1}: {source} has {counted(len(records), 'pair')}",
+    )
     record = records[config.pair]
     one_prior = run.focus.per_subject and not record.per_subject
     require(not one_prior, "pair", config.pair, "a pair with a prior per reference, as the run has focus.per_subject=true")

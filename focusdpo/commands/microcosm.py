@@ -18,6 +18,7 @@ from focusdpo.commands import ablate
 from focusdpo.foundation.output_folder import OutputFolder, under
 from focusdpo.foundation.packages import require_package
 from focusdpo.foundation.settings import check_begun, require
+from focusdpo.foundation.text import counted
 from focusdpo.studies.ablation.jobs import Result
 from focusdpo.studies.ablation.statistics import Table
 from focusdpo.studies.ablation.variants import VARIANTS
@@ -74,7 +75,8 @@ def prepare(config: MicrocosmConfig) -> Callable[[], None]:
 
     def work() -> None:
         with out.begin():
-            logger.info("%d identities in %d classes", len(stages.classes), len(set(stages.classes)))
+            kinds = counted(len(set(stages.classes)), "class", "classes")
+            logger.info("%s in %s", counted(len(stages.classes), "identity", "identities"), kinds)
             stages.run()
             ablate.prepare(config.ablation, stages.judge(), MEASURES, partial(draw, stages))()
         logger.info("pictures: %s", ", ".join(str(folder / name) for name in PICTURES))

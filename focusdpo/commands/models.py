@@ -9,7 +9,7 @@ from focusdpo.data import LongestSide
 from focusdpo.data.images import PATCH_SIZE
 from focusdpo.data.lines import MAX_REFERENCES
 from focusdpo.foundation.settings import require
-from focusdpo.foundation.text import aligned
+from focusdpo.foundation.text import aligned, counted
 from focusdpo.models import BACKBONES, TokenLayout
 from focusdpo.models.precision import DTYPES
 from focusdpo.models.sizes import RELEASED, parameters
@@ -64,9 +64,9 @@ def prepare(config: ModelsConfig) -> Callable[[], None]:
         [name, ", ".join(pipeline.__name__ for pipeline in backbone.pipelines)] for name, backbone in BACKBONES.items()
     ]
     size = f"{side * PATCH_SIZE} px, {side * side} tokens of {PATCH_SIZE}x{PATCH_SIZE} px"
-    target = f"{config.batch_size} pair{'s' * (config.batch_size > 1)} of {size}"
+    target = f"{counted(config.batch_size, 'pair')} of {size}"
     brought = "in the backbone's own size" if number is None else f"with a longest side of {config.reference_resolution} px"
-    photos = f"{config.references} reference{'s' * (config.references > 1)}, photos of {config.photo} px {brought}"
+    photos = f"{counted(config.references, 'reference')}, photos of {config.photo} px {brought}"
     checkpointing = "on" if config.gradient_checkpointing else "off"
     weights = f"{config.quantization or config.dtype} weights, {config.optimizer}, autocast {config.mixed_precision}"
     text = (

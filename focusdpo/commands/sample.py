@@ -11,6 +11,7 @@ from pathlib import Path
 from focusdpo.foundation.launch import Launch
 from focusdpo.foundation.output_folder import OutputFolder
 from focusdpo.foundation.settings import check_begun
+from focusdpo.foundation.text import counted
 from focusdpo.sampling import page
 from focusdpo.sampling.config import SampleConfig
 from focusdpo.sampling.inputs import Inputs, may_differ, read_inputs, settings_of
@@ -84,7 +85,7 @@ def _show(config: SampleConfig, inputs: Inputs, made: Sequence[Wanted]) -> None:
     page.write_page(config, inputs, folder)
     count, new = len(inputs.prompts) * config.images_per_prompt, sum(one.folder == IMAGES for one in made)
     shown = folder / page.PAGE_FILE
-    logger.info("%s: %d images, %d of them new; %s shows them", folder / IMAGES, count, new, shown)
+    logger.info("%s: %s, %d of them new; %s shows them", folder / IMAGES, counted(count, "image"), new, shown)
 
 
 def _file(folder: Path, inputs: Inputs, wanted: Wanted) -> Path:

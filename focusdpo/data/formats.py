@@ -33,7 +33,7 @@ from focusdpo.data.records import FIELDS, FILE_NAME, PairRecord, RecordParser
 from focusdpo.data.shards import TarMember, list_samples
 from focusdpo.foundation.files import ReadableFile, checksum
 from focusdpo.foundation.packages import require_package
-from focusdpo.foundation.text import first_line, printable
+from focusdpo.foundation.text import counted, first_line, printable
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # what makes a folder of images a dataset
 BLOCK = 16 * 2**20  # bytes of a parquet column that are decoded at once
@@ -415,7 +415,11 @@ class Csv(Source):
                 for row, cells in enumerate((cells for cells in rows if cells), start=1):
                     parser = _RowParser(self.file, row)
                     if len(cells) != len(names):
-                        parser.problem("line", f"has {len(cells)} cells, but there are {len(names)} columns", "write it again")
+                        parser.problem(
+                            "line",
+                            f"has {counted(len(cells), 'cell')}, but there are {counted(len(names), 'column')}",
+                            "write it again",
+                        )
                     value = {name: cell for name, cell in zip(names, cells, strict=False) if cell}
                     yield from parser.parse(value)
         except UnicodeDecodeError as error:

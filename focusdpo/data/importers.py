@@ -22,6 +22,7 @@ from focusdpo.data.shards import image_suffix
 from focusdpo.data.writing import image_of, pair_line, write_lines
 from focusdpo.foundation.files import ReadableFile
 from focusdpo.foundation.packages import require_package
+from focusdpo.foundation.text import counted
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ class Writer:
 
     def summary(self) -> str:
         reasons = [f"{count} dropped: {reason}" for reason, count in self.dropped.most_common()]
-        return "; ".join([f"{len(self.lines)} pairs", *reasons])
+        return "; ".join([counted(len(self.lines), "pair"), *reasons])
 
 
 def read_uno(file: Path, dropped: Dropped) -> list[UnoRow]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from focusdpo.foundation.text import printable
+from focusdpo.foundation.text import counted, printable
 
 MAX_REFERENCES = 6
 
@@ -50,7 +50,7 @@ class DatasetError(ValueError):
     def __init__(self, problems: list[Problem], summary: str | None = None) -> None:
         self.problems = sorted(problems, key=lambda p: (str(p.file), p.line))
         lines = "\n".join(str(p) for p in self.problems)
-        count = f"{len(problems)} problem" + ("s" if len(problems) > 1 else "")
+        count = counted(len(problems), "problem")
         super().__init__(f"{summary or f'the dataset has {count}'}:\n{lines}")
 
 
@@ -150,7 +150,7 @@ class LineParser(abc.ABC, Generic[T]):
             example: an object.
         """
         if not isinstance(value, list) or not 1 <= len(value) <= MAX_REFERENCES:
-            got = f"{len(value)} items" if isinstance(value, list) else type(value).__name__
+            got = counted(len(value), "item") if isinstance(value, list) else type(value).__name__
             self.problem(field, f"expected a list of 1 to {MAX_REFERENCES} {field}, got {got}", remedy)
             return
         for index, item in enumerate(value):

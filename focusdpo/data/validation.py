@@ -20,7 +20,7 @@ from focusdpo.data.lines import DatasetError, Problem
 from focusdpo.data.records import PairRecord
 from focusdpo.foundation.choices import Check
 from focusdpo.foundation.garbage_collection import collector_paused
-from focusdpo.foundation.text import first_of, printable
+from focusdpo.foundation.text import counted, first_of, printable
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def load_pairs(path: str | Path, check: Check = "full", progress: bool = True, w
         raise DatasetError(errors)
     if warnings and warn:
         lines = first_of(warnings, LOGGED, "\n")
-        logger.warning("%d warnings; `focusdpo data validate %s` lists all:\n%s", len(warnings), path, lines)
+        logger.warning("%s; `focusdpo data validate %s` lists all:\n%s", counted(len(warnings), "warning"), path, lines)
     return records
 
 
@@ -183,7 +183,8 @@ class Report:
         lines += [f"layout: {count} of {sizes}" for sizes, count in self.layouts.items()]
         verdict = "training may start" if self.may_start else "training would not start"
         lines.append(
-            f"{self.path}: {self.pairs} sound pairs, {len(self.errors)} errors, {len(self.warnings)} warnings: {verdict}"
+            f"{self.path}: {counted(self.pairs, 'sound pair')}, {counted(len(self.errors), 'error')}, "
+            f"{counted(len(self.warnings), 'warning')}: {verdict}"
         )
         return "\n".join(map(printable, lines))
 

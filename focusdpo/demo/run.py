@@ -19,6 +19,7 @@ from focusdpo.drawing.overlays import draw_overlays
 from focusdpo.drawing.training_curves import draw_curves
 from focusdpo.foundation.journals import read_metrics
 from focusdpo.foundation.output_folder import PIPELINE_WRITTEN, under
+from focusdpo.foundation.text import counted
 from focusdpo.models.tiny_flux import write_tiny_flux
 from focusdpo.pages.run.page import write_run_page
 from focusdpo.training.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, SamplesConfig, TrainConfig
@@ -89,7 +90,7 @@ def run_demo(config: DemoConfig) -> None:
     before, after = validation[0], validation[-1]
     print(
         f"""
-held-out pairs ({config.held_out}; {config.steps} steps on {config.pairs} others):
+held-out pairs ({config.held_out}; {counted(config.steps, "step")} on {config.pairs} others):
   implicit accuracy  {before["accuracy"]:.2f} before   {after["accuracy"]:.2f} after
   loss               {before["loss"]:.4f} before   {after["loss"]:.4f} after   (ln 2 = 0.6931)
 

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from focusdpo.foundation.files import hash_of, write_json
 from focusdpo.foundation.packages import version_of
+from focusdpo.foundation.text import counted
 from focusdpo.metrics import report
 from focusdpo.metrics.bootstrap import mean_interval
 from focusdpo.metrics.config import EvaluateConfig
@@ -80,13 +81,13 @@ def _notes(config: EvaluateConfig, inputs: Inputs) -> dict[str, Any]:
     counts = Counter(image.line for image in inputs.images)
     per_prompt = sorted(Counter(counts.values()).items())
     if inputs.missing:
-        logger.warning("%d of %d prompts have no or too few images", len(inputs.missing), inputs.lines)
+        logger.warning("%d of %s: no or too few images", len(inputs.missing), counted(inputs.lines, "prompt"))
     if len(per_prompt) > 1:
         text = ", ".join(f"{prompts} have {count}" for count, prompts in per_prompt)
         logger.warning("prompts count by their images, and differ: %s", text)
     unmentioned = () if inputs.regions is None else inputs.regions.unmentioned
     if unmentioned:
-        logger.warning("%d of %d images have no regions", len(unmentioned), len(inputs.images))
+        logger.warning("%d of %s: no regions", len(unmentioned), counted(len(inputs.images), "image"))
     contents = Counter((image.line, inputs.contents[image.path].checksum) for image in inputs.images)
     copies = sorted({line for (line, _), count in contents.items() if count > 1})
     if copies:
@@ -99,7 +100,7 @@ def _notes(config: EvaluateConfig, inputs: Inputs) -> dict[str, Any]:
         long = [line for line, prompt in inputs.prompts.items() if prompt.text in cut]
     if long:
         logger.warning(
-            "%d prompts are longer than CLIP reads, and are cut: lines %s", len(long), ", ".join(map(str, long[:10]))
+            "longer than CLIP reads, and cut: %s, line %s", counted(len(long), "prompt"), ", ".join(map(str, long[:10]))
         )
     return {
         "counts": {

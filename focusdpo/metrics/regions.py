@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from focusdpo.data.lines import DatasetError, LineParser, Problem, read_lines, split_problems
+from focusdpo.foundation.text import counted
 from focusdpo.metrics.images import Content, GeneratedImage, Picture
 
 
@@ -132,7 +133,8 @@ def read_regions(
     left = tuple(image.name for image in images if image.name not in lines.seen)
     if left and not allow_missing:
         raise ValueError(
-            f"regions: {file} has no line for {len(left)} images, as {left[0]}; add them, or go on with --allow_missing true"
+            f"regions: {file} has no line for {counted(len(left), 'image')}, as {left[0]}; add them, or go on "
+            "with --allow_missing true"
         )
     return FoundRegions(file, tuple(chain.from_iterable(regions)), left)
 

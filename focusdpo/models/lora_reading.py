@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from focusdpo.foundation.files import tensor_shapes
-from focusdpo.foundation.text import first_of
+from focusdpo.foundation.text import counted, first_of
 from focusdpo.models.lora_fusion import Update, split
 from focusdpo.models.lora_keys import PEFT_PREFIX, check_backbone, families_of, inner, layer_keys
 from focusdpo.models.lora_names import Family, Module, family_of
@@ -66,7 +66,7 @@ def find_lora_file(name: str, path: str) -> Path:
         return found / LORA_FILE
     if len(files) != 1:
         raise FileNotFoundError(
-            f"{name}: {path} holds {len(files)} .safetensors files and no {LORA_FILE}; name the LoRA's file itself"
+            f"{name}: {path} holds {counted(len(files), '.safetensors file')} and no {LORA_FILE}; name the LoRA's file itself"
         )
     return files[0]
 

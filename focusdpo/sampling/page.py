@@ -14,6 +14,7 @@ from focusdpo.data.images import on_white, read_photo
 from focusdpo.drawing.contact_sheets import sample_sheet, stack
 from focusdpo.foundation.files import checksum, stamp, write_stamped, writing
 from focusdpo.foundation.output_folder import OutputFolder
+from focusdpo.foundation.text import counted
 from focusdpo.pages.html import TEMPLATES
 from focusdpo.sampling.config import SampleConfig
 from focusdpo.sampling.inputs import Inputs
@@ -78,7 +79,7 @@ def write_page(config: SampleConfig, inputs: Inputs, folder: Path) -> None:
         for prompt, placed in zip(inputs.prompts, inputs.placed, strict=True)
     ]
     count = len(prompts) * config.images_per_prompt
-    title = f"{count} image{'s' * (count != 1)} of {len(prompts)} prompt{'s' * (len(prompts) != 1)}"
+    title = f"{counted(count, 'image')} of {counted(len(prompts), 'prompt')}"
     page = TEMPLATES.get_template("samples.html").render(
         title=title, prompts=prompts, facts=_facts(config, inputs), stamp=stamp("sample")
     )

@@ -17,7 +17,7 @@ from focusdpo.drawing.overlays import MaskAtTime, draw_coverage, draw_overlays
 from focusdpo.features import pool_mask, reference_token_mask
 from focusdpo.foundation.files import write_json
 from focusdpo.foundation.settings import require
-from focusdpo.foundation.text import printable
+from focusdpo.foundation.text import counted, printable
 from focusdpo.mask import FocusMask
 from focusdpo.studies.config import MasksConfig
 from focusdpo.training.config import TrainConfig
@@ -77,7 +77,9 @@ def write_masks(
     model = "before training" if about["checkpoint"] is None else Path(about["checkpoint"]).name
     for name, each in tqdm(masks.items(), desc="drawing", unit="group", leave=False):
         count = len(groups[name])
-        title = f"pair {config.pair} ({config.split}): {printable(batch.prompts[0])}\n{name} ({count} blocks), {model}"
+        title = (
+            f"pair {config.pair} ({config.split}): {printable(batch.prompts[0])}\n{name} ({counted(count, 'block')}), {model}"
+        )
         draw_overlays(batch, each, out / GROUPS / f"{name.replace(' ', '-')}.png", title)
     draw_coverage(masks, out / OVERVIEW_FILE, f"coverage A of pair {config.pair}, {model}")
     grid = [side // PATCH_SIZE for side in batch.winner.shape[-2:]]

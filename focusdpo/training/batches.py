@@ -31,6 +31,7 @@ from focusdpo.data.images import PATCH_SIZE
 from focusdpo.foundation.files import ReadableFile, checksum
 from focusdpo.foundation.garbage_collection import collector_paused
 from focusdpo.foundation.launch import Launch
+from focusdpo.foundation.text import counted
 from focusdpo.training.config import DataConfig, FocusConfig, TrainConfig
 from focusdpo.training.image_sizes import size_rules
 from focusdpo.training.seeding import fixed_round_robin_places, round_robin_places
@@ -115,7 +116,7 @@ def _warn_of_shared_images(train: Sequence[PairRecord], held_out: Sequence[PairR
         for record, fields in shared[:MAX_EXAMPLES]
         for field, (of, other) in list(fields.items())[:1]
     ]
-    rest = [f"  and {len(shared) - MAX_EXAMPLES} pairs more"] if len(shared) > MAX_EXAMPLES else []
+    rest = [f"  and {counted(len(shared) - MAX_EXAMPLES, 'pair')} more"] if len(shared) > MAX_EXAMPLES else []
     logger.warning(
         "data.validation: %d of %d held-out pairs have images of data.train, %d of them as winner or loser%s; the held-out "
         "numbers then say nothing about new pairs\n%s",

@@ -17,7 +17,7 @@ from focusdpo.foundation.files import KNOWN_DIGESTS, fingerprint, hash_of, is_st
 from focusdpo.foundation.launch import Launch
 from focusdpo.foundation.output_folder import OutputFolder, step_folders
 from focusdpo.foundation.settings import differences, flat
-from focusdpo.foundation.text import first_of
+from focusdpo.foundation.text import counted, first_of
 from focusdpo.models import BACKBONES
 from focusdpo.models.base import pipeline_folder, pipeline_parts
 from focusdpo.models.base_lora import NAME, lora_checksum
@@ -210,7 +210,10 @@ class RunFolder:
         file = self.path / LEFT_OUT_FILE
         pairs = len({(problem.file, problem.line) for problem in problems})
         first = first_of(problems, separator="\n  ")
-        logger.warning("%d pairs fit no bucket and are left out; %s lists why:\n  %s", pairs, file, first)
+        fit = (
+            f"{counted(pairs, 'pair')} {'fits' if pairs == 1 else 'fit'} no bucket and {'is' if pairs == 1 else 'are'} left out"
+        )
+        logger.warning("%s; %s lists why:\n  %s", fit, file, first)
 
     def start(self, config: TrainConfig) -> None:
         """Makes the folder ready to be written. Called last, when nothing can be refused any more."""

@@ -139,7 +139,7 @@ def test_a_second_start_builds_nothing(built, caplog):
     before = tree(config.output_dir)
     with caplog.at_level(logging.INFO, "focusdpo"):
         prepare_build(config)()
-    assert "24 of 24 candidates were done before" in caplog.text and "built in" not in caplog.text
+    assert "done before: 24 of 24 candidates" in caplog.text and "built in" not in caplog.text
     assert tree(config.output_dir) == before
 
 
@@ -418,5 +418,5 @@ def test_the_command_line(scenes, tmp_path):
     command = [sys.executable, "-m", "focusdpo", "data", "build", *options, "--disruption.kinds", "[recolour]"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert "12 built in" in run.stderr and "per second" in run.stderr
+    assert "12 candidates tried in" in run.stderr and "per second" in run.stderr
     assert (tmp_path / "out" / builder.FILE_NAME).read_text().count("\n") == 12

@@ -80,6 +80,6 @@ def test_what_cannot_be_split_is_refused(pairs, tmp_path):
 def test_the_command_line_and_a_second_start(pairs, tmp_path):
     command = [sys.executable, "-m", "focusdpo", "data", "split", str(pairs.parent), str(tmp_path / "split")]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0 and "1 pairs in" in run.stderr, run.stderr
+    assert run.returncode == 0 and "1 pair in" in run.stderr, run.stderr
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 1 and "holds an earlier run" in again.stderr and "Traceback" not in again.stderr

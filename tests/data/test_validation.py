@@ -334,7 +334,7 @@ def test_command(folder, tmp_path):
     report = tmp_path / "report.json"
     sound = run(folder, "--json", report)
     assert sound.returncode == 0, sound.stderr
-    assert "1 sound pairs, 0 errors, 0 warnings: training may start" in sound.stdout
+    assert "1 sound pair, 0 errors, 0 warnings: training may start" in sound.stdout
     assert json.loads(report.read_text())["may_start"] is True
     write(folder, [RECORD, {**RECORD, "winner": "\udc80.png", "prompt": "\ud83d"}, {**RECORD, "winner": "none.png"}])
     broken = run(folder, "--json", "-", "--resolution", "128")

@@ -403,7 +403,7 @@ def test_partial_sets_are_counted(study, models, caplog):
         prepare_evaluation(settings(study, dino=models["dino"], images_per_prompt=2))
     results = evaluate(study, dino=models["dino"], allow_missing=True, images_per_prompt=2)
     assert results["missing_lines"] == [2, 4] and results["counts"]["images_per_prompt"] == {"1": 1, "2": 2}
-    assert "2 of 4 prompts have no or too few images" in caplog.text and "count by their images, and differ" in caplog.text
+    assert "2 of 4 prompts: no or too few images" in caplog.text and "count by their images, and differ" in caplog.text
     assert math.isclose(results["summary"]["dino"]["mean"], np.mean([row["dino"] for row in results["images"]]))
 
 
@@ -433,7 +433,7 @@ def test_a_prompt_of_one_image_has_no_interval_and_copies_are_told(study, models
     assert rows[0]["clip_t"] and rows[0]["clip_t_low"] == ""
     write_lines(study, [("a cat of a cup of a dog of a cat of a cup", (0, 1)), *LINES[1:]])
     results = evaluate(study, clip=models["clip"], overwrite=True)
-    assert results["lines_cut_by_clip"] == [1] and "longer than CLIP reads, and are cut: lines 1" in caplog.text
+    assert results["lines_cut_by_clip"] == [1] and "longer than CLIP reads, and cut: 1 prompt, line 1" in caplog.text
 
 
 def test_pairs_serve_as_a_manifest(study, models):

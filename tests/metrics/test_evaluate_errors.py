@@ -173,7 +173,7 @@ SECOND = {"image": "2.png", "boxes": [None]}
         ([{"image": "2.png", "boxes": [[0, 0, "9", 9]]}], r"r.jsonl:1: boxes\[0\]: expected \[left"),
         ([{"image": "2.png", "boxes": [[0, 0, 9, NotImplemented]]}], r"r.jsonl:1: boxes\[0\]: expected \[left"),
         ([{"image": "2.png", "masks": [3]}], r"r.jsonl:1: masks\[0\]: expected the path of a mask"),
-        ([SECOND], "r.jsonl has no line for 1 images, as 1.png; add them, or go on with --allow_missing true"),
+        ([SECOND], "r.jsonl has no line for 1 image, as 1.png; add them, or go on with --allow_missing true"),
         ([SECOND, FIRST | {"boxes": [[0, 0, 41, 9], None]}], r"r.jsonl:2: boxes\[0\]: \[0.0, .* reaches out of 1.png, 40x40"),
         ([SECOND, FIRST | {"masks": ["mask.png", None]}], r"r.jsonl:2: masks\[0\]: is 20x20 pixels, but 1.png is 40x40"),
         ([SECOND, FIRST | {"masks": ["none.png", None]}], r"r.jsonl:2: masks\[0\]: no such file: .*none.png"),
