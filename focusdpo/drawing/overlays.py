@@ -19,6 +19,7 @@ from torch import Tensor
 
 from focusdpo.data import PairBatch
 from focusdpo.data.images import PATCH_SIZE
+from focusdpo.drawing.figures import colour_bar, new_figure
 from focusdpo.features import pool_mask
 from focusdpo.mask import FocusMask
 
@@ -39,7 +40,9 @@ class MaskAtTime:
 
 
 def draw_overlays(batch: PairBatch, masks: Sequence[MaskAtTime], path: Path | BinaryIO, title: str) -> None:
-    """Draws references, winner and loser, then S of each subject, M', M_s, M_d and M over the winner, a row per time.
+    """Draws references with their masks, winner and loser, then S of each subject, M', M_s, M_d and M over the winner.
+
+    A row per time.
 
     Args:
         batch: one pair of R references.
@@ -52,12 +55,10 @@ def draw_overlays(batch: PairBatch, masks: Sequence[MaskAtTime], path: Path | Bi
     priors = token_fields(pool_mask(batch.prior)[0], grid)
     subjects, rows = len(batch.references), len(masks) + 1
     high = PANEL * max(winner.shape[0] / winner.shape[1], 0.6) + 0.35
-    figure = Figure(figsize=(PANEL * (subjects + 4) + 0.8, high * rows + 0.5), layout="constrained")
-    axes = figure.subplots(rows, subjects + 4, squeeze=False)
+    figure, axes = new_figure(rows, subjects + 4, (PANEL * (subjects + 4) + 0.8, high * rows + 0.5))
     figure.suptitle(title.replace("$", r"\$"), wrap=True)  # it has the prompt, whose dollar signs are no formulas
-    for r, image in enumerate(batch.references):
-        show(axes[0, r], picture(image[0]), f"reference {r + 1}")
-        frame(axes[0, r], SUBJECTS[r])
+    for r, (image, pixels) in enumerate(zip(batch.references, batch.reference_masks, strict=True)):
+        _show_reference(axes[0, r], picture(image[0]), pixels, r)
     show(axes[0, subjects], winner, "winner, prior, token grid")
     outline(axes[0, subjects], priors)
     token_lines(axes[0, subjects], grid)
@@ -68,10 +69,20 @@ def draw_overlays(batch: PairBatch, masks: Sequence[MaskAtTime], path: Path | Bi
     for row, mask in zip(axes[1:], masks, strict=True):
         weights = _draw_fields(figure, row, winner, priors, mask)
     if weights is not None:
-        figure.colorbar(
-            weights, ax=axes[1:, -1], label="$M_s$, $M_d$, M: weight of a token (0 is clear)", shrink=0.6, aspect=30
+        colour_bar(
+            figure, weights, list(axes[1:, -1]), "$M_s$, $M_d$, M:\nweight of a\ntoken\n(0 is clear)", shrink=0.6, aspect=25
         )
     figure.savefig(path, dpi=100)
+
+
+def _show_reference(axis: Axes, image: Field, mask: Tensor, number: int) -> None:
+    """A reference with the tokens of its mask [1, h, w], which alone count in S; the others are dim."""
+    grid = image.shape[0] // PATCH_SIZE, image.shape[1] // PATCH_SIZE
+    (kept,) = token_fields(pool_mask(mask), grid)
+    dim = np.where(np.kron(kept, np.ones((PATCH_SIZE, PATCH_SIZE)))[..., None], image, 0.35 * image)
+    show(axis, dim, f"reference {number + 1}: {int(kept.sum())} of {kept.size} tokens")
+    outline(axis, [kept], [SUBJECTS[number]])
+    frame(axis, SUBJECTS[number])
 
 
 def _draw_fields(figure: Figure, row: NDArray[np.object_], winner: Field, priors: list[Field], mask: MaskAtTime) -> AxesImage:
@@ -147,11 +158,10 @@ def show_scores(figure: Figure, axes: Sequence[Axes], winner: Field, scores: Seq
         drawn = _show_field(axis, winner, values, priors, title, 0.78, (low, high))
         frame(axis, SUBJECTS[r])
     assert drawn is not None
-    bar = figure.colorbar(drawn, ax=list(axes), shrink=0.75, aspect=25, pad=0.02)
+    bar = colour_bar(figure, drawn, list(axes), "S (cosine,\n-1 to 1)", shrink=0.75, aspect=25, pad=0.02)
     # Ends first: a narrow range of cosines is the finding, and must not look like a wide one.
     ticks = np.linspace(low, high, 3).tolist()
     bar.set_ticks(ticks, labels=[f"{value:.3f}" for value in ticks])
-    bar.set_label("S (cosine, -1 to 1)")
 
 
 def show_matches(axis: Axes, winner: Field, matched: Sequence[Field], priors: Sequence[Field], title: str) -> None:
@@ -170,10 +180,9 @@ def show_matches(axis: Axes, winner: Field, matched: Sequence[Field], priors: Se
     outline(axis, priors)
 
 
-def outline(axis: Axes, priors: Sequence[Field]) -> None:
+def outline(axis: Axes, priors: Sequence[Field], colours: Sequence[str] | None = None) -> None:
     """The border of each token region along token edges, in its subject's colour where there are several."""
-    for r, prior in enumerate(priors):
-        colour = SUBJECTS[r] if len(priors) > 1 else COMMON
+    for prior, colour in zip(priors, colours or (SUBJECTS if len(priors) > 1 else [COMMON]), strict=False):
         edges = np.array([*_edges(prior)], float).reshape(-1, 2, 2)  # [edge, x or y, end]
         xs, ys = np.pad(edges, ((0, 0), (0, 0), (0, 1)), constant_values=np.nan).transpose(1, 0, 2)  # as one line with gaps
         for width, stroke in ((3.2, "black"), (1.6, colour)):  # dark around it: seen on any field
@@ -246,7 +255,7 @@ def draw_coverage(masks: Mapping[str, Sequence[MaskAtTime]], path: Path, title: 
             branch = "detail" if bool(one.focus.uses_detail[0]) else "structure"
             colour = "black" if coverage[y, x] > 0.6 else "white"
             axis.text(x, y, f"{coverage[y, x]:.2f}\n{branch}", ha="center", va="center", color=colour, fontsize=9)
-    bar = figure.colorbar(drawn, ax=axis, label="A, share of the prior not matched")
+    bar = colour_bar(figure, drawn, axis, "A, share of the\nprior not matched")
     bar.ax.axhline(first.tau, color=(1.0, 0.18, 0.58), linewidth=2.5)
     bar.ax.text(-0.2, first.tau, f"tau {first.tau:g}", fontsize=9, ha="right", va="center")
     figure.savefig(path, dpi=110)

@@ -12,6 +12,7 @@ import torch
 import yaml
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgba
+from matplotlib.text import Text
 from PIL import Image
 
 from focusdpo.commands import cli
@@ -19,7 +20,8 @@ from focusdpo.commands.masks import prepare as prepare_masks
 from focusdpo.data import collate, load_pairs
 from focusdpo.demo.scenes import write_dataset
 from focusdpo.drawing import overlays
-from focusdpo.mask import FocusMask
+from focusdpo.features import pool_mask
+from focusdpo.mask import FocusMask, focus_mask
 from focusdpo.studies import masks
 from focusdpo.studies.config import MasksConfig
 from focusdpo.studies.masks import groups_of
@@ -134,6 +136,14 @@ def test_pictures(drawn):
     assert Image.open(drawn / "coverage.png").width > 600
 
 
+@pytest.fixture
+def figures(monkeypatch):
+    """Those that are drawn, instead of their files."""
+    kept = []
+    monkeypatch.setattr(overlays.Figure, "savefig", lambda figure, *args, **options: kept.append(figure))
+    return kept
+
+
 def planted(coverage):
     """A mask of two subjects: the first matches tokens 0 and 1, the second 1 and 2; subject 1's prior is token 0."""
     scores = torch.zeros(1, 2, 36)
@@ -158,14 +168,57 @@ def test_matches_are_drawn_in_their_subjects_colours():
 
 
 @pytest.mark.parametrize(("coverage", "branch"), [(0.5, "structure: A > 0.1"), (0.05, "detail: A ≤ 0.1")])
-def test_the_page_names_the_branch_and_the_range_of_s(step_and_batch, monkeypatch, coverage, branch, tmp_path):
-    kept = []
-    monkeypatch.setattr(overlays.Figure, "savefig", lambda figure, *args, **options: kept.append(figure))
+def test_the_page_names_the_branch_and_the_range_of_s(step_and_batch, figures, coverage, branch, tmp_path):
     overlays.draw_overlays(step_and_batch[1], [overlays.MaskAtTime(0.3, planted(coverage))], tmp_path / "page.png", "title")
-    titles = [axis.get_title() for axis in kept[0].axes]
+    titles = [axis.get_title() for axis in figures[0].axes]
     assert f"M ({branch})" in titles and f"$M_s$: A = {coverage:.2f}" in titles and "M': 2 + 2 matches" in titles
-    labels = [text.get_text() for axis in kept[0].axes for text in axis.get_yticklabels()]
+    labels = [text.get_text() for axis in figures[0].axes for text in axis.get_yticklabels()]
     assert "1.000" in labels and "0.000" in labels, "the ends of the scale of S"
+
+
+def cropped(batch, height, width):
+    pictures = {name: getattr(batch, name)[..., :height, :width] for name in ("winner", "loser", "prior")}
+    return dataclasses.replace(batch, **pictures)
+
+
+def masks_of(batch, times):
+    def one(i):
+        prior = pool_mask(batch.prior).any(1)
+        scores = torch.rand(1, 2, prior.shape[-1], generator=torch.Generator().manual_seed(i))
+        return focus_mask(scores, prior, batch.winner, match_count=0.2, tau=0.1, check_range=False, backend="torch")
+
+    return [overlays.MaskAtTime(i / 10, one(i)) for i in range(times)]
+
+
+@pytest.mark.parametrize("times", [1, 2, 6])
+@pytest.mark.parametrize("size", [(96, 96), (96, 32), (32, 96)], ids=["square", "tall", "wide"])
+def test_nothing_is_cut(step_and_batch, figures, tmp_path, size, times):
+    """All of a figure's text lies within it, the labels of its colour bars among them."""
+    batch = cropped(step_and_batch[1], *size)
+    each = masks_of(batch, times)
+    overlays.draw_overlays(batch, each, tmp_path / "page.png", "a prompt")
+    for groups in (1, 4):
+        overlays.draw_coverage({f"blocks {i}": each for i in range(groups)}, tmp_path / "coverage.png", "coverage A of pair 1")
+    for figure in figures:
+        figure.draw_without_rendering()
+        for text in figure.findobj(lambda artist: isinstance(artist, Text) and artist.get_visible() and artist.get_text()):
+            box = text.get_window_extent()
+            assert box.x0 >= 0 <= box.y0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, text.get_text()
+
+
+def test_a_reference_is_drawn_with_its_mask(step_and_batch, figures, tmp_path):
+    """As the tokens that count in S: outlined in its colour, the others dim."""
+    batch = step_and_batch[1]
+    mask = torch.zeros_like(batch.reference_masks[1])
+    mask[..., :16, :] = True
+    batch = dataclasses.replace(batch, reference_masks=(batch.reference_masks[0], mask))
+    overlays.draw_overlays(batch, masks_of(batch, 1), tmp_path / "page.png", "title")
+    axis = figures[0].axes[1]
+    image, drawn = batch.references[1][0].permute(1, 2, 0).numpy(), np.asarray(axis.images[0].get_array())
+    assert np.allclose(drawn[:16], image[:16]) and np.allclose(drawn[16:], 0.35 * image[16:])
+    assert image.shape == (48, 16, 3) and axis.get_title() == "reference 2: 1 of 3 tokens"
+    line = axis.lines[-1]
+    assert line.get_color() == overlays.SUBJECTS[1] and np.nanmax(line.get_ydata()) == 16
 
 
 def test_dollar_signs_of_a_prompt_are_no_formula(step_and_batch, tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from focusdpo.data import PairBatch
-from focusdpo.drawing.figures import new_figure
+from focusdpo.drawing.figures import colour_bar, new_figure
 from focusdpo.drawing.overlays import (
     COLOURS,
     PANEL,
@@ -97,8 +97,8 @@ def draw_confusion(config: StressConfig, rows: Sequence[Row], path: Path) -> Non
             axis.set_yticks(range(len(names)), labels)
             axis.set_title(f"{NAMES[kind]}, {pooling}, t = {t:g}", fontsize=10)
     assert drawn is not None
-    figure.colorbar(
-        drawn, ax=axes, label=f"share of a reference's matches (K: {count}) that lie in a region", shrink=0.6, aspect=40
+    colour_bar(
+        figure, drawn, axes, f"share of a\nreference's\nmatches\n(K: {count})\nthat lie in\na region", shrink=0.6, aspect=40
     )
     figure.savefig(path, dpi=110)
 
