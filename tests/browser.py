@@ -18,7 +18,7 @@ from tests import PATIENCE
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; `apt-get install chromium` brings one")
 
-DRIVER = """<!doctype html><body><iframe src="PAGE" width="1300" height="900"></iframe><script>
+DRIVER = """<!doctype html><body><iframe src="PAGE" width="WIDTH" height="900"></iframe><script>
 document.querySelector("iframe").onload = async (event) => {
   const { contentWindow: view, contentDocument: page } = event.target;
   const pause = (time) => new Promise((done) => setTimeout(done, time ?? 20));
@@ -31,12 +31,12 @@ document.querySelector("iframe").onload = async (event) => {
 </script>"""
 
 
-def in_browser(folder, profile, script, page="page.html", as_file=False):
+def in_browser(folder, profile, script, page="page.html", as_file=False, width=1300):
     """Runs a script beside a page of a folder, shown in a frame, in Chromium. Returns what it sees, and the files asked for.
 
     The script sends what it saw: --dump-dom and --screenshot would load every image, lazy or not. "console" has what the page
     wrote to the console from its first line on, errors that nobody caught and refused requests included; "requests" what the
-    page asked for beside itself. With `as_file` it is opened from the disk, without a server.
+    page asked for beside itself. With `as_file` it is opened from the disk, without a server. `width`: of the frame.
     """
     asked, found = set(), queue.Queue()
 
@@ -57,7 +57,8 @@ def in_browser(folder, profile, script, page="page.html", as_file=False):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, log.open("w") as errors:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         server_address = f"http://127.0.0.1:{server.server_port}"
-        text = DRIVER.replace("PAGE", page).replace("SEEN", f"{server_address}/seen").replace("SCRIPT", script)
+        text = DRIVER.replace("PAGE", page).replace("SEEN", f"{server_address}/seen")
+        text = text.replace("WIDTH", str(width)).replace("SCRIPT", script)
         (folder / "driver.html").write_text(text)
         address = f"{server_address}/driver.html"
         if as_file:

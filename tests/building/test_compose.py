@@ -476,12 +476,15 @@ def test_the_page_of_masks_saves_what_is_ticked(copied, tmp_path):
       page.getElementById("save").click();
       seen.text = await texts[0];
       seen.images = [...page.images].length;
+      box.closest("label").querySelector("img").click();
+      seen.enlarged = [page.getElementById("enlarged").open, box.checked];
       seen.wide = page.documentElement.scrollWidth > view.innerWidth;
     """
     (tmp_path / "profile").mkdir()
     before = yaml.safe_load((Path(copied.output_dir) / "accepted.yaml").read_text())
     seen, _ = in_browser(Path(copied.output_dir), tmp_path / "profile", script, page="masks.html")
     assert "error" not in seen and not seen["wide"] and seen["images"] == 20, seen
+    assert seen["enlarged"] == [True, False], "a click on a picture enlarges it, and ticks nothing"
     used = used_of(before)
     assert seen["before"] == f"{used} of 20 cut-outs are used" and before["cup"]["01.png"]
     assert seen["after"] == f"{used - 1} of 20 cut-outs are used"

@@ -278,6 +278,66 @@ def test_page_in_a_browser(long_page, tmp_path, as_file):
         assert text in seen["text"], text
 
 
+WIDTHS = """
+  const plots = [...page.querySelectorAll(".plot")];
+  for (const plot of plots) {
+    plot.scrollIntoView({ behavior: "instant" });
+    await waiting(() => plot.querySelector(".main-svg .xtick, .failed"));
+  }
+  await pause(500);
+  const box = (element) => element.getBoundingClientRect();
+  seen.legends = plots.filter((plot) => plot.querySelector(".legend")).map((plot) => {
+    const [legend, bar, area] = [".legend", ".modebar", ".nsewdrag"].map((one) => box(plot.querySelector(one)));
+    return [plot.id, legend.top >= bar.bottom || legend.right <= bar.left, legend.bottom <= area.top, area.height];
+  });
+  seen.overflow = page.documentElement.scrollWidth - view.innerWidth;
+  const told = page.querySelector(".alarms td:last-child");
+  seen.alarm = [box(told).right <= view.innerWidth, box(told).width, parseFloat(view.getComputedStyle(told).fontSize)];
+  const sheets = [...page.querySelectorAll(".shot:not([hidden]) .enlarge")];
+  seen.sheets = sheets.map((sheet) => {
+    const image = sheet.querySelector("img");
+    return [image.naturalWidth, image.clientWidth, sheet.scrollWidth, box(sheet).right <= view.innerWidth];
+  });
+  const dialog = page.getElementById("enlarged");
+  sheets[1].click();
+  seen.enlarged = [dialog.matches(":modal"), dialog.querySelector("img").src === sheets[1].querySelector("img").src];
+  const shown = dialog.querySelector("img");
+  await waiting(() => shown.clientWidth);
+  seen.size = [shown.clientWidth, shown.naturalWidth];
+  const press = (key) => page.activeElement.dispatchEvent(new view.KeyboardEvent("keydown", { key, bubbles: true }));
+  press("ArrowRight");
+  seen.next = dialog.querySelector("img").alt;
+  dialog.click();
+  seen.closed = [dialog.open, page.activeElement.querySelector("img").alt];
+  seen.keyboard = sheets.every((sheet) => sheet.matches("button[type=button]"));
+"""
+
+
+@browser
+@pytest.mark.parametrize("width", [1300, 800, 390])
+def test_page_at_many_widths(tmp_path_factory, tmp_path, width):
+    """Nothing overlaps or is cut, and pictures enlarge, on a desk and on a phone."""
+    folder = tmp_path_factory.mktemp("report")
+    run = write_run(folder / "run", 200)
+    write_samples(run, [0, 200], 2)
+    message = "skipped, the gradient norm is nan; its pairs: " + ", ".join(f"{'/data' * 12}/pairs.jsonl:{i}" for i in range(8))
+    (run / "alarms.jsonl").write_text(json.dumps({"name": "non_finite_gradient", "step": 9, "message": message}) + "\n")
+    write_run_page(run, folder / "page.html", progress=False)
+    seen, _ = in_browser(folder, tmp_path, WIDTHS, width=width)
+    assert "error" not in seen and seen["console"] == [], seen
+    assert len(seen["legends"]) == 4 + 6, "of the panels with several lines"
+    for name, is_clear, is_above, height in seen["legends"]:
+        assert is_clear and is_above and height > 140, (name, "its legend leaves toolbar and plot alone")
+    assert seen["overflow"] <= 0
+    inside, wide, font = seen["alarm"]
+    assert inside and wide > 250 and font >= 12
+    for natural, shown, scrolled, is_inside in seen["sheets"]:
+        assert is_inside and shown == (natural if width < 640 else min(natural, scrolled)) and shown > 500
+    assert seen["enlarged"] == [True, True] and seen["size"][0] >= max(seen["size"][1], 0.9 * width), "scrolled, not shrunk"
+    assert seen["next"] == "references, samples and winner, step 200", "of the next pair; what is hidden is passed over"
+    assert seen["closed"] == [False, seen["next"]] and seen["keyboard"], "Enter and Space press a button"
+
+
 @browser
 def test_the_console_is_heard(tmp_path):
     """Without which the test above would see no error: thrown before the driver looks, written, or of a refused request."""

@@ -174,6 +174,17 @@ CONTROLS = """
   page.activeElement.blur();
   view.scrollTo({ top: 0 });
   await waiting(() => page.querySelector("article")?.querySelector(".place").textContent === "pairs.jsonl:1");
+  set("subject", "cat");
+  await pause();
+  shown()[0].querySelector(".targets .enlarge").click();
+  const dialog = page.getElementById("enlarged");
+  seen.enlarged = [dialog.matches(":modal"), dialog.querySelectorAll("img").length];
+  for (const key of ["Escape", "j"]) await press(key, dialog);
+  dialog.close();
+  await pause();
+  await press("j");
+  seen.kept = [field("subject").value, place()];
+  await press("Escape");
   const outlined = () => getComputedStyle(page.querySelector("img.outlines")).display;
   seen.outlines = [outlined()];
   await press("o");
@@ -224,6 +235,8 @@ def test_filters_and_keys(thousand, tmp_path):
     assert seen["steps"] == ["pairs.jsonl:1", "pairs.jsonl:2", "pairs.jsonl:1"]
     assert seen["far"] == ["pairs.jsonl:100", True, "pairs.jsonl:101"], "from the card that was left, wherever one scrolls"
     assert all(seen[name]["afterwards"] < PAIRS / 5 for name in expected)
+    assert seen["enlarged"] == [True, 2], "the winner with its outlines"
+    assert seen["kept"] == ["cat", "pairs.jsonl:2"], "the page's keys rest meanwhile, and go on from the card"
     assert seen["outlines"] == ["block", "none"]
     assert seen["broken"].startswith("error winner no such file: ") and seen["missing"] == 2, "winner and difference"
 
@@ -244,7 +257,7 @@ def test_page_is_whole_and_safe(tmp_path):
     named = {f"{unquote(data['folder'])}/{name}" for picture in pictures for name in picture[4:] if name is not None}
     assert named == {str(file.relative_to(tmp_path)) for file in thumbnails_of(page).iterdir()}
     assert all(max(Image.open(tmp_path / name).size) <= 32 for name in named)
-    assert "<dog>" not in text and "&lt;dog&gt;" in text and text.count("<script") == text.count("</script") == 2
+    assert "<dog>" not in text and "&lt;dog&gt;" in text and text.count("<script") == text.count("</script") == 3
 
 
 HOSTILE = "</script><script>throw 1</script><!--<script>\u2028 \"'&amp; \\u0041 \u202e"

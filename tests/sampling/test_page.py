@@ -107,7 +107,7 @@ def test_pictures_enlarge_and_nothing_else_is_asked_for(made, tmp_path):
       const dialog = page.querySelector("dialog");
       seen.open = dialog.open;
       seen.enlarged = dialog.querySelector("img").src.split("/").slice(-2).join("/");
-      view.dispatchEvent(new view.KeyboardEvent("keydown", { key: "ArrowRight" }));
+      page.activeElement.dispatchEvent(new view.KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true }));
       seen.next = dialog.querySelector("img").src.split("/").slice(-2).join("/");
       dialog.click();
       seen.closed = !dialog.open;

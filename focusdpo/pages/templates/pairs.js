@@ -19,7 +19,7 @@ function make(tag, properties, ...children) {
 
 function figure([caption, colour, width, height, image, outlines]) {
   const address = (name) => `${folder}/${name}`;
-  const stack = make("div", { className: "stack" });
+  const stack = image ? make("button", { type: "button", className: "stack enlarge" }) : make("div", { className: "stack" });
   if (image) stack.append(make("img", { loading: "lazy", width, height, alt: caption, src: address(image) }));
   else stack.append(make("span", { className: "missing", textContent: NO_IMAGE }));
   if (outlines) stack.append(make("img", { className: "outlines", loading: "lazy", alt: "", src: address(outlines) }));
@@ -125,9 +125,10 @@ function restore() {
 }
 
 function step(by) {
+  const current = document.activeElement.closest("article")?.card;
   const top = document.querySelector("header").offsetHeight;
-  const from = document.activeElement.card ?? [...list.querySelectorAll("article")].find((one) => one.getBoundingClientRect().top >= top)?.card;
-  const next = shown.indexOf(from) + (document.activeElement.card ? by : 0);
+  const from = current ?? [...list.querySelectorAll("article")].find((one) => one.getBoundingClientRect().top >= top)?.card;
+  const next = shown.indexOf(from) + (current ? by : 0);
   const index = Math.max(0, Math.min(next, shown.length - 1));
   const chunk = chunks[Math.floor(index / CHUNK)];
   if (!chunk) return;

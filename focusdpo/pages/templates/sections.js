@@ -28,7 +28,7 @@ function look() {
       hoverlabel: { bgcolor: card, bordercolor: line, font: { color: text } },
       legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", bgcolor: "#0000" },
       modebar: { bgcolor: "#0000", color: quiet, activecolor: text },
-      margin: { l: 48, r: 12, t: 30, b: 36 },
+      margin: { l: 48, r: 12, t: 12, b: 36 },
       dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom", // a finger scrolls the page
       hovermode: "x",
     },
@@ -48,6 +48,10 @@ async function draw(plot) {
     const alone = { showSendToCloud: false, plotlyServerURL: "", modeBarButtons: BUTTONS };
     const options = { ...alone, responsive: true, displaylogo: false, toImageButtonOptions: image };
     await Plotly.newPlot(plot.canvas, data, layout, options);
+    // On a narrow screen a legend takes many rows, which it gets beside the plot's own height.
+    const rows = plot.canvas.querySelector(".legend .bg")?.height.baseVal.value ?? 0;
+    plot.canvas.style.height = `${plot.canvas.offsetHeight + rows}px`;
+    await Plotly.Plots.resize(plot.canvas);
     plot.canvas.on("plotly_relayout", (change) => follow(plot, change));
   } catch (error) {
     plot.canvas.classList.add("failed");
