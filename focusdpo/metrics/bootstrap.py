@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from focusdpo.metrics import LEVEL, RESAMPLES
+from focusdpo.metrics.shares import exact_interval
 
 Interval = tuple[float, float, float]  # mean, low, high
 
@@ -21,6 +22,7 @@ def mean_interval(
     level: float = LEVEL,
     resamples: int = RESAMPLES,
     seed: int = 0,
+    is_share: bool = False,
 ) -> Interval:
     """Mean, and its bootstrap interval over groups.
 
@@ -34,13 +36,15 @@ def mean_interval(
         level: of the interval, between 0 and 1.
         resamples: at least 1.
         seed: the same seed gives the same interval.
+        is_share: whether values can be from 0 to 1 only, which makes all 0 and all 1 say something of others.
 
     Returns:
-        (mean, low, high). Low and high are NaN where all groups have one mean, or there is a single one: nothing is then known
-        of how much it varies, and [mean, mean] would claim a certainty (a rate of 0 of three prompts).
+        (mean, low, high). Where all groups have one mean, or there is a single one, nothing is known of how much it varies, and
+        [mean, mean] would claim a certainty (a rate of 0 of three prompts): low and high are NaN then, and of a share that is 0
+        or 1 `exact_interval` over the groups.
 
     Raises:
-        ValueError: no values, values that are not finite, or another number of groups.
+        ValueError: no values, values that are not finite or no share, or another number of groups.
     """
     numbers = np.asarray(values, dtype=np.float64)
     if numbers.ndim != 1 or not numbers.size or not np.isfinite(numbers).all():
@@ -49,10 +53,14 @@ def mean_interval(
         raise ValueError(f"level: got {level!r}; expected a number between 0 and 1")
     if resamples < 1:
         raise ValueError(f"resamples: got {resamples!r}; expected at least 1")
+    if is_share:
+        numbers = numbers.round(12)  # 1 less other shares may be below 0 by rounding
+        if not (numbers.min() >= 0 and numbers.max() <= 1):
+            raise ValueError(f"values: got {numbers.min():g} to {numbers.max():g}; expected shares, from 0 to 1")
     sums, counts = _by_group(numbers, groups)
     mean = float(numbers.mean())
     if np.ptp(sums / counts) == 0:
-        return mean, math.nan, math.nan
+        return mean, *(exact_interval(mean, len(sums), level) if is_share and mean in (0, 1) else (math.nan, math.nan))
     for method in ("BCa", "percentile"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a degenerate BCa gives NaN, and the next method its interval

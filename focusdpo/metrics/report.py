@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -20,6 +20,7 @@ from focusdpo.metrics.bootstrap import Interval
 RESULTS, PROMPTS, SUBJECTS, PICTURE = "results.json", "prompts.csv", "subjects.csv", "subjects.png"
 FILES = (RESULTS, PROMPTS, SUBJECTS, PICTURE)
 SHOWN = 40  # subjects in the picture
+SHARES = ("_leaks", "missing")  # ends of the names of rates
 
 Row = Mapping[str, Any]
 
@@ -35,7 +36,7 @@ class Line:
     prompts: int
 
 
-Intervals = Callable[[Sequence[float], Sequence[Hashable] | None], Interval]  # `mean_interval` with a run's settings
+Intervals = Callable[..., Interval]  # `mean_interval` with a run's settings
 
 
 def summarise(rows: Sequence[Row], names: Iterable[str], interval: Intervals, within_prompt: bool = False) -> dict[str, Line]:
@@ -52,7 +53,9 @@ def summarise(rows: Sequence[Row], names: Iterable[str], interval: Intervals, wi
         having = [row for row in rows if row.get(name) is not None]
         if having:
             lines = [row["line"] for row in having]
-            mean, low, high = interval([row[name] for row in having], None if within_prompt else lines)
+            mean, low, high = interval(
+                [row[name] for row in having], None if within_prompt else lines, is_share=name.endswith(SHARES)
+            )
             found[name] = Line(mean, low, high, len(having), len(set(lines)))
     return found
 

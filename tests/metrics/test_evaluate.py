@@ -178,7 +178,10 @@ def planted(swapped=False):
 def test_leakage_of_planted_regions(study, models, capsys):
     right = evaluate(study, **models, regions=regions(study, planted()))
     for name in ("clip_i", "dino", "dinov2"):
-        assert right["summary"][f"{name}_leaks"]["mean"] == 0.0
+        leaks = right["summary"][f"{name}_leaks"]
+        assert (leaks["mean"], leaks["low"]) == (0.0, 0.0) and 0 < leaks["high"] < 1, (
+            "no leak in so few prompts is no certainty"
+        )
         assert right["summary"][f"{name}_right"]["mean"] == pytest.approx(1.0, abs=1e-6)
         assert right["summary"][f"{name}_gap"]["mean"] > 0
         assert right["summary"][f"{name}_right"]["count"] == 6  # the prompt of one subject has none to leak from

@@ -22,6 +22,7 @@ from focusdpo.features import pool_mask
 from focusdpo.studies.ablation import jobs as ablation_jobs
 from focusdpo.studies.ablation import yardsticks
 from focusdpo.studies.ablation.jobs import Result, run_jobs
+from focusdpo.studies.ablation.page import curve_figure
 from focusdpo.studies.ablation.statistics import Estimate, difference, over_seeds, tabulate, text_of
 from focusdpo.studies.ablation.variants import VARIANTS, changes_of
 from focusdpo.studies.ablation.yardsticks import Measure
@@ -204,6 +205,21 @@ def test_statistics():
     assert alike.low < alike.mean < alike.high, "equal means of two trainings are no certainty"
     one = over_seeds({0: np.random.default_rng(0).normal(size=200).tolist()})
     assert one.high - one.low == pytest.approx(2 * 1.96 / np.sqrt(200), rel=0.2), "of one training: over its pairs"
+
+
+def test_intervals_of_shares_are_shares():
+    near = {0: [1.0] * 9 + [0.8], 1: [1.0] * 10, 2: [1.0] * 10}
+    assert over_seeds(near).high > 1, "Student's"
+    found = over_seeds(near, is_share=True)
+    assert found.mean == over_seeds(near).mean and 0 < found.low < found.mean < found.high <= 1
+    every = over_seeds({seed: [1.0] * 10 for seed in range(3)}, is_share=True)
+    assert every == Estimate(1.0, pytest.approx(0.025**0.1), 1.0), "pairs count, and not trainings of the same pairs"
+    change, share = VARIANTS["dpo"], Measure("share", is_share=True)
+    table = tabulate([Result("dpo", seed, {"share": near[seed]}, [], None) for seed in near], [change], "dpo", {"share": share})
+    assert table.rows[0].cells[0].estimate == found
+    every = [Result("dpo", seed, {"share": [1.0] * 10}, [{"step": 5, "share": 1.0}], None) for seed in range(2)]
+    band = curve_figure(every, table, "share", {"dpo": "DPO"}).data[1]
+    assert list(band.y) == [1.0, pytest.approx(0.025**0.1)]
 
 
 def test_verdicts():

@@ -17,6 +17,7 @@ from focusdpo.commands.stress import prepare as prepare_stress
 from focusdpo.commands.stress import run_of
 from focusdpo.data import LongestSide, PairDataset, collate, load_pairs
 from focusdpo.features import pool_mask, reference_token_mask
+from focusdpo.metrics.shares import exact_interval
 from focusdpo.models.tiny_flux import write_tiny_flux
 from focusdpo.studies.config import KINDS, StressConfig
 from focusdpo.studies.stress import match_measures, work
@@ -295,7 +296,9 @@ def check_results(results, folder):
         diagonal = [np.diagonal(one["confusion"][1, 0, 3, 1][:, :2]).mean() for one in arrays]
         row = rows[kind, 0.8, "reference", "2", "prior", "precision"]
         assert row["mean"] == pytest.approx(np.mean(diagonal))
-        if diagonal[0] == pytest.approx(diagonal[1]):
+        if diagonal[0] in (0, 1) and diagonal[0] == diagonal[1]:
+            assert (row["low"], row["high"]) == exact_interval(diagonal[0], 2), "a share at its end is bounded"
+        elif diagonal[0] == pytest.approx(diagonal[1]):
             assert row["low"] is None, "scenes that agree say nothing of others"
         else:
             assert row["low"] <= row["mean"] <= row["high"]

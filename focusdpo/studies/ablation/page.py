@@ -99,7 +99,11 @@ def curve_figure(results: Sequence[Result], table: Table, measure: str, names: M
         if not curves or curves[0][0]["step"] == 0:
             continue
         steps = [point["step"] for point in curves[0]]
-        found = [over_seeds({i: [curve[k][measure]] for i, curve in enumerate(curves)}) for k in range(len(steps))]
+        pairs = len(own[0].values[measure])  # of which a curve has the mean alone
+        found = [
+            over_seeds({i: [curve[k][measure]] * pairs for i, curve in enumerate(curves)}, table.measures[measure].is_share)
+            for k in range(len(steps))
+        ]
         colour = COLOURS[number % len(COLOURS)]
         start = [points[0][measure]] if points else []
         figure.add_scatter(

@@ -11,6 +11,7 @@ import numpy as np
 from scipy import stats
 
 from focusdpo.metrics.bootstrap import mean_interval
+from focusdpo.metrics.shares import share_interval
 from focusdpo.studies.ablation.jobs import Result
 from focusdpo.studies.ablation.variants import Change
 from focusdpo.studies.ablation.yardsticks import Measure
@@ -33,15 +34,16 @@ class Estimate:
         return bool(self.low > 0 or self.high < 0)
 
 
-def over_seeds(values: Mapping[int, Sequence[float]]) -> Estimate:
+def over_seeds(values: Mapping[int, Sequence[float]], is_share: bool = False) -> Estimate:
     """The mean over seeds of means over held-out items.
 
-    With several seeds the interval is Student's, over the seeds' means: it says what another training would give. With one it
-    is a bootstrap over the items: what other items would give; and so where all seeds have the same mean, of which Student's
-    would make a certainty.
+    With several seeds it is Student's interval over their means, of shares `share_interval`: it says what another training
+    would give. With one it is a bootstrap over the items: what other items would give; and so where all seeds have the same
+    mean, of which Student's would make a certainty.
 
     Args:
         values: by seed, one for each item; NaN counts as missing.
+        is_share: whether they can be from 0 to 1 only.
     """
     table = np.array([list(numbers) for numbers in values.values()], dtype=float)  # [seeds, items]
     table = table[~np.isnan(table).all(axis=1)]
@@ -50,7 +52,9 @@ def over_seeds(values: Mapping[int, Sequence[float]]) -> Estimate:
     means = np.nanmean(table, axis=1).round(DECIMALS)
     if np.ptp(means) == 0:  # also of one seed
         items = np.nanmean(table[:, ~np.isnan(table).all(axis=0)], axis=0).round(DECIMALS)
-        return Estimate(*mean_interval(items))
+        return Estimate(*mean_interval(items, is_share=is_share))
+    if is_share:
+        return Estimate(float(means.mean()), *share_interval(means))
     half = stats.t.ppf(0.975, len(means) - 1) * means.std(ddof=1) / np.sqrt(len(means))
     return Estimate(float(means.mean()), float(means.mean() - half), float(means.mean() + half))
 
@@ -137,7 +141,7 @@ def tabulate(
             better = None
             if gap is not None and gap.differs and measure.better != "neither":
                 better = (gap.mean < 0) == (measure.better == "less")
-            cells.append(Cell(name, over_seeds(numbers), gap, better))
+            cells.append(Cell(name, over_seeds(numbers, measure.is_share), gap, better))
         failed = tuple(f"seed {result.seed}: {result.failed}" for result in own if result.failed)
         rows.append(Row(variant, len(own) - len(failed), tuple(cells), failed))
     return Table(tuple(rows), measured, baseline)

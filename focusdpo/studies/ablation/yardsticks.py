@@ -20,24 +20,27 @@ from focusdpo_kernels import preference_residual
 class Measure:
     """A measure of a trained model.
 
-    label: what it is. better: whether more of it is better, or less, or neither by itself.
+    label: what it is. better: whether more of it is better, or less, or neither by itself. is_share: whether it is from 0 to 1.
     """
 
     label: str
     better: Literal["more", "less", "neither"] = "more"
+    is_share: bool = False
 
 
 REGIONS = ("whole", "inside", "outside")
 # Ratios are 1 and accuracies one half for the model before training.
 MEASURES = {
-    "accuracy/inside": Measure("pairs told apart within the prior"),
-    "accuracy/whole": Measure("pairs told apart in the whole image"),
+    "accuracy/inside": Measure("pairs told apart within the prior", is_share=True),
+    "accuracy/whole": Measure("pairs told apart in the whole image", is_share=True),
     "win/inside": Measure("winner's error within the prior, to the reference's", "less"),
     "lose/inside": Measure("loser's error within the prior, to the reference's", "neither"),
     "win/whole": Measure("winner's error in the whole image, to the reference's", "less"),
     "lose/whole": Measure("loser's error in the whole image, to the reference's", "neither"),
     "win/outside": Measure("winner's error outside the prior, to the reference's", "less"),
-    "coverage": Measure("coverage A: share of the prior that is not matched, under the variant's own settings", "neither"),
+    "coverage": Measure(
+        "coverage A: share of the prior that is not matched, under the variant's own settings", "neither", is_share=True
+    ),
 }
 
 

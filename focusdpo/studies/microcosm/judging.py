@@ -22,10 +22,10 @@ from focusdpo.training.trainer import Trainer
 IMAGES_FILE = "generated.safetensors"
 BATCH = 48  # images that are sampled at once
 MEASURES = {
-    "identity": Measure("identity accuracy of generated regions"),
-    "leakage": Measure("leakage: generated regions nearer to the other reference's subject", "less"),
-    "wrong instance": Measure("generated regions that show another instance of the right class", "less"),
-    "class": Measure("generated regions of the right class"),
+    "identity": Measure("identity accuracy of generated regions", is_share=True),
+    "leakage": Measure("leakage: generated regions nearer to the other reference's subject", "less", is_share=True),
+    "wrong instance": Measure("generated regions that show another instance of the right class", "less", is_share=True),
+    "class": Measure("generated regions of the right class", is_share=True),
     "FID": Measure("FID of generated regions, in the classifier's features (of few: for comparison only)", "less"),
 }
 

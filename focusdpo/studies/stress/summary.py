@@ -126,7 +126,10 @@ def _rows(
         finite = here[np.isfinite(here)]
         if finite.size:
             if subject is None or layer == ALL:
-                interval = mean_interval(finite, level=config.level, resamples=config.resamples, seed=config.seed)
+                is_share = not measure.endswith("_rise")
+                interval = mean_interval(
+                    finite, level=config.level, resamples=config.resamples, seed=config.seed, is_share=is_share
+                )
             else:  # subjects times blocks are thousands, and a bootstrap of each would take longer than the test
                 interval = float(finite.mean()), math.nan, math.nan
             yield Row(kind, t, pooling, layer, count, measure, subject, *interval, scenes=finite.size)
