@@ -57,6 +57,11 @@ HELD_OUT = {
     "error/reference_lose": "loser's error without the LoRA",
 }
 
+MASK_MOVES = (
+    "Errors are weighted by the mask M, which is drawn from the hidden states of the model with the LoRA: as that learns, M "
+    "changes, and so do the errors without the LoRA, though the model under it, the pairs, times and noise stay the same."
+)
+
 
 def write_model_card(config: TrainConfig, folder: Path, train: PairDataset, validation: PairDataset) -> None:
     """Writes README.md, curves.png and, where the run made some, samples.png beside the LoRA of a run.
@@ -93,6 +98,7 @@ def write_model_card(config: TrainConfig, folder: Path, train: PairDataset, vali
         _other_tools(config.model),
         "## Held-out pairs" if held_out else "",
         _table(held_out, len(validation)) if held_out else "",
+        MASK_MOVES if held_out and config.focus.mask == "focus" and config.focus.feature_source == "policy" else "",
         "## Training",
         "![Curves of the run](curves.png)",
         _data_summary(train),

@@ -34,7 +34,7 @@ from focusdpo.training.config import (
     SamplesConfig,
 )
 from focusdpo.training.hub import UploadError, check_hub
-from focusdpo.training.model_card import KOHYAS, _use, write_model_card
+from focusdpo.training.model_card import KOHYAS, MASK_MOVES, _use, write_model_card
 from focusdpo.training.trainer import Trainer
 from tests.runs import train
 from tests.sampling.studies import BACKBONE, WRITE, load, write_random_lora
@@ -157,6 +157,18 @@ def test_the_cards_script_ends_with_a_picture(kind, over_base, tmp_path, monkeyp
     if kind in ("klein", "flux"):  # the others' references have a megapixel
         main([*words, "--size", "64x64", "--steps", "1", "--quiet"])
         assert Image.open(tmp_path / "samples" / "images" / "0001_0.png").size == (64, 64)
+
+
+@pytest.mark.parametrize(("mask", "source"), [("focus", "policy"), ("focus", "reference"), ("prior", "policy")])
+def test_card_says_why_errors_without_the_lora_move(config, mask, source):
+    """They do where the mask that weights them is of the policy's features, and only there."""
+    config.samples, config.max_steps, config.optim.lr = SamplesConfig(), 3, 0.3
+    config.focus = dataclasses.replace(config.focus, mask=mask, feature_source=source)
+    trainer = train(config)
+    before, *_, after = read_metrics(trainer.folder / "validation.jsonl")
+    moves = before["error/reference_win"] != pytest.approx(after["error/reference_win"], rel=1e-5)  # sums are rounded
+    assert moves == (mask == "focus" and source == "policy")
+    assert (MASK_MOVES in (trainer.folder / "lora" / "README.md").read_text()) == moves
 
 
 def test_card_of_a_hub_model_over_uno_without_held_out_pairs(config):
