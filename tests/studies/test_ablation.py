@@ -22,15 +22,17 @@ from focusdpo.features import pool_mask
 from focusdpo.studies.ablation import jobs as ablation_jobs
 from focusdpo.studies.ablation import yardsticks
 from focusdpo.studies.ablation.jobs import Result, run_jobs
-from focusdpo.studies.ablation.page import curve_figure
+from focusdpo.studies.ablation.page import curve_figure, write_ablation_page
 from focusdpo.studies.ablation.statistics import Estimate, difference, over_seeds, tabulate, text_of
 from focusdpo.studies.ablation.variants import VARIANTS, changes_of
 from focusdpo.studies.ablation.yardsticks import Measure
 from focusdpo.studies.config import AblationConfig
+from focusdpo.studies.microcosm.judging import MEASURES as JUDGED
 from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, ModelConfig, OptimConfig, SamplesConfig, TrainConfig
 from focusdpo.training.trainer import VALIDATION_SEED, Trainer
 from tests import PATIENCE
 from tests.backbones import pair_batch
+from tests.browser import browser, in_browser
 from tests.processes import workers_of
 
 
@@ -220,6 +222,65 @@ def test_intervals_of_shares_are_shares():
     every = [Result("dpo", seed, {"share": [1.0] * 10}, [{"step": 5, "share": 1.0}], None) for seed in range(2)]
     band = curve_figure(every, table, "share", {"dpo": "DPO"}).data[1]
     assert list(band.y) == [1.0, pytest.approx(0.025**0.1)]
+
+
+def rows_of(means, measures):
+    """A table of variants whose every pair has one value, by measure."""
+    names = ("base", "sft", "dpo", "focus")
+    results = [Result(n, 0, {m: [values[i]] * 3 for m, values in means.items()}, []) for i, n in enumerate(names)]
+    return tabulate(results, [VARIANTS[name] for name in names], "dpo", measures)
+
+
+def test_digits_are_enough_to_differ():
+    """Where all variants would look alike, and there alone; up to six."""
+    means = {
+        "apart": [1.0, 1.00001, 1.00002, 1.1],
+        "close": [1.0, 1.00004, 1.00002, 1.00003],
+        "alike": [1.0] * 4,
+        "noise": [1.0, 1.0 + 1e-9, 1.0, 1.0],
+    }
+    table = rows_of(means, {name: Measure(name) for name in means})
+    assert {name: table.digits(name, 3) for name in means} == {"apart": 3, "close": 5, "alike": 3, "noise": 3}
+    text = text_of(table, {name: name for name in VARIANTS})
+    assert "1.00002 [-]" in text and "-0.00002 [-]" in text and "1.1000 [-]" in text, text
+
+
+TABLE = """
+  const box = page.querySelector(".ablation");
+  seen.page = page.documentElement.scrollWidth - view.innerWidth;
+  seen.scrolls = box.scrollWidth - box.clientWidth;
+  const row = box.querySelector("tbody tr");
+  const place = (cell) => cell.getBoundingClientRect();
+  const corner = box.querySelector("thead th");
+  seen.before = place(row.cells[0]).left - place(box).left;
+  box.scrollLeft = 300;
+  await pause(100);
+  seen.after = place(row.cells[0]).left - place(box).left;
+  const { left, top } = place(row.cells[0]);
+  seen.onTop = row.cells[0].contains(page.elementFromPoint(left + 5, top + 5));
+  const head = place(corner);
+  seen.corner = [head.left - place(box).left, page.elementFromPoint(head.left + 5, head.top + 5) === corner];
+  seen.first = place(row.cells[0]).width / place(box).width;
+  seen.text = box.innerText;
+"""
+
+
+@browser
+@pytest.mark.parametrize("width", [1300, 390])
+def test_the_table_scrolls_beside_its_first_column(tmp_path, width):
+    measures = {**yardsticks.MEASURES, **JUDGED}
+    table = rows_of({name: [1.0, 0.99996, 0.99998, 0.99997] for name in measures}, measures)
+    config = AblationConfig("train.yaml", str(tmp_path), samples=0)
+    changes = [VARIANTS[row.variant] for row in table.rows]
+    (tmp_path / "page").mkdir()
+    write_ablation_page(
+        tmp_path / "page" / "page.html", config, TrainConfig(ModelConfig("-"), DataConfig("-"), "-"), changes, [], table, []
+    )
+    seen, _ = in_browser(tmp_path / "page", tmp_path, TABLE, width=width)
+    assert "error" not in seen and seen["console"] == [], seen
+    assert seen["page"] <= 0 < seen["scrolls"], "in its own box"
+    assert seen["before"] == seen["after"] <= 1 and seen["onTop"] and seen["corner"] == [seen["before"], True]
+    assert seen["first"] < 0.5 and "0.99996" in seen["text"]
 
 
 def test_verdicts():

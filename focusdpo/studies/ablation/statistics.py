@@ -17,6 +17,7 @@ from focusdpo.studies.ablation.variants import Change
 from focusdpo.studies.ablation.yardsticks import Measure
 
 DECIMALS = 12  # what differs behind them differs by rounding, of which Student's interval would make a certainty
+MAX_DIGITS = 6  # behind the point; what differs behind them is of no account
 SAME_SIGN = 6  # items that all differ by one value, and so to one side: by chance in fewer than 5 % of cases, by the sign test
 
 
@@ -116,6 +117,17 @@ class Table:
     measures: dict[str, Measure]
     baseline: str
 
+    def digits(self, measure: str, least: int) -> int:
+        """Digits behind the point for a measure's numbers: more than `least` where so many would show all means as one."""
+        means = [cell.estimate.mean for row in self.rows if (cell := row.cell(measure))]
+
+        def shown(digits: int) -> int:
+            return len({f"{mean:.{digits}f}" for mean in means})
+
+        if shown(least) > 1:
+            return least
+        return next(digits for digits in range(least, MAX_DIGITS + 1) if shown(digits) == shown(MAX_DIGITS))
+
 
 def tabulate(
     results: Sequence[Result],
@@ -152,16 +164,17 @@ def text_of(table: Table, names: Mapping[str, str]) -> str:
     width = max(len(name) for name in names.values())
     lines = []
     for name, measure in table.measures.items():
+        digits = table.digits(name, 4)
         lines += ["", measure.label + ("" if measure.better == "neither" else f" ({measure.better} is better)")]
         for row in table.rows:
             cell = row.cell(name)
             if cell is None:
                 lines.append(f"  {names[row.variant]:<{width}}  failed")
                 continue
-            line = f"  {names[row.variant]:<{width}}  {_text(cell.estimate)}"
+            line = f"  {names[row.variant]:<{width}}  {_text(cell.estimate, digits)}"
             if cell.difference is not None:
                 mark = "" if cell.is_better is None else "  better" if cell.is_better else "  worse"
-                line += f"   difference {_text(cell.difference, '+')}{mark}"
+                line += f"   difference {_text(cell.difference, digits, '+')}{mark}"
             lines.append(line)
     for row in table.rows:
         if row.failed:
@@ -173,6 +186,7 @@ def text_of(table: Table, names: Mapping[str, str]) -> str:
     return "\n".join(lines).strip("\n")
 
 
-def _text(estimate: Estimate, sign: str = "") -> str:
-    interval = "-" if math.isnan(estimate.low) else f"{estimate.low:{sign}.4f}, {estimate.high:{sign}.4f}"
-    return f"{estimate.mean:{sign}8.4f} [{interval}]"
+def _text(estimate: Estimate, digits: int, sign: str = "") -> str:
+    form = f"{sign}.{digits}f"
+    interval = "-" if math.isnan(estimate.low) else f"{estimate.low:{form}}, {estimate.high:{form}}"
+    return f"{estimate.mean:{sign}{digits + 4}.{digits}f} [{interval}]"
