@@ -24,6 +24,7 @@ from focusdpo.data.lines import Problem
 from focusdpo.data.validation import check_pairs
 from focusdpo.foundation.files import stamp, write_stamped
 from focusdpo.foundation.output_folder import OutputFolder
+from focusdpo.foundation.text import counted
 from focusdpo.pages import html as pages
 
 COMMAND = "data show"
@@ -132,7 +133,7 @@ def _render(path: str, folder: Path, cards: list[Card]) -> str:
     # The page makes elements of the few cards in sight: ten thousand at once would keep a browser busy for a minute.
     data = {"folder": quote(f"{folder.parent.name}/{folder.name}"), "cards": [_as_json(card) for card in cards]}
     return pages.TEMPLATES.get_template("pairs.html").render(
-        title=f"{path}: {len(cards)} pairs",
+        title=f"{path}: {counted(len(cards), 'pair')}",
         path=path,
         count=len(cards),
         classes=classes.most_common(),

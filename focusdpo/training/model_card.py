@@ -21,7 +21,7 @@ from focusdpo.foundation.files import write_whole, writing
 from focusdpo.foundation.journals import read_metrics, read_steps
 from focusdpo.foundation.output_folder import step_folders
 from focusdpo.foundation.packages import version_of
-from focusdpo.foundation.text import code, code_block, first_of, markdown
+from focusdpo.foundation.text import code, code_block, counted, first_of, markdown
 from focusdpo.models.lora_reading import LORA_FILE
 from focusdpo.training.config import DataConfig, ModelConfig, TrainConfig
 from focusdpo.training.run_files import METRICS_FILE, SAMPLES_FOLDER, VALIDATION_FILE, samples_in
@@ -90,7 +90,7 @@ def write_model_card(config: TrainConfig, folder: Path, train: PairDataset, vali
     )
     parts = [
         f"# LoRA for {markdown(hub_id or f'a {config.model.backbone} pipeline')}, trained with focusdpo",
-        f"{config.max_steps} steps of {method} on {len(train)} preference pairs with reference images.",
+        f"{counted(config.max_steps, 'step')} of {method} on {counted(len(train), 'preference pair')} with reference images.",
         "![References, samples before and after training, and winners](samples.png)" if sheets else "",
         "## Use",
         _use(config.model, hub_id),
@@ -172,7 +172,7 @@ def _table(rows: Sequence[dict[str, float]], pairs: int) -> str:
     def numbers(name: str) -> bool:  # a row may be damaged
         return all(isinstance(row.get(name), int | float) for row in (first, last))
 
-    lines = [f"| {pairs} pairs | step {first['step']:.0f} | step {last['step']:.0f} |", "|---|---|---|"]
+    lines = [f"| {counted(pairs, 'pair')} | step {first['step']:.0f} | step {last['step']:.0f} |", "|---|---|---|"]
     lines += [f"| {label} | {first[name]:.4g} | {last[name]:.4g} |" for name, label in HELD_OUT.items() if numbers(name)]
     return "\n".join(lines)
 
@@ -182,7 +182,7 @@ def _data_summary(pairs: PairDataset) -> str:
     classes = Counter(r.class_name for record in pairs.records for r in record.references if r.class_name)
     sizes = Counter("{}x{}".format(*size.target) for size in pairs.sizes)
     lines = [
-        f"- {len(pairs)} pairs, by their number of references: " + _most(references),
+        f"- {counted(len(pairs), 'pair')}, by their number of references: " + _most(references),
         "- images in pixels: " + _most(sizes),
     ]
     if classes:
