@@ -323,6 +323,11 @@ class SizeBatches:
         counts = {sizes: len(group) for sizes, group in self._groups.items()}
         return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
+    @property
+    def batches(self) -> int:
+        """Number of batches of every epoch."""
+        return sum(-(-len(group) // self._batch_size) for group in self._groups.values())
+
     def epoch(self, epoch: int) -> list[list[int]]:
         """Batches of indices, in the epoch's order; every epoch has as many."""
         # PyTorch's CPU generator looks at 32 bits of its seed.

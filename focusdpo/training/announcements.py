@@ -55,9 +55,8 @@ def begun(trainer: Trainer) -> str:
     model, data, plan = config.model, config.data, trainer.batches.plan
     name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     kept = model.dtype if model.quantization is None else f"{model.quantization} and {model.dtype}"
-    batches = plan.epoch(0)
     processes, full = trainer.launch.size, data.batch_size
-    smaller = sum(len(batch) < full for batch in batches)
+    smaller = sum(count % full > 0 for count in plan.layouts.values())
     parts = [f"data.batch_size={full}", *([f"{processes} processes"] * (processes > 1))]
     parts += [f"gradient_accumulation={config.gradient_accumulation}"] * (config.gradient_accumulation > 1)
     pairs = full * processes * config.gradient_accumulation
@@ -74,7 +73,7 @@ def begun(trainer: Trainer) -> str:
         f"{len(trainer.validation_set) or 'none'} held out\n" + "\n".join(layouts),
         "batch": f"{'up to ' * bool(smaller)}{counted(pairs, 'pair')} a step ({', '.join(parts)})",
         "length": f"{counted(config.max_steps, 'step')}, {trainer.batches.epochs(config.max_steps):.3g} epochs; an epoch has "
-        f"{counted(len(batches), 'batch', 'batches')}, {smaller or 'none'} of them smaller than data.batch_size",
+        f"{counted(plan.batches, 'batch', 'batches')}, {smaller or 'none'} of them smaller than data.batch_size",
     }
     if device.type == "cuda" and trainer.accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU):
         whole = torch.cuda.get_device_properties(device).total_memory
@@ -124,8 +123,8 @@ def finished(config: TrainConfig, step: int) -> str:
 
 
 def manifest_of(config: TrainConfig) -> Path | None:
-    """Prompts with references that a run's LoRA may be tried on: those of its samples, or its held-out pairs, or its pairs."""
-    for name in (config.samples.manifest, config.data.validation, config.data.train):
+    """Prompts with references that a run's LoRA may be tried on: those of its samples, or its held-out pairs."""
+    for name in (config.samples.manifest, config.data.validation):
         path = None if name is None else Path(name)
         if path is not None and (path.suffix == ".jsonl" or (path / FILE_NAME).is_file()):
             return path

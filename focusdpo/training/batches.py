@@ -261,13 +261,13 @@ class TrainingBatches:
         self._pairs_before = functools.lru_cache(maxsize=2)(self._count_before)
         with collector_paused():
             self._rounds = len(self._share(0))  # of every epoch
-        pairs, batches, full = len(dataset), len(self.plan.epoch(0)), config.data.batch_size
-        if accelerator.is_main_process and pairs / batches < 0.5 * full:
+        per_batch = len(dataset) / self.plan.batches
+        if accelerator.is_main_process and per_batch < 0.5 * config.data.batch_size:
             logger.warning(
                 "data.batch_size is %d, but a batch holds %.1f pairs on average: only pairs of equal image sizes share one, "
                 "and the data has %d combinations of sizes; data.buckets and data.reference_buckets make them fewer",
-                full,
-                pairs / batches,
+                config.data.batch_size,
+                per_batch,
                 len(self.plan.layouts),
             )
 

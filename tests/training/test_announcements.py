@@ -88,16 +88,15 @@ def test_the_next_commands(config, caplog, tmp_path):
 
 @pytest.mark.parametrize(("names", "expected"), [
     ({"samples": "prompts.jsonl", "validation": "held_out"}, "prompts.jsonl"), ({"validation": "held_out"}, "held_out"),
-    ({"validation": "shards"}, "train/pairs.jsonl"), ({"train": "shards"}, None),
+    ({"validation": "held_out/pairs.jsonl"}, "held_out/pairs.jsonl"), ({"validation": "shards"}, None), ({}, None),
 ])  # fmt: skip
 def test_prompts_to_try_the_lora_on(config, tmp_path, monkeypatch, names, expected):
     monkeypatch.chdir(tmp_path)
-    for folder in ("held_out", "train"):
+    for folder in ("held_out", "shards"):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "pairs.jsonl").touch()
-    (tmp_path / "shards").mkdir()
+    (tmp_path / "held_out" / "pairs.jsonl").touch()
     config.samples = SamplesConfig(manifest=names.get("samples"))
-    config.data.validation, config.data.train = names.get("validation"), names.get("train", "train/pairs.jsonl")
+    config.data.validation = names.get("validation")
     found = announcements.manifest_of(config)
     assert (None if found is None else str(found)) == expected
     text = announcements.finished(config, 3)
