@@ -30,11 +30,11 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "out"
     done = demo(folder)
     assert done.returncode == 0, done.stderr[-3000:]
-    return folder, done.stdout
+    return folder, done.stdout, done.stderr
 
 
 def test_everything_is_there(finished):
-    folder, output = finished
+    folder, output, _ = finished
     for name in (
         "data/train/pairs.jsonl",
         "model/model_index.json",
@@ -54,6 +54,16 @@ def test_everything_is_there(finished):
     assert "finished" in page and page.count('class="shot"') == 3, "one pair, at steps 0, 2 and 3"
 
 
+def test_nobody_else_speaks(finished):
+    """No library warns of what is not installed, no bar leaves its states in a pipe, and all is said in one block each."""
+    _, output, said = finished
+    lines = said.splitlines()
+    assert [line for line in lines if not line.startswith(("INFO: ", "WARNING: ", "  "))] == []
+    ours = ("INFO: training begins", "INFO: training is done, at step 3 of 3")
+    assert all(sum(line.startswith(start) for line in lines) == 1 for start in ours)
+    assert output.startswith("\nheld-out pairs (3; 3 steps on 6 others):\n")
+
+
 def test_triton_gives_the_same_losses(finished, tmp_path):
     # Pictures are left out: only the losses are compared.
     done = demo(tmp_path / "out", "--overlays", "0", TRITON_INTERPRET="1", FOCUSDPO_BACKEND="triton")
@@ -68,7 +78,7 @@ def test_triton_gives_the_same_losses(finished, tmp_path):
 
 def test_its_settings_file_trains(finished, tmp_path):
     """What the demo prints as the next command works."""
-    folder, _ = finished
+    folder = finished[0]
     command = [sys.executable, "-m", "focusdpo", "train", "--config", str(folder / "train.yaml"), "--max_steps", "1"]
     done = subprocess.run([*command, "--output_dir", str(tmp_path / "run")], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -76,7 +86,7 @@ def test_its_settings_file_trains(finished, tmp_path):
 
 
 def test_an_earlier_demo_is_protected(finished):
-    folder, _ = finished
+    folder = finished[0]
     done = demo(folder)
     assert done.returncode == 1 and "holds an earlier run" in done.stderr and "--overwrite true" in done.stderr
     assert (folder / "sample.png").is_file()
