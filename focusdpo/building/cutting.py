@@ -27,6 +27,7 @@ from focusdpo.data.images import read_image
 SIDE = 512  # of a photo, where nothing else is asked for
 EDGE = 1.5  # pixels over which a cut-out's outline fades
 BARS = 6.0  # levels by which the pixels of a letterbox's bar differ at most, as a photo's noise and JPEG make them
+BLURRED = 2  # lines at most in which JPEG mixes a bar and what is beside it
 INSIDE, OUTSIDE = 0.6, 0.1  # shares of a cell from which it belongs to a subject, and up to which to the background
 AROUND = 4  # cells from a mask within which a part of its subject may have been left out
 NEAREST = 3  # cells of another photo that a cell is compared with
@@ -78,24 +79,26 @@ def read_photo(file: Path, longest: int) -> Pixels:
 def without_bars(pixels: Pixels) -> tuple[slice, slice]:
     """Rows and columns within the bars of one colour that lie along two opposite edges; all where there are none."""
     kept = []
-    for axis in (1, 0):
-        lines = pixels.astype(np.int16).max(axis=axis) - pixels.astype(np.int16).min(axis=axis)
-        plain = lines.max(axis=-1) <= BARS
-        size = len(plain)
-        first = int(np.argmin(plain)) if not plain.all() else 0
-        last = size - int(np.argmin(plain[::-1])) if not plain.all() else size
-        # A bar has its like on the other side, and ends along its whole length at once, as a plain wall or sky does not.
-        is_bar = min(first, size - last) >= max(2, 0.02 * size) and all(
-            _differ(np.take(pixels, bar, 1 - axis), np.take(pixels, inside, 1 - axis))
-            for bar, inside in ((first - 1, first), (last, last - 1))
-        )
-        kept.append(slice(first, last) if is_bar else slice(0, size))
+    for axis in (0, 1):
+        lines = np.moveaxis(pixels.astype(np.int16), axis, 0)
+        plain = (lines.max(axis=1) - lines.min(axis=1)).max(axis=-1) <= BARS
+        size, first, after = len(plain), int(np.argmin(plain)), int(np.argmin(plain[::-1]))
+        start = stop = 0
+        if min(first, after) >= max(2, 0.02 * size):  # a bar has its like on the other side
+            start, stop = _end(lines, first), _end(lines[::-1], after)
+        kept.append(slice(start, size - stop) if start and stop else slice(0, size))
     return kept[0], kept[1]
 
 
-def _differ(bar: Pixels, inside: Pixels) -> bool:
-    """Whether most of a line of pixels [N, 3] is of another colour than the line beside it, of a bar."""
-    return bool((np.abs(inside.astype(np.int16) - bar).max(axis=-1) > BARS).mean() > 0.5)
+def _end(lines: NDArray[np.int16], first: int) -> int:
+    """Where a bar ends in lines of pixels [N, M, 3], the first that is not plain or shortly after; 0 where it fades.
+
+    A bar ends along its whole length at once, as a plain wall or sky does not.
+    """
+    for line in range(first, min(first + BLURRED, len(lines) - 1) + 1):
+        if (np.abs(lines[line] - lines[first - 1]).max(axis=-1) > BARS).mean() > 0.5:
+            return line
+    return 0
 
 
 class Cutter:
