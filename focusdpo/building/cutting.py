@@ -31,6 +31,8 @@ BLURRED = 2  # lines at most in which JPEG mixes a bar and what is beside it
 INSIDE, OUTSIDE = 0.6, 0.1  # shares of a cell from which it belongs to a subject, and up to which to the background
 AROUND = 4  # cells from a mask within which a part of its subject may have been left out
 NEAREST = 3  # cells of another photo that a cell is compared with
+WHOLE = 0.99  # share of a cell from which a mask covers it wholly
+UNLIKE = -0.05  # how much more such a cell looks like background than like the subject where it is taken out
 ROUNDS = 2  # of guided segmentation, each with what the last has found
 SAME = 8  # bits of 64 by which two perceptual hashes of one photo differ at most
 
@@ -159,14 +161,21 @@ class Cutter:
             work = partial(grabcut.find_likely, photos[index], likely.reshape(GRID, GRID))
             return self._find(work, photos[index])[0]
 
+        def trimmed(index: int, likely: Float, covered: Float) -> list[Mask]:
+            # Cells along the outline look like both sides; only one that is covered as a whole can be background for certain.
+            cut = partial(grabcut.trim, photos[index], chosen[index], likely.reshape(GRID, GRID))
+            unlike = ((likely < UNLIKE) & (covered > WHOLE)).reshape(GRID, GRID)
+            return [self._find(partial(cut, gone), photos[index])[0] for gone in (np.zeros_like(unlike), unlike)]
+
         chosen = [guided(index, common(grids, index)) for index in range(len(photos))]
         candidates = [[first, second] for first, second in zip(chosen, alone, strict=True)]
         for _ in range(ROUNDS):
             covered = [shares(mask) for mask in chosen]
             for index, grid in enumerate(grids):
-                subject, others = likeness(grids, covered, index)
-                background = np.maximum(others, own_background(grid, covered[index]))
-                candidates[index].append(guided(index, subject - background))
+                # Of three one bad mask must not cut the others down to what it shows; the verdict does count it.
+                subject, others = likeness(grids, covered, index, enough=3)
+                likely = subject - np.maximum(others, own_background(grid, covered[index]))
+                candidates[index] += [guided(index, likely), *trimmed(index, likely, covered[index])]
                 fits = [self._fit(mask, grid, subject, others) for mask in candidates[index]]
                 chosen[index] = candidates[index][int(np.argmax(fits))]
         return chosen
@@ -273,17 +282,18 @@ def common(grids: Sequence[Float], index: int) -> Float:
     return np.mean(others, axis=0) - 0.5 * _nearest(own, own[_border()], 5)
 
 
-def likeness(grids: Sequence[Float], covered: Sequence[Float], index: int) -> tuple[Float, Float]:
+def likeness(grids: Sequence[Float], covered: Sequence[Float], index: int, enough: int = 4) -> tuple[Float, Float]:
     """What each cell of a photo looks like, as the subject's other photos tell.
 
     Args:
         grids: of the subject's photos, each [GRID * GRID, C] with rows of length 1.
         covered: which part of each cell the photo's mask covers, as `shares` has it.
         index: of the photo.
+        enough: backgrounds from which two have to agree.
 
     Returns:
         mean cosines with the nearest cells, each [GRID * GRID]: of the other cut-outs their median, of the backgrounds around
-        them the largest, or the second of four.
+        them the largest, or the second where there are enough.
     """
     own = grids[index]
     subjects, backgrounds = [np.full(len(own), -1, np.float32)], [np.full(len(own), -1, np.float32)]
@@ -293,8 +303,8 @@ def likeness(grids: Sequence[Float], covered: Sequence[Float], index: int) -> tu
                 backgrounds.append(_nearest(own, grid[share < OUTSIDE]))
             if (share > INSIDE).any():
                 subjects.append(_nearest(own, grid[share > INSIDE]))
-    # A mask that leaves out a part of the subject would make a background of it: where there are four, two have to agree.
-    place = -2 if len(backgrounds) > 4 else -1
+    # A mask that leaves out a part of the subject would make a background of it.
+    place = -2 if len(backgrounds) > enough else -1
     return np.median(subjects[1:] or subjects, axis=0), np.sort(backgrounds, axis=0)[place]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from focusdpo.building.blending import box_of
+from focusdpo.building.blending import box_of, grow
 from focusdpo.building.candidate import Candidate, Mask, Photo, Pixels, Rejected
 from focusdpo.building.config import SegmentationConfig
 from focusdpo.building.scenes import Box, View
@@ -125,6 +125,7 @@ class GrabCut(Segmentation):
 
     SIDE = 192  # longest side in pixels that it works at
     ITERATIONS = 3
+    SURE = 0.2  # of what `trim` is told, from which a part is the subject for certain
     LEAST_AGREEMENT = 0.6  # intersection over union of the given box and the mask's own
 
     def find(self, pixels: Pixels, class_name: str, area: Area | None) -> Mask:
@@ -153,6 +154,25 @@ class GrabCut(Segmentation):
         trimap[gray > threshold + 0.6 * (255 - threshold)] = cv2.GC_FGD
         trimap[gray < 0.3 * threshold] = cv2.GC_BGD
         return _enlarged(self._cut(small, trimap.astype(np.uint8), salient), pixels)
+
+    def trim(self, pixels: Pixels, mask: Mask, likely: Any, gone: Any) -> Mask:
+        """Cuts a mask once more, from what in it likelier shows the subject than its background.
+
+        Args:
+            pixels: uint8 [H, W, 3].
+            mask: bool [H, W].
+            likely: float [h, w] of any size, above 0 where the subject is likelier, and `SURE` where there is no doubt.
+            gone: bool [h, w], where the background is for certain.
+        """
+        small = self._reduced(pixels)
+        size = small.shape[1::-1]
+        likely = cv2.resize(likely.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
+        inside = cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_AREA) > 0.5
+        trimap = np.where(grow(inside, 3), cv2.GC_PR_BGD, cv2.GC_BGD)
+        trimap[inside & (likely >= 0)] = cv2.GC_PR_FGD
+        trimap[inside & (likely > self.SURE)] = cv2.GC_FGD
+        trimap[cv2.resize(gone.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST) > 0] = cv2.GC_BGD
+        return _enlarged(self._cut(small, trimap.astype(np.uint8), (likely - likely.min()) * inside), pixels)
 
     def _reduced(self, pixels: Pixels) -> Pixels:
         cv2.setRNGSeed(0)  # clusters depend on draws from a global generator

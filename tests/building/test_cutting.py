@@ -14,9 +14,9 @@ pytest.importorskip("efficientnet_lite_pytorch", reason="needs the extra build: 
 
 from focusdpo.building.blending import grow
 from focusdpo.building.config import CutOutsConfig
-from focusdpo.building.cutting import Cutter, default_cutter, without_bars
-from focusdpo.building.encoder import EfficientNetLite0, on_gray, shares
-from focusdpo.building.segmentation import Segmentation
+from focusdpo.building.cutting import Cutter, default_cutter, likeness, without_bars
+from focusdpo.building.encoder import GRID, EfficientNetLite0, on_gray, shares
+from focusdpo.building.segmentation import GrabCut, Segmentation
 from tests.photo_folder import KNOWN, write_photos
 
 COUNT = 5
@@ -96,6 +96,41 @@ def test_a_photo_of_something_else_is_refused(astronauts, tmp_path):
     found = default_cutter().cut("astronaut", "astronaut", [*files, other])
     assert found[-1].refused is not None
     assert [one.refused for one in found[:-1]] == [None] * COUNT
+
+
+def test_background_in_a_mask_is_trimmed(astronauts, encoder):
+    """GrabCut that takes a patch of background for the subject, wherever it starts from."""
+    files, good = astronauts
+    patches = []
+    for one in good:
+        rows, columns = (np.flatnonzero(one.mask.any(axis)) for axis in (1, 0))
+        beside = np.zeros_like(one.mask)
+        beside[rows[0] : rows[0] + len(rows) // 2, max(columns[0] - 20, 0) : columns[-1]] = True
+        patches.append(beside & ~grow(one.mask, 4))
+    spoilt = {one.pixels.tobytes(): one.mask | patch for one, patch in zip(good, patches, strict=True)}
+
+    class Careless(GrabCut):
+        def find(self, pixels, class_name, area):
+            return spoilt[pixels.tobytes()]
+
+        def find_likely(self, pixels, likely):
+            return spoilt[pixels.tobytes()]
+
+    found = Cutter(Careless(), encoder, CutOutsConfig(), 512).cut("astronaut", "astronaut", files)
+    for one, whole, patch in zip(found, good, patches, strict=True):
+        assert patch.sum() > 0.4 * whole.mask.sum()
+        assert (one.mask & patch).sum() < 0.05 * patch.sum()
+        assert (one.mask & whole.mask).sum() > 0.95 * whole.mask.sum()
+
+
+def test_one_bad_mask_of_four_makes_a_background_of_the_subject_only_where_asked():
+    grid = np.zeros((GRID * GRID, 2), np.float32)
+    grid[:100, 0] = grid[100:, 1] = 1  # the subject's cells first
+    covered = [grid[:, 0]] * 3 + [np.zeros(GRID * GRID, np.float32)]
+    for enough, of_subject in ((3, 0), (4, 1)):
+        subject, others = likeness([grid] * 4, covered, 0, enough)
+        assert (subject == grid[:, 0]).all()
+        assert (others[:100] == of_subject).all() and (others[100:] == 1).all()
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
