@@ -77,8 +77,9 @@ class CutOutsConfig:
         min_area: Least share of its photo that a mask covers.
         max_area: Largest share.
         min_agreement: Least median cosine of a cut-out with the subject's other ones.
-        min_purity: How much more the least fitting tenth of a cut-out looks like the subject's other cut-outs than like any of
-            its photos' backgrounds, at least; a difference of cosines.
+        max_doubt: Largest sum of three signs that a cut-out has something else in it, or lacks a part: how much more its least
+            fitting tenth looks like a background than like the subject's other cut-outs, and how far its agreement is below
+            the subject's median, both differences of cosines; and what max_missing limits.
         max_missing: Largest share, of the cut-out's own cells, of cells around it that look more like the subject's other
             cut-outs than like the other photos' backgrounds.
     """
@@ -86,13 +87,13 @@ class CutOutsConfig:
     min_area: float = 0.01
     max_area: float = 0.9
     min_agreement: float = 0.6
-    min_purity: float = -0.14
-    max_missing: float = 0.12
+    max_doubt: float = 0.14
+    max_missing: float = 0.1
 
     def __post_init__(self) -> None:
         require(0 <= self.min_area < self.max_area <= 1, "cut_outs.min_area", self.min_area, "0 <= min_area < max_area <= 1")
-        for name in ("min_agreement", "min_purity"):
-            require(-1 <= getattr(self, name) <= 1, f"cut_outs.{name}", getattr(self, name), "-1 to 1")
+        require(-1 <= self.min_agreement <= 1, "cut_outs.min_agreement", self.min_agreement, "-1 to 1")
+        require(self.max_doubt >= -1, "cut_outs.max_doubt", self.max_doubt, "at least -1")
         require(self.max_missing >= 0, "cut_outs.max_missing", self.max_missing, "at least 0")
 
 

@@ -6,7 +6,7 @@ photos, which is where GrabCut starts, and whether what a mask marks looks like 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -183,8 +183,7 @@ class Cutter:
     def _fit(self, mask: Mask, grid: Float, subject: Float, others: Float) -> float:
         if not self._config.min_area <= mask.mean() <= self._config.max_area:
             return -np.inf
-        scores = cell_scores(grid, shares(mask), subject, others)
-        return scores["purity"] - scores["missing"]
+        return -doubt(cell_scores(grid, shares(mask), subject, others))
 
     def _find(self, find: Callable[[], Mask], pixels: Pixels) -> tuple[Mask, str | None]:
         """What a segmentation finds, empty where that is nothing, and why it is nothing."""
@@ -202,13 +201,15 @@ class Cutter:
         alone = self._encoder.embed([on_gray(found[i].pixels, found[i].mask) for i in there])
         cosines = alone @ alone.T
         covered = [shares(found[i].mask) for i in there]
+        agreements = [float(np.median(np.delete(row, place))) for place, row in enumerate(cosines)] if len(there) > 1 else []
         for place, index in enumerate(there):
             one = found[index]
             one.scores["area"] = float(one.mask.mean())
-            if len(there) > 1:
-                one.scores["agreement"] = float(np.median(np.delete(cosines[place], place)))
+            if agreements:
                 subject, others = likeness([grids[i] for i in there], covered, place)
-                one.scores |= cell_scores(grids[index], covered[place], subject, others)
+                one.scores |= {"agreement": agreements[place], **cell_scores(grids[index], covered[place], subject, others)}
+                shortfall = max(float(np.median(agreements)) - agreements[place], 0.0)
+                one.scores["doubt"] = shortfall + doubt(one.scores)
 
     def _verdict(self, one: CutOut) -> str | None:
         """Everything that speaks against a cut-out; None where nothing does."""
@@ -223,8 +224,11 @@ class Cutter:
         if scores["agreement"] < config.min_agreement:
             fault = "does not look like the subject's other cut-outs"
             faults.append(f"{fault}: agreement {scores['agreement']:.2f}, under {config.min_agreement:g}")
-        if scores["purity"] < config.min_purity:
-            faults.append(f"a part of it looks like background: purity {scores['purity']:.2f}, under {config.min_purity:g}")
+        if scores["doubt"] > config.max_doubt:
+            faults.append(
+                f"a part of it looks like background, or unlike the subject: doubt {scores['doubt']:.2f}, over "
+                f"{config.max_doubt:g}"
+            )
         if scores["missing"] > config.max_missing:
             faults.append(f"a part of the subject seems left out: missing {scores['missing']:.2f}, over {config.max_missing:g}")
         return "; ".join(faults) or None
@@ -247,6 +251,11 @@ def cell_scores(grid: Float, covered: Float, subject: Float, others: Float) -> d
     if len(edge) > NEAREST:  # a background may look like nothing in the others, and still be one from edge to edge
         others = np.maximum(others, _nearest(grid, edge))
     return {"purity": float(purity), "missing": float((subject > others)[around].sum() / inside.sum())}
+
+
+def doubt(scores: Mapping[str, float]) -> float:
+    """What the cells in and around a mask say against it: two weak signs, added up, are one that counts."""
+    return scores["missing"] - scores["purity"]
 
 
 def default_cutter() -> Cutter:

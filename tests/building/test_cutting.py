@@ -56,7 +56,7 @@ def test_whole_subjects_pass(astronauts):
     for one in found:
         red, _, blue = (one.pixels[one.mask].mean(0)).astype(int)
         assert red > blue + 40, "the suit is orange"
-        assert set(one.scores) == {"area", "agreement", "purity", "missing"}
+        assert set(one.scores) == {"area", "agreement", "purity", "missing", "doubt"}
 
 
 def lower_half_left_out(mask):
@@ -75,8 +75,8 @@ def with_background(mask):
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (lower_half_left_out, r"a part of the subject seems left out: missing \d.\d\d, over 0.12"),
-        (with_background, r"a part of it looks like background: purity -?\d.\d\d, under -0.14"),
+        (lower_half_left_out, r"a part of the subject seems left out: missing \d.\d\d, over 0.1"),
+        (with_background, r"a part of it looks like background, or unlike the subject: doubt \d.\d\d, over 0.14"),
         (lambda mask: ~grow(mask, 20), "does not look like the subject's other cut-outs|looks like background|covers"),
         (lambda mask: np.zeros_like(mask), "the segmentation finds nothing"),
         (lambda mask: np.ones_like(mask), "the mask covers 100% of the photo, over max_area=0.9"),
@@ -96,6 +96,24 @@ def test_a_photo_of_something_else_is_refused(astronauts, tmp_path):
     found = default_cutter().cut("astronaut", "astronaut", [*files, other])
     assert found[-1].refused is not None
     assert [one.refused for one in found[:-1]] == [None] * COUNT
+
+
+def test_faults_add_up(astronauts, encoder):
+    files, good = astronauts
+    masks = [one.mask for one in good]
+    masks[0] = lower_half_left_out(masks[0])
+
+    def found(limit):
+        config = CutOutsConfig(max_doubt=limit, max_missing=9)
+        return Cutter(Told(masks), encoder, config, 512).cut("astronaut", "astronaut", files)
+
+    scores = [one.scores for one in found(9)]
+    first = scores[0]
+    shortfall = np.median([one["agreement"] for one in scores]) - first["agreement"]
+    assert first["doubt"] == pytest.approx(first["missing"] - first["purity"] + shortfall) and shortfall > 0.01
+    assert max(one["doubt"] for one in scores[1:]) < first["doubt"]
+    assert re.fullmatch(r"a part of it looks like .*: doubt .*", found(first["doubt"] - 0.01)[0].refused)
+    assert found(first["doubt"] + 0.01)[0].refused is None
 
 
 def test_background_in_a_mask_is_trimmed(astronauts, encoder):
