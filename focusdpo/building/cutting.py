@@ -28,6 +28,7 @@ SIDE = 512  # of a photo, where nothing else is asked for
 EDGE = 1.5  # pixels over which a cut-out's outline fades
 BARS = 6.0  # levels by which the pixels of a letterbox's bar differ at most, as a photo's noise and JPEG make them
 BLURRED = 2  # lines at most in which JPEG mixes a bar and what is beside it
+LEAST_PICTURE = 0.25  # share of a letterboxed photo that is between its bars
 INSIDE, OUTSIDE = 0.6, 0.1  # shares of a cell from which it belongs to a subject, and up to which to the background
 AROUND = 4  # cells from a mask within which a part of its subject may have been left out
 NEAREST = 3  # cells of another photo that a cell is compared with
@@ -88,7 +89,8 @@ def without_bars(pixels: Pixels) -> tuple[slice, slice]:
         start = stop = 0
         if min(first, after) >= max(2, 0.02 * size):  # a bar has its like on the other side
             start, stop = _end(lines, first), _end(lines[::-1], after)
-        kept.append(slice(start, size - stop) if start and stop else slice(0, size))
+        is_picture = start and stop and size - start - stop >= LEAST_PICTURE * size
+        kept.append(slice(start, size - stop) if is_picture else slice(0, size))
     return kept[0], kept[1]
 
 
@@ -98,7 +100,9 @@ def _end(lines: NDArray[np.int16], first: int) -> int:
     A bar ends along its whole length at once, as a plain wall or sky does not.
     """
     for line in range(first, min(first + BLURRED, len(lines) - 1) + 1):
-        if (np.abs(lines[line] - lines[first - 1]).max(axis=-1) > BARS).mean() > 0.5:
+        differs = np.abs(lines[line] - lines[first - 1]).max(axis=-1) > BARS
+        # All along it, where something lies on a plain background the line's ends are background.
+        if all(part.mean() > 0.5 for part in (differs, *np.array_split(differs, 10)[::9])):
             return line
     return 0
 

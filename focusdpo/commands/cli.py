@@ -18,13 +18,13 @@ from focusdpo.commands.parser import QUIET, command_of, error_message, parse_con
 from focusdpo.commands.registry import COMMANDS
 from focusdpo.foundation.launch import ElsewhereError, Launch, is_follower, is_launched, lost_connection, tell_launcher
 from focusdpo.foundation.progress_bars import progress_bars
-from focusdpo.foundation.text import MessageFormatter
+from focusdpo.foundation.text import MessageFormatter, working_folder
 
 # What failures of the machine say that have no class of their own, as others' code reads and writes: torch, safetensors.
 WORKER = re.compile(r"^DataLoader (worker \(pid|timed out)")
 DISK = re.compile(r"No space left on device|[Dd]isk quota exceeded|File too large|enforce fail at inline_container")
 SYSTEM = re.compile(r"\(os error \d+\)")
-ABSOLUTE = re.compile(r"(?<![\w.*?\]}])[/~]")  # a path in a message that says by itself where it leads
+ABSOLUTE = re.compile(r"(?:^|[\s'\"(:=])/")  # a path in a message that says by itself where it leads
 # A worker of a DataLoader fails with its traceback as the message, whose end is the message that it had there.
 WORKERS_TRACEBACK = re.compile(r"^Caught \w+ in DataLoader worker .*\n  File [^\n]*\n(    [^\n]*\n)*", re.DOTALL)
 
@@ -50,7 +50,7 @@ def failure(error: Exception, config: Any = None) -> str | None:
     ):
         return None
     if isinstance(error, FileNotFoundError) and not ABSOLUTE.search(text):
-        text += f"; paths are relative to {os.getcwd()}"
+        text += f"; paths are relative to {working_folder()}" + ", and ~ is a name like others" * ("~" in text)
     if DISK.search(text) and getattr(error, "filename", None) is None:
         places = ((name, getattr(config, name, None)) for name in ("output_dir", "out_dir", "out"))
         where = next((f"{name}: {place}: " for name, place in places if place), "")

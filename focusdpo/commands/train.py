@@ -21,4 +21,4 @@ def prepare(config: TrainConfig) -> Callable[[], None]:
     if finished is not None:
         launch.wait("the run is looked at")  # the first process may take the store along
         return lambda: logger.info("%s\n  a larger --max_steps goes on", announcements.finished(config, finished))
-    return Trainer(config).train
+    return Trainer(config, callbacks=[announcements.Announcements()]).train

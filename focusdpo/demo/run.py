@@ -22,6 +22,7 @@ from focusdpo.foundation.output_folder import PIPELINE_WRITTEN, under
 from focusdpo.foundation.text import counted
 from focusdpo.models.tiny_flux import write_tiny_flux
 from focusdpo.pages.run.page import write_run_page
+from focusdpo.training.announcements import Announcements
 from focusdpo.training.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, SamplesConfig, TrainConfig
 from focusdpo.training.run_files import WRITTEN
 from focusdpo.training.samples import MASK_TIMES, masks_at
@@ -77,7 +78,7 @@ def run_demo(config: DemoConfig) -> None:
 
     settings = train_config(config, folder)
     (folder / "train.yaml").write_text(yaml.safe_dump(asdict(settings), sort_keys=False))
-    trainer = Trainer(settings)
+    trainer = Trainer(settings, callbacks=[Announcements()])
     trainer.train()
 
     rows = read_metrics(folder / "run" / "metrics.jsonl")

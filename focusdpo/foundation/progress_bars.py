@@ -58,12 +58,11 @@ def progress_bars(hidden: bool = False) -> Iterator[None]:
     Args:
         hidden: whether none is shown, as where the environment says so.
     """
-    before, drawn = os.environ.get(HIDDEN), is_terminal()
+    before, width = os.environ.get(HIDDEN), terminal_width()
     if hidden or before:
         hide_progress_bars()
-    elif drawn:
-        known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
-        settings: dict[str, Any] = {"dynamic_ncols": True} if known else {"ncols": UNKNOWN, "nrows": 24}
+    elif width is not None:
+        settings: dict[str, Any] = {"dynamic_ncols": True} if width else {"ncols": UNKNOWN, "nrows": 24}
         if os.environ.get("NO_COLOR"):
             settings["colour"] = None
         _make_all(**settings)
@@ -71,7 +70,7 @@ def progress_bars(hidden: bool = False) -> Iterator[None]:
         _make_all(lines=True)
     try:
         # Where nothing is drawn nothing tears; and a bar that logs would wait for the log, and the log for the bar.
-        with logging_redirect_tqdm() if drawn else nullcontext():
+        with nullcontext() if width is None else logging_redirect_tqdm():
             yield
     finally:
         tqdm.__init__ = _make  # type: ignore[method-assign]
@@ -79,14 +78,13 @@ def progress_bars(hidden: bool = False) -> Iterator[None]:
             del os.environ[HIDDEN]
 
 
-def is_terminal() -> bool:
-    """Whether bars go where the cursor can be moved."""
-    return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-
-
 def terminal_width() -> int | None:
-    """Columns of the terminal that messages go to, 80 where it does not know; None where they go elsewhere."""
-    return (os.get_terminal_size(sys.stderr.fileno()).columns or UNKNOWN) if is_terminal() else None
+    """Columns of the terminal that bars and messages go to, 0 where it does not know; None where the cursor cannot be moved."""
+    try:
+        drawn = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        return os.get_terminal_size(sys.stderr.fileno()).columns if drawn else None
+    except (AttributeError, OSError, ValueError):  # none, closed, or somebody's own
+        return None
 
 
 def _make_all(lines: bool = False, **settings: Any) -> None:
@@ -108,11 +106,11 @@ def _make_all(lines: bool = False, **settings: Any) -> None:
 @contextmanager
 def libraries_silenced() -> Iterator[None]:
     """Has libraries keep warnings to themselves while they are imported: of what is not installed, and what they rename."""
-    before = logging.root.manager.disable
+    before, show = logging.root.manager.disable, warnings.showwarning
     logging.disable(max(before, logging.WARNING))
+    warnings.showwarning = lambda *_: None  # filters stay as they are: modules add their own at their import
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
+        warnings.showwarning = show
         logging.disable(before)

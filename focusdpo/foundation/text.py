@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import textwrap
 import unicodedata
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 # Control characters; formats, such as those that turn the writing direction or have no width; halves of surrogate pairs; line
 # and paragraph separators.
@@ -42,6 +44,14 @@ def first_of(items: Sequence[object], limit: int = 5, separator: str = ", ") -> 
     return separator.join(map(str, items[:limit])) + more
 
 
+def working_folder() -> str:
+    """What relative paths are relative to."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return "a folder that was deleted"
+
+
 def counted(count: int, noun: str, plural: str | None = None) -> str:
     """How many there are: 1 pair, 2 pairs, 12,000 pairs; nouns that take no s have their plural given."""
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
@@ -69,15 +79,15 @@ def block(title: str, rows: Mapping[str, str], width: int | None) -> str:
     Args:
         title: the first line.
         rows: texts, of several lines where they have newlines, by name.
-        width: columns of the terminal, in which texts are wrapped; None leaves lines as long as they are.
+        width: columns in which texts are wrapped, words in no case; None or 0 leaves lines as long as they are.
     """
     left = max(map(len, rows)) + 4
     lines = [title]
     for name, text in rows.items():
         parts = text.split("\n")
-        if width is not None:
-            room = max(width - left, 20)
-            parts = [part for line in parts for part in textwrap.wrap(line, room, break_on_hyphens=False) or [""]]
+        if width:
+            wrap = partial(textwrap.wrap, width=max(width - left, 20), break_long_words=False, break_on_hyphens=False)
+            parts = [part for line in parts for part in wrap(line) or [""]]
         lines += [f"  {label:<{left - 2}}{part}" for label, part in zip([name, *[""] * len(parts)], parts, strict=False)]
     return "\n".join(lines)
 

@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from types import TracebackType
 from typing import Any, TypeVar
 
-from focusdpo.foundation.progress_bars import HIDDEN, hide_progress_bars, is_terminal
+from focusdpo.foundation.progress_bars import HIDDEN, hide_progress_bars, terminal_width
 
 logger = logging.getLogger(__name__)
 
@@ -287,7 +287,7 @@ def serve(number: int, parent: int) -> None:
     global _connection  # open until the process ends: the thread below looks at it
     connection = _connection = Connection(number)
     end_with_parent(number, parent)
-    if os.environ.get(HIDDEN) or not is_terminal():  # who gave it the work says how far it is
+    if os.environ.get(HIDDEN) or terminal_width() is None:  # who gave it the work says how far it is
         hide_progress_bars()
     try:
         prepare, place, hears_signals, threads = connection.recv()

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from focusdpo.foundation.files import hash_of, write_json
 from focusdpo.foundation.packages import version_of
-from focusdpo.foundation.text import counted
+from focusdpo.foundation.text import counted, first_of
 from focusdpo.metrics import report
 from focusdpo.metrics.bootstrap import mean_interval
 from focusdpo.metrics.config import EvaluateConfig
@@ -99,9 +99,7 @@ def _notes(config: EvaluateConfig, inputs: Inputs) -> dict[str, Any]:
         cut = set(clip.truncated(sorted(texts)))
         long = [line for line, prompt in inputs.prompts.items() if prompt.text in cut]
     if long:
-        logger.warning(
-            "longer than CLIP reads, and cut: %s, line %s", counted(len(long), "prompt"), ", ".join(map(str, long[:10]))
-        )
+        logger.warning("longer than CLIP reads, and cut: %s (line %s)", counted(len(long), "prompt"), first_of(long, 10))
     return {
         "counts": {
             "prompts_in_manifest": inputs.lines,

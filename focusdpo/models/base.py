@@ -25,6 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from focusdpo.data.images import PATCH_SIZE, Size
 from focusdpo.data.references import ReferenceRule
+from focusdpo.foundation.text import working_folder
 from focusdpo.models.lora_fusion import Update
 from focusdpo.models.lora_names import family_of
 from focusdpo.models.lora_reading import Lora
@@ -62,7 +63,7 @@ def pipeline_folder(path: str, revision: str | None) -> Path:
     try:
         return Path(path if Path(path).is_dir() else DiffusionPipeline.download(path, revision=revision))
     except OSError as error:
-        here = f"no folder of that name is in {Path.cwd()}, and from the hub it cannot be loaded"
+        here = f"no folder of that name is in {working_folder()}, and from the hub it cannot be loaded"
         raise ValueError(f"model.path: {path}: {here}: {error}") from error
 
 

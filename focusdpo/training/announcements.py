@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils import DistributedType
 
+from focusdpo.data.formats import METADATA
 from focusdpo.data.records import FILE_NAME
 from focusdpo.foundation.journals import read_metrics
 from focusdpo.foundation.progress_bars import terminal_width
@@ -30,7 +31,7 @@ MEASURED = 10  # steps, the first of which compiles and warms up
 
 
 class Announcements(Callback):
-    """Logs the blocks."""
+    """Logs the blocks. A run is given it by whoever starts one; those of a study have their study to speak for them."""
 
     def on_train_begin(self, trainer: Trainer) -> None:
         logger.info("%s", begun(trainer))
@@ -64,6 +65,7 @@ def begun(trainer: Trainer) -> str:
     if len(plan.layouts) > MAX_LAYOUTS:
         rest = sum(list(plan.layouts.values())[MAX_LAYOUTS:])
         layouts.append(f"{rest} of {counted(len(plan.layouts) - MAX_LAYOUTS, 'other layout')}")
+    epochs = f"{trainer.batches.epochs(config.max_steps):,.2f}".rstrip("0").rstrip(".")
     rows = {
         "model": f"{model.path}: {model.backbone}, frozen in {kept}" + (f", with {model.base_lora}" if model.base_lora else ""),
         "adapter": f"LoRA of rank {config.lora.rank}, {counted(trainer.trainable, 'trainable parameter')}",
@@ -72,13 +74,16 @@ def begun(trainer: Trainer) -> str:
         "pairs": f"{counted(len(trainer.train_set), 'pair')} in {counted(len(plan.layouts), 'layout')}, "
         f"{len(trainer.validation_set) or 'none'} held out\n" + "\n".join(layouts),
         "batch": f"{'up to ' * bool(smaller)}{counted(pairs, 'pair')} a step ({', '.join(parts)})",
-        "length": f"{counted(config.max_steps, 'step')}, {trainer.batches.epochs(config.max_steps):.3g} epochs; an epoch has "
+        "length": f"{counted(config.max_steps, 'step')}, {epochs} epoch{'s' * (epochs != '1')}; an epoch has "
         f"{counted(plan.batches, 'batch', 'batches')}, {smaller or 'none'} of them smaller than data.batch_size",
     }
     if device.type == "cuda" and trainer.accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU):
         whole = torch.cuda.get_device_properties(device).total_memory
-        estimated = run_estimate(config, trainer.train_set).total
-        rows["memory"] = f"estimated at {size(estimated)} of {size(whole)} for the largest batch"
+        try:
+            estimated = run_estimate(config, trainer.train_set).total
+            rows["memory"] = f"estimated at {size(estimated)} of {size(whole)} for the largest batch"
+        except Exception as error:  # a run that is ready does not end for a line about it
+            logger.debug("no estimate of the memory: %s", error)
     rows["output"] = str(trainer.folder)
     title = f"training goes on from step {step}" if step else "training begins"
     return block(title, rows, terminal_width())
@@ -93,9 +98,10 @@ def pace(seconds: float, left: int, peak: float, device: torch.device) -> str:
         peak: MiB.
         device: the memory is of; on a CPU that of the process.
     """
+    each = f"{seconds:.3g} s" if seconds < 100 else duration(seconds)
     whole = f" of {size(torch.cuda.get_device_properties(device).total_memory)}" if device.type == "cuda" else ""
     return (
-        f"a step takes {seconds:.3g} s, the {counted(left, 'step')} left about {duration(seconds * left)}, and evaluations, "
+        f"a step takes {each}, the {counted(left, 'step')} left about {duration(seconds * left)}, and evaluations, "
         f"samples and checkpoints on top; peak memory so far: {size(round(peak * 2**20))}{whole}"
     )
 
@@ -107,16 +113,19 @@ def finished(config: TrainConfig, step: int) -> str:
     rows = {"LoRA": "\n".join(str(folder / name) for name in names), "card": str(folder / "lora" / "README.md")}
     rows["metrics"] = str(folder / METRICS_FILE)
     if (folder / VALIDATION_FILE).is_file():
-        evaluated = read_metrics(folder / VALIDATION_FILE)
+        # One's own evaluation may measure something else.
+        evaluated = [row for row in read_metrics(folder / VALIDATION_FILE) if isinstance(row.get("accuracy"), int | float)]
         ends = (*evaluated[:1], *evaluated[1:][-1:])
-        rows["held out"] = "accuracy " + ", ".join(f"{row['accuracy']:.2f} at step {row['step']}" for row in ends)
-    run, images = shlex.quote(str(folder)), shlex.quote(f"{folder}-images")
+        if ends:
+            rows["held out"] = "accuracy " + ", ".join(f"{row['accuracy']:.2f} at step {row['step']}" for row in ends)
+    beside = folder if folder.name not in ("", "..") else folder.resolve()
+    run, images = shlex.quote(str(folder)), shlex.quote(f"{beside}-images")
     manifest = manifest_of(config)
     asked = "--prompt TEXT --references IMAGE ..." if manifest is None else f"--manifest {shlex.quote(str(manifest))}"
     sample = f"focusdpo sample --config {run} {asked} --compare true --output_dir {images}"
     commands = [f"focusdpo report {run}", sample]
     if manifest is not None:
-        generated, results = shlex.quote(f"{folder}-images/images"), shlex.quote(f"{folder}-evaluation")
+        generated, results = shlex.quote(f"{beside}-images/images"), shlex.quote(f"{beside}-evaluation")
         commands.append(f"focusdpo evaluate --images {generated} {asked} --output_dir {results} --clip CLIP_FOLDER")
     text = block(f"training is done, at step {step} of {config.max_steps}", rows, terminal_width())
     return f"{text}\n  next\n" + "\n".join(f"    {command}" for command in commands)
@@ -126,6 +135,8 @@ def manifest_of(config: TrainConfig) -> Path | None:
     """Prompts with references that a run's LoRA may be tried on: those of its samples, or its held-out pairs."""
     for name in (config.samples.manifest, config.data.validation):
         path = None if name is None else Path(name)
-        if path is not None and (path.suffix == ".jsonl" or (path / FILE_NAME).is_file()):
+        if path is None or path.name in METADATA:
+            continue
+        if (path / FILE_NAME).is_file() or (path.suffix == ".jsonl" and path.is_file()):
             return path
     return None

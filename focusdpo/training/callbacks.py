@@ -1,7 +1,7 @@
 """Callbacks of a training run: their base class, the run's journals and its progress bar.
 
-Others stand where their subject is: `Health` (alarms), `Announcements`, `Samples`, `Trackers`. `Trainer` lists them in the
-order in which they are called, those of its caller last.
+Others stand where their subject is: `Health` (alarms), `Samples`, `Trackers`, and `Announcements`, which `focusdpo train`
+gives its run. `Trainer` lists them in the order in which they are called, those of its caller last.
 """
 
 from __future__ import annotations

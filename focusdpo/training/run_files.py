@@ -80,7 +80,7 @@ def settings_text(config: TrainConfig) -> str:
         within = settings[section] if section else settings
         value = within[last]
         if value not in (None, "latest") and (name != "model.path" or os.path.isdir(value)):
-            within[last] = os.path.abspath(value)
+            within[last] = str(Path(value).absolute())  # not normalised: what is above a link is not above its target
     return yaml.safe_dump(settings, sort_keys=False)
 
 

@@ -16,7 +16,6 @@ from focusdpo.data import PairBatch, PairDataset
 from focusdpo.foundation.launch import tell_launcher
 from focusdpo.models.sizes import Architecture
 from focusdpo.training.adapter import adapter_state
-from focusdpo.training.announcements import Announcements
 from focusdpo.training.batches import in_order, in_rounds, load_batches
 from focusdpo.training.callbacks import Callback, Journals, ProgressBar
 from focusdpo.training.config import TrainConfig
@@ -61,7 +60,7 @@ class Trainer(PreparedRun):
     ) -> None:
         super().__init__(config)
         self._evaluation = evaluation
-        own = (Trackers(), Journals(), Health(config), ProgressBar(), Announcements(), self.samples)
+        own = (Trackers(), Journals(), Health(config), ProgressBar(), self.samples)
         self.callbacks = [each for each in (*own, *callbacks) if self.launch.is_main or each.in_all_processes]
         self.stopped = False  # by a signal, before all was done
         self._signals = StopSignals(self.launch)

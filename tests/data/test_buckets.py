@@ -17,6 +17,7 @@ from PIL import Image
 from focusdpo.commands import cli
 from focusdpo.data import DatasetError, LongestSide, PairDataset, SizeBatches, leave_out_misfits, load_pairs
 from focusdpo.data.images import bucket_size, share_cut, token_size
+from focusdpo.training.announcements import Announcements
 from focusdpo.training.batches import TrainingBatches, dataset_of
 from focusdpo.training.config import DataConfig, ModelConfig, TrainConfig
 from focusdpo.training.trainer import Trainer
@@ -253,7 +254,7 @@ def tiny_pairs(tmp_path):
 
 def test_a_run_leaves_out_and_reports(config, tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="focusdpo")
-    trainer = Trainer(config)
+    trainer = Trainer(config, callbacks=[Announcements()])
     assert [record.line for record in trainer.train_set.records] == [1, 2, 3, 5]
     assert [record.line for record in trainer.validation_set.records] == [2]
     (warning,) = [r.getMessage() for r in caplog.records if "are left out" in r.getMessage()]

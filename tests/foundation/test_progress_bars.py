@@ -11,6 +11,7 @@ import subprocess
 import sys
 import termios
 import warnings
+from types import SimpleNamespace
 
 import pytest
 from tqdm import tqdm
@@ -93,6 +94,22 @@ def test_a_bar_is_as_wide_as_its_terminal(columns):
 def test_no_color():
     assert "\x1b[32m" in in_terminal(80)
     assert "\x1b[32m" not in in_terminal(80, NO_COLOR="1")
+
+
+@pytest.mark.parametrize("stderr", [None, SimpleNamespace(write=print, flush=print), SimpleNamespace(isatty=lambda: True)])
+def test_a_stderr_of_somebody_elses(monkeypatch, stderr):
+    monkeypatch.setattr("sys.stderr", stderr)
+    assert progress_bars.terminal_width() is None
+
+
+def test_a_filter_of_a_module_stays(monkeypatch, recwarn):
+    monkeypatch.setattr(warnings, "filters", list(warnings.filters))
+    with libraries_silenced():
+        warnings.filterwarnings("ignore", "of this module")
+        warnings.warn("of another", UserWarning, stacklevel=1)
+    warnings.warn("of this module", UserWarning, stacklevel=1)
+    warnings.warn("later", UserWarning, stacklevel=1)
+    assert [str(warning.message) for warning in recwarn] == ["later"]
 
 
 def test_imports_are_silent(caplog, recwarn):

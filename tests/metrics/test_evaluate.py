@@ -436,7 +436,7 @@ def test_a_prompt_of_one_image_has_no_interval_and_copies_are_told(study, models
     assert rows[0]["clip_t"] and rows[0]["clip_t_low"] == ""
     write_lines(study, [("a cat of a cup of a dog of a cat of a cup", (0, 1)), *LINES[1:]])
     results = evaluate(study, clip=models["clip"], overwrite=True)
-    assert results["lines_cut_by_clip"] == [1] and "longer than CLIP reads, and cut: 1 prompt, line 1" in caplog.text
+    assert results["lines_cut_by_clip"] == [1] and "longer than CLIP reads, and cut: 1 prompt (line 1)" in caplog.text
 
 
 def test_pairs_serve_as_a_manifest(study, models):

@@ -9,21 +9,30 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
 from focusdpo.commands.cli import main
 from focusdpo.foundation.text import block, counted, duration
 from focusdpo.training import announcements
+from focusdpo.training.announcements import Announcements
 from focusdpo.training.config import SamplesConfig
 from focusdpo.training.memory import run_estimate
 from focusdpo.training.trainer import Trainer
-from tests.runs import train
 from tests.tiny_vision import write_tiny_clip
 
 SETTINGS = {
     "data.validation": "{pairs}", "data.resolution": 48, "data.reference_resolution_multiple": None, "data.batch_size": 3,
     "data.reference_resolution": 32, "gradient_accumulation": 2, "max_steps": 12, "trackers": [],
 }  # fmt: skip
+
+
+def train(config, **changes):
+    """As `focusdpo train` does it, but for the command line; returns the trainer."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    trainer = Trainer(replace(config, **changes), callbacks=[Announcements()])
+    trainer.train()
+    return trainer
 
 
 def said(caplog, title):
@@ -47,7 +56,7 @@ def test_blocks_at_start_and_end(config, caplog, tmp_path):
     assert [line.strip() for line in begun if " of 48x48 px" in line] == [f"{n} of {sizes}" for sizes, n in layouts.items()]
     assert rows["batch"] == "up to 6 pairs a step (data.batch_size=3, gradient_accumulation=2)"
     batches = trainer.batches.plan.epoch(0)
-    assert rows["length"].startswith(f"12 steps, {24 / len(batches):.3g} epochs; an epoch has {len(batches)} batches, ")
+    assert rows["length"].startswith(f"12 steps, {24 / len(batches):g} epochs; an epoch has {len(batches)} batches, ")
     assert rows["output"] == config.output_dir and "memory" not in rows, "a CPU's is not estimated"
 
     (pace,) = (record.getMessage() for record in caplog.records if record.getMessage().startswith("a step takes "))
@@ -89,12 +98,14 @@ def test_the_next_commands(config, caplog, tmp_path):
 @pytest.mark.parametrize(("names", "expected"), [
     ({"samples": "prompts.jsonl", "validation": "held_out"}, "prompts.jsonl"), ({"validation": "held_out"}, "held_out"),
     ({"validation": "held_out/pairs.jsonl"}, "held_out/pairs.jsonl"), ({"validation": "shards"}, None), ({}, None),
+    ({"samples": "gone.jsonl", "validation": "held_out"}, "held_out"), ({"validation": "held_out/metadata.jsonl"}, None),
 ])  # fmt: skip
 def test_prompts_to_try_the_lora_on(config, tmp_path, monkeypatch, names, expected):
     monkeypatch.chdir(tmp_path)
     for folder in ("held_out", "shards"):
         (tmp_path / folder).mkdir()
-    (tmp_path / "held_out" / "pairs.jsonl").touch()
+    for name in ("held_out/pairs.jsonl", "prompts.jsonl", "held_out/metadata.jsonl"):
+        (tmp_path / name).touch()
     config.samples = SamplesConfig(manifest=names.get("samples"))
     config.data.validation = names.get("validation")
     found = announcements.manifest_of(config)
@@ -121,6 +132,31 @@ def test_memory_on_a_gpu(config, monkeypatch):
     assert "  memory  " not in announcements.begun(trainer)
     pace = announcements.pace(2.0, 1800, 1536.0, accelerator.device)
     assert "the 1,800 steps left about 1 h, and " in pace and pace.endswith("peak memory so far: 1.50 GiB of 24.00 GiB")
+
+
+def test_an_end_that_measured_something_else(config, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    for rows in ("", '{"step": 0, "loss": 1.0}\n', '{"step": 0, "accuracy": null}\n'):
+        (run / "validation.jsonl").write_text(rows)
+        assert "accuracy" not in announcements.finished(config, 3)
+    (run / "validation.jsonl").write_text('{"step": 2, "accuracy": 0.5}\n')
+    assert "  held out  accuracy 0.50 at step 2\n" in announcements.finished(config, 3)
+
+
+def test_the_folder_of_here(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config.output_dir = "."
+    assert f" --output_dir {tmp_path}-images" in announcements.finished(config, 3)
+
+
+def test_an_estimate_that_fails_is_left_out(config, monkeypatch):
+    trainer = Trainer(config)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=24 * 2**30))
+    monkeypatch.setattr(announcements, "run_estimate", lambda *_: 1 / 0)
+    trainer.accelerator = SimpleNamespace(device=torch.device("cuda"), distributed_type=DistributedType.NO)
+    assert "  memory  " not in announcements.begun(trainer)
 
 
 def test_a_block_fits_its_terminal():

@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from focusdpo.commands.cli import main
 from focusdpo.data import DatasetError, collate
 from focusdpo.foundation.journals import read_metrics
+from focusdpo.foundation.settings_text import build
 from focusdpo.training.callbacks import Callback
-from focusdpo.training.config import FocusConfig, LoraConfig, LossConfig, ModelConfig, OptimConfig
-from focusdpo.training.run_files import read_run_config
+from focusdpo.training.config import FocusConfig, LoraConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from focusdpo.training.run_files import PATHS, read_run_config, settings_text
 from focusdpo.training.seeding import batch_generators
 from focusdpo.training.trainer import Trainer
 from tests import PATIENCE
@@ -194,6 +195,21 @@ def test_nothing_to_resume(config, tmp_path):
     assert trainer.progress.step == 0
     with pytest.raises(FileNotFoundError, match="is not a checkpoint"):
         Trainer(dataclasses.replace(config, resume=str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_runs_settings_have_absolute_paths(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    data = {"train": "/pairs", "cache": "/cache"}  # with draws, as reference_cache asks for
+    settings = {"model": {"path": "owner/name"}, "data": data, "samples": {}, "loss": {"draws": 1}}
+    settings |= {"output_dir": "/run", "resume": "latest"}
+    section, _, last = name.rpartition(".")
+    (settings[section] if section else settings)[last] = "there"
+    written = yaml.safe_load(settings_text(build(TrainConfig, settings)))
+    assert (written[section] if section else written)[last] == str(tmp_path / "there")
+    if name not in ("model.path", "resume"):
+        assert (written["model"]["path"], written["resume"]) == ("owner/name", "latest"), "no paths"
 
 
 def test_a_runs_settings_serve_from_any_folder(config, tiny_flux, tiny_pairs, tmp_path, monkeypatch, capsys):

@@ -19,15 +19,16 @@
   document.addEventListener("click", (event) => {
     const element = event.target.closest(".enlarge");
     if (!element || event.ctrlKey || event.metaKey || event.shiftKey) return; // a new tab or window is the browser's affair
+    if (event.detail > 1) return event.preventDefault(); // a double click is one
     event.preventDefault();
     enlarge(element);
   });
-  dialog.addEventListener("click", () => dialog.close());
+  dialog.addEventListener("click", (event) => event.detail > 1 || dialog.close());
   dialog.addEventListener("close", () => shown.focus());
   dialog.addEventListener("keydown", (event) => {
     event.stopPropagation(); // the page's own keys rest
     const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    if (!step) return;
+    if (!step || event.altKey || event.ctrlKey || event.metaKey) return;
     event.preventDefault();
     const all = [...document.querySelectorAll(".enlarge")].filter((element) => element.getClientRects().length);
     enlarge(all.at((all.indexOf(shown) + step) % all.length));

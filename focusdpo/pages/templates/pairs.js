@@ -101,7 +101,8 @@ function show() {
       wanted.every((word) => words(card).includes(word)),
   );
   if (order.value === "alike") shown.sort((one, other) => (other.resemblance ?? -2) - (one.resemblance ?? -2));
-  count.textContent = shown.length === cards.length ? `${cards.length} pairs` : `${shown.length} of ${cards.length} pairs`;
+  const all = `${cards.length} pair${cards.length === 1 ? "" : "s"}`;
+  count.textContent = shown.length === cards.length ? all : `${shown.length} of ${all}`;
   document.getElementById("nothing").hidden = shown.length > 0;
   lay();
 }
@@ -149,6 +150,7 @@ addEventListener("afterprint", lay);
 addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   if (event.key === "Escape") {
+    if (event.repeat) return; // held down, it has closed an enlarged picture
     document.activeElement.blur();
     return form.reset();
   }
