@@ -285,6 +285,7 @@ WIDTHS = """
     await waiting(() => plot.querySelector(".main-svg .xtick, .failed"));
   }
   await pause(500);
+  TURN
   const box = (element) => element.getBoundingClientRect();
   seen.legends = plots.filter((plot) => plot.querySelector(".legend")).map((plot) => {
     const [legend, bar, area] = [".legend", ".modebar", ".nsewdrag"].map((one) => box(plot.querySelector(one)));
@@ -314,16 +315,17 @@ WIDTHS = """
 
 
 @browser
-@pytest.mark.parametrize("width", [1300, 800, 390])
-def test_page_at_many_widths(tmp_path_factory, tmp_path, width):
-    """Nothing overlaps or is cut, and pictures enlarge, on a desk and on a phone."""
+@pytest.mark.parametrize(("first", "width"), [(1300, 1300), (800, 800), (390, 390), (800, 390), (390, 1300)])
+def test_page_at_many_widths(tmp_path_factory, tmp_path, first, width):
+    """Nothing overlaps or is cut, and pictures enlarge, on a desk and on a phone, also when that is turned."""
     folder = tmp_path_factory.mktemp("report")
     run = write_run(folder / "run", 200)
     write_samples(run, [0, 200], 2)
     message = "skipped, the gradient norm is nan; its pairs: " + ", ".join(f"{'/data' * 12}/pairs.jsonl:{i}" for i in range(8))
     (run / "alarms.jsonl").write_text(json.dumps({"name": "non_finite_gradient", "step": 9, "message": message}) + "\n")
     write_run_page(run, folder / "page.html", progress=False)
-    seen, _ = in_browser(folder, tmp_path, WIDTHS, width=width)
+    turn = "" if first == width else f"document.querySelector('iframe').width = {width}; await pause(2000);"
+    seen, _ = in_browser(folder, tmp_path, WIDTHS.replace("TURN", turn), width=first)
     assert "error" not in seen and seen["console"] == [], seen
     assert len(seen["legends"]) == 4 + 6, "of the panels with several lines"
     for name, is_clear, is_above, height in seen["legends"]:

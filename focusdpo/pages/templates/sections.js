@@ -46,18 +46,26 @@ async function draw(plot) {
     const image = { filename: plot.element.id, scale: 2 };
     // By default plotly has a button that sends the data to a server of its own.
     const alone = { showSendToCloud: false, plotlyServerURL: "", modeBarButtons: BUTTONS };
-    const options = { ...alone, responsive: true, displaylogo: false, toImageButtonOptions: image };
+    const options = { ...alone, displaylogo: false, toImageButtonOptions: image };
     await Plotly.newPlot(plot.canvas, data, layout, options);
-    // On a narrow screen a legend takes many rows, which it gets beside the plot's own height.
-    const rows = plot.canvas.querySelector(".legend .bg")?.height.baseVal.value ?? 0;
-    plot.canvas.style.height = `${plot.canvas.offsetHeight + rows}px`;
-    await Plotly.Plots.resize(plot.canvas);
+    plot.height = plot.canvas.offsetHeight;
+    await fit(plot);
     plot.canvas.on("plotly_relayout", (change) => follow(plot, change));
   } catch (error) {
     plot.canvas.classList.add("failed");
     plot.canvas.textContent = `This plot could not be drawn: ${error.message}`;
     console.error(error);
   }
+}
+
+// On a narrow screen a legend takes many rows, which it gets beside the plot's own height.
+async function fit(plot) {
+  const resize = (height) => {
+    plot.canvas.style.height = `${height}px`;
+    return Plotly.Plots.resize(plot.canvas);
+  };
+  await resize(plot.height); // in which the legend takes the rows that the width asks for
+  await resize(plot.height + (plot.canvas.querySelector(".legend .bg")?.height.baseVal.value ?? 0));
 }
 
 // Plots of a group show the same stretch of x.
@@ -84,6 +92,11 @@ const nearby = new IntersectionObserver(
   { rootMargin: "400px" },
 );
 for (const plot of plots) nearby.observe(plot.element);
+let turning; // a phone is turned, or a window's edge moved
+addEventListener("resize", () => {
+  clearTimeout(turning);
+  turning = setTimeout(() => plots.filter((plot) => plot.canvas.layout).forEach(fit), 100);
+});
 addEventListener("beforeprint", () => plots.forEach(draw));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
   for (const plot of plots) if (plot.canvas.layout) Plotly.relayout(plot.canvas, { template: look() });

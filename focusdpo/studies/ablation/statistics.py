@@ -119,7 +119,8 @@ class Table:
 
     def digits(self, measure: str, least: int) -> int:
         """Digits behind the point for a measure's numbers: more than `least` where so many would show all means as one."""
-        means = [cell.estimate.mean for row in self.rows if (cell := row.cell(measure))]
+        found = (cell.estimate.mean for row in self.rows if (cell := row.cell(measure)))
+        means = [mean for mean in found if math.isfinite(mean)]
 
         def shown(digits: int) -> int:
             return len({f"{mean:.{digits}f}" for mean in means})
