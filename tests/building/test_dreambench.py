@@ -85,11 +85,11 @@ def test_pairs_of_its_photos(config, tmp_path):
 
 def test_missing_photos_are_refused_or_counted(config, tmp_path, caplog):
     (Path(config.root) / "subject3" / "01.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"lacks photos of 1 subjects \(subject3\).*--allow_missing true"):
+    with pytest.raises(FileNotFoundError, match=r"lacks photos of 1 subject \(subject3\).*--allow_missing true"):
         prepare_dreambench(config)
     config.allow_missing, config.pairs = True, 0
     prepare_dreambench(config)()
-    assert "left out: the prompts of 1 subjects without photos: subject3" in caplog.text
+    assert "left out: the prompts of 1 subject without photos: subject3" in caplog.text
     assert [len(lines(tmp_path / "out" / f"{name}.jsonl")) for name in ("single", "multi")] == [725, 700]
 
 

@@ -147,7 +147,8 @@ def test_a_cluster_of_its_own(scenes, tmp_path, temporary, cluster, other):
         assert {"gcs_server", "raylet"} <= {process.name() for process in processes}
         parent.send_signal(signal.SIGTERM if other == "a stale address" else signal.SIGINT)
         parent.wait(PATIENCE)
-    assert parent.returncode == (128 + signal.SIGTERM if other == "a stale address" else 128 + signal.SIGINT)
+    expected = 128 + (signal.SIGTERM if other == "a stale address" else signal.SIGINT)
+    assert parent.returncode == expected, log.read_text()[-3000:]
     assert_gone(processes)
     assert ray.get(ray.put(1)) == 1, "and the other cluster is as it was"
 

@@ -107,7 +107,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     files = (path for path in (folder / "out").rglob("*") if path.is_file())
     named = {path.relative_to(folder / "out").as_posix(): path for path in files}
     return {
-        name: _content(path)
+        name: _content(path, folder)
         for name, path in named.items()
         if ".focusdpo" not in name.split("/") and not any(CLOCK.fullmatch(name[i:]) for i in _starts(name))
     }
@@ -117,13 +117,13 @@ def _starts(name: str) -> list[int]:
     return [0, *(match.end() for match in re.finditer("/", name))]
 
 
-def _content(path: Path) -> bytes:
-    """Without the clock's numbers in it, and a build's outcomes in any order."""
+def _content(path: Path, folder: Path) -> bytes:
+    """Without the clock's numbers and the folder in it, and a build's outcomes in any order."""
     content = path.read_bytes()
     if path.name == "manifest.jsonl":
         return b"\n".join(sorted(content.splitlines()))
     if path.suffix in (".yaml", ".json"):  # settings of a start
-        return re.sub(rb'resume: .*|"?overwrite"?: \w+', b"", content)
+        return re.sub(rb'resume: .*|"?overwrite"?: \w+', b"", content.replace(os.fsencode(folder), b""))
     return re.sub(rb'"(pairs_per_second|peak_memory_mib)": [^,}]*', b"", content) if path.suffix == ".jsonl" else content
 
 

@@ -441,7 +441,7 @@ def test_two_runs_started_at_once(config, tmp_path):
     refused = next(text for text, code in results if code)
     assert "output_dir: " in refused and "is being written by focusdpo train, process" in refused and "Traceback" not in refused
     done = subprocess.run([*command, "--resume", "latest"], capture_output=True, text=True, env=environment, timeout=PATIENCE)
-    assert done.returncode == 0 and "finished at step 4" in done.stderr, done.stderr
+    assert done.returncode == 0 and "training is done, at step 4 of 4" in done.stderr, done.stderr
 
 
 def test_shards_beside_a_backup(tiny_pairs, tmp_path):

@@ -123,7 +123,7 @@ def test_uno_drops_and_counts(uno, case, caplog):
         writer = imported(uno, [bad, entry(), *[bad] * 5], priors=True)
     ((found, count),) = writer.dropped.items()
     assert reason in found and count == 6
-    assert writer.summary() == f"1 pairs; 6 dropped: {found}"
+    assert writer.summary() == f"1 pair; 6 dropped: {found}"
     logged = [record.getMessage() for record in caplog.records if "dropped" in record.getMessage()]
     assert [text.partition(" dropped")[0] for text in logged] == ["entry 0", "entry 2", "entry 3"], "the first few are named"
     if reason == DAMAGED:

@@ -158,7 +158,7 @@ def test_time_and_memory_of_validating_20_000_pairs(tmp_path):
         text=True,
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.returncode == 0 and "20000 sound pairs" in done.stdout, done.stderr[-2000:]
+    assert done.returncode == 0 and "20,000 sound pairs" in done.stdout, done.stderr[-2000:]
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 30
     assert int(done.stdout.splitlines()[-1]) < 400 * 1024, "KiB"
 

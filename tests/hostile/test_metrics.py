@@ -185,7 +185,7 @@ def test_shared_images_are_counted_with_examples(data):
     assert ":2: references[0].image is references[0].image of" in warning and f"{data.train / 'pairs.jsonl'}:3" in warning
     shared[3]["winner"] = f"../train/{data.lines[1]['winner']}"
     write_lines(data.held_out, shared)
-    assert data.warning().endswith("\n  and 1 pairs more")
+    assert data.warning().endswith("\n  and 1 pair more")
 
 
 def test_copies_are_seen_where_few_need_be_read(data, monkeypatch):

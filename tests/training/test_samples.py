@@ -142,7 +142,7 @@ def test_without_masks(config):
     assert not list((folder / "samples").rglob("*_masks.png")) and len(list((folder / "samples").rglob("*.png"))) == 8
 
 
-def test_two_processes(config):
+def test_two_processes(config, tmp_path):
     """Each draws its share, and the first writes all: three pairs and a prompt, in more rounds than one process has of them."""
     manifest = Path(prompts_of(config, Path(config.output_dir).with_name("mine")))
     manifest.write_text(manifest.read_text().splitlines()[1])
@@ -152,7 +152,14 @@ def test_two_processes(config):
     file.write_text(yaml.safe_dump(dataclasses.asdict(config)))
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command = [*launch, "-m", "focusdpo", "train", "--config", str(file)]
+    script = tmp_path / "train.py"
+    script.write_text(
+        "from focusdpo.commands.cli import main\n"
+        "from focusdpo.foundation import progress_bars\n"
+        "progress_bars.EVERY = 0.0  # every state of a bar is a line\n"
+        f"main(['train', '--config', {str(file)!r}])\n"
+    )
+    command = [*launch, str(script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in (*range(3), "line-1"):
