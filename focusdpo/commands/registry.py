@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from focusdpo.foundation.garbage_collection import collector_paused
-from focusdpo.foundation.progress_bars import libraries_silenced
+from focusdpo.foundation.packages import libraries_silenced
 
 
 @dataclass(frozen=True)

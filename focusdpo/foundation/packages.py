@@ -1,10 +1,14 @@
-"""Packages: optional ones, and versions."""
+"""Packages: optional ones, versions, and what they say at their import."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
 import importlib.util
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -16,7 +20,8 @@ def require_package(module: str, what: str, extra: str = "data", load: bool = Tr
     try:
         if not load and importlib.util.find_spec(module) is None:
             raise ModuleNotFoundError
-        return importlib.import_module(module) if load else None
+        with libraries_silenced():
+            return importlib.import_module(module) if load else None
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{what} needs {module}, which is not installed; pip install 'focusdpo[{extra}]'") from error
 
@@ -34,3 +39,16 @@ def version_of(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+@contextmanager
+def libraries_silenced() -> Iterator[None]:
+    """Has libraries keep warnings to themselves while they are imported: of what is not installed, and what they rename."""
+    before, show = logging.root.manager.disable, warnings.showwarning
+    logging.disable(max(before, logging.WARNING))
+    warnings.showwarning = lambda *_: None  # filters stay as they are: modules add their own at their import
+    try:
+        yield
+    finally:
+        warnings.showwarning = show
+        logging.disable(before)

@@ -1,4 +1,4 @@
-"""Progress bars, which are tqdm's wherever they come from, ours and those of the libraries, and what libraries say meanwhile.
+"""Progress bars, which are tqdm's wherever they come from: ours and those of the libraries.
 
 A terminal shows bars, as wide as it is and without colour where NO_COLOR asks for that. In a pipe or a file, where a bar would
 leave its every state, each has a line a minute instead.
@@ -10,7 +10,6 @@ import logging
 import os
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -75,7 +74,7 @@ def progress_bars(hidden: bool = False) -> Iterator[None]:
     finally:
         tqdm.__init__ = _make  # type: ignore[method-assign]
         if hidden and before is None:
-            del os.environ[HIDDEN]
+            os.environ.pop(HIDDEN, None)
 
 
 def terminal_width() -> int | None:
@@ -101,16 +100,3 @@ def _make_all(lines: bool = False, **settings: Any) -> None:
         _make(bar, *args, **given | settings)
 
     tqdm.__init__ = make  # type: ignore[method-assign, assignment]
-
-
-@contextmanager
-def libraries_silenced() -> Iterator[None]:
-    """Has libraries keep warnings to themselves while they are imported: of what is not installed, and what they rename."""
-    before, show = logging.root.manager.disable, warnings.showwarning
-    logging.disable(max(before, logging.WARNING))
-    warnings.showwarning = lambda *_: None  # filters stay as they are: modules add their own at their import
-    try:
-        yield
-    finally:
-        warnings.showwarning = show
-        logging.disable(before)

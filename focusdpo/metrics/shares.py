@@ -32,7 +32,7 @@ def share_interval(means: ArrayLike, level: float = LEVEL) -> tuple[float, float
     Student's interval of few groups near 0 or 1 leaves [0, 1], and covers the truth less often than it says. Korn and Graubard
     (Survey Methodology 24, 1998; the standard of the US National Center for Health Statistics, 2017, for shares of clustered
     samples) take Clopper and Pearson's at the number of independent values that would scatter as much as the groups do, made
-    smaller by how little so few groups say of that. Away from the ends it is Student's.
+    smaller by how little so few groups say of that. Away from the ends it is close to Student's.
 
     Args:
         means: [G], from 0 to 1, not all equal; G at least 2.

@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxPipeline, FluxTransformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
-from focusdpo.foundation.progress_bars import libraries_silenced
+from focusdpo.foundation.packages import libraries_silenced
 
 TRANSFORMER: dict[str, Any] = {
     "patch_size": 1,

@@ -12,6 +12,7 @@ pytest.importorskip("cv2", reason="needs the extra build: pip install 'focusdpo[
 pytest.importorskip("imagehash", reason="needs the extra build: pip install 'focusdpo[build]'")
 pytest.importorskip("efficientnet_lite_pytorch", reason="needs the extra build: pip install 'focusdpo[build]'")
 
+from focusdpo.building import cutting
 from focusdpo.building.blending import grow
 from focusdpo.building.config import CutOutsConfig
 from focusdpo.building.cutting import Cutter, default_cutter, likeness, without_bars
@@ -149,6 +150,18 @@ def test_one_bad_mask_of_four_makes_a_background_of_the_subject_only_where_asked
         subject, others = likeness([grid] * 4, covered, 0, enough)
         assert (subject == grid[:, 0]).all()
         assert (others[:100] == of_subject).all() and (others[100:] == 1).all()
+
+
+def test_cutting_asks_two_of_three_and_verdicts_of_four(astronauts, monkeypatch):
+    asked = []
+
+    def noted(*arguments, enough=4):
+        asked.append(enough)
+        return likeness(*arguments, enough=enough)
+
+    monkeypatch.setattr(cutting, "likeness", noted)
+    default_cutter().cut("astronaut", "astronaut", astronauts[0][:4])
+    assert asked == [3] * 4 * cutting.ROUNDS + [4] * 4
 
 
 @pytest.mark.parametrize("mirrored", [False, True])

@@ -17,7 +17,8 @@ import pytest
 from tqdm import tqdm
 
 from focusdpo.foundation import progress_bars
-from focusdpo.foundation.progress_bars import HIDDEN, libraries_silenced
+from focusdpo.foundation.packages import libraries_silenced
+from focusdpo.foundation.progress_bars import HIDDEN
 
 SCRIPT = """
 import logging, sys

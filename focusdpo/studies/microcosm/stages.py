@@ -20,7 +20,7 @@ from torch import Tensor
 from focusdpo.data.records import FILE_NAME
 from focusdpo.foundation.files import write_json, write_whole, writing, writing_folder
 from focusdpo.foundation.output_folder import PIPELINE_WRITTEN
-from focusdpo.foundation.progress_bars import libraries_silenced
+from focusdpo.foundation.packages import libraries_silenced
 from focusdpo.studies.config import MicrocosmConfig
 from focusdpo.studies.microcosm.autoencoder import psnr, restore, train_autoencoder
 from focusdpo.studies.microcosm.classifier import IdentityClassifier, classify, train_classifier
