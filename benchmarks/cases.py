@@ -150,7 +150,7 @@ def _compiled_similarity(mode: str | None) -> Provider:
 
 def _plain_residual(*args: Tensor) -> tuple[Tensor, ...]:
     *predictions, mask = args
-    return tuple(spec.preference_residual(predictions, [mask], "mean", 1)[:5])
+    return tuple(spec.preference_residual(predictions, [mask], None, "mean", 1)[:5])
 
 
 def _our_residual(*args: Tensor, backend: str | None = OUR_BACKEND) -> tuple[Tensor, ...]:

@@ -85,6 +85,8 @@ def random_batch(backbone: Backbone, setting: Setting) -> tuple[Noised, PairBatc
         tokens=0.5 * clean + 0.5 * noise,
         target=noise - clean,
         t=torch.full((2,), 0.5, device=device),
+        clean=clean,
+        draws=None,
         references=normal(1, layout.num_reference, channels).repeat(2, 1, 1),
         prompts=PromptEmbeddings(prompts).repeat(2),
         layout=layout,

@@ -29,13 +29,18 @@ def pool_mask(mask: Tensor, patch_size: int = 16) -> Tensor:
     Returns:
         bool [..., H/p * W/p], row-major.
     """
+    covered = covered_share(mask, patch_size)
+    best = covered.amax(-1, keepdim=True)
+    return (covered >= best.clamp(max=0.5)) & (covered > 0)
+
+
+def covered_share(mask: Tensor, patch_size: int = 16) -> Tensor:
+    """The share of each token that a pixel mask [..., H, W] covers, fp32 [..., H/p * W/p], row-major; see `pool_mask`."""
     height, width = mask.shape[-2:]
     if height % patch_size or width % patch_size:
         raise ValueError(f"mask: {height}x{width} pixels are not whole patches of {patch_size}; resize or crop the mask")
     covered = F.avg_pool2d((mask != 0).float().reshape(-1, 1, height, width), patch_size)
-    covered = covered.reshape(*mask.shape[:-2], (height // patch_size) * (width // patch_size))
-    best = covered.amax(-1, keepdim=True)
-    return (covered >= best.clamp(max=0.5)) & (covered > 0)
+    return covered.reshape(*mask.shape[:-2], (height // patch_size) * (width // patch_size))
 
 
 def reference_token_mask(masks: Sequence[Tensor], patch_size: int = 16) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from focusdpo.mask import FocusMask
 from focusdpo_kernels.checks import REALS, check_choice, check_device, check_no_grad, check_number, check_shape, check_tensor
-from focusdpo_kernels.reference import Predictions, PreferenceResidual
+from focusdpo_kernels.reference import Predictions, PreferenceResidual, binary_prior
 from focusdpo_kernels.residual import masked_residual
 
 LOSS_TYPES = ("sigmoid", "ipo", "hinge", "sft")
@@ -22,6 +22,8 @@ class FocusDPOOutput(NamedTuple):
 
     loss: scalar. logits: [B], -(beta / 2) * w_t * margin. margin: [B]. The four errors: [B].
     accuracy: scalar, the share of pairs with a positive logit, ties counted as one half.
+    present: None, or with `subjects` bool [B, R], those that a pair has; logits, margin and errors are [B, R] then, of each
+    subject, and the accuracy is the mean over pairs of that over their subjects.
     """
 
     loss: Tensor
@@ -32,6 +34,11 @@ class FocusDPOOutput(NamedTuple):
     reference_win: Tensor
     reference_lose: Tensor
     accuracy: Tensor
+    present: Tensor | None = None
+
+    def by_pair(self, values: Tensor) -> Tensor:
+        """Values of pairs [B] as they are, those of subjects [B, R] as the mean over a pair's subjects, [B]."""
+        return values if self.present is None else _over_subjects(values, self.present)
 
 
 def pair_accuracy(logits: Tensor) -> Tensor:
@@ -42,9 +49,48 @@ def pair_accuracy(logits: Tensor) -> Tensor:
     return torch.sigmoid(largest * (largest * logits))
 
 
+def _over_subjects(values: Tensor, present: Tensor) -> Tensor:
+    """The mean [B] over those subjects [B, R] that a pair has."""
+    return values.masked_fill(~present, 0).sum(1) / present.sum(1).to(values.dtype)
+
+
 def _mean(values: Tensor) -> Tensor:
     """The mean over pairs; an empty batch gives 0, not NaN."""
     return values.mean() if values.shape[0] else values.sum()
+
+
+class Drift(NamedTuple):
+    """How far the policy's predictions are from the reference model's: mean squares [B] over all elements of winner and loser,
+    over those inside the prior, and those outside; 0 where there are none.
+    """
+
+    whole: Tensor
+    inside: Tensor
+    outside: Tensor
+
+
+@torch.no_grad()
+def prediction_drift(
+    policy_win: Tensor,
+    policy_lose: Tensor,
+    reference_win: Tensor,
+    reference_lose: Tensor,
+    inside: Tensor,
+    backend: str | None = None,
+) -> Drift:
+    """The drift |policy - reference|^2 of a pair's predictions.
+
+    Args:
+        policy_win, policy_lose, reference_win, reference_lose: as in `focus_dpo_loss`.
+        inside: the tokens within the prior, bool [B, P].
+        backend: "triton", "torch" or None; see `focusdpo_kernels.backend`.
+    """
+    # The kernel's errors, with the reference's predictions as what the policy's should be.
+    values = Predictions(policy_win, policy_lose, reference_win, reference_lose, reference_win, reference_lose)
+    regions = torch.stack([inside, ~inside, torch.ones_like(inside)], dim=1)
+    found = masked_residual(values, {}, regions, reduction="masked_mean", backend=backend)
+    inner, outer, whole = (0.5 * (found.policy_win + found.policy_lose)).unbind(1)
+    return Drift(whole, inner, outer)
 
 
 def convert_beta(beta: float, elements: int, *, source: str, target: str) -> float:
@@ -87,9 +133,16 @@ def _per_sample(name: str, value: Tensor | None, policy: Tensor) -> Tensor | Non
     return value.clone() if not torch.compiler.is_compiling() and value.is_inference() else value
 
 
+def _weighted(values: Tensor, weight: Tensor | None) -> Tensor:
+    """Values of pairs [B], or of their subjects [B, R], times a weight of pairs."""
+    if weight is None:
+        return values
+    weight = weight.to(values.dtype)
+    return values * (weight if values.ndim == 1 else weight[:, None])
+
+
 def _logits(margin: Tensor, beta: float, timestep_weight: Tensor | None) -> Tensor:
-    weighted = margin if timestep_weight is None else timestep_weight.to(margin.dtype) * margin
-    return -0.5 * beta * weighted
+    return -0.5 * beta * _weighted(margin, timestep_weight)
 
 
 def focus_dpo_loss(
@@ -102,6 +155,7 @@ def focus_dpo_loss(
     *,
     focus: Tensor | FocusMask | None = None,
     focus_lose: Tensor | FocusMask | None = None,
+    subjects: Tensor | None = None,
     beta: float = 2000.0,
     timestep_weight: Tensor | None = None,
     sample_weight: Tensor | None = None,
@@ -127,6 +181,11 @@ def focus_dpo_loss(
         focus: None (all ones), M [B, P] >= 0, or a FocusMask; latents take one value per 2x2 patch, or one per latent:
             M [B, H, W]. A negative entry gives NaN.
         focus_lose: the loser's own mask (`mask_from="each"`); None uses `focus` for both.
+        subjects: None for one sigmoid for each pair. Where each subject is, as a prior per subject [B, R, P] (bool, integers
+            that are not 0, floats above one half; of latents [B, R, H, W] where M is), gives each a margin and a sigmoid of its
+            own, of M within it: one that is told apart leaves the other its gradient (E1'). A pair's loss is the mean over its
+            subjects, and those whose prior is empty take no part. Where policy and reference agree, its gradient is the R-th
+            part of one sigmoid's for all.
         beta: strength of the preference, for the chosen reduction; see `convert_beta`.
         timestep_weight: w_t [B] inside the sigmoid; None is 1, (1 - t)^2 turns velocity errors into noise errors (E2).
         sample_weight: [B], multiplies each pair's loss before the mean over the batch. A pair of weight 0 takes no part, also
@@ -171,6 +230,8 @@ def focus_dpo_loss(
             raise ValueError(f"{name}: got {anchor!r}; expected a number >= 0")
     if not 0.0 <= sdpo_mu <= 1.0:
         raise ValueError(f"sdpo_mu: got {sdpo_mu!r}; expected a number from 0 to 1")
+    if subjects is not None and loss_type == "sft":
+        raise ValueError("subjects: given with loss_type='sft', which has no sigmoid; leave them out")
     if isinstance(policy_win, Tensor) and policy_win.ndim:  # else policy_win itself is refused below
         timestep_weight = _per_sample("timestep_weight", timestep_weight, policy_win)
         sample_weight = _per_sample("sample_weight", sample_weight, policy_win)
@@ -182,13 +243,19 @@ def focus_dpo_loss(
     measured = masked_residual(
         Predictions(policy_win, preferred_lose, reference_win, reference_lose, target_win, target_lose),
         {"focus": _mask_of(focus), "focus_lose": _mask_of(focus_lose)},
+        subjects,
         silent=silent,
         reduction=reduction,
         mask_power=mask_power,
         backend=backend,
     )
     # Zeros, which carry no gradient, for the pairs that take no part.
-    residual = measured if silent is None else PreferenceResidual(*(x.masked_fill(silent, 0) for x in measured))
+    quiet = silent if silent is None or subjects is None else silent[:, None]
+    residual = measured if quiet is None else PreferenceResidual(*(x.masked_fill(quiet, 0) for x in measured))
+    present = None
+    if subjects is not None:
+        present = binary_prior(subjects).flatten(2).any(2)
+        present = present | ~present.any(1, keepdim=True)  # a pair of empty priors has a loss of ln 2 as well
 
     margin = residual.margin
     if loser_scale is not None:
@@ -210,21 +277,22 @@ def focus_dpo_loss(
     elif loss_type == "ipo":
         losses = (2 / beta * logits - 1 / beta) ** 2
     else:
-        losses = residual.policy_win
-        if timestep_weight is not None:
-            losses = timestep_weight.to(losses.dtype) * losses
+        losses = _weighted(residual.policy_win, timestep_weight)
     if winner_anchor:
         losses = losses + winner_anchor * residual.policy_win
+    if present is not None:
+        losses = _over_subjects(losses, present)
     if reference_anchor:
         # The kernel's errors, with the reference's predictions as what the policy's should be.
         values = Predictions(policy_win, policy_lose, reference_win, reference_lose, reference_win, reference_lose)
-        drift = masked_residual(values, {}, silent=silent, backend=backend)
+        drift = masked_residual(values, {}, None, silent=silent, backend=backend)
         losses = losses + 0.5 * reference_anchor * (drift.policy_win + drift.policy_lose)
     if sample_weight is not None and silent is not None:
         losses = (losses * sample_weight.to(losses.dtype)).masked_fill(silent, 0)
 
     # A pair's logit and errors are reported whatever its weight.
     logits = logits.detach() if silent is None else _logits(measured.margin.detach(), beta, timestep_weight)
+    accuracy = pair_accuracy(logits)
     return FocusDPOOutput(
         _mean(losses),
         logits,
@@ -233,5 +301,6 @@ def focus_dpo_loss(
         measured.policy_lose.detach(),
         measured.reference_win,
         measured.reference_lose,
-        _mean(pair_accuracy(logits)),
+        _mean(accuracy if present is None else _over_subjects(accuracy, present)),
+        present,
     )

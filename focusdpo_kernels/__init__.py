@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from focusdpo_kernels.entropy import patch_entropy
+    from focusdpo_kernels.estimate import estimate_alignment
     from focusdpo_kernels.fusion import focus_field, focus_field_of_images, fuse_focus
     from focusdpo_kernels.matching import structure_field, topk_mask
     from focusdpo_kernels.reference import FocusField, PreferenceResidual
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "entropy": ("patch_entropy",),
+    "estimate": ("estimate_alignment",),
     "fusion": ("focus_field", "focus_field_of_images", "fuse_focus"),
     "matching": ("structure_field", "topk_mask"),
     "reference": ("FocusField", "PreferenceResidual"),
@@ -26,6 +28,7 @@ __all__ = [
     "PreferenceResidual",
     "SimilarityAccumulator",
     "cross_layer_similarity",
+    "estimate_alignment",
     "focus_field",
     "focus_field_of_images",
     "fuse_focus",

@@ -17,6 +17,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from focusdpo_kernels.autograd import has_tangent, is_traced, is_transformed
 from focusdpo_kernels.choices import EntropyMethod, Reduction
+from focusdpo_kernels.reference import binary_prior
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What a mask, a prior or a weight may be made of.
@@ -237,15 +238,14 @@ def check_estimator(method: str, bins: int, sigma: float, prefix: str = "") -> N
         raise ValueError(f"{prefix}sigma: got {sigma!r}; expected {why}")
 
 
-def _patches(name: str, prediction: torch.Tensor) -> int:
-    """P of M [B, P]."""
+def count_tokens(name: str, prediction: torch.Tensor, remedy: str = "") -> int:
+    """P of a prediction [B, P, C], or [B, C, H, W] whose tokens are 2x2 latents."""
     if prediction.ndim == 3:
         return prediction.shape[1]
     height, width = prediction.shape[2:]
     if height % PATCH or width % PATCH:
         raise ValueError(
-            f"{name}: latents of {height}x{width} have no whole 2x2 patches; height and width must be even, or give one value "
-            "per latent, [B, H, W]"
+            f"{name}: latents of {height}x{width} have no whole 2x2 patches; height and width must be even{remedy}"
         )
     return (height // PATCH) * (width // PATCH)
 
@@ -262,17 +262,41 @@ def _check_weight(name: str, weight: object, prediction: torch.Tensor) -> torch.
         check_shape(name, value, (prediction.shape[0], *prediction.shape[2:]), "B, H and W of the predictions")
     else:
         why = "B of the predictions, one value per 2x2 latents; or [B, H, W]" if latents else "B and P of the predictions"
-        check_shape(name, value, (prediction.shape[0], _patches(name, prediction)), why)
+        tokens = count_tokens(name, prediction, ", or give one value per latent, [B, H, W]")
+        check_shape(name, value, (prediction.shape[0], tokens), why)
     check_device(name, value, prediction.device, "policy_win")
     check_no_grad(name, value, "the mask carries no gradient (E9)")
     return value
 
 
+def _check_subjects(subjects: object, prediction: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Where subjects are, as bool: [B, R, P], or [B, R, H, W] as the masks are."""
+    latents = prediction.ndim == 4
+    layout = "[B, R, P] or, one value per latent, [B, R, H, W]" if latents else "[B, R, P]"
+    value = check_tensor("subjects", subjects, ndim=(3, 4) if latents else 3, dtypes=REALS, layout=layout)
+    if value.ndim == 4:
+        shape: Sequence[int] = (*value.shape[:2], *prediction.shape[2:])
+    else:
+        shape = (*value.shape[:2], count_tokens("subjects", prediction, ", or give one value per latent, [B, R, H, W]"))
+    check_shape("subjects", value, (prediction.shape[0], *shape[1:]), "B of the predictions, and where each of R subjects is")
+    if value.shape[1] == 0:
+        raise ValueError(f"subjects: got {describe(value)}, without a subject; pass None for results of the whole image")
+    if weights and weights[0].ndim != value.ndim - 1:
+        raise ValueError(f"subjects: got {describe(value)}, while masks are {describe(weights[0])}; use one layout for both")
+    check_device("subjects", value, prediction.device, "policy_win")
+    return binary_prior(value.detach())
+
+
 def check_residual(
-    predictions: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor | None], reduction: str, mask_power: int
-) -> list[torch.Tensor]:
-    """Arguments of E9: six predictions of one shape by name, of which the policy's alone may require grad, and M of both sides,
-    or of winner and loser, by the names that the caller gave them, if any. Returns those masks that are not None.
+    predictions: Mapping[str, torch.Tensor],
+    masks: Mapping[str, torch.Tensor | None],
+    subjects: torch.Tensor | None,
+    reduction: str,
+    mask_power: int,
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """Arguments of E9: six predictions of one shape by name, of which the policy's alone may require grad, M of both sides, or
+    of winner and loser, by the names that the caller gave them, if any, and where subjects are. Returns those masks that are
+    not None, and the subjects as bool.
     """
     for name, value in predictions.items():
         check_tensor(name, value, ndim=(3, 4), dtypes=FLOATS, layout="[B, P, C] or [B, C, H, W]")
@@ -293,4 +317,22 @@ def check_residual(
                 raise ValueError(f"{name}: given without {both}; pass {both} for the winner as well")
             weights.append(_check_weight(name, mask, policy))
             check_shape(name, weights[-1], weights[0].shape, f"as {both}")
-    return weights
+    return weights, None if subjects is None else _check_subjects(subjects, policy, weights)
+
+
+def check_estimate(latents: Mapping[str, torch.Tensor], scales: Mapping[str, torch.Tensor | None]) -> None:
+    """Arguments of E10: four tensors of one shape, and one number for each sample; by name."""
+    first, like = None, ""
+    for name, value in latents.items():
+        check_tensor(name, value, ndim=(3, 4), dtypes=FLOATS, layout="[B, P, C] or [B, C, H, W]")
+        if first is None:
+            first, like = value, name
+            count_tokens(name, value)
+        check_shape(name, value, first.shape, f"as {like}")
+        check_device(name, value, first.device, like)
+    assert first is not None
+    for name, scale in scales.items():
+        if scale is not None:
+            check_tensor(name, scale, ndim=1, dtypes=FLOATS, layout="[B]")
+            check_shape(name, scale, (first.shape[0],), f"B of {like}")
+            check_device(name, scale, first.device, like)

@@ -35,27 +35,38 @@ def takes(*predictions: Tensor) -> bool:
 
 
 def preference_residual(
-    predictions: Sequence[Tensor], weights: Sequence[Tensor], reduction: str, mask_power: int
+    predictions: Sequence[Tensor], weights: Sequence[Tensor], subjects: Tensor | None, reduction: str, mask_power: int
 ) -> PreferenceResidual:
     """As reference.preference_residual. A gradient of 0 stays 0 where an error is not finite."""
-    by_position = _weights(predictions[0], weights, reduction, mask_power)
+    by_position = _weights(predictions[0], weights, subjects, reduction, mask_power)
     if torch.is_grad_enabled() and any(x.requires_grad for x in predictions[:2]):
         return PreferenceResidual(*_Residual.apply(*predictions, by_position))  # type: ignore[no-untyped-call]
     return _residual(predictions, by_position)[0]
 
 
-def _weights(prediction: Tensor, masks: Sequence[Tensor], reduction: str, mask_power: int) -> Tensor:
+def _weights(prediction: Tensor, masks: Sequence[Tensor], subjects: Tensor | None, reduction: str, mask_power: int) -> Tensor:
     """M^mask_power times the reduction's scale by position, of winner and loser or of both: [1 or 2, B, P] of tokens,
-    [1 or 2, B, H, W] of latents. One value a sample where there is no mask.
+    [1 or 2, B, H, W] of latents. One value a sample where there is no mask; with subjects [1 or 2, B, R, ...].
     """
     elements = math.prod(prediction.shape[1:])
-    shape = (len(masks) or 1, prediction.shape[0], *[1] * (prediction.ndim - 2))
-    if not masks:
+    if subjects is not None:
+        within = [[mask * shows for mask in masks] or [shows] for shows in subjects.unbind(1)]
+        parts = [torch.stack([spec.position_weight(mask, prediction, mask_power) for mask in one]) for one in within]
+        weights = torch.stack(parts, dim=2)
+    elif masks:
+        weights = torch.stack([spec.position_weight(mask, prediction, mask_power) for mask in masks])
+    else:
+        shape = (1, prediction.shape[0], *[1] * (prediction.ndim - 2))
         mass = torch.full(shape, float(elements), dtype=torch.float32, device=prediction.device)
         return spec.reduction_scale(mass, elements, reduction)
-    weights = torch.stack([spec.position_weight(mask, prediction, mask_power) for mask in masks])
-    mass = weights.flatten(2).sum(2) * prediction.shape[_channel_axis(prediction)]
-    return weights.mul_(spec.reduction_scale(mass, elements, reduction).reshape(shape))
+    mass = _position_sums(weights, prediction) * prediction.shape[_channel_axis(prediction)]
+    scale = spec.reduction_scale(mass, elements, reduction)
+    return weights.mul_(scale.reshape(*scale.shape, *[1] * (prediction.ndim - 2)))
+
+
+def _position_sums(values: Tensor, prediction: Tensor) -> Tensor:
+    """Sums over a prediction's positions, the last axes of the values."""
+    return values.flatten(2 - prediction.ndim).sum(-1)
 
 
 def _channel_axis(prediction: Tensor) -> int:
@@ -109,14 +120,16 @@ def _residual(predictions: Sequence[Tensor], weights: Tensor) -> tuple[Preferenc
         torch.sum(torch.mul(*errors, out=other), axis, out=out[5])
     table[:2].square_()
     rows[4].copy_(rows[0])
-    table.view(3, 2, *rows[0].shape).mul_(weights)
-    table[4:].mul_(weights[0])
-    totals = table.flatten(2).sum(2)
+    sums = table.view(3, 2, *rows[0].shape)
+    # In place, unless each subject has its own.
+    sums = sums.mul_(weights) if weights.ndim == policy.ndim else sums.unsqueeze(3) * weights
+    sums[2].mul_(weights[0])
+    totals = _position_sums(sums, policy).flatten(0, 1)
     # By way of numpy each row is a tensor of its own: a view of another could not be changed in place.
     win, lose, win_excess, lose_excess, norm, inner = (torch.from_numpy(row) for row in totals.numpy())
     win_reference, lose_reference = win + win_excess, lose + lose_excess
     margin = lose_excess - win_excess
-    policies, excesses, _ = totals.view(3, -1).tolist()
+    policies, excesses, _ = totals.reshape(3, -1).tolist()
     # Also where one is not finite.
     if not all(math.inf > 4 * (error + excess) >= error for error, excess in zip(policies, excesses, strict=True)):
         references, exact = totals[:2] + totals[2:4], _errors(predictions[2:4], predictions[4:], weights)
@@ -140,7 +153,8 @@ def _errors(predictions: Sequence[Tensor], targets: Sequence[Tensor], weights: T
         for total, prediction, target in zip(sums, predictions, targets, strict=True):
             error = prediction[block].to(torch.float32, copy=True).sub_(target[block])
             total[block[0], block[-1]] = torch.linalg.vector_norm(error, dim=axis)
-    return (torch.stack(sums).square_() * weights).flatten(2).sum(2)
+    squares = torch.stack(sums).square_()
+    return _position_sums((squares if weights.ndim == squares.ndim else squares.unsqueeze(2)) * weights, predictions[0])
 
 
 class _Residual(torch.autograd.Function):
@@ -160,27 +174,39 @@ class _Residual(torch.autograd.Function):
         grads = [*results[:2], results[4]]
         gradients: list[Tensor | None] = [None, None]
         # A second derivative, or many gradients at once.
-        if torch.is_grad_enabled() or any(x is not None and is_transformed(x) for x in grads):
-            gradients = spec.policy_gradients(grads, predictions, weights.unbind(), (1.0, 1.0), 1)
-        else:
-            for side, incoming in enumerate(spec.error_gradients(*grads)):
-                if incoming is not None and ctx.needs_input_grad[side]:
-                    error, weight = errors[side : side + 1], weights[side % len(weights)]
-                    gradients[side] = _policy_gradient(predictions[side], predictions[2 + side], error, weight, incoming)
+        is_plain = not (torch.is_grad_enabled() or any(x is not None and is_transformed(x) for x in grads))
+        for side, incoming in enumerate(spec.error_gradients(*grads)):
+            if incoming is not None and ctx.needs_input_grad[side]:
+                policy, target = predictions[side::2]
+                factor, weight = _factor(incoming, weights[side % len(weights)], policy)
+                if is_plain:
+                    gradients[side] = _policy_gradient(policy, target, errors[side : side + 1], factor, weight)
+                else:
+                    gradients[side] = spec.side_gradient(factor, policy, target, weight)
         return *gradients, *[None] * 5
 
 
-def _policy_gradient(policy: Tensor, target: Tensor, error: Sequence[Tensor], weight: Tensor, incoming: Tensor) -> Tensor:
+def _factor(incoming: Tensor, weight: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What policy - target is multiplied by twice, shaped to broadcast over a prediction: incoming gradients [B] and weights by
+    position; or of subjects' gradients [B, R] the sum of their products, and no more weights.
+    """
+    rows = incoming.reshape(*incoming.shape, *[1] * (prediction.ndim - 2))
+    if incoming.ndim == 1:
+        return spec.by_element(rows, prediction), spec.by_element(weight, prediction)
+    return spec.by_element(torch.where(rows == 0, 0, rows * weight).sum(1), prediction), None
+
+
+def _policy_gradient(policy: Tensor, target: Tensor, error: Sequence[Tensor], factor: Tensor, weight: Tensor | None) -> Tensor:
     """`error` is policy - target where the forward pass has kept it, or nothing."""
-    axis = _channel_axis(policy)
-    factor = ((2 * incoming).reshape(-1, *[1] * (policy.ndim - 2)) * weight).unsqueeze(axis)
     gradient = torch.empty_like(policy)
+    twice = 2 * factor if weight is None else 2 * factor * weight
     if error:
-        torch.mul(error[0], factor, out=gradient)
+        torch.mul(error[0], twice, out=gradient)
     else:
-        factor = factor.expand([1 if i == axis else n for i, n in enumerate(policy.shape)])
+        axis = _channel_axis(policy)
+        twice = twice.expand([1 if i == axis else n for i, n in enumerate(policy.shape)])
         for block in _blocks(policy):
-            gradient[block] = policy[block].to(torch.float32, copy=True).sub_(target[block]).mul_(factor[block])
-    if not incoming.all():
-        gradient[incoming == 0] = 0  # also where an error is not finite
+            gradient[block] = policy[block].to(torch.float32, copy=True).sub_(target[block]).mul_(twice[block])
+    if not factor.all():
+        gradient.masked_fill_(factor == 0, 0)  # also where an error is not finite
     return gradient

@@ -116,6 +116,11 @@ class Relaunch:
         self._key = key
 
 
+def by_sample(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor [B, ...] whose samples are contiguous each, as they are in a slice of a batch; otherwise a copy."""
+    return tensor if tensor.numel() == 0 or tensor[0].is_contiguous() else tensor.contiguous()
+
+
 # Triton has both, wrapped for use in kernels: on the host they cost microseconds.
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)

@@ -239,20 +239,48 @@ def focus_field(
     )
 
 
+def estimate_alignment(
+    prediction: Tensor, noised: Tensor, winner: Tensor, loser: Tensor, prediction_scale: Tensor, noised_scale: Tensor | None
+) -> Tensor:
+    """E10's s [B, P]: where the estimate of the clean winner stands between loser (0) and winner (1)."""
+    dtype = accumulation_dtype(prediction.dtype)
+    prediction, noised, winner, loser = (x.to(dtype) for x in (prediction, noised, winner, loser))
+    rows = (-1, *[1] * (prediction.ndim - 1))
+    if noised_scale is not None:
+        noised = noised_scale.to(dtype).reshape(rows) * noised
+    estimate = noised + prediction_scale.to(dtype).reshape(rows) * prediction
+    direction = winner - loser
+    inner, norm = (_token_sums(x) for x in ((estimate - loser) * direction, direction**2))
+    return torch.where(norm == 0, 0.5, inner / torch.where(norm == 0, 1, norm))
+
+
+def _token_sums(values: Tensor) -> Tensor:
+    """[B, P] of [B, P, C], or of [B, C, H, W], whose tokens are 2x2 latents."""
+    if values.ndim == 3:
+        return values.sum(2)
+    batch, _, height, width = values.shape
+    return values.sum(1).reshape(batch, height // 2, 2, width // 2, 2).sum((2, 4)).flatten(1)
+
+
 def position_weight(weight: Tensor, prediction: Tensor, mask_power: int) -> Tensor:
     """M^mask_power by position: [B, P] of tokens; of latents [B, H, W], also for M of 2x2 patches [B, P]. NaN where M < 0."""
     weight = weight.to(accumulation_dtype(prediction.dtype))
     weight = weight.masked_fill(weight < 0, math.nan)
     weight = weight if mask_power == 1 else weight**mask_power
-    if prediction.ndim == 3 or weight.ndim == 3:
-        return weight
+    return _by_position(weight, prediction)
+
+
+def _by_position(values: Tensor, prediction: Tensor) -> Tensor:
+    """[B, P] of tokens, or [B, H, W] of latents, as they are; [B, P] of latents' 2x2 patches as [B, H, W]."""
+    if prediction.ndim == 3 or values.ndim == 3:
+        return values
     batch, _, height, width = prediction.shape
-    return weight.reshape(batch, height // 2, width // 2).repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+    return values.reshape(batch, height // 2, width // 2).repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
 
 
-def element_weight(weight: Tensor, prediction: Tensor, mask_power: int) -> Tensor:
-    """The same, shaped to broadcast over a prediction: [B, P, 1] for tokens, [B, 1, H, W] for latents."""
-    return position_weight(weight, prediction, mask_power).unsqueeze(2 if prediction.ndim == 3 else 1)
+def by_element(positions: Tensor, prediction: Tensor) -> Tensor:
+    """Values by position shaped to broadcast over a prediction: [B, P, 1] for tokens, [B, 1, H, W] for latents."""
+    return positions.unsqueeze(2 if prediction.ndim == 3 else 1)
 
 
 def reduction_scale(mass: Tensor, elements: int, reduction: str) -> Tensor:
@@ -265,20 +293,27 @@ def reduction_scale(mass: Tensor, elements: int, reduction: str) -> Tensor:
 
 
 def preference_residual(
-    predictions: Sequence[Tensor], weights: Sequence[Tensor], reduction: str, mask_power: int
+    predictions: Sequence[Tensor], weights: Sequence[Tensor], subjects: Tensor | None, reduction: str, mask_power: int
 ) -> PreferenceResidual:
-    """E9's errors and the margin of E1, per sample.
+    """E9's errors and the margin of E1, per sample, or per subject of a sample.
 
     predictions: as `Predictions`.
     weights: M of both sides, or of winner and loser; or none.
+    subjects: where each is, bool [B, R, P] or [B, R, H, W], or None.
     """
+    if subjects is not None:
+        parts = []
+        for shows in subjects.unbind(1):
+            within = [weight * shows for weight in weights] or [shows]
+            parts.append(preference_residual(predictions, within, None, reduction, mask_power))
+        return PreferenceResidual(*(torch.stack(results, dim=1) for results in zip(*parts, strict=True)))
     policy = predictions[0]
     dtype = accumulation_dtype(policy.dtype)
     axes = tuple(range(1, policy.ndim))
 
     def side(predictions: Sequence[Tensor], weight: Tensor | None) -> tuple[Tensor, ...]:
         a, b, t = (x.to(dtype) for x in predictions)
-        m = torch.ones_like(t) if weight is None else element_weight(weight, t, mask_power).expand_as(t)
+        m = torch.ones_like(t) if weight is None else by_element(position_weight(weight, t, mask_power), t).expand_as(t)
         scale = reduction_scale(m.sum(axes), math.prod(t.shape[1:]), reduction)
         gradient = (m * (a - t)).detach()
         policy_error = (m * (a - t) ** 2).sum(axes) * scale
@@ -316,17 +351,19 @@ def policy_gradients(
     grads: Sequence[Tensor | None],
     predictions: Sequence[Tensor],
     weights: Sequence[Tensor],
+    subjects: Tensor | None,
     scales: Sequence[Tensor | float],
     mask_power: int,
 ) -> list[Tensor | None]:
     """Gradients with respect to policy_win and policy_lose; None where the error has none.
 
-    grads: of the results policy_win, policy_lose and margin, [B] or None.
+    grads: of the results policy_win, policy_lose and margin, [B] (with subjects [B, R]) or None.
     predictions: the policy's of winner and loser, then their targets.
     weights: M of both sides, or of winner and loser; or none.
-    scales: of winner and loser, what the reduction multiplies by: [B] or a number.
+    subjects: where each is, bytes or bool [B, R, P] or [B, R, H, W], or None.
+    scales: of winner and loser, what the reduction multiplies by: as the grads, or a number.
 
-    They are 0 for a sample whose incoming gradient is, also where its error is not finite.
+    They are 0 where the incoming gradient is, also where an error is not finite.
     """
     results: list[Tensor | None] = [None, None]
     for side, incoming in enumerate(error_gradients(*grads)):
@@ -334,13 +371,30 @@ def policy_gradients(
             continue
         policy, target = predictions[side::2]
         dtype = accumulation_dtype(policy.dtype)
-        rows = (-1, *[1] * (policy.ndim - 1))
-        scale = torch.as_tensor(scales[side], dtype=dtype, device=policy.device).expand_as(incoming).reshape(rows)
-        incoming = incoming.reshape(rows)
-        derivative = 2 * scale * (policy.to(dtype) - target.to(dtype))
+        scale = torch.as_tensor(scales[side], dtype=dtype, device=policy.device).expand_as(incoming)
+        scale = scale.masked_fill((incoming == 0) & ~scale.isfinite(), 0)  # of a mask that is not a number
+        factor = position_factor(incoming.to(dtype) * scale, subjects, policy)
+        weight = None
         if weights:
-            derivative = derivative * element_weight(weights[side % len(weights)], policy, mask_power)
-        # What is finite stays: an incoming gradient of 0 has a derivative too.
-        silent = (incoming == 0) & ~derivative.isfinite()
-        results[side] = (incoming * derivative.masked_fill(silent, 0)).to(policy.dtype)
+            weight = by_element(position_weight(weights[side % len(weights)], policy, mask_power), policy)
+        results[side] = side_gradient(factor, policy, target, weight)
     return results
+
+
+def side_gradient(factor: Tensor, policy: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """2 factor M (policy - target), and 0 where the factor is, also where an error is not finite."""
+    dtype = accumulation_dtype(policy.dtype)
+    derivative = 2 * (policy.to(dtype) - target.to(dtype))
+    if weight is not None:
+        derivative = derivative * weight
+    # What is finite stays: a factor of 0 has a derivative too.
+    silent = (factor == 0) & ~derivative.isfinite()
+    return (factor * derivative.masked_fill(silent, 0)).to(policy.dtype)
+
+
+def position_factor(factors: Tensor, subjects: Tensor | None, prediction: Tensor) -> Tensor:
+    """Factors of samples [B], or of their subjects [B, R] where these are, shaped to broadcast over a prediction."""
+    if subjects is None:
+        return factors.reshape(-1, *[1] * (prediction.ndim - 1))
+    shown = (factors.reshape(*factors.shape, *[1] * (subjects.ndim - 2)) * subjects).sum(1)
+    return by_element(_by_position(shown, prediction), prediction)

@@ -6,7 +6,8 @@
 The margin comes from (a - t)^2 - (b - t)^2 = (a - b)((a - t) + (b - t)), so it does not cancel and is exactly 0 where policy
 and reference agree. Sums run in fp32 over a split of each sample that depends on its size only, first within programs, then
 over the splits: no atomics, the same bits every time and for every batch size. Bytes: six predictions and the mask once
-forward; four predictions and the mask in, two gradients out, backward.
+forward; four predictions and the mask in, two gradients out, backward. Of several subjects each has its own sums, of the same
+pass: B R P bytes more for where each of them is.
 """
 
 from __future__ import annotations
@@ -60,22 +61,35 @@ class Incoming(NamedTuple):
 
 
 @triton.jit
-def _masks(win_ptr, lose_ptr, b, P, offs, valid, INNER, HEIGHT, SIDE: tl.constexpr, POWER: tl.constexpr):
-    """M^POWER of winner and loser at flat offsets of sample b: of [P, C] tokens (SIDE = 0, INNER = C), or of [C, H, W] latents
-    in patches of SIDE x SIDE (INNER = W). Without a mask 1, without the loser's own the winner's; NaN where M < 0.
+def _tokens(offs, INNER, HEIGHT, SIDE: tl.constexpr):
+    """Tokens at flat offsets of a sample: of [P, C] (SIDE = 0, INNER = C), or of [C, H, W] latents in patches of SIDE x SIDE
+    (INNER = W).
+    """
+    token = offs // INNER
+    if SIDE > 0:
+        token = (token % HEIGHT // SIDE) * (INNER // SIDE) + offs % INNER // SIDE
+    return token
+
+
+@triton.jit
+def _masks(win_ptr, lose_ptr, b, P, tokens, valid, POWER: tl.constexpr):
+    """M^POWER of winner and loser at tokens of sample b. Without a mask 1, without the loser's own the winner's; NaN where
+    M < 0.
     """
     win = tl.full(valid.shape, 1.0, tl.float32)
     lose = win
     if win_ptr is not None:
-        patch = offs // INNER
-        if SIDE > 0:
-            patch = (patch % HEIGHT // SIDE) * (INNER // SIDE) + offs % INNER // SIDE
-        patch += b * P
-        win = _mask(win_ptr + patch, valid, POWER)
+        win = _mask(win_ptr + b * P + tokens, valid, POWER)
         lose = win
         if lose_ptr is not None:
-            lose = _mask(lose_ptr + patch, valid, POWER)
+            lose = _mask(lose_ptr + b * P + tokens, valid, POWER)
     return win, lose
+
+
+@triton.jit
+def _shows(subjects_ptr, row, P, tokens, valid):
+    """1 where the subject of a row is, and 0 elsewhere."""
+    return tl.load(subjects_ptr + row * P + tokens, mask=valid, other=0).to(tl.float32)
 
 
 @triton.jit
@@ -93,15 +107,15 @@ def _load(ptr, stride, b, offs, valid):
 
 
 @triton.jit
-def _side_sums(side, b, offs, valid, m):
-    """M (a - t), and M-weighted sums over a thread's elements: policy error, reference error, their factored difference."""
+def _side_products(side, b, offs, valid, m):
+    """M (a - t), and M-weighted at each element: policy error, reference error, their factored difference."""
     policy = _load(side.policy, side.policy_stride, b, offs, valid)
     reference = _load(side.other, side.other_stride, b, offs, valid)
     target = _load(side.target, side.target_stride, b, offs, valid)
     a = policy - target
     r = reference - target
     g = m * a
-    return g, tl.sum(g * a, axis=1), tl.sum(m * r * r, axis=1), tl.sum(m * (policy - reference) * (a + r), axis=1)
+    return g, g * a, m * r * r, m * (policy - reference) * (a + r)
 
 
 @triton.jit
@@ -115,7 +129,8 @@ def _forward_kernel(
     lose,
     win_mask_ptr,  # [B, P] fp32 or None
     lose_mask_ptr,
-    partial_ptr,  # [B, COLUMNS, SPLITS] fp32
+    subjects_ptr,  # [B, R, P] bytes of 0 and 1, or None
+    partial_ptr,  # [B, R or 1, COLUMNS, SPLITS] fp32
     E,
     P,
     SPLITS,
@@ -124,6 +139,7 @@ def _forward_kernel(
     SIDE: tl.constexpr,
     POWER: tl.constexpr,
     SHARED: tl.constexpr,  # LANES elements have one M
+    R: tl.constexpr,  # subjects; 0 without
     COLUMNS: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -132,25 +148,43 @@ def _forward_kernel(
     b = tl.program_id(0).to(tl.int64)
     # A thread adds its own LANES elements at once: sums of [BLOCK] would fill its registers.
     zero = tl.zeros([BLOCK // LANES], tl.float32)
-    sums = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
+    sums = ()
+    for _ in tl.static_range(COLUMNS * (1 if R == 0 else R)):
+        sums += (zero,)  # type: ignore[assignment]
     for start in range(split * BLOCK, E, SPLITS * BLOCK):
         first = start + LANES * tl.arange(0, BLOCK // LANES)[:, None]
         offs = first + tl.arange(0, LANES)[None, :]
         valid = offs < E
         offs_m = first if SHARED else offs
-        m_win, m_lose = _masks(win_mask_ptr, lose_mask_ptr, b, P, offs_m, offs_m < E, INNER, HEIGHT, SIDE, POWER)
-        g_win, policy_win, reference_win, difference_win = _side_sums(win, b, offs, valid, m_win)
-        g_lose, policy_lose, reference_lose, difference_lose = _side_sums(lose, b, offs, valid, m_lose)
-        norm = tl.sum(g_win * g_win, axis=1)
-        inner = tl.sum(g_win * g_lose, axis=1)
-        mass_win = tl.sum(m_win + tl.zeros_like(g_win), axis=1)
-        mass_lose = tl.sum(m_lose + tl.zeros_like(g_win), axis=1)
-        errors = (policy_win, policy_lose, reference_win, reference_lose)
-        sums = _add(*sums, *errors, difference_win, difference_lose, norm, inner, mass_win, mass_lose)
-    sums = tl.reduce(sums, 0, _add)
-    out = partial_ptr + b * COLUMNS * SPLITS + split
-    for column in tl.static_range(COLUMNS):
-        tl.store(out + column * SPLITS, sums[column])
+        tokens = _tokens(offs_m, INNER, HEIGHT, SIDE)
+        m_win, m_lose = _masks(win_mask_ptr, lose_mask_ptr, b, P, tokens, offs_m < E, POWER)
+        g_win, policy_win, reference_win, difference_win = _side_products(win, b, offs, valid, m_win)
+        g_lose, policy_lose, reference_lose, difference_lose = _side_products(lose, b, offs, valid, m_lose)
+        errors = (policy_win, policy_lose, reference_win, reference_lose, difference_win, difference_lose)
+        masses = (m_win + tl.zeros_like(g_win), m_lose + tl.zeros_like(g_win))
+        products = errors + (g_win * g_win, g_win * g_lose) + masses  # noqa: RUF005  (Triton knows no *)
+        lanes = ()
+        for column in tl.static_range(COLUMNS):
+            lanes += (tl.sum(products[column], axis=1),)  # type: ignore[assignment]
+        added = ()
+        for r in tl.static_range(1 if R == 0 else R):
+            if R > 0:
+                shows = _shows(subjects_ptr, b * R + r, P, tokens, offs_m < E)
+                shown = tl.sum(shows, axis=1)  # of LANES elements, where they have one token
+            for column in tl.static_range(COLUMNS):
+                value = lanes[column]  # type: ignore[var-annotated]
+                if R > 0:
+                    value = shown * value if SHARED else tl.sum(shows * products[column], axis=1)
+                added += (sums[r * COLUMNS + column] + value,)  # type: ignore[assignment]
+        sums = added
+    for r in tl.static_range(1 if R == 0 else R):
+        part = ()
+        for column in tl.static_range(COLUMNS):
+            part += (sums[r * COLUMNS + column],)  # type: ignore[assignment]
+        part = tl.reduce(part, 0, _add)
+        out = partial_ptr + ((b * (1 if R == 0 else R) + r) * COLUMNS) * SPLITS + split
+        for column in tl.static_range(COLUMNS):
+            tl.store(out + column * SPLITS, part[column])
 
 
 @triton.jit
@@ -201,22 +235,35 @@ def _finish_kernel(
 
 
 @triton.jit
-def _policy_gradient(side, b, offs, valid, m, incoming, scale):
+def _policy_gradient(side, b, offs, valid, m, factor):
     a = _load(side.policy, side.policy_stride, b, offs, valid)
     t = _load(side.target, side.target_stride, b, offs, valid)
     # A result that nobody counts has no gradient, also where it is not finite.
-    gradient = tl.where(incoming == 0, 0.0, 2 * incoming * scale * (m * (a - t)))
+    gradient = tl.where(factor == 0, 0.0, 2 * factor * (m * (a - t)))
     tl.store(side.other + b * side.other_stride + offs, gradient.to(side.other.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def _factors(incoming, scales_ptr, row, ROWS, policy_win_stride, policy_lose_stride, margin_stride):
+    """What the errors of winner and loser in a row of results are multiplied by: incoming gradients and scales."""
+    # d margin / d policy is d e / d policy for the winner, and its negative for the loser.
+    margin = tl.load(incoming.margin + row * margin_stride)
+    to_win = tl.load(incoming.policy_win + row * policy_win_stride) + margin
+    to_lose = tl.load(incoming.policy_lose + row * policy_lose_stride) - margin
+    win = tl.where(to_win == 0, 0.0, to_win * tl.load(scales_ptr + ROWS + row))
+    lose = tl.where(to_lose == 0, 0.0, to_lose * tl.load(scales_ptr + 2 * ROWS + row))
+    return win, lose
 
 
 @triton.jit(do_not_specialize=["P", "B", "HEIGHT", "policy_win_stride", "policy_lose_stride", "margin_stride"])
 def _backward_kernel(
     incoming,  # Incoming, fp32
-    scales_ptr,  # [ROWS, B] fp32, the forward's
+    scales_ptr,  # [ROWS, B, R or 1] fp32, the forward's
     win,  # Side
     lose,
     win_mask_ptr,  # [B, P] fp32 or None
     lose_mask_ptr,
+    subjects_ptr,  # [B, R, P] bytes of 0 and 1, or None
     E,
     P,
     B,
@@ -228,6 +275,7 @@ def _backward_kernel(
     SIDE: tl.constexpr,
     POWER: tl.constexpr,
     SHARED: tl.constexpr,
+    R: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -236,32 +284,46 @@ def _backward_kernel(
     offs = first + tl.arange(0, LANES)[None, :]
     valid = offs < E
     offs_m = first if SHARED else offs
-    m_win, m_lose = _masks(win_mask_ptr, lose_mask_ptr, b, P, offs_m, offs_m < E, INNER, HEIGHT, SIDE, POWER)
-    # d margin / d policy is d e / d policy for the winner, and its negative for the loser.
-    margin = tl.load(incoming.margin + b * margin_stride)
-    to_win = tl.load(incoming.policy_win + b * policy_win_stride) + margin
-    to_lose = tl.load(incoming.policy_lose + b * policy_lose_stride) - margin
-    _policy_gradient(win, b, offs, valid, m_win, to_win, tl.load(scales_ptr + B + b))
-    _policy_gradient(lose, b, offs, valid, m_lose, to_lose, tl.load(scales_ptr + 2 * B + b))
+    tokens = _tokens(offs_m, INNER, HEIGHT, SIDE)
+    m_win, m_lose = _masks(win_mask_ptr, lose_mask_ptr, b, P, tokens, offs_m < E, POWER)
+    if R == 0:
+        to_win, to_lose = _factors(incoming, scales_ptr, b, B, policy_win_stride, policy_lose_stride, margin_stride)
+    else:
+        to_win = tl.zeros(offs_m.shape, tl.float32)
+        to_lose = to_win
+        for r in tl.static_range(R):
+            row = b * R + r
+            shows = _shows(subjects_ptr, row, P, tokens, offs_m < E)
+            own_win, own_lose = _factors(incoming, scales_ptr, row, B * R, policy_win_stride, policy_lose_stride, margin_stride)
+            to_win += shows * own_win
+            to_lose += shows * own_lose
+    _policy_gradient(win, b, offs, valid, m_win, to_win)
+    _policy_gradient(lose, b, offs, valid, m_lose, to_lose)
 
 
 class Mask(NamedTuple):
     """How M lies over a prediction: how many there are, for both sides or each its own; the side of a patch of latents (0 for
-    tokens); the power; and whether LANES elements have one M.
+    tokens); the power; whether LANES elements have one M; and of how many subjects each has results of its own (0: there are
+    results of the whole).
     """
 
     number: int = 0
     side: int = 0
     power: int = 1
     shared: bool = False
+    subjects: int = 0
 
     @property
     def types(self) -> dict[str, str | None]:
-        return {"win_mask_ptr": "*fp32" if self.number else None, "lose_mask_ptr": "*fp32" if self.number == 2 else None}
+        return {
+            "win_mask_ptr": "*fp32" if self.number else None,
+            "lose_mask_ptr": "*fp32" if self.number == 2 else None,
+            "subjects_ptr": "*u8" if self.subjects else None,
+        }
 
     @property
     def constants(self) -> dict[str, Any]:
-        return {"SIDE": self.side, "POWER": self.power, "SHARED": self.shared, "LANES": LANES}
+        return {"SIDE": self.side, "POWER": self.power, "SHARED": self.shared, "R": self.subjects, "LANES": LANES}
 
 
 def _types(dtypes: tuple[torch.dtype, ...], mask: Mask) -> dict[str, Any]:
@@ -277,7 +339,8 @@ def forward_launch(dtypes: tuple[torch.dtype, ...], mask: Mask) -> Launch:
         _forward_kernel,
         {**mask.constants, "COLUMNS": SUMS, "BLOCK": FORWARD_BLOCK},
         threads=FORWARD_BLOCK // LANES,
-        registers=Registers(136, 128, 128, 160),
+        # Ten sums for each subject.
+        registers=Registers(136, 128, 128, 160) if mask.subjects <= 2 else Registers(216, 216, 216, 224),
         types={**_types(dtypes, mask), "partial_ptr": "*fp32"},
         aligned=("win", "lose", "E", "INNER"),
     )
@@ -304,7 +367,7 @@ def backward_launch(dtypes: tuple[torch.dtype, ...], mask: Mask) -> Launch:
         _backward_kernel,
         {**mask.constants, "BLOCK": BACKWARD_BLOCK},
         threads=BACKWARD_BLOCK // LANES,
-        registers=Registers(72, 64, 64, 56),
+        registers=Registers(72, 64, 64, 56) if mask.subjects <= 2 else Registers(120, 112, 112, 72),
         types={**_types(dtypes, mask), "incoming": Incoming(*["*fp32"] * 3), "scales_ptr": "*fp32"},
         aligned=("win", "lose", "E", "INNER"),
     )
@@ -318,6 +381,10 @@ def launches() -> Iterator[Launch]:
         for mask in (Mask(), *masks, Mask(2, shared=True), Mask(2, side=2)):
             yield forward_launch(dtypes, mask)
             yield backward_launch((*dtypes[:2], *dtypes[:2], *dtypes[4:]), mask)
+        for subjects in (1, 2, 4, 6):
+            for mask in (Mask(1, 0, 1, True, subjects), Mask(0, 0, 1, True, subjects), Mask(1, 2, 1, False, subjects)):
+                yield forward_launch(dtypes, mask)
+                yield backward_launch((*dtypes[:2], *dtypes[:2], *dtypes[4:]), mask)
     for reduction in REDUCTIONS:
         for splits in (1, 32, MAX_SPLITS):
             yield finish_launch(splits, reduction)

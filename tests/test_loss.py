@@ -417,3 +417,93 @@ def test_all_but_the_policy_made_under_inference_mode(backend, options):
     other, expected = loss_and_gradients(predictions, backend, focus=focus, **usual, **options)
     assert torch.equal(out.loss.detach(), other.loss.detach())
     assert all(a is e is None or torch.equal(a, e) for a, e in zip(gradients, expected, strict=True))
+
+
+def subjects_of(weight):
+    """Two priors [B, 2, P] that share some tokens and leave some out."""
+    patches = weight.shape[1]
+    shown = torch.zeros(len(weight), 2, patches, dtype=torch.bool, device=DEVICE)
+    shown[:, 0, : patches // 2], shown[:, 1, patches // 3 : patches - 2] = True, True
+    return shown
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sigmoid_for_each_subject(backend):
+    """E1': the mean over subjects of the loss of each under its own part of the mask, in float64."""
+    predictions, weight = make()
+    shown = subjects_of(weight)
+    settings = {"beta": 3.0, "timestep_weight": torch.tensor([0.3, 0.7, 1.0, 0.5], device=DEVICE)}
+    policy = [x.clone().requires_grad_() for x in predictions[:2]]
+    out = focus_dpo_loss(*policy, *predictions[2:], focus=weight, subjects=shown, **settings, backend=backend)
+    exact = [x.double().requires_grad_(n < 2) for n, x in enumerate(x.clone() for x in predictions)]
+    parts = [focus_dpo_loss(*exact, focus=weight * shown[:, r], **settings, backend="torch") for r in range(2)]
+    total = (parts[0].loss + parts[1].loss) / 2
+    torch.testing.assert_close(out.loss.double(), total.detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(out.logits.double(), torch.stack([part.logits for part in parts], 1), rtol=1e-5, atol=1e-7)
+    assert out.present.all() and out.by_pair(out.margin).shape == (4,)
+    torch.testing.assert_close(out.by_pair(out.margin), out.margin.mean(1))
+    out.loss.backward()
+    total.backward()
+    for ours, theirs in zip(policy, exact, strict=False):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_invariants_hold_for_each_subject(backend):
+    predictions, weight = make()
+    shown = subjects_of(weight)
+    settings = {"focus": weight, "subjects": shown, "beta": 3.0, "backend": backend}
+    equal = [x.clone() for x in (*predictions[2:4], *predictions[2:])]
+    start, by_subject = loss_and_gradients(equal, **settings)
+    assert (start.logits == 0).all() and float(start.loss) == pytest.approx(math.log(2), rel=1e-6)
+    # Disjoint subjects: at the start it is half the gradient of one sigmoid for all of them.
+    apart = shown.clone()
+    apart[:, 1] &= ~apart[:, 0]
+    _, by_subject = loss_and_gradients(equal, **{**settings, "subjects": apart})
+    _, by_image = loss_and_gradients(equal, focus=weight * apart.any(1), beta=3.0, backend=backend)
+    for one, other in zip(by_subject, by_image, strict=True):
+        torch.testing.assert_close(2 * one, other, rtol=1e-5, atol=1e-9)
+    nothing, none = loss_and_gradients(predictions, **{**settings, "focus": torch.zeros_like(weight)})
+    assert float(nothing.loss) == pytest.approx(math.log(2), rel=1e-6) and not any(g.any() for g in none)
+    exchanged = [predictions[i] for i in (1, 0, 3, 2, 5, 4)]
+    torch.testing.assert_close(
+        loss_and_gradients(exchanged, **settings)[0].logits, -loss_and_gradients(predictions, **settings)[0].logits
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_subject_that_is_told_apart_leaves_the_other_its_gradient(backend):
+    """One sigmoid for both lets go of the pair; a sigmoid for each of the one subject alone."""
+    predictions, _ = make()
+    half = predictions[0].shape[1] // 2
+    shown = torch.zeros(len(predictions[0]), 2, predictions[0].shape[1], dtype=torch.bool, device=DEVICE)
+    shown[:, 0, :half], shown[:, 1, half:] = True, True
+    reference_win, reference_lose, target_win, target_lose = predictions[2:]
+    win, lose = reference_win.clone(), reference_lose.clone()
+    win[:, :half] = target_win[:, :half]  # the first subject's winner has no error, and its loser a large one
+    lose[:, :half] = target_lose[:, :half] + 30
+    six = [win, lose, reference_win, reference_lose, target_win, target_lose]
+    _, whole = loss_and_gradients(six, beta=3.0, backend=backend)
+    out, apart = loss_and_gradients(six, beta=3.0, subjects=shown, backend=backend)
+    assert (out.logits[:, 0] > 50).all() and (out.logits[:, 1] == 0).all()
+    for one, each in zip(whole, apart, strict=True):
+        assert one[:, half:].abs().max() < 1e-12 and each[:, half:].abs().max() > 1e-4 and each[:, :half].abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_absent_subjects_take_no_part(backend):
+    predictions, weight = make()
+    shown = subjects_of(weight)
+    shown[0, 1], shown[1] = False, False
+    out, gradients = loss_and_gradients(predictions, focus=weight, subjects=shown, beta=3.0, backend=backend)
+    alone, _ = loss_and_gradients([x[:1] for x in predictions], focus=weight[:1] * shown[:1, 0], beta=3.0, backend=backend)
+    full, _ = loss_and_gradients([x[2:] for x in predictions], focus=weight[2:], subjects=shown[2:], beta=3.0, backend=backend)
+    torch.testing.assert_close(out.loss, (alone.loss + math.log(2) + 2 * full.loss) / 4)
+    assert not gradients[0][1].any() and out.present.tolist()[:2] == [[True, False], [True, True]]
+    assert out.by_pair(out.logits)[0] == out.logits[0, 0]
+    pairs = torch.tensor([1.0, 1.0, 0.0, 2.0], device=DEVICE)
+    predictions[0][2, 0] = math.inf
+    silent, gradients = loss_and_gradients(
+        predictions, focus=weight, subjects=shown, sample_weight=pairs, beta=3.0, backend=backend
+    )
+    assert silent.loss.isfinite() and not gradients[0][2].any() and gradients[0][3].any()

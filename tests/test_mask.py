@@ -137,6 +137,68 @@ def test_each_pair_has_its_own_floor():
         assert focus.coverage[0] == 1 and (focus.coverage >= focus.coverage_floor - 1e-6).all()
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_an_estimate_needs_no_matches(backend):
+    """E10: what has come farther than kappa is aligned; each pair for itself, and NaN never."""
+    _, prior, images, _ = make(per_subject=True)
+    s = torch.randn(3, 24, device=DEVICE)
+    s[0, 3], s[1, :] = torch.nan, 0.75
+    for kappa in (0.75, 0.2):
+        focus = focus_mask(s, prior, images, source="estimate", kappa=kappa, tau=0.5, backend=backend)
+        aligned = s > kappa
+        structure = prior.any(1) & ~aligned
+        assert torch.equal(focus.matched[:, 0], aligned) and torch.equal(focus.structure, structure.float())
+        assert torch.equal(focus.scores[:, 0].nan_to_num(9), s.nan_to_num(9)) and focus.source == "estimate"
+        torch.testing.assert_close(focus.coverage, structure.sum(1) / prior.any(1).sum(1))
+        assert (focus.coverage_floor == 0).all() and not focus.all_matched.any() and focus.coverage_chance.isnan().all()
+        detail = patch_entropy(images, normalize=True) * prior.any(1)
+        expected = torch.where((focus.coverage <= 0.5)[:, None], 0.3 * structure + 0.7 * detail, structure)
+        torch.testing.assert_close(focus.mask, expected, rtol=0, atol=1e-5)
+    union = focus_mask(s, prior.any(1), images, source="estimate", kappa=0.2, tau=0.5, backend=backend)
+    assert torch.equal(focus.mask, union.mask)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("per_subject", [False, True])
+def test_a_random_field_is_as_large_and_lies_in_the_prior(per_subject, backend):
+    scores, prior, images, reference_mask = make(per_subject=True)
+    settings = {"reference_mask": reference_mask, "per_subject": per_subject, "tau": 0.6, "backend": backend}
+    features = focus_mask(scores, prior, images, **settings)
+    draws = torch.rand(3, 24, device=DEVICE)
+    focus = focus_mask(scores, prior, images, source="random", draws=draws, **settings)
+    assert torch.equal(focus.coverage, features.coverage) and torch.equal(focus.coverage_chance, features.coverage_chance)
+    assert torch.equal(focus.coverage_floor, features.coverage_floor) and torch.equal(focus.complexity, features.complexity)
+    for i in range(3):
+        size, inside = int(features.structure[i].sum()), prior[i].any(0)
+        first = sorted(inside.nonzero()[:, 0].tolist(), key=lambda p: float(draws[i, p]))[:size]
+        assert sorted(focus.structure[i].nonzero()[:, 0].tolist()) == sorted(first)
+        assert torch.equal(focus.matched[i, 0], inside & (focus.structure[i] == 0))
+    again = fuse_focus(focus.structure, focus.coverage, focus.complexity, prior, tau=0.6)
+    torch.testing.assert_close(focus.mask, again, rtol=0, atol=1e-6)
+    drawn = [focus_mask(scores, prior, images, source="random", **settings).structure for _ in range(2)]
+    assert not torch.equal(*drawn), "anew each time"
+
+
+@pytest.mark.parametrize("per_subject", [False, True])
+def test_the_chance_level_is_what_random_scores_give(per_subject):
+    """The mean A of scores that know nothing; an absent subject matches nothing, and pairs differ."""
+    _, prior, images, reference_mask = make(per_subject=True)
+    reference_mask[2, 1] = False
+    draws, settings = [], {"reference_mask": reference_mask, "per_subject": per_subject, "backend": "torch"}
+    for _ in range(400):
+        scores = torch.randn(3, 2, 24, device=DEVICE)
+        scores[2, 1] = -torch.inf
+        focus = focus_mask(scores, prior, images, **settings)
+        draws.append(focus.coverage)
+    mean, spread = torch.stack(draws).mean(0), torch.stack(draws).std(0) / 20
+    assert ((focus.coverage_chance - mean).abs() < 4 * spread).all(), (focus.coverage_chance, mean, spread)
+    if not per_subject:
+        share = 1 - reference_mask.sum(-1) / 24
+        torch.testing.assert_close(focus.coverage_chance, share.prod(-1))
+        by_number = focus_mask(scores[:1], prior[:1], images[:1], match_count=6)
+        assert by_number.coverage_chance.item() == pytest.approx(0.75**2)
+
+
 def test_settings_reach_the_kernels(monkeypatch):
     """The backend and the look at the pixels' range, beside the patches' size."""
     import focusdpo.mask as module

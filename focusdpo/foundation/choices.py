@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Literal
 
 from focusdpo_kernels.choices import Backend as KernelBackend
-from focusdpo_kernels.choices import EntropyMethod, Pooling, Reduction
+from focusdpo_kernels.choices import EntropyMethod, FocusSource, Pooling, Reduction
 
-__all__ = ["EntropyMethod", "KernelBackend", "Pooling", "Reduction"]  # the kernels' own, beside those below
+__all__ = ["EntropyMethod", "FocusSource", "KernelBackend", "Pooling", "Reduction"]  # the kernels' own, beside those below
 
 BackboneName = Literal["flux", "kontext", "flux2", "qwen-edit-plus"]
 WeightDtype = Literal["bf16", "fp32"]
@@ -22,6 +22,7 @@ LoserScale = Literal["sdpo", "sdpo_batch"]
 MatchCount = Literal["reference", "prior"] | int | float
 MaskFrom = Literal["winner", "each"]
 FeatureSource = Literal["policy", "reference"]
+Granularity = Literal["image", "subject"]
 Check = Literal["full", "headers"]  # of a dataset
 LoraForm = Literal["diffusers", "peft", "comfyui", "kohya", "uno"]
 ReferencePhotos = Literal["listed", "all"]  # of the metrics

@@ -93,16 +93,27 @@ def load_records(config: TrainConfig, launch: Launch | None = None) -> tuple[lis
         except DatasetError as error:
             problems += error.problems
             records.append([])
-    if config.focus.mask == "focus" and config.focus.per_subject:
-        message = "is one mask, but focus.per_subject needs a list with one per reference"
+    for setting, other in _needs_priors(config):
+        message = f"is one mask, but {setting} needs a list with one per reference"
         flat = [r for part in records for r in part if not r.per_subject]
-        remedy = "split it, or set focus.per_subject=false"
-        problems += [Problem(r.file, r.line, "prior", message, remedy) for r in flat]
+        problems += [Problem(r.file, r.line, "prior", message, f"split it, or set {other}") for r in flat]
     if problems:
         raise DatasetError(problems)
     if is_main:
         _warn_of_shared_images(*records)
     return records[0], records[1]
+
+
+def _needs_priors(config: TrainConfig) -> list[tuple[str, str]]:
+    """Settings that take a prior per subject, each with the one that does not."""
+    needs = []
+    if config.focus.mask == "focus" and config.focus.per_subject:
+        needs.append(("focus.per_subject", "focus.per_subject=false"))
+    if config.focus.mask == "focus" and config.focus.source == "truth":
+        needs.append(("focus.source=truth", "focus.source=features"))
+    if config.loss.granularity == "subject":
+        needs.append(("loss.granularity=subject", "loss.granularity=image"))
+    return needs
 
 
 def _warn_of_shared_images(train: Sequence[PairRecord], held_out: Sequence[PairRecord]) -> None:
@@ -195,7 +206,7 @@ def dataset_of(records: Sequence[PairRecord], data: DataConfig, backbone: str) -
 def check_match_count(focus: FocusConfig, datasets: Sequence[PairDataset]) -> None:
     """A fixed number of matches has to fit the smallest target: ValueError."""
     count = focus.match_count
-    if focus.mask == "focus" and isinstance(count, int):
+    if focus.counts_matches and isinstance(count, int):
         sizes = [pair.target for dataset in datasets for pair in dataset.sizes]
         width, height = min(sizes, key=math.prod)
         tokens = width * height // PATCH_SIZE**2

@@ -16,12 +16,15 @@ from focusdpo.foundation.choices import (
     Check,
     EntropyMethod,
     FeatureSource,
+    FocusSource,
+    Granularity,
     KernelBackend,
     LoserScale,
     LossType,
     MaskFrom,
     MatchCount,
     Optimizer,
+    Pooling,
     Quantization,
     Reduction,
     WeightDtype,
@@ -174,28 +177,38 @@ class LoraConfig:
 
 @dataclass
 class FocusConfig:
-    """The spatial mask of the loss (docs/method.md, E3 to E8).
+    """The spatial mask of the loss (docs/method.md, E3 to E8, E10).
 
     Args:
         mask: "focus" is the method; "prior" uses the prior alone; "none" is plain Diffusion-DPO.
+        source: What the structure field is made of: "features" compares hidden states with the references' (E5); "estimate" the
+            model's own estimate of the clean winner with winner and loser (E10), which needs no reference tokens; "random" is
+            as large as the features' field, but lies anywhere in the prior; "truth" matches each subject with its own prior.
+            The last two are controls.
+        kappa: How far from loser (0) to winner (1) an estimate has come that counts as aligned (E10).
         tau: Share of the prior that may be misaligned before details count (E8).
         gamma: Weight of structure against detail once subjects are aligned (E8).
         match_count: Matches per subject: "reference" (its reference tokens), "prior" (tokens of its prior), a number of
             tokens, or a fraction of the target's tokens (E5).
         per_subject: Compare each subject's matches with its own prior instead of the unions; needs per-subject priors (E6).
+        pooling: "reference" compares target tokens with a subject's mean reference token (E4), "max" with the one most like
+            them (E4').
         layers: Numbers of the tapped blocks in the order they run, or "all".
         mask_from: One mask from the winner for both images, or "each" its own.
-        feature_source: Whose hidden states are compared: the policy's, or the reference model's.
+        feature_source: Whose hidden states are compared, or whose estimate: the policy's, or the reference model's.
         entropy_method: Estimator of patch entropy (E7).
         entropy_bins: Bins over gray values from 0 to 1.
         entropy_sigma: Width of the Gaussian kernel around a bin.
     """
 
     mask: Literal["focus", "prior", "none"] = "focus"
+    source: FocusSource | Literal["truth"] = "features"
+    kappa: float = 0.75
     tau: float = 0.1
     gamma: float = 0.3
     match_count: MatchCount = "reference"
     per_subject: bool = False
+    pooling: Pooling = "reference"
     layers: Literal["all"] | list[int] = "all"
     mask_from: MaskFrom = "winner"
     feature_source: FeatureSource = "policy"
@@ -211,8 +224,21 @@ class FocusConfig:
             _require(0 < count <= 1, name, count, "a fraction in (0, 1], or a whole number")
         elif isinstance(count, int):
             _require(count >= 0, name, count, "0 or more tokens")
+        _require(math.isfinite(self.kappa), "focus.kappa", self.kappa, "a finite number; 0 is the loser, 1 the winner")
+        compares = self.source != "estimate" or not self.per_subject
+        _require(compares, "focus.per_subject", True, 'false with source="estimate", which compares a token with no subject')
         distinct = self.layers == "all" or 0 < len(set(self.layers)) == len(self.layers)
         _require(distinct, "focus.layers", self.layers, '"all", or at least one block, each once')
+
+    @property
+    def taps_features(self) -> bool:
+        """Whether the loss's mask is made of hidden states."""
+        return self.mask == "focus" and self.source in ("features", "random")
+
+    @property
+    def counts_matches(self) -> bool:
+        """Whether the loss's mask has a number of matches, K."""
+        return self.mask == "focus" and self.source != "estimate"
 
 
 @dataclass
@@ -221,6 +247,8 @@ class LossConfig:
 
     Args:
         beta: Strength of the preference, for the chosen reduction.
+        granularity: "image" has one sigmoid for a pair; "subject" one for each subject, of the errors within its own prior
+            (E1'): a subject that is told apart leaves the others their gradient. Needs priors per subject.
         auto_beta: Gradient factor to hold by changing beta step by step from where it starts: the mean of 2 sigmoid(-logit),
             1 at the start and near 0 where pairs teach no more; 0.5 is a usual target. None leaves beta alone.
         reduction: How a sample's weighted squared errors become one number.
@@ -246,6 +274,7 @@ class LossConfig:
     """
 
     beta: float = 2000.0
+    granularity: Granularity = "image"
     auto_beta: float | None = None
     reduction: Reduction = "mean"
     mask_power: Literal[1, 2] = 1
@@ -270,6 +299,8 @@ class LossConfig:
         fits = self.auto_beta is None or self.loss_type == "sigmoid"
         _require(fits, "loss.auto_beta", self.auto_beta, f"null with loss_type={self.loss_type!r}")
         _require(0 <= self.label_smoothing < 0.5, "loss.label_smoothing", self.label_smoothing, "0 <= label_smoothing < 0.5")
+        split = self.granularity == "image" or self.loss_type != "sft"
+        _require(split, "loss.granularity", self.granularity, "'image' with loss_type='sft', which has no sigmoid")
         smooths = self.label_smoothing == 0 or self.loss_type == "sigmoid"
         _require(smooths, "loss.label_smoothing", self.label_smoothing, f"0 with loss_type={self.loss_type!r}")
         for name in ("winner_anchor", "reference_anchor"):

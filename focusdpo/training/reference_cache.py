@@ -56,7 +56,7 @@ class ReferenceCache:
         self._accelerator = accelerator
         self._launch = launch
         self._content: Callable[[Any], str] = functools.cache(checksum)  # of references' masks
-        self._has_scores = focus.mask == "focus" and focus.feature_source == "reference"
+        self._has_scores = focus.taps_features and focus.feature_source == "reference"
         lora = None if model.base_lora is None else lora_checksum(NAME, model.base_lora)
         # What the prompts' encoders and the VAE contribute is in the pairs' keys.
         self._settings = hash_of(
@@ -65,7 +65,7 @@ class ReferenceCache:
             *(model.backbone, model.dtype, str(model.quantization), config.mixed_precision, str(model.guidance)),
             *(str(lora), str(model.base_lora_scale)),
             *(str(getattr(loss, name)) for name in ("times", "time_order", "logit_mean", "logit_std", "shift")),
-            *((str(focus.layers), focus.mask_from) if self._has_scores else ()),
+            *((str(focus.layers), focus.pooling, focus.mask_from) if self._has_scores else ()),
             # With loss.shift="auto" the scheduler decides the times.
             fingerprint(pipeline_folder(model.path, model.revision), ["scheduler", "transformer"]),
         )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal
 
@@ -13,34 +14,43 @@ from torch import Tensor
 
 from focusdpo.data import PairBatch
 from focusdpo.data.images import PATCH_SIZE
-from focusdpo.features import SimilarityTap, pool_mask, reference_token_mask
-from focusdpo.loss import FocusDPOOutput, focus_dpo_loss
+from focusdpo.features import SimilarityTap, covered_share, pool_mask, reference_token_mask
+from focusdpo.loss import Drift, FocusDPOOutput, focus_dpo_loss, prediction_drift
 from focusdpo.mask import FocusMask, focus_mask
 from focusdpo.models import Backbone
 from focusdpo.models.conditioning import Conditioner, Conditioning, Prompted
 from focusdpo.training.adapter import reference_model
 from focusdpo.training.config import FocusConfig, LossConfig
 from focusdpo.training.times import at_times, draw_times
+from focusdpo_kernels import estimate_alignment
 
 Which = Literal["policy", "reference"]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Loss and logged quantities of one batch, the masks (None unless `focus.mask` is "focus"), and the times t [B]."""
+    """Of one batch: loss and logged quantities, masks (None unless `focus.mask` is "focus"), times t [B], and how far the
+    policy is from the reference model.
+    """
 
     output: FocusDPOOutput
     focus: FocusMask | None
     t: Tensor
+    drift: Drift
 
 
 @dataclass(frozen=True)
 class Noised(Conditioning):
-    """A batch at its times: everything the two models see, winner and loser as one batch [2B, ...]."""
+    """A batch at its times: everything the two models see, winner and loser as one batch [2B, ...].
+
+    clean: what `tokens` are the noised of. draws: a number for each token of a pair [B, P], where a mask takes some at random.
+    """
 
     tokens: Tensor
     target: Tensor
     t: Tensor
+    clean: Tensor
+    draws: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -119,6 +129,7 @@ class PreferenceStep:
             shift = self.backbone.training_shift(given.layout.num_target) if self.loss.shift == "auto" else self.loss.shift
             t = torch.cat([draw_times(self.loss, own, list(islice(numbers, count)), shift) for own, count in draws])
         noise = torch.cat([torch.randn(count, *clean.shape[1:], generator=own) for own, count in draws])
+        scattered = _draws_of(noise).to(clean.device) if self.focus.source == "random" else None
         noise = noise.to(clean.device).repeat(2, 1, 1)
         t = t.to(clean.device).repeat(2)
         tokens, target = at_times(clean, noise, t)
@@ -126,6 +137,8 @@ class PreferenceStep:
             tokens=tokens,
             target=target,
             t=t,
+            clean=clean,
+            draws=scattered,
             references=given.references.repeat(2, 1, 1),
             prompts=given.prompts.repeat(2),
             layout=given.layout,
@@ -146,7 +159,7 @@ class PreferenceStep:
         noised: Noised,
         batch: PairBatch,
         paths: Sequence[str] | None = None,
-        pooling: str = "reference",
+        pooling: str | None = None,
         each: bool = False,
     ) -> SimilarityTap:
         """What listens to one forward pass and gives S.
@@ -154,7 +167,7 @@ class PreferenceStep:
         Args:
             noised, batch: what the pass is of.
             paths: of the blocks whose similarities are averaged; None takes the run's own.
-            pooling: "reference" (E4) or "max" (E4').
+            pooling: "reference" (E4) or "max" (E4'); None takes the run's own.
             each: S of winners and losers [2B, R, P] instead of the winners' alone [B, R, P].
         """
         reference_mask = reference_token_mask(batch.reference_masks)
@@ -165,7 +178,7 @@ class PreferenceStep:
             num_target=noised.layout.num_target,
             reference_mask=reference_mask.repeat(2, 1, 1) if each else reference_mask,
             rows=slice(None) if each else slice(0, reference_mask.shape[0]),
-            pooling=pooling,
+            pooling=self.focus.pooling if pooling is None else pooling,
             backend=self.backend,
         )
 
@@ -176,43 +189,74 @@ class PreferenceStep:
         return ReferenceOutput(prediction, taps[0].scores() if taps else None)
 
     @torch.no_grad()
-    def predictions(self, noised: Noised, batch: PairBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Policy's and reference model's predictions [2B, P, C] of a noised batch, and S [B, R, P] of the winners.
+    def predictions(self, noised: Noised, batch: PairBatch) -> tuple[Tensor, Tensor, FocusMask]:
+        """Policy's and reference model's predictions [2B, P, C] of a noised batch, and the winners' focus mask.
 
-        S is of the run's blocks and of the model that `focus.feature_source` names, whatever mask the run has.
+        The mask is that of the run's settings, also where its loss has another or none.
         """
-        tap, source = self.tap(noised, batch), self.focus.feature_source
-        reference = self.predict(noised, [tap] if source == "reference" else [], "reference")
-        policy = self.predict(noised, [tap] if source == "policy" else [])
-        return policy, reference, tap.scores()
+        taps = [self.tap(noised, batch)] if replace(self.focus, mask="focus").taps_features else []
+        source = self.focus.feature_source
+        reference = self.predict(noised, taps if source == "reference" else [], "reference")
+        policy = self.predict(noised, taps if source == "policy" else [])
+        return policy, reference, self._winners_mask(noised, batch, taps, policy if source == "policy" else reference)
 
     @torch.no_grad()
     def masks(
         self, batch: PairBatch, t: float, seed: int, groups: Mapping[str, Sequence[str]] | None = None
     ) -> dict[str, FocusMask]:
-        """The winners' focus masks at one time by group of blocks, of one forward pass of the model that gives the features.
+        """The winners' focus masks at one time by group of blocks, of one forward pass of the model that they look at.
 
         Args:
             batch: the pairs.
             t: the time of all of them.
             seed: of the noise, which is the same at each time.
-            groups: paths of the blocks whose similarities are averaged, by any name; None takes the run's own, as "all".
+            groups: paths of the blocks whose similarities are averaged, by any name; None takes the run's own, as "all". Where
+                the mask is not made of hidden states, it is the same for all.
         """
         noised = self.noise(batch, torch.Generator().manual_seed(seed), torch.full((len(batch.prompts),), t))
-        taps = {name: self.tap(noised, batch, paths) for name, paths in (groups or {"all": self.paths}).items()}
-        self.predict(noised, taps.values(), self.focus.feature_source)
-        return {name: self.mask_of(tap.scores(), batch) for name, tap in taps.items()}
+        groups = groups or {"all": self.paths}
+        taps = {}
+        if self.focus.source in ("features", "random"):
+            taps = {name: self.tap(noised, batch, paths) for name, paths in groups.items()}
+        prediction = self.predict(noised, taps.values(), self.focus.feature_source)
+        return {name: self._winners_mask(noised, batch, [taps[name]] if name in taps else [], prediction) for name in groups}
 
-    def mask_of(self, scores: Tensor, batch: PairBatch, loser: bool = False) -> FocusMask:
-        """The focus mask of similarity S [B, R, P], whichever blocks it is of: the winners', or the losers'."""
+    def _winners_mask(self, noised: Noised, batch: PairBatch, taps: Sequence[SimilarityTap], prediction: Tensor) -> FocusMask:
+        scores = taps[0].scores() if taps else self._scores(noised, batch, prediction)
+        return self.mask_of(scores[: len(batch.prompts)], batch, draws=noised.draws)
+
+    def _scores(self, noised: Noised, batch: PairBatch, prediction: Tensor) -> Tensor:
+        """What the mask is made of beside hidden states, of winners and then losers: s [2B, P] of an estimate (E10), or the
+        share of each token that a subject's own prior covers [2B, R, P].
+        """
+        if self.focus.source == "truth":
+            covered = covered_share(batch.prior)
+            return covered.masked_fill(covered == 0, -math.inf).repeat(2, 1, 1)
+        # Of the loser's pass as well: how far its own estimate has come from the loser to the winner.
+        winner, loser = (part.repeat(2, 1, 1) for part in noised.clean.chunk(2))
+        values = (prediction.detach(), noised.tokens, winner, loser)
+        return estimate_alignment(*values, -noised.t, backend=self.backend)
+
+    def mask_of(self, scores: Tensor, batch: PairBatch, loser: bool = False, draws: Tensor | None = None) -> FocusMask:
+        """The focus mask of similarity S [B, R, P], whichever blocks it is of, or of an estimate's s [B, P].
+
+        Args:
+            scores: of the winners, or of the losers.
+            batch: the pairs.
+            loser: whether the mask is for the losers.
+            draws: see `focusdpo.focus_mask`.
+        """
         focus = self.focus
         return focus_mask(
             scores,
             pool_mask(batch.prior),
             batch.loser if loser else batch.winner,
+            source="features" if focus.source == "truth" else focus.source,
             reference_mask=reference_token_mask(batch.reference_masks),
             match_count=focus.match_count,
             per_subject=focus.per_subject,
+            kappa=focus.kappa,
+            draws=draws,
             tau=focus.tau,
             gamma=focus.gamma,
             patch_size=PATCH_SIZE,
@@ -235,29 +279,36 @@ class PreferenceStep:
             reference = self.reference_output(noised, batch)
         taps = self._taps_of_mask(noised, batch, "policy")
         policy = self.predict(noised, taps)
-        scores = taps[0].scores() if taps else reference.scores
-
-        pairs = noised.tokens.shape[0] // 2
-        focus = None if scores is None else self.mask_of(scores[:pairs], batch)
-        mask: Tensor | FocusMask | None = focus
-        mask_lose = None
-        if scores is not None and self.focus.mask_from == "each":
-            mask_lose = self.mask_of(scores[pairs:], batch, loser=True)
+        pairs = len(batch.prompts)
+        prior = pool_mask(batch.prior)
+        inside = prior if prior.ndim == 2 else prior.any(1)
+        focus, mask, mask_lose = None, None, None
         if self.focus.mask == "prior":
-            prior = pool_mask(batch.prior)
-            mask = (prior if prior.ndim == 2 else prior.any(1)).float()
+            mask = inside
+        elif self.focus.mask == "focus":
+            scores = taps[0].scores() if taps else reference.scores
+            if scores is None:
+                seen = policy if self.focus.feature_source == "policy" else reference.prediction
+                scores = self._scores(noised, batch, seen)
+            focus = self.mask_of(scores[:pairs], batch, draws=noised.draws)
+            mask = focus.mask
+            if self.focus.mask_from == "each":
+                mask_lose = self.mask_of(scores[pairs:], batch, loser=True, draws=noised.draws).mask
 
         loss = self.loss
         times = noised.t[:pairs]
+        win, lose = policy.chunk(2)
+        reference_win, reference_lose = reference.prediction.chunk(2)
         output = focus_dpo_loss(
-            policy[:pairs],
-            policy[pairs:],
-            reference.prediction[:pairs],
-            reference.prediction[pairs:],
+            win,
+            lose,
+            reference_win,
+            reference_lose,
             noised.target[:pairs],
             noised.target[pairs:],
             focus=mask,
             focus_lose=mask_lose,
+            subjects=prior if loss.granularity == "subject" else None,
             beta=self.beta,
             timestep_weight=(1 - times) ** 2 if loss.timestep_weight == "noise" else None,
             reduction=loss.reduction,
@@ -270,11 +321,12 @@ class PreferenceStep:
             sdpo_mu=loss.sdpo_mu,
             backend=self.backend,
         )
-        return StepResult(output, focus, times)
+        drift = prediction_drift(win, lose, reference_win, reference_lose, inside, self.backend)
+        return StepResult(output, focus, times, drift)
 
     def _taps_of_mask(self, noised: Noised, batch: PairBatch, which: Which) -> list[SimilarityTap]:
         """The tap of the loss's own mask, if it has one and this model gives the features."""
-        if self.focus.mask != "focus" or self.focus.feature_source != which:
+        if not self.focus.taps_features or self.focus.feature_source != which:
             return []
         return [self.tap(noised, batch, each=self.focus.mask_from == "each")]
 
@@ -288,6 +340,14 @@ class PreferenceStep:
             clean = torch.stack([kept.winner for kept in batch.encodings] + [kept.loser for kept in batch.encodings])
             return clean.to(self.backbone.device).float()
         return self._conditioner.encode(torch.cat([batch.winner, batch.loser])).float()
+
+
+def _draws_of(noise: Tensor) -> Tensor:
+    """Random numbers for the tokens of each pair, [B, P], seeded by its noise [B, P, C] on the CPU: what draws times and noise
+    goes on as without them, so that a run with another mask sees the same.
+    """
+    seeds = noise[:, 0, 0].contiguous().view(torch.int32).tolist()
+    return torch.stack([torch.rand(noise.shape[1], generator=torch.Generator().manual_seed(seed % 2**32)) for seed in seeds])
 
 
 def tapped_paths(backbone: Backbone, focus: FocusConfig) -> list[str]:

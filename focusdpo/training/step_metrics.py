@@ -22,31 +22,30 @@ def step_metrics(result: StepResult) -> dict[str, Tensor]:
     Those of a bin of times, by_time/0.25/margin for t from 0.25 to 0.50, count pairs outside it as 0; `Averager` divides by the
     share of those inside.
     """
-    output, focus = result.output, result.focus
+    output, focus, drift = result.output, result.focus, result.drift
+    by_time = {
+        "margin": output.by_pair(output.margin),
+        "accuracy": output.by_pair(pair_accuracy(output.logits)),
+        "error/policy_win": output.by_pair(output.policy_win),
+        "error/policy_lose": output.by_pair(output.policy_lose),
+    }
     metrics = {
         "loss": output.loss.detach(),
-        "margin": output.margin.mean(),
-        "logit": output.logits.mean(),
-        "accuracy": output.accuracy,
-        "error/policy_win": output.policy_win.mean(),
-        "error/policy_lose": output.policy_lose.mean(),
-        "error/reference_win": output.reference_win.mean(),
-        "error/reference_lose": output.reference_lose.mean(),
+        **{name: value.mean() for name, value in by_time.items()},
+        "logit": output.by_pair(output.logits).mean(),
+        "error/reference_win": output.by_pair(output.reference_win).mean(),
+        "error/reference_lose": output.by_pair(output.reference_lose).mean(),
         # Of the sigmoid loss: 1 at a logit of 0, near 0 where a pair has no more to teach.
-        "gradient_factor": 2 * torch.sigmoid(-output.logits).mean(),
+        "gradient_factor": 2 * output.by_pair(torch.sigmoid(-output.logits)).mean(),
         "time": result.t.mean(),
-    }
-    by_time = {
-        "margin": output.margin,
-        "accuracy": pair_accuracy(output.logits),
-        "error/policy_win": output.policy_win,
-        "error/policy_lose": output.policy_lose,
+        **{f"drift/{name}": value.mean() for name, value in drift._asdict().items()},
     }
     if focus is not None:
         metrics |= {
             "focus/coverage": focus.coverage.mean(),
             "focus/detail_share": focus.uses_detail.float().mean(),
             "focus/coverage_floor": focus.coverage_floor.mean(),
+            "focus/coverage_chance": focus.coverage_chance.mean(),
             "focus/detail_unreachable": _known(focus.coverage_floor > focus.tau, focus.coverage_floor).mean(),
             "focus/all_matched": focus.all_matched.float().mean(),
         }

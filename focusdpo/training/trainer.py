@@ -148,7 +148,7 @@ class Trainer(PreparedRun):
             self._running = self.train_set, batch.indices
             with accelerator.accumulate(self.backbone.transformer):
                 result = self._compute_loss(batch)
-                self._of_step.append((batch.indices, result.output.logits.detach()))
+                self._of_step.append((batch.indices, result.output.by_pair(result.output.logits)))
                 accelerator.backward(result.output.loss * factor)
                 if accelerator.sync_gradients:
                     gradient_norm = float(accelerator.clip_grad_norm_(self.parameters, self.config.optim.max_grad_norm))

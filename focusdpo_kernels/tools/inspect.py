@@ -27,6 +27,7 @@ from triton.compiler import ASTSource
 from focusdpo_kernels import (
     dense_similarity,
     entropy,
+    estimate,
     fusion,
     matching,
     pooled_similarity,
@@ -49,7 +50,7 @@ PRODUCTS = ("_dense_kernel", *SIMILARITY)
 STREAMING = (*SIMILARITY, "_forward_kernel", "_backward_kernel")
 # What memory delivers in the time of one access, for each multiprocessor: 4.8 TB/s x 0.8 us / 132 on an H200.
 KIB_AHEAD = {"sm_80": 16, "sm_90": 32, "sm_100": 48, "gfx942": 0}
-FAMILIES = (pooled_similarity, streamed_similarity, dense_similarity, matching, entropy, fusion, residual_kernels)
+FAMILIES = (pooled_similarity, streamed_similarity, dense_similarity, matching, entropy, estimate, fusion, residual_kernels)
 
 
 @dataclass(frozen=True)

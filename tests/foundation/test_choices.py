@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from focusdpo import loss
+from focusdpo import loss, mask
 from focusdpo.foundation import choices
 from focusdpo.models import BACKBONES, lora_writing, precision
 from focusdpo.training import optimizers
@@ -25,6 +25,7 @@ from focusdpo_kernels import backend, checks, similarity
         (choices.LoraForm, lora_writing.FILES),
         (choices.KernelBackend, backend.BACKENDS),
         (choices.EntropyMethod, checks.METHODS),
+        (choices.FocusSource, mask.SOURCES),
         (choices.Reduction, checks.REDUCTIONS),
         (choices.Pooling, similarity.POOLINGS),
         (choices.LossType, loss.LOSS_TYPES),

@@ -37,7 +37,7 @@ def test_as_the_specification(monkeypatch, shape, masks, block):
             for module, kind in ((cpu_residual, dtype), (spec, torch.float64)):
                 policy = [x.detach().to(kind, copy=True).requires_grad_() for x in predictions[:2]]
                 others = [x.to(kind) for x in predictions[2:]]
-                out = module.preference_residual([*policy, *others], weights, reduction, power)
+                out = module.preference_residual([*policy, *others], weights, None, reduction, power)
                 assert [x.requires_grad for x in out] == [True, True, False, False, True, False, False]
                 (3 * out.margin + 0.5 * (out.policy_win + out.policy_lose)).sum().backward()
                 results.append((out, [x.grad for x in policy]))
@@ -58,8 +58,8 @@ def test_slices_expanded_and_transposed():
         torch.randn(8, 17, 2).permute(2, 1, 0),
     ] * 2
     weight = torch.rand(17, 2).T
-    found = cpu_residual.preference_residual(predictions, [weight], "mean", 1)
-    expected = spec.preference_residual([x.double() for x in predictions], [weight], "mean", 1)
+    found = cpu_residual.preference_residual(predictions, [weight], None, "mean", 1)
+    expected = spec.preference_residual([x.double() for x in predictions], [weight], None, "mean", 1)
     for a, e in zip(found, expected, strict=True):
         torch.testing.assert_close(a.double(), e, rtol=1e-6, atol=1e-6)
 
@@ -68,15 +68,15 @@ def test_slices_expanded_and_transposed():
 def test_one_side_alone(needed):
     predictions, weights = make((2, 9, 4), torch.float32, "both")
     policy = [x.requires_grad_(is_needed) for x, is_needed in zip(predictions[:2], needed, strict=True)]
-    cpu_residual.preference_residual([*policy, *predictions[2:]], weights, "mean", 1).margin.sum().backward()
+    cpu_residual.preference_residual([*policy, *predictions[2:]], weights, None, "mean", 1).margin.sum().backward()
     assert [x.grad is not None for x in policy] == list(needed)
 
 
 def test_accuracy_of_a_long_sample():
     """No worse than sums in one go: a block's sums are added as a table of one value per token."""
     predictions, weights = make((1, 4096, 64), torch.bfloat16, "both")
-    exact = spec.preference_residual([x.double() for x in predictions], weights, "mean", 1)
-    found, plain = (m.preference_residual(predictions, weights, "mean", 1) for m in (cpu_residual, spec))
+    exact = spec.preference_residual([x.double() for x in predictions], weights, None, "mean", 1)
+    found, plain = (m.preference_residual(predictions, weights, None, "mean", 1) for m in (cpu_residual, spec))
     for a, b, e in zip(found[:4], plain[:4], exact[:4], strict=True):
         assert (a.double() - e).abs() <= (b.double() - e).abs() + 2e-7 * e
 
@@ -97,10 +97,10 @@ def test_margin_of_one_bit(dtype):
     size = 1e-4 if dtype == torch.float32 else torch.finfo(dtype).eps
     predictions[0][0, 5, 7], predictions[2][0, 5, 7] = 1 + size, 1
     found, exchanged = (
-        cpu_residual.preference_residual([predictions[i] for i in order], weights, "mean", 1).margin
+        cpu_residual.preference_residual([predictions[i] for i in order], weights, None, "mean", 1).margin
         for order in (range(6), (1, 0, 3, 2, 5, 4))
     )
-    exact = spec.preference_residual([x.double() for x in predictions], weights, "mean", 1).margin
+    exact = spec.preference_residual([x.double() for x in predictions], weights, None, "mean", 1).margin
     assert torch.equal(found, -exchanged)
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0)
 
@@ -113,8 +113,8 @@ def test_a_reference_far_better_than_the_policy(monkeypatch, shape, block):
     predictions, weights = make(shape, torch.float32, "each")
     predictions[2:4] = [target + 1e-3 * torch.randn(shape) for target in predictions[4:]]
     predictions[3][1] = predictions[5][1]  # and one without any
-    found = cpu_residual.preference_residual(predictions, weights, "mean", 1)
-    exact = spec.preference_residual([x.double() for x in predictions], weights, "mean", 1)
+    found = cpu_residual.preference_residual(predictions, weights, None, "mean", 1)
+    exact = spec.preference_residual([x.double() for x in predictions], weights, None, "mean", 1)
     assert found.reference_lose[1] == 0
     for a, e in zip(found[:4], exact[:4], strict=True):
         torch.testing.assert_close(a.double(), e, rtol=2e-6, atol=0)
@@ -125,9 +125,11 @@ def test_a_sample_does_not_depend_on_its_batch():
     for _ in range(20):
         predictions, weights = make((3, 64, 16), torch.float32, "both")
         predictions[2][1] = predictions[4][1] + 1e-3
-        together = cpu_residual.preference_residual(predictions, weights, "mean", 1)
+        together = cpu_residual.preference_residual(predictions, weights, None, "mean", 1)
         for b in range(3):
-            alone = cpu_residual.preference_residual([x[b : b + 1] for x in predictions], [weights[0][b : b + 1]], "mean", 1)
+            alone = cpu_residual.preference_residual(
+                [x[b : b + 1] for x in predictions], [weights[0][b : b + 1]], None, "mean", 1
+            )
             assert all(torch.equal(a, t[b : b + 1]) for a, t in zip(alone, together, strict=True))
 
 
@@ -136,8 +138,8 @@ def test_a_reference_better_than_the_policy(share):
     """By less than what makes its error a sum of its own."""
     predictions, weights = make((4, 64, 64), torch.float32, "both")
     predictions[2:4] = [t + share**0.5 * (p - t) for p, t in zip(predictions[:2], predictions[4:], strict=True)]
-    found = cpu_residual.preference_residual(predictions, weights, "mean", 1)
-    exact = spec.preference_residual([x.double() for x in predictions], weights, "mean", 1)
+    found = cpu_residual.preference_residual(predictions, weights, None, "mean", 1)
+    exact = spec.preference_residual([x.double() for x in predictions], weights, None, "mean", 1)
     for a, e in zip(found[:4], exact[:4], strict=True):
         torch.testing.assert_close(a.double(), e, rtol=2e-6, atol=0)
 
@@ -146,7 +148,7 @@ def test_a_reference_better_than_the_policy(share):
 def test_a_policy_that_is_not_finite_leaves_the_reference(value):
     predictions, weights = make((2, 9, 4), torch.float32, "both")
     predictions[1][0, 3, 2] = value
-    found, plain = (m.preference_residual(predictions, weights, "mean", 1) for m in (cpu_residual, spec))
+    found, plain = (m.preference_residual(predictions, weights, None, "mean", 1) for m in (cpu_residual, spec))
     torch.testing.assert_close(found.reference_lose, plain.reference_lose)
     assert found.reference_lose.isfinite().all() and found.policy_lose.isfinite().tolist() == [False, True]
 
@@ -156,7 +158,7 @@ def test_a_policy_changed_before_the_backward_pass_is_refused():
     predictions, weights = make((2, 9, 4), torch.float32, "both")
     leaf = predictions[0].requires_grad_()
     policy = leaf * 1
-    margin = cpu_residual.preference_residual([policy, *predictions[1:]], weights, "mean", 1).margin
+    margin = cpu_residual.preference_residual([policy, *predictions[1:]], weights, None, "mean", 1).margin
     with torch.no_grad():
         policy.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -166,7 +168,7 @@ def test_a_policy_changed_before_the_backward_pass_is_refused():
 def test_nothing_stays_after_the_backward_pass():
     predictions, weights = make((2, 9, 4), torch.float32, "both")
     predictions[0].requires_grad_()
-    margin = cpu_residual.preference_residual(predictions, weights, "mean", 1).margin
+    margin = cpu_residual.preference_residual(predictions, weights, None, "mean", 1).margin
     kept = [weakref.ref(x) for x in margin.grad_fn.saved_tensors[5:]]
     assert [x().shape for x in kept] == [(2, 9, 4)] * 2
     margin.sum().backward()
@@ -182,7 +184,7 @@ def test_a_trace_is_given_the_specification():
     def error(*predictions):
         return preference_residual(*predictions, backend="torch").reference_win
 
-    exact = spec.preference_residual([x.double() for x in second], [], "mean", 1).reference_win
+    exact = spec.preference_residual([x.double() for x in second], [], None, "mean", 1).reference_win
     for trace in (make_fx(error)(*first), torch.jit.trace(error, tuple(first))):
         torch.testing.assert_close(trace(*second).double(), exact, rtol=2e-6, atol=0)
 

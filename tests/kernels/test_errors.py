@@ -54,6 +54,14 @@ CASES = {
     "prediction shapes": (lambda: kernels.preference_residual(*SIX[:5], T[:, 1:]), ValueError, r"target_lose: expected shape \[2, 6, 4\] \(as policy_win\)"),
     "prediction rank": (lambda: kernels.preference_residual(*[x[0] for x in SIX]), ValueError, r"policy_win: expected a tensor \[B, P, C\] or \[B, C, H, W\]"),
     "weight shape": (lambda: kernels.preference_residual(*SIX, torch.ones(2, 5)), ValueError, r"weight: expected shape \[2, 6\]"),
+    "subjects": (lambda: kernels.preference_residual(*SIX, subjects=torch.ones(2, 2, 5)), ValueError, r"subjects: expected shape \[2, 2, 6\]"),
+    "no subject": (lambda: kernels.preference_residual(*SIX, subjects=torch.ones(2, 0, 6)), ValueError, r"subjects: got .*without a subject; pass None"),
+    "subjects of another layout": (lambda: kernels.preference_residual(*[torch.randn(1, 2, 4, 4)] * 6, torch.ones(1, 4), subjects=torch.ones(1, 2, 4, 4)), ValueError, "subjects: got .* while masks are .*; use one layout for both"),
+    "subjects and sft": (lambda: focusdpo.focus_dpo_loss(*SIX, subjects=torch.ones(2, 2, 6), loss_type="sft"), ValueError, "^subjects: given with loss_type='sft'"),
+    "source": (lambda: focusdpo.focus_mask(SCORES, PRIOR, IMAGES, match_count=2, source="truth"), ValueError, "^source: got 'truth'; expected one of 'features', 'estimate', 'random'"),
+    "scores of an estimate": (lambda: focusdpo.focus_mask(SCORES, PRIOR, IMAGES, source="estimate"), ValueError, r"^scores: expected a tensor \[B, P\], as estimate_alignment gives them"),
+    "subjects of an estimate": (lambda: focusdpo.focus_mask(SCORES[:, 0], PRIOR, IMAGES, source="estimate", per_subject=True), ValueError, "^per_subject: True with source='estimate'"),
+    "draws": (lambda: focusdpo.focus_mask(SCORES, PRIOR, IMAGES, match_count=2, source="random", draws=torch.rand(2, 5)), ValueError, r"^draws: expected shape \[2, 6\]"),
     "odd latents": (lambda: kernels.preference_residual(*[torch.randn(1, 2, 3, 4)] * 6, torch.ones(1, 3)), ValueError, "latents of 3x4 have no whole 2x2 patches"),
     "reduction": (lambda: kernels.preference_residual(*SIX, reduction="none"), ValueError, "reduction: got 'none'; expected one of 'mean'"),
     "mask power": (lambda: kernels.preference_residual(*SIX, mask_power=3), ValueError, "mask_power: got 3"),
@@ -166,7 +174,7 @@ def test_masks_in_float64_do_not_choose_the_backend(backend):
         ),
         "loss": lambda kind: focusdpo.focus_dpo_loss(
             *six, focus=prior.to(kind), sample_weight=coverage.to(kind), timestep_weight=coverage.to(kind), backend=backend
-        ),
+        )[:-1],
     }
     for name, call in calls.items():
         for found, expected in zip(call(torch.float64), call(torch.float32), strict=True):

@@ -9,6 +9,7 @@ import torch._dynamo.testing
 import focusdpo_kernels as kernels
 from focusdpo import focus_dpo_loss
 from focusdpo_kernels.entropy import patch_entropy_op
+from focusdpo_kernels.estimate import estimate_alignment_op
 from focusdpo_kernels.fusion import focus_field_op, fuse_focus_op, image_field_op
 from focusdpo_kernels.matching import structure_field_op, topk_mask_op
 from focusdpo_kernels.residual import preference_residual_backward_op, preference_residual_op
@@ -27,6 +28,7 @@ def operators():
     k = torch.full((2, 3), 2, device=DEVICE)
     prior = torch.ones(2, 6, device=DEVICE)
     weight = torch.rand(2, 6, device=DEVICE)
+    subjects = (torch.rand(2, 3, 6, device=DEVICE) > 0.5).view(torch.uint8)
     plain = [x.detach() for x in predictions]
     rows, scales = tensor(3, 2), tensor(ROWS, 2)
     return {
@@ -61,16 +63,27 @@ def operators():
             ),
         ),
         "fusion": (fuse_focus_op, (prior, weight[:, 0], weight, prior, 0.1, 0.3)),
-        "residual": (preference_residual_op, ([*policy, *plain[2:]], [weight], "mean", 1)),
-        "residual, two masks": (preference_residual_op, ([*policy, *plain[2:]], [weight, weight.clone()], "masked_mean", 2)),
-        "residual without mask": (preference_residual_op, ([*policy, *plain[2:]], [], "masked_mean", 2)),
+        "residual": (preference_residual_op, ([*policy, *plain[2:]], [weight], None, "mean", 1)),
+        "residual, two masks": (
+            preference_residual_op,
+            ([*policy, *plain[2:]], [weight, weight.clone()], None, "masked_mean", 2),
+        ),
+        "residual without mask": (preference_residual_op, ([*policy, *plain[2:]], [], None, "masked_mean", 2)),
+        "residual of subjects": (preference_residual_op, ([*policy, *plain[2:]], [weight], subjects, "masked_mean", 2)),
+        "residual of subjects, without mask": (preference_residual_op, ([*policy, *plain[2:]], [], subjects, "mean", 1)),
+        "residual backward, subjects": (
+            preference_residual_backward_op,
+            ([tensor(2, 3), None, tensor(2, 3)], [*plain[:2], *plain[4:]], [weight], subjects, tensor(ROWS, 2, 3), 1),
+        ),
+        "estimate": (estimate_alignment_op, (*plain[:4], weight[:, 0], None)),
+        "estimate, scaled": (estimate_alignment_op, (*plain[:4], weight[:, 0], weight[:, 1])),
         "residual backward": (
             preference_residual_backward_op,
-            (list(rows), [*plain[:2], *plain[4:]], [weight, weight.clone()], scales, 1),
+            (list(rows), [*plain[:2], *plain[4:]], [weight, weight.clone()], None, scales, 1),
         ),
         "residual backward, margin alone": (
             preference_residual_backward_op,
-            ([None, None, rows[2]], [*plain[:2], *plain[4:]], [], scales, 1),
+            ([None, None, rows[2]], [*plain[:2], *plain[4:]], [], None, scales, 1),
         ),
     }
 

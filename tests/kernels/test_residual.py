@@ -408,3 +408,75 @@ def test_the_gradient_that_can_be_differentiated_is_the_same(backend, result):
     for side, usual, found in zip(("policy_win", "policy_lose"), *gradients, strict=True):
         assert usual.any() == (result in (side, "margin")) and usual.dtype == found.dtype
         assert (usual == found).float().mean() > 0.98  # the factors may be multiplied in another order
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(2, 37, 5), (3, 40, 64), (2, 3, 4, 6), (4, 2, 4, 6)], ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_results_of_subjects(shape, reduction, backend):
+    """Each subject's results, of one call, are those of the mask within it; and so is the gradient of all of them."""
+    predictions, weight = make(shape, torch.float32)
+    layouts = [weight.shape[1:]] if len(shape) == 3 else [weight.shape[1:], shape[2:]]
+    factors = torch.arange(1.0, 3 * shape[0] + 1, device=DEVICE).reshape(shape[0], 3)
+    for power, layout, kind in ((1, layouts[0], "one"), (2, layouts[-1], "each"), (1, layouts[-1], "none")):
+        subjects = torch.rand(shape[0], 3, *layout, device=DEVICE) > 0.5
+        subjects[0, 1] = False  # a subject that is nowhere
+        own = torch.rand(2, shape[0], *layout, device=DEVICE)
+        weights = {"one": [own[0]], "each": [own[0], own[1]], "none": []}[kind]
+        policy = [x.clone().requires_grad_() for x in predictions[:2]]
+        given = dict(zip(("weight", "weight_lose"), weights, strict=False))
+        settings = {"reduction": reduction, "mask_power": power}
+        out = preference_residual(*policy, *predictions[2:], **given, subjects=subjects, **settings, backend=backend)
+        (factors * out.margin + 0.3 * out.policy_win).sum().backward()
+
+        exact = [x.double().requires_grad_(n < 2) for n, x in enumerate(x.clone() for x in predictions)]
+        parts, total = [], 0
+        for r in range(3):
+            shown = subjects[:, r].double()
+            within = {name: one.double() * shown for name, one in given.items()} or {"weight": shown}
+            parts.append(preference_residual(*exact, **within, **settings, backend="torch"))
+            total = total + (factors[:, r] * parts[-1].margin + 0.3 * parts[-1].policy_win).sum()
+        total.backward()
+        for name, actual, *of_subjects in zip(out._fields, out, *parts, strict=True):
+            truth = torch.stack(of_subjects, dim=1).detach()
+            assert actual.shape == (shape[0], 3), name
+            torch.testing.assert_close(actual.double(), truth, rtol=3e-6, atol=3e-6 * float(truth.abs().max()), msg=name)
+            assert actual[0, 1] == 0
+        for ours, theirs in zip(policy, exact, strict=False):
+            scale = float(theirs.grad.abs().max())
+            torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=3e-6, atol=3e-6 * scale)
+        if kind == "none":
+            hidden = ~subjects.any(1)
+            tokens = hidden if len(shape) == 3 else hidden[:, None].expand(shape)
+            assert (policy[0].grad[tokens] == 0).all(), "nothing outside of all subjects"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_marks_subjects(backend):
+    """Bytes that are not 0, and floats above one half, as priors are; a second derivative; a silent gradient is none."""
+    predictions, weight = make((2, 9, 4), torch.float32)
+    subjects = torch.rand(2, 2, 9, device=DEVICE)
+    plain = preference_residual(*predictions, weight, subjects=subjects > 0.5, backend=backend)
+    for marks in (subjects, 3 * (subjects > 0.5).to(torch.uint8)):
+        for one, other in zip(plain, preference_residual(*predictions, weight, subjects=marks, backend=backend), strict=True):
+            assert torch.equal(one, other)
+    policy = predictions[0].clone().requires_grad_()
+    out = preference_residual(policy, *predictions[1:], weight, subjects=subjects > 0.5, backend=backend)
+    (first,) = torch.autograd.grad((out.policy_win**2).sum(), policy, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), policy)
+    exact = predictions[0].double().requires_grad_()
+    truth = preference_residual(
+        exact, *[x.double() for x in predictions[1:]], weight, subjects=subjects > 0.5, backend="torch"
+    ).policy_win
+    (expected,) = torch.autograd.grad((truth**2).sum(), exact, create_graph=True)
+    (expected,) = torch.autograd.grad(expected.sum(), exact)
+    torch.testing.assert_close(second.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+    spoilt = [x.clone() for x in predictions]
+    marks = torch.zeros(2, 2, 9, dtype=torch.bool, device=DEVICE)
+    marks[:, 0, :4], marks[:, 1, 4:] = True, True
+    spoilt[0][0, 5] = math.inf  # where the second subject is
+    policy = spoilt[0].requires_grad_()
+    out = preference_residual(policy, *spoilt[1:], weight, subjects=marks, backend=backend)
+    out.policy_win[:, 0].sum().backward()
+    assert policy.grad[:, 4:].eq(0).all() and policy.grad[:, :4].ne(0).any()

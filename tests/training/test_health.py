@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from focusdpo.loss import FocusDPOOutput
+from focusdpo.loss import Drift, FocusDPOOutput
 from focusdpo.mask import FocusMask
 from focusdpo.training.config import FocusConfig, LossConfig
 from focusdpo.training.health import WINDOW, Health
@@ -87,7 +87,7 @@ def result(t, logits, coverage):
     zero, patches = torch.zeros_like(logits), torch.zeros(len(t), 4)
     output = FocusDPOOutput(zero.sum(), logits, -logits, logits + 1, zero, zero, zero, (logits > 0).float().mean())
     focus = FocusMask(patches, patches, patches, coverage, patches.bool(), zero, zero.bool(), 0.1, patches[:, None], 0)
-    return StepResult(output, focus, t)
+    return StepResult(output, focus, t, Drift(zero, zero, zero))
 
 
 def test_metrics_by_time_and_histogram(accelerator):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from focusdpo.features import pool_mask
-from focusdpo.loss import pair_accuracy
+from focusdpo.loss import pair_accuracy, prediction_drift
 from focusdpo.training.batches import in_order, load_batches
 from focusdpo.training.trainer import VALIDATION_SEED, Trainer
 from focusdpo_kernels import preference_residual
@@ -38,9 +38,14 @@ MEASURES = {
     "win/whole": Measure("winner's error in the whole image, to the reference's", "less"),
     "lose/whole": Measure("loser's error in the whole image, to the reference's", "neither"),
     "win/outside": Measure("winner's error outside the prior, to the reference's", "less"),
+    "drift/whole": Measure("drift: mean square of policy less reference, in the whole image", "neither"),
+    "drift/inside": Measure("drift within the prior", "neither"),
+    "drift/outside": Measure("drift outside the prior", "neither"),
     "coverage": Measure(
         "coverage A: share of the prior that is not matched, under the variant's own settings", "neither", is_share=True
     ),
+    "coverage/chance": Measure("coverage A of an S that knows nothing", "neither", is_share=True),
+    "coverage/floor": Measure("coverage A of an S whose matches all lie within the prior", "neither", is_share=True),
 }
 
 
@@ -49,8 +54,9 @@ def judge(trainer: Trainer, times: Sequence[float], limit: int | None = None) ->
     """Values per held-out pair, averaged over times.
 
     `accuracy/REGION` is whether the implicit reward prefers the winner, `win/REGION` and `lose/REGION` the policy's squared
-    error as a share of the reference model's, with regions "whole", "inside" and "outside" the prior. `coverage` is A of the
-    focus mask under the run's own settings.
+    error as a share of the reference model's, with regions "whole", "inside" and "outside" the prior. `drift/REGION` is how far
+    the policy's predictions are from the reference model's. `coverage` is A of the focus mask under the run's own settings,
+    beside what an S that knows nothing would have, and the least that so many matches can reach; an estimate has none of these.
 
     Args:
         trainer: whose model is judged.
@@ -72,9 +78,13 @@ def judge(trainer: Trainer, times: Sequence[float], limit: int | None = None) ->
             generator = torch.Generator().manual_seed(VALIDATION_SEED + place * len(times) + number)
             with accelerator.autocast():
                 noised = step.noise(batch, generator, torch.full((len(batch.prompts),), t))
-                policy, reference, scores = step.predictions(noised, batch)
+                policy, reference, focus = step.predictions(noised, batch)
             found = _by_region(policy, reference, noised.target, inside, step.backend)
-            found["coverage"] = step.mask_of(scores, batch).coverage
+            found |= {
+                "coverage": focus.coverage,
+                "coverage/chance": focus.coverage_chance,
+                "coverage/floor": focus.coverage_floor,
+            }
             for name, numbers in found.items():
                 for index, value in zip(batch.indices, numbers.tolist(), strict=True):
                     values.setdefault(name, {}).setdefault(index, []).append(value)
@@ -95,4 +105,5 @@ def _by_region(policy: Tensor, reference: Tensor, target: Tensor, inside: Tensor
         found[f"accuracy/{region}"] = pair_accuracy(-residual.margin)
         found[f"win/{region}"] = residual.policy_win / residual.reference_win
         found[f"lose/{region}"] = residual.policy_lose / residual.reference_lose
-    return found
+    drift = prediction_drift(win, lose, reference_win, reference_lose, inside > 0, backend)
+    return found | {f"drift/{region}": value for region, value in drift._asdict().items()}
