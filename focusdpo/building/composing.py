@@ -90,13 +90,14 @@ def compose(
 
 
 def compose_pair(
-    background: Image.Image, cutouts: Sequence[Image.Image], boxes: Sequence[Box], changed: int, disrupted: Image.Image
-) -> tuple[Image.Image, Image.Image, Image.Image]:
-    """Winner and loser, which has a disrupted cut-out in the place of number `changed`, and the region (L, 0
-    and 255) where they can differ."""
-    others = [disrupted if i == changed else cutout for i, cutout in enumerate(cutouts)]
-    (winner, own), (loser, swapped) = compose(background, cutouts, boxes), compose(background, others, boxes)
-    return winner, loser, image_of((np.asarray(own[changed]) > 0) | (np.asarray(swapped[changed]) > 0))
+    background: Image.Image, cutouts: Sequence[Image.Image], disrupted: Sequence[Image.Image], boxes: Sequence[Box]
+) -> tuple[Image.Image, Image.Image, list[Image.Image]]:
+    """Winner, loser with a disrupted cut-out in each one's place, and for each the region (L, 0 and 255) where they can
+    differ.
+    """
+    (winner, own), (loser, swapped) = compose(background, cutouts, boxes), compose(background, disrupted, boxes)
+    pairs = zip(own, swapped, strict=True)
+    return winner, loser, [image_of((np.asarray(one) > 0) | (np.asarray(other) > 0)) for one, other in pairs]
 
 
 def on_white(cutout: Image.Image, size: Size, brightness: float = 1.0, share: float = SHARE) -> tuple[Image.Image, Image.Image]:

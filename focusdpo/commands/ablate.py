@@ -8,20 +8,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from focusdpo.data import DatasetError
 from focusdpo.data.formats import content_checksum
 from focusdpo.foundation.files import write_json, write_whole
 from focusdpo.foundation.output_folder import OutputFolder
 from focusdpo.foundation.settings import check_begun, require
 from focusdpo.studies.ablation import yardsticks
-from focusdpo.studies.ablation.jobs import JOB_WRITTEN, Job, Judge, Result, run_jobs, run_of
+from focusdpo.studies.ablation.gradients import draw_gradients, gradients_at_start, text_of_gradients
+from focusdpo.studies.ablation.jobs import JOB_WRITTEN, Job, Judge, Result, fresh_trainer, run_jobs, run_of
 from focusdpo.studies.ablation.page import write_ablation_page
 from focusdpo.studies.ablation.statistics import Table, tabulate, text_of
-from focusdpo.studies.ablation.variants import Change, changes_of
+from focusdpo.studies.ablation.variants import VARIANTS, Change, changes_of
 from focusdpo.studies.ablation.yardsticks import Measure
 from focusdpo.studies.config import AblationConfig
-from focusdpo.training.batches import check_match_count, dataset_of, load_records
+from focusdpo.training.batches import check_match_count, dataset_of, load_records, prior_problems
 from focusdpo.training.config import TrainConfig
 from focusdpo.training.loading import check_files_and_packages
 from focusdpo.training.run_files import read_run_config
@@ -31,8 +34,23 @@ logger = logging.getLogger(__name__)
 
 RUNS, SETTINGS_FILE, RESULTS_FILE, TABLE_FILE, PAGE_FILE = "runs", "ablation.json", "results.json", "table.txt", "ablation.html"
 # What an ablation writes, see `focusdpo.foundation.output_folder`.
-WRITTEN = (r"(ablation|results)\.json", r"table\.txt", r"ablation\.html", *(f"{RUNS}/{pattern}" for pattern in JOB_WRITTEN))
-FREE = ("config", "output_dir", "workers", "overwrite", "baseline")  # settings that change no run
+WRITTEN = (
+    r"(ablation|results|gradients)\.json",
+    r"table\.txt",
+    r"ablation\.html",
+    r"gradients\.png",
+    *(f"{RUNS}/{pattern}" for pattern in JOB_WRITTEN),
+)
+GRADIENTS_FILE, GRADIENTS_PICTURE = "gradients.json", "gradients.png"
+FREE = (
+    "config",
+    "output_dir",
+    "workers",
+    "overwrite",
+    "baseline",
+    "gradients",
+    "gradient_pairs",
+)  # settings that change no run
 
 
 def prepare(
@@ -67,6 +85,11 @@ def prepare(
     out.check_begun(config.overwrite, SETTINGS_FILE, settings, compare, aside=(TABLE_FILE, PAGE_FILE, RESULTS_FILE))
     taken = {**(measures or {}), **yardsticks.MEASURES}
 
+    def compare_gradients() -> None:
+        with out.begin():
+            print(write_gradients(folder, run, changes, config.gradient_pairs))
+        logger.info("%s, %s", folder / GRADIENTS_FILE, folder / GRADIENTS_PICTURE)
+
     def work() -> None:
         with out.begin():
             jobs = jobs_of(config, run, changes, judge)
@@ -87,7 +110,21 @@ def prepare(
         if draw is not None:
             draw(table, results)
 
-    return work
+    return compare_gradients if config.gradients else work
+
+
+def write_gradients(folder: Path, run: TrainConfig, changes: Sequence[Change], pairs: int) -> str:
+    """Compares the variants' gradients before training, writes numbers and picture, and returns the table."""
+    names = {change.name: change.label for change in changes}
+    with TemporaryDirectory() as scratch:
+        trainer = fresh_trainer(run_of(run, VARIANTS["prior"], run.seed, Path(scratch) / "run", 1, 1, 0))
+        try:
+            found = gradients_at_start(trainer, run, changes, pairs)
+        finally:
+            trainer.accelerator.free_memory()
+    write_json(folder / GRADIENTS_FILE, asdict(found))
+    draw_gradients(found, names, folder / GRADIENTS_PICTURE)
+    return text_of_gradients(found, names)
 
 
 def jobs_of(config: AblationConfig, run: TrainConfig, changes: Sequence[Change], judge: Judge | None) -> list[Job]:
@@ -105,10 +142,16 @@ def jobs_of(config: AblationConfig, run: TrainConfig, changes: Sequence[Change],
 
 def _check_pairs(run: TrainConfig, changes: Sequence[Change]) -> None:
     """Refuses pairs that the mask of a variant cannot be made of; the coverage of all is taken, whatever their loss does."""
-    masked = replace(run, focus=replace(run.focus, mask="focus"))
-    datasets = [dataset_of(records, run.data, run.model.backbone) for records in load_records(masked) if records]
+    parts = [records for records in load_records(run) if records]
+    datasets = [dataset_of(records, run.data, run.model.backbone) for records in parts]
+    problems = []
     for change in changes:
-        check_match_count(replace(change.of(run).focus, mask="focus"), datasets)
+        changed = change.of(run)
+        masked = replace(changed, focus=replace(changed.focus, mask="focus"))
+        check_match_count(masked.focus, datasets)
+        problems += [problem for records in parts for problem in prior_problems(masked, records)]
+    if problems:
+        raise DatasetError(problems)
 
 
 def check_alone(command: str) -> None:

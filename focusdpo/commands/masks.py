@@ -7,13 +7,14 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from focusdpo.data import collate, load_pairs
+from focusdpo.data import DatasetError, collate, load_pairs
 from focusdpo.foundation.output_folder import OutputFolder
 from focusdpo.foundation.settings import require
 from focusdpo.foundation.text import counted
 from focusdpo.studies.config import MasksConfig
 from focusdpo.studies.masks import WRITTEN, groups_of, write_masks
-from focusdpo.training.batches import check_match_count, dataset_of
+from focusdpo.training.batches import check_match_count, dataset_of, prior_problems
+from focusdpo.training.config import LossConfig
 from focusdpo.training.loading import checkpoint_of, load_step
 from focusdpo.training.run_files import read_run_config
 
@@ -37,6 +38,9 @@ def prepare(config: MasksConfig) -> Callable[[], None]:
     if run.focus.mask != "focus":
         logger.info('focus.mask is %r in this run, whose loss has no such mask: drawn is what "focus" would be', run.focus.mask)
         run.focus = replace(run.focus, mask="focus")
+    if config.source is not None:
+        per_subject = run.focus.per_subject and config.source != "estimate"
+        run.focus = replace(run.focus, source=config.source, per_subject=per_subject)
     records = load_pairs(source, run.data.check)
     require(
         config.pair < len(records),
@@ -45,13 +49,14 @@ def prepare(config: MasksConfig) -> Callable[[], None]:
         f"0 to {len(records) - 1}: {source} has {counted(len(records), 'pair')}",
     )
     record = records[config.pair]
-    one_prior = run.focus.per_subject and not record.per_subject
-    require(not one_prior, "pair", config.pair, "a pair with a prior per reference, as the run has focus.per_subject=true")
+    problems = prior_problems(replace(run, loss=LossConfig()), [record])  # the mask alone is drawn
+    if problems:
+        raise DatasetError(problems)
     dataset = dataset_of([record], run.data, run.model.backbone)
     check_match_count(run.focus, [dataset])
     step = load_step(run, checkpoint)
     numbers = range(len(step.paths)) if run.focus.layers == "all" else run.focus.layers
-    groups = groups_of(step.paths, config.layer_groups, numbers)
+    groups = groups_of(step.paths, config.layer_groups if run.focus.taps_features else 0, numbers)
     batch = collate([dataset[0]]).to(step.backbone.device)
     about = {
         "settings": asdict(config),

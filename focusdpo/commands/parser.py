@@ -135,6 +135,8 @@ def _read_options(name: str, parser: Parser, argv: list[str]) -> list[str]:
         texts = [text] if equals else []
         while not equals and words and not words[0].startswith("--") and (not texts or item_of(kinds.get(setting)) is not None):
             texts.append(words.popleft())
+        if not texts and not equals and kinds.get(setting) is bool:
+            texts = ["true"]  # as other programs take a switch
         if not texts:
             parser.error(f"argument {option}: expected one argument")
         value = read_settings(texts[0], config) if is_file else read_option(setting, texts, kinds[setting])

@@ -72,8 +72,8 @@ def run_demo(config: DemoConfig) -> None:
     """Dataset, checkpoint, training, pictures and a sample, in `config.out`, which is ready."""
     started = time.perf_counter()
     folder = Path(config.out)
-    write_dataset(folder / "data" / "train", config.pairs, config.resolution, seed=config.seed)
-    write_dataset(folder / "data" / "held_out", config.held_out, config.resolution, seed=config.seed + 1_000_003)
+    write_dataset(folder / "data" / "train", config.pairs, config.resolution, config.seed, per_subject=True)
+    write_dataset(folder / "data" / "held_out", config.held_out, config.resolution, config.seed + 1_000_003, per_subject=True)
     write_tiny_flux(folder / "model", seed=config.seed)
 
     settings = train_config(config, folder)

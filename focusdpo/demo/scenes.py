@@ -1,7 +1,7 @@
 """Two-subject scenes of real photographs, with disrupted-instance losers, in the dataset format of focusdpo.data.
 
-The winner shows both references' subjects; in the loser one of them is another instance: another subject of its class,
-recoloured, or retextured. The prior is the region where the two can differ.
+The winner shows both references' subjects; in the loser both are another instance: another subject of their class, recoloured,
+or retextured. The prior is the region where the two images can differ.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import ImageChops
 from tqdm.auto import tqdm
 
 from focusdpo.building.composing import compose_pair, draw_background, draw_boxes, on_white
@@ -22,26 +23,28 @@ DISRUPTIONS = ("instance", "recolour", "retexture")
 WIDTHS, HEIGHTS = (0.40, 0.46), (0.50, 0.80)  # of a subject's box, in shares of the scene's side
 
 
-def write_dataset(folder: Path, pairs: int, resolution: int, seed: int) -> Path:
-    """Composes pairs and writes them with their pairs.jsonl; returns that file."""
+def write_dataset(folder: Path, pairs: int, resolution: int, seed: int, per_subject: bool = False) -> Path:
+    """Composes pairs and writes them with their pairs.jsonl, with one prior for both subjects or one for each; returns that
+    file.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     progress = tqdm(range(pairs), desc=f"composing {folder.name}", unit="pair", leave=False)
-    return write_lines(folder / FILE_NAME, [_write_pair(folder, index, resolution, seed) for index in progress])
+    return write_lines(folder / FILE_NAME, [_write_pair(folder, index, resolution, seed, per_subject) for index in progress])
 
 
-def _write_pair(folder: Path, index: int, resolution: int, seed: int) -> dict[str, Any]:
+def _write_pair(folder: Path, index: int, resolution: int, seed: int, per_subject: bool) -> dict[str, Any]:
     rng = np.random.default_rng([seed, index])
     pair = _two_subjects(rng)
-    changed = int(rng.integers(2))
-    kind, disrupted = _disrupt(pair[changed], rng)
+    kinds, others = zip(*(_disrupt(subject, rng) for subject in pair), strict=True)
     photo = backgrounds()[int(rng.integers(len(backgrounds())))]
     background = draw_background(photo, resolution, (0.6, 1.0), (0.7, 1.1), rng)
     boxes = draw_boxes(rng, WIDTHS, HEIGHTS, pixels=resolution)
-    winner, loser, prior = compose_pair(background, [s.image for s in pair], boxes, changed, disrupted.image)
+    winner, loser, priors = compose_pair(background, [s.image for s in pair], [s.image for s in others], boxes)
     alone = [on_white(subject.image, token_size(subject.image.size, resolution // 2)) for subject in pair]
     references = [(*image_and_mask, subject.class_name) for image_and_mask, subject in zip(alone, pair, strict=True)]
     prompt = f"a {pair[0].class_name} and a {pair[1].class_name}"
-    meta = {"disruption": kind, "changed": changed, "subjects": [s.name for s in pair], "loser_subject": disrupted.name}
+    meta = {"disruptions": kinds, "subjects": [s.name for s in pair], "loser_subjects": [s.name for s in others]}
+    prior = priors if per_subject else ImageChops.lighter(*priors)
     return pair_line(png_saver(folder, f"{index:04d}_"), prompt, references, winner, loser, prior, meta)
 
 

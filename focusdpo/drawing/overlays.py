@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,14 +91,24 @@ def _draw_fields(figure: Figure, row: NDArray[np.object_], winner: Field, priors
     focus, grid = mask.focus, priors[0].shape
     scores = token_fields(focus.scores[0], grid)
     matched = token_fields(focus.matched[0], grid)
-    subjects = len(scores)
-    show_scores(figure, list(row[:subjects]), winner, scores, priors)
+    subjects = len(row) - 4
+    if focus.source == "estimate":
+        show_estimate(figure, row[0], winner, scores[0], priors)
+        for axis in row[1:subjects]:
+            axis.axis("off")
+    else:
+        show_scores(figure, list(row[:subjects]), winner, scores, priors)
     row[0].set_ylabel(f"t = {mask.t:g}", fontsize=13, fontweight="bold")
     coverage, tau = float(focus.coverage[0]), focus.tau
     branch = f"detail: A \N{LESS-THAN OR EQUAL TO} {tau:g}" if bool(focus.uses_detail[0]) else f"structure: A > {tau:g}"
-    show_matches(row[subjects], winner, matched, priors, f"M': {' + '.join(str(int(one.sum())) for one in matched)} matches")
+    counts = " + ".join(str(int(one.sum())) for one in matched)
+    titles = {"estimate": f"aligned: {counts} tokens", "random": f"left out at random: {counts} tokens"}
+    title = titles.get(focus.source, f"M': {counts} matches")
+    show_matches(row[subjects], winner, matched, priors, title, None if focus.source == "features" else COMMON)
+    chance = float(focus.coverage_chance[0])
+    known = "" if math.isnan(chance) else f"\nby chance {chance:.2f}, least {float(focus.coverage_floor[0]):.2f}"
     fields = {
-        f"$M_s$: A = {coverage:.2f}": focus.structure,
+        f"$M_s$: A = {coverage:.2f}{known}": focus.structure,
         "$M_d$ within the prior": focus.detail,
         f"M ({branch})": focus.mask,
     }
@@ -164,14 +175,30 @@ def show_scores(figure: Figure, axes: Sequence[Axes], winner: Field, scores: Seq
     bar.set_ticks(ticks, labels=[f"{value:.3f}" for value in ticks])
 
 
-def show_matches(axis: Axes, winner: Field, matched: Sequence[Field], priors: Sequence[Field], title: str) -> None:
-    """M': each subject's matches in its colour; a token that several match is striped."""
+def show_estimate(figure: Figure, axis: Axes, winner: Field, alignment: Field, priors: Sequence[Field]) -> None:
+    """s of E10 within the priors, from the loser's latent to the winner's; what lies beyond either is drawn as the end."""
+    inside = np.any([np.asarray(one, bool) for one in priors], axis=0)
+    values = np.ma.masked_where(~inside, np.ma.masked_invalid(alignment))
+    drawn = _show_field(axis, winner, values, priors, "s of the estimate", 0.85, (0, 1))
+    bar = colour_bar(figure, drawn, axis, "s", shrink=0.75, aspect=25, pad=0.02)
+    bar.set_ticks([0, 0.5, 1], labels=["0 loser", "0.5", "1 winner"])
+
+
+def show_matches(
+    axis: Axes,
+    winner: Field,
+    matched: Sequence[Field],
+    priors: Sequence[Field],
+    title: str,
+    colour: str | None = None,
+) -> None:
+    """M': each subject's matches in its colour, or all in one; a token that several match is striped."""
     stripes = np.zeros((*matched[0].shape, STRIPES, 4))
     stack = np.stack([one.astype(bool) for one in matched])
     for y, x in zip(*np.nonzero(stack.any(0)), strict=True):
         who = np.flatnonzero(stack[:, y, x])
         for i in range(STRIPES):
-            stripes[y, x, i] = to_rgba(SUBJECTS[who[i * len(who) // STRIPES]], 0.85)
+            stripes[y, x, i] = to_rgba(colour or SUBJECTS[who[i * len(who) // STRIPES]], 0.85)
     show(axis, gray(winner), title)
     rows, columns = matched[0].shape
     axis.imshow(
@@ -249,7 +276,9 @@ def draw_coverage(masks: Mapping[str, Sequence[MaskAtTime]], path: Path, title: 
     axis.set_xticks(range(len(times)), [f"{t:g}" for t in times])
     axis.set_yticks(range(len(masks)), list(masks))
     axis.set_xlabel("t (0 is clean, 1 is noise)")
-    axis.set_title(f"{title}\nthe least A that so many matches can reach: {float(first.coverage_floor[0]):.2f}", fontsize=11)
+    chance, floor = float(first.coverage_chance[0]), float(first.coverage_floor[0])
+    known = "of the estimate" if math.isnan(chance) else f"of an S that knows nothing {chance:.2f}, the least {floor:.2f}"
+    axis.set_title(f"{title}\n{known}", fontsize=11)
     for y, each in enumerate(masks.values()):
         for x, one in enumerate(each):
             branch = "detail" if bool(one.focus.uses_detail[0]) else "structure"

@@ -81,6 +81,11 @@ PANELS = {
         },
         "The weighted squared errors that the loss compares.",
     ),
+    "drift": Panel(
+        "drift from the reference model",
+        {"drift/inside": "within the prior", "drift/outside": "outside"},
+        "Mean square of the policy's predictions less the reference model's. What is gained outside of the prior is only lost.",
+    ),
     "gradient_factor": Panel(
         "gradient left by the sigmoid",
         {"gradient_factor": "gradient factor"},
@@ -88,18 +93,23 @@ PANELS = {
     ),
     "focus": Panel(
         "coverage A and share in the detail branch",
-        {"focus/coverage": "coverage A", "focus/detail_share": "detail share"},
-        "A is the share of the prior that no reference matches yet; a pair whose A is at most tau gives details weight.",
+        {
+            "focus/coverage": "coverage A",
+            "focus/coverage_chance": "A by chance",
+            "focus/coverage_floor": "lowest A",
+            "focus/detail_share": "detail share",
+        },
+        "A is the share of the prior that is not aligned yet; a pair whose A is at most tau gives details weight. An S that "
+        "knows nothing has A by chance; one that puts every match within the prior the lowest.",
         unit_range=True,
     ),
     "coverage_floor": Panel(
         "limits of the mask",
         {
-            "focus/coverage_floor": "lowest A that can be reached",
             "focus/detail_unreachable": "pairs that cannot reach tau",
             "focus/all_matched": "pairs that match every token",
         },
-        "The last two should be 0: those pairs never get details, or have no structure to look at.",
+        "Both should be 0: those pairs never get details, or have no structure to look at.",
         unit_range=True,
     ),
     "gradient_norm": Panel(
@@ -129,8 +139,8 @@ BY_TIME = {
                       unit_range=True),
     WINNER: Panel("winner's error by t", {WINNER: "winner"}, "Compare a curve with its own start: the level depends on t."),
     LOSER: Panel("loser's error by t", {LOSER: "loser"}, "Should rise against its own start while the winner's does not."),
-    "focus/coverage": Panel("coverage A by t", {"focus/coverage": "coverage A"}, "t is 1 where the target is all noise.",
-                            unit_range=True),
+    "focus/coverage": Panel("coverage A by t", {"focus/coverage": "coverage A"}, "t is 1 where the target is all noise. "
+                            "A by chance does not depend on t.", unit_range=True),
     "share": Panel("share of pairs by t", {"share": "share of pairs"}, "How often a bin of t is drawn.", unit_range=True),
 }  # fmt: skip
 

@@ -8,12 +8,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from focusdpo.foundation.choices import FeatureSource, KernelBackend, MaskFrom, MatchCount, Pooling
+from focusdpo.foundation.choices import (
+    FeatureSource,
+    FocusSource,
+    Granularity,
+    KernelBackend,
+    MaskFrom,
+    MatchCount,
+    Pooling,
+)
 from focusdpo.foundation.settings import require
 from focusdpo.training.config import ModelConfig
 
-Variant = Literal["base", "sft", "dpo", "prior", "structure", "detail", "focus"]
-Grid = Literal["tau", "gamma", "match_count", "layers", "mask_from", "feature_source"]
+Variant = Literal[
+    "base", "sft", "dpo", "prior", "subject", "structure", "per_subject", "max", "random", "truth", "estimate", "detail",
+    "focus", "focus_estimate",
+]  # fmt: skip
+Grid = Literal[
+    "tau", "gamma", "match_count", "layers", "mask_from", "feature_source", "source", "kappa", "per_subject", "pooling",
+    "granularity",
+]  # fmt: skip
 Kind = Literal["alike", "easy"]
 KINDS: tuple[Kind, ...] = ("alike", "easy")
 
@@ -33,6 +47,7 @@ class MasksConfig:
         seed: Of the noise, the same at each time.
         out: Folder for pictures and numbers.
         overwrite: Replace what an earlier call left in it.
+        source: What the structure field is made of, as focus.source; null takes the run's.
     """
 
     config: str
@@ -44,6 +59,7 @@ class MasksConfig:
     seed: int = 0
     out: str = "masks"
     overwrite: bool = False
+    source: FocusSource | Literal["truth"] | None = None
 
     def __post_init__(self) -> None:
         require(self.pair >= 0, "pair", self.pair, "0 or more")
@@ -66,7 +82,10 @@ class AblationConfig:
         config: The run: its folder, or its settings as YAML. It needs held-out pairs.
         output_dir: Folder for all runs, the numbers and the page.
         variants: "base" is the model before training, "sft" supervised fine-tuning on winners, "dpo" Diffusion-DPO, "prior" the
-            prior alone as mask, "structure" M_s alone, "detail" M_d alone, "focus" the whole method.
+            prior alone as mask, "subject" the prior with a sigmoid for each subject, "structure" M_s alone, "per_subject" M_s
+            of each subject's own prior, "max" M_s of the best reference token, "random" an M_s of that size anywhere in the
+            prior, "truth" M_s of matches that are each subject's own prior, "estimate" the estimate field alone (E10),
+            "detail" M_d alone, "focus" the whole method, "focus_estimate" the whole method on the estimate field.
         grids: Settings of the whole method that are varied one at a time.
         tau: Values of the grid.
         gamma: Values of the grid.
@@ -74,6 +93,14 @@ class AblationConfig:
         layers: Values of the grid: "all", a third of the blocks as "early", "middle", "late", or their numbers such as "0,2,4".
         mask_from: Values of the grid.
         feature_source: Values of the grid.
+        source: Values of the grid.
+        kappa: Values of the grid, with the estimate field.
+        per_subject: Values of the grid.
+        pooling: Values of the grid.
+        granularity: Values of the grid.
+        gradients: Train nothing, and compare the variants' mean gradients before training instead: two whose cosine is near 1
+            take the same first step.
+        gradient_pairs: Of how many training pairs those means are, the first ones.
         seeds: Each variant is trained once with each.
         baseline: The variant that differences are taken against.
         max_steps: Optimiser steps of each run; null takes the run's.
@@ -87,7 +114,9 @@ class AblationConfig:
 
     config: str
     output_dir: str = "ablation"
-    variants: list[Variant] = field(default_factory=lambda: ["base", "sft", "dpo", "prior", "structure", "detail", "focus"])
+    variants: list[Variant] = field(
+        default_factory=lambda: ["base", "sft", "dpo", "prior", "structure", "random", "estimate", "detail", "focus"]
+    )
     grids: list[Grid] = field(default_factory=list)
     tau: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2, 0.4])
     gamma: list[float] = field(default_factory=lambda: [0.0, 0.3, 0.6])
@@ -95,8 +124,15 @@ class AblationConfig:
     layers: list[str] = field(default_factory=lambda: ["all", "early", "middle", "late"])
     mask_from: list[MaskFrom] = field(default_factory=lambda: ["winner", "each"])
     feature_source: list[FeatureSource] = field(default_factory=lambda: ["policy", "reference"])
+    source: list[FocusSource] = field(default_factory=lambda: ["features", "estimate", "random"])
+    kappa: list[float] = field(default_factory=lambda: [0.5, 0.75, 0.9])
+    per_subject: list[bool] = field(default_factory=lambda: [False, True])
+    pooling: list[Pooling] = field(default_factory=lambda: ["reference", "max"])
+    granularity: list[Granularity] = field(default_factory=lambda: ["image", "subject"])
+    gradients: bool = False
+    gradient_pairs: int = 64
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    baseline: Variant = "dpo"
+    baseline: Variant = "prior"
     max_steps: int | None = None
     points: int = 4
     times: list[float] = field(default_factory=lambda: [0.2, 0.4, 0.6, 0.8])
@@ -114,6 +150,7 @@ class AblationConfig:
         require(bool(self.seeds) and all(0 <= seed < 2**32 for seed in self.seeds), "seeds", self.seeds, "0 <= seed < 2^32")
         require(bool(self.times) and all(0 < t < 1 for t in self.times), "times", self.times, "numbers between 0 and 1")
         require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "at least 1, or null")
+        require(self.gradient_pairs >= 2, "gradient_pairs", self.gradient_pairs, "at least 2")
         require(self.points >= 1, "points", self.points, "at least 1")
         require(self.judged_pairs is None or self.judged_pairs >= 1, "judged_pairs", self.judged_pairs, "at least 1, or null")
         require(self.samples >= 0, "samples", self.samples, "0 or more")
@@ -294,7 +331,7 @@ class MicrocosmConfig:
             require(value is None or value > 0, name, value, "a positive number, or null")
         require(0 <= self.seed < 2**32, "seed", self.seed, "0 <= seed < 2^32")
         # The settings of the ablation have their own checks.
-        baseline: Variant = "dpo" if "dpo" in self.variants else self.variants[0] if self.variants else "dpo"
+        baseline: Variant = "prior" if "prior" in self.variants else self.variants[0] if self.variants else "prior"
         self.ablation = AblationConfig(
             config=str(Path(self.out) / "train.yaml"),
             output_dir=str(Path(self.out) / "ablation"),

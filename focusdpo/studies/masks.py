@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from focusdpo.data import PairBatch
@@ -22,6 +24,7 @@ from focusdpo.mask import FocusMask
 from focusdpo.studies.config import MasksConfig
 from focusdpo.training.config import TrainConfig
 from focusdpo.training.step import PreferenceStep
+from focusdpo_kernels import topk_mask
 
 logger = logging.getLogger(__name__)
 
@@ -98,12 +101,33 @@ def write_masks(
 
 
 def numbers_of(focus: FocusMask, batch: PairBatch) -> dict[str, Any]:
-    """What is measured of the mask of one pair.
-
-    S is told apart inside and outside of the subject's own prior, or of the common one where there is one for all.
-    """
-    scores, matched = focus.scores[0], focus.matched[0]  # [R, P]
+    """What is measured of the mask of one pair."""
     prior = pool_mask(batch.prior)[0]
+    chance = float(focus.coverage_chance[0])
+    numbers = {
+        "source": focus.source,
+        "coverage": float(focus.coverage[0]),
+        "branch": "detail" if bool(focus.uses_detail[0]) else "structure",
+        "tau": focus.tau,
+        "coverage_floor": float(focus.coverage_floor[0]),
+        "coverage_chance": None if math.isnan(chance) else chance,
+        "all_matched": bool(focus.all_matched[0]),
+        "prior_tokens": int(focus.prior[0].sum()),
+        "prior": "per subject" if prior.ndim == 2 else "common",
+    }
+    if focus.source == "estimate":
+        s, aligned, inside = focus.scores[0, 0], focus.matched[0, 0], focus.prior[0]
+        return numbers | {
+            "aligned_within_prior": int((aligned & inside).sum()),
+            "s_inside": _spread(s[inside].tolist()),
+            "s_outside": _spread(s[~inside].tolist()),
+        }
+    return numbers | {"subjects": _subjects(focus, prior, batch)}
+
+
+def _subjects(focus: FocusMask, prior: Tensor, batch: PairBatch) -> list[dict[str, Any]]:
+    """Of each subject's S and matches, inside and outside of its own prior, or of the common one where there is one for all."""
+    scores, matched = focus.scores[0], topk_mask(focus.scores, focus.counts)[0]  # [R, P]
     priors = prior.expand_as(matched) if prior.ndim == 1 else prior
     kept = reference_token_mask(batch.reference_masks)[0].sum(-1)
     counts = torch.as_tensor(focus.counts).reshape(-1).expand(len(scores)).tolist()
@@ -121,16 +145,7 @@ def numbers_of(focus: FocusMask, batch: PairBatch) -> dict[str, Any]:
                 "S_outside": _spread(score[~inside].tolist()),
             }
         )
-    return {
-        "coverage": float(focus.coverage[0]),
-        "branch": "detail" if bool(focus.uses_detail[0]) else "structure",
-        "tau": focus.tau,
-        "coverage_floor": float(focus.coverage_floor[0]),
-        "all_matched": bool(focus.all_matched[0]),
-        "prior_tokens": int(focus.prior[0].sum()),
-        "prior": "per subject" if prior.ndim == 2 else "common",
-        "subjects": subjects,
-    }
+    return subjects
 
 
 def _spread(values: Sequence[float]) -> dict[str, float] | None:
@@ -139,7 +154,7 @@ def _spread(values: Sequence[float]) -> dict[str, float] | None:
 
 
 def _fields(focus: FocusMask, batch: PairBatch, grid: Sequence[int]) -> dict[str, np.ndarray]:
-    """S and M' [R, rows, columns], M_s, M_d within the prior, M and the prior(s) [rows, columns]."""
+    """S (an estimate's s) and M' [R, rows, columns], M_s, M_d within the prior, M and the prior(s) [rows, columns]."""
     named = {
         "S": focus.scores[0].float(),
         "matched": focus.matched[0],

@@ -93,15 +93,22 @@ def load_records(config: TrainConfig, launch: Launch | None = None) -> tuple[lis
         except DatasetError as error:
             problems += error.problems
             records.append([])
-    for setting, other in _needs_priors(config):
-        message = f"is one mask, but {setting} needs a list with one per reference"
-        flat = [r for part in records for r in part if not r.per_subject]
-        problems += [Problem(r.file, r.line, "prior", message, f"split it, or set {other}") for r in flat]
+    problems += [problem for part in records for problem in prior_problems(config, part)]
     if problems:
         raise DatasetError(problems)
     if is_main:
         _warn_of_shared_images(*records)
     return records[0], records[1]
+
+
+def prior_problems(config: TrainConfig, records: Sequence[PairRecord]) -> list[Problem]:
+    """Records with one prior for all their subjects, where the settings need one for each."""
+    problems = []
+    for setting, other in _needs_priors(config):
+        message = f"is one mask, but {setting} needs a list with one per reference"
+        flat = [record for record in records if not record.per_subject]
+        problems += [Problem(r.file, r.line, "prior", message, f"split it, or set {other}") for r in flat]
+    return problems
 
 
 def _needs_priors(config: TrainConfig) -> list[tuple[str, str]]:

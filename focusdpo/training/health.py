@@ -26,6 +26,7 @@ WINDOW = 50  # steps
 RISEN = 1.05  # of the reference's errors
 SATURATED = 0.05  # of the gradient that a pair has at a logit of 0
 STUCK = 1e-4  # from ln 2
+KNOWING = 0.1  # of the way from A by chance to its lowest: below it S hardly finds the subjects
 READ = (  # of every row
     "loss", "gradient_factor", "error/policy_win", "error/policy_lose", "error/reference_win", "error/reference_lose",
 )  # fmt: skip
@@ -44,8 +45,8 @@ class Alarm:
     """Something that is probably wrong.
 
     Args:
-        name: "errors_rising", "saturated", "stuck", "tau_never_reached", "detail_unreachable", "all_matched" or
-            "non_finite_gradient".
+        name: "errors_rising", "saturated", "stuck", "tau_never_reached", "coverage_at_chance", "detail_unreachable",
+            "all_matched" or "non_finite_gradient".
         step: of the last row that it looked at.
         message: what was seen, and what may help.
     """
@@ -137,6 +138,15 @@ class Health(Callback):
         if self._config.focus.mask == "focus" and all(row["focus/detail_share"] == 0 for row in self._rows):
             found["tau_never_reached"] = (
                 f"for {WINDOW} steps no pair's coverage fell to focus.tau={self._config.focus.tau:g} (mean "
-                f"{self._mean('focus/coverage'):.2f}): details get no weight; raise focus.tau or focus.match_count"
+                f"{self._mean('focus/coverage'):.2f}): details get no weight; raise focus.tau or "
+                + ("lower focus.kappa" if self._config.focus.source == "estimate" else "focus.match_count")
             )
+        if self._config.focus.taps_features and all("focus/coverage_chance" in row for row in self._rows):
+            coverage, chance, floor = (self._mean(f"focus/coverage{end}") for end in ("", "_chance", "_floor"))
+            if chance - floor > 0.02 and chance - coverage < KNOWING * (chance - floor):
+                found["coverage_at_chance"] = (
+                    f"over {WINDOW} steps coverage was {coverage:.2f}, and an S that knows nothing has {chance:.2f}: hidden "
+                    "states do not find the subjects, and the structure field is noise; choose other blocks with focus.layers "
+                    "(focusdpo masks and focusdpo stress show which find them), or set focus.source=estimate"
+                )
         return found

@@ -45,10 +45,11 @@ def step_metrics(result: StepResult) -> dict[str, Tensor]:
             "focus/coverage": focus.coverage.mean(),
             "focus/detail_share": focus.uses_detail.float().mean(),
             "focus/coverage_floor": focus.coverage_floor.mean(),
-            "focus/coverage_chance": focus.coverage_chance.mean(),
             "focus/detail_unreachable": _known(focus.coverage_floor > focus.tau, focus.coverage_floor).mean(),
             "focus/all_matched": focus.all_matched.float().mean(),
         }
+        if focus.source != "estimate":  # which has no number of matches
+            metrics["focus/coverage_chance"] = focus.coverage_chance.mean()
         by_time["focus/coverage"] = focus.coverage
         bins = _bins(focus.coverage, COVERAGE_BINS)
         metrics |= {

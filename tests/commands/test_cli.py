@@ -190,6 +190,7 @@ def test_every_setting_of_every_command_is_described(name, capsys):
         ("report --out x", "RUN_DIR"),
         ("stress --model.backbone flux2", "--model.path"),
         ("ablate --config run --tau", None),
+        ("stress --cpu --seed", None),
         ("stress --model.path", None),
     ],
 )
@@ -200,6 +201,12 @@ def test_what_is_missing_is_called_as_one_types_it(words, missing, capsys):
     if missing is None:
         last = f"error: argument {words.split()[-1]}: expected one argument"
     assert stop.value.code == 2 and capsys.readouterr().err.splitlines()[-1] == last
+
+
+def test_a_switch_needs_no_value(tmp_path):
+    _, config = cli.parse_config(["ablate", "--gradients", "--config", "run", "--overwrite"])
+    assert config.gradients and config.overwrite
+    assert not cli.parse_config(["ablate", "--gradients", "false", "--config", "run"])[1].gradients
 
 
 def test_every_name_in_the_table_is_there():
@@ -269,7 +276,7 @@ def test_tab_completion():
     words = (["focusdpo", "data", "b"], ["focusdpo", "train", "--focus.mask", "pr"], ["focusdpo", "train", "--optim.we"])
     for asked, completed in zip(words, ("build", "prior", "--optim.weight_decay"), strict=True):
         ask = f'COMP_WORDS=({" ".join(asked)}); COMP_CWORD={len(asked) - 1}; _shtab_focusdpo focusdpo; echo "${{COMPREPLY[@]}}"'
-        shell = subprocess.run(["bash", "-c", f"{script}\n{ask}"], capture_output=True, text=True)
+        shell = subprocess.run(["bash"], input=f"{script}\n{ask}\n", capture_output=True, text=True)
         assert (shell.stdout.split(), shell.stderr) == ([completed], "")
 
 

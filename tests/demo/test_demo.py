@@ -92,6 +92,14 @@ def test_an_earlier_demo_is_protected(finished):
     assert (folder / "sample.png").is_file()
 
 
+def test_losers_change_every_subject(tmp_path):
+    for record in load_pairs(str(write_dataset(tmp_path, 6, 96, seed=0, per_subject=True))):
+        winner, loser, *priors = (np.asarray(Image.open(path)) for path in (record.winner, record.loser, *record.prior))
+        differs = (winner != loser).any(-1)
+        assert len(priors) == 2 and all(differs[prior > 0].mean() > 0.2 for prior in priors)
+        assert not differs[np.maximum(*priors) == 0].any()
+
+
 @pytest.mark.parametrize("resolution", [64, 80, 144])
 def test_references_show_their_subject_from_end_to_end(tmp_path, resolution):
     """Also where half of the resolution is no whole number of tokens."""

@@ -327,7 +327,7 @@ def test_page_at_many_widths(tmp_path_factory, tmp_path, first, width):
     turn = "" if first == width else f"document.querySelector('iframe').width = {width}; await pause(2000);"
     seen, _ = in_browser(folder, tmp_path, WIDTHS.replace("TURN", turn), width=first)
     assert "error" not in seen and seen["console"] == [], seen
-    assert len(seen["legends"]) == 4 + 6, "of the panels with several lines"
+    assert len(seen["legends"]) == 5 + 6, "of the panels with several lines"
     for name, is_clear, is_above, height in seen["legends"]:
         assert is_clear and is_above and height > 140, (name, "its legend leaves toolbar and plot alone")
     assert seen["overflow"] <= 0

@@ -171,7 +171,9 @@ def test_matches_are_drawn_in_their_subjects_colours():
 def test_the_page_names_the_branch_and_the_range_of_s(step_and_batch, figures, coverage, branch, tmp_path):
     overlays.draw_overlays(step_and_batch[1], [overlays.MaskAtTime(0.3, planted(coverage))], tmp_path / "page.png", "title")
     titles = [axis.get_title() for axis in figures[0].axes]
-    assert f"M ({branch})" in titles and f"$M_s$: A = {coverage:.2f}" in titles and "M': 2 + 2 matches" in titles
+    assert f"M ({branch})" in titles and "M': 2 + 2 matches" in titles
+    chance = (1 - 2 / 36) ** 2  # two subjects of two matches in 36 tokens
+    assert f"$M_s$: A = {coverage:.2f}\nby chance {chance:.2f}, least 0.00" in titles
     labels = [text.get_text() for axis in figures[0].axes for text in axis.get_yticklabels()]
     assert "1.000" in labels and "0.000" in labels, "the ends of the scale of S"
 
@@ -319,7 +321,7 @@ def test_runs_that_lack_something_are_refused(run, tmp_path):
         prepare_masks(MasksConfig(alone, checkpoint="none", out=str(tmp_path / "out")))
     common = write_dataset(tmp_path / "pairs", 1, 96, seed=1)
     without = changed(run, tmp_path, data={"validation": str(common)})
-    with pytest.raises(ValueError, match="pair: got 0; expected a pair with a prior per reference"):
+    with pytest.raises(ValueError, match=r"pairs.jsonl:1: prior: is one mask, but focus.per_subject needs a list"):
         prepare_masks(MasksConfig(without, checkpoint="none", out=str(tmp_path / "out")))
 
 

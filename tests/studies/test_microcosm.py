@@ -45,16 +45,15 @@ def test_pairs_differ_inside_the_prior_alone_and_show_whom_they_say(identities, 
     records = load_pairs(str(write_pairs(tmp_path, identities, 12, 64, 32, seed=5)))
     again = load_pairs(str(write_pairs(tmp_path / "again", identities, 12, 64, 32, seed=5)))
     for record, other in zip(records, again, strict=True):
-        winner, loser, prior = (np.asarray(Image.open(path)) for path in (record.winner, record.loser, record.prior[0]))
-        assert np.array_equal(winner, np.asarray(Image.open(other.winner)))
-        differs = (winner != loser).any(-1)
-        assert differs.any() and not differs[prior == 0].any()
-        meta = record.meta
-        changed = meta["changed"]
-        half = prior[:, 32:] if changed else prior[:, :32]
-        assert half.any() and prior.sum() == half.sum(), "the first subject is on the left, the second on the right"
-        own, instance = identities[meta["identities"][changed]], identities[meta["loser_identity"]]
-        assert own.class_name == instance.class_name and own is not instance
+        winner, loser, *priors = (np.asarray(Image.open(path)) for path in (record.winner, record.loser, *record.prior))
+        assert np.array_equal(winner, np.asarray(Image.open(other.winner))) and record.per_subject
+        differs, meta = (winner != loser).any(-1), record.meta
+        assert not differs[np.maximum(*priors) == 0].any()
+        for number, prior in enumerate(priors):
+            own, instance = (identities[meta[name][number]] for name in ("identities", "loser_identities"))
+            half = prior[:, 32:] if number else prior[:, :32]
+            assert half.any() and prior.sum() == half.sum(), "the first subject is on the left, the second on the right"
+            assert differs[prior > 0].any() and own.class_name == instance.class_name and own is not instance
         assert [r.class_name for r in record.references] == [identities[i].class_name for i in meta["identities"]]
 
 

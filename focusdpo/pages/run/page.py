@@ -31,7 +31,7 @@ from focusdpo.training.run_files import (
 )
 
 # Which panels stand under which heading.
-LEARNING = ("loss", "margin", "accuracy", "error_change", "errors", "gradient_factor")
+LEARNING = ("loss", "margin", "accuracy", "error_change", "errors", "drift", "gradient_factor")
 FOCUS = ("focus", "coverage_floor")
 COURSE = ("gradient_norm", "learning_rate", "beta", "skipped", "speed", "memory")
 TIME_COLOURS = ("#4a63d3", "#1f9e89", "#c29a1c", "#d9512c")  # of bins of t, from early to late

@@ -90,6 +90,10 @@ def heat_map(run: BinnedRun, lines: Sequence[str], tau: float) -> go.Figure | No
         )
     )
     # Over the map's colours, which are the same in light and dark.
+    for line, name, dash in (("focus/coverage_chance", "A by chance", "dot"), ("focus/coverage_floor", "lowest A", "longdash")):
+        if line in run.curves:
+            level = {"color": "white", "dash": dash, "width": 1.5}
+            figure.add_scatter(x=_f4(run.steps), y=_f4(run.curves[line].mean), name=name, mode="lines", line=level)
     figure.add_hline(
         tau, line={"color": "white", "dash": "dash", "width": 1.5}, annotation_text="tau", annotation_font_color="white"
     )
@@ -98,12 +102,14 @@ def heat_map(run: BinnedRun, lines: Sequence[str], tau: float) -> go.Figure | No
         meta={
             "x": STEPS,
             "wide": True,
-            "note": "Each column is a histogram: how many pairs have which A. What lies below tau is in the detail branch.",
+            "note": "Each column is a histogram: how many pairs have which A. What lies below tau is in the detail branch. "
+            "Dotted: A of an S that knows nothing; long dashes: the lowest that so many matches can reach.",
         },
         xaxis={"title": {"text": "optimiser step"}},
         yaxis={"title": {"text": "coverage A"}, "range": [0, 1]},
         hovermode="closest",
         height=340,
+        showlegend=False,
     )
     return figure
 

@@ -170,7 +170,7 @@ def _train(job: Job) -> Result:
     latest: dict[int, dict[str, list[float]]] = {}
     values: dict[str, list[float]] = {}
     failed: str | None = None
-    trainer = _trainer(config, partial(_judge_point, job, latest))
+    trainer = fresh_trainer(config, partial(_judge_point, job, latest))
     try:
         trainer.train()
     except FloatingPointError as error:
@@ -183,7 +183,7 @@ def _train(job: Job) -> Result:
 
 
 def _judge_untrained(job: Job) -> Result:
-    trainer = _trainer(replace(job.config, overwrite=True))
+    trainer = fresh_trainer(replace(job.config, overwrite=True))
     try:
         trainer.samples.make(0, trainer)
         values = _judged(job, trainer)
@@ -192,7 +192,8 @@ def _judge_untrained(job: Job) -> Result:
     return Result(job.change.name, job.seed, values, [{"step": 0, **_means(values)}])
 
 
-def _trainer(config: TrainConfig, evaluation: Callable[[Trainer], None] | None = None) -> Trainer:
+def fresh_trainer(config: TrainConfig, evaluation: Callable[[Trainer], None] | None = None) -> Trainer:
+    """A trainer beside those that were there before: accelerate's state is one for a process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     return Trainer(config, evaluation=evaluation)

@@ -34,17 +34,31 @@ class Change:
         )
 
 
-# M_s and M_d alone are ends of the fusion (E8): gamma = 1 leaves M_s in both branches, tau = 1 and gamma = 0 M_d in all cases.
 SFT = {"loss_type": "sft", "label_smoothing": 0.0, "auto_beta": None, "winner_anchor": 0.0, "loser_scale": None}
-VARIANTS = {
-    "base": Change("base", "before training", trained=False),
-    "sft": Change("sft", "SFT on winners", {"mask": "none"}, SFT),
-    "dpo": Change("dpo", "Diffusion-DPO (M = 1)", {"mask": "none"}),
-    "prior": Change("prior", "the prior alone", {"mask": "prior"}),
-    "structure": Change("structure", "M_s alone", {"mask": "focus", "gamma": 1.0}),
-    "detail": Change("detail", "M_d alone", {"mask": "focus", "tau": 1.0, "gamma": 0.0}),
-    "focus": Change("focus", "FocusDPO", {"mask": "focus"}),
-}
+IMAGE = {"granularity": "image"}
+# M_s and M_d alone are ends of the fusion (E8): gamma = 1 leaves M_s in both branches, tau = 1 and gamma = 0 M_d in all cases.
+M_S = {"mask": "focus", "gamma": 1.0}
+M_D = {"mask": "focus", "tau": 1.0, "gamma": 0.0}
+FEATURES = {"source": "features"}
+ESTIMATE = {"source": "estimate", "per_subject": False}
+_ALL = (
+    Change("base", "before training", trained=False),
+    Change("sft", "SFT on winners", {"mask": "none"}, SFT | IMAGE),
+    Change("dpo", "Diffusion-DPO (M = 1)", {"mask": "none"}, IMAGE),
+    Change("prior", "the prior alone", {"mask": "prior"}, IMAGE),
+    Change("subject", "the prior, a sigmoid for each subject", {"mask": "prior"}, {"granularity": "subject"}),
+    Change("structure", "M_s alone", M_S),
+    Change("per_subject", "M_s alone, per subject", M_S | FEATURES | {"per_subject": True}),
+    Change("max", "M_s alone, best reference token", M_S | FEATURES | {"pooling": "max"}),
+    Change("random", "M_s random, of that size", M_S | {"source": "random"}),
+    Change("truth", "M_s of the true places", M_S | {"source": "truth"}),
+    Change("estimate", "the estimate field alone", M_S | ESTIMATE),
+    Change("detail", "M_d alone", M_D),
+    Change("focus", "FocusDPO", {"mask": "focus"}),
+    Change("focus_estimate", "FocusDPO with the estimate field", {"mask": "focus"} | ESTIMATE),
+)
+VARIANTS = {change.name: change for change in _ALL}
+OF_LOSS = ("granularity",)  # grids over settings of the loss
 
 
 def changes_of(config: AblationConfig, run: TrainConfig) -> list[Change]:
@@ -53,10 +67,14 @@ def changes_of(config: AblationConfig, run: TrainConfig) -> list[Change]:
     for grid in config.grids:
         for value in getattr(config, grid):
             setting = blocks_of(value, run.model) if grid == "layers" else value
-            own = getattr(run.focus, grid)
+            own = getattr(run.loss if grid in OF_LOSS else run.focus, grid)
             if own == setting and type(own) is type(setting) and "focus" in config.variants:
                 continue  # the run's own value is the variant "focus"
-            changes.append(Change(f"{grid}={value}", f"FocusDPO, {grid} = {value}", {"mask": "focus", grid: setting}))
+            changed: dict[str, Any] = {grid: setting}
+            focus, loss = ({}, changed) if grid in OF_LOSS else (changed, {})
+            if grid == "kappa" or setting == "estimate":
+                focus = ESTIMATE | focus
+            changes.append(Change(f"{grid}={value}", f"FocusDPO, {grid} = {value}", {"mask": "focus"} | focus, loss))
     for change in changes:
         try:
             change.of(run)

@@ -27,9 +27,9 @@ def write_pairs(
     seed: int,
     held_out: bool = False,
 ) -> Path:
-    """Writes disrupted-instance pairs: in the loser another instance of its class stands in one subject's place.
+    """Writes disrupted-instance pairs: in the loser another instance of its class stands in each subject's place.
 
-    `meta` has the numbers of both identities, which of them was changed, and the number of the instance in the loser.
+    `meta` has the numbers of the identities in winner and loser.
 
     Args:
         folder: where to; made.
@@ -47,8 +47,7 @@ def write_pairs(
     for index in tqdm(range(count), desc=f"composing {folder.name} pairs", unit="pair", leave=False):
         rng = np.random.default_rng([seed, index])
         scene = draw_scene(identities, resolution, rng)
-        changed = int(rng.integers(2))
-        other = other_instance(identities, scene.identities[changed], rng)
+        others = [other_instance(identities, number, rng) for number in scene.identities]
         shown, references = [], []
         for number in scene.identities:
             photos = identities[number].photos(held_out)
@@ -57,11 +56,11 @@ def write_pairs(
             # Another photograph of the subject, where there is one.
             reference = on_white(photos[(view + 1) % len(photos)], size, float(rng.uniform(*LIGHT_RANGE)))
             references.append((*reference, identities[number].class_name))
-        photos = identities[other].photos(held_out)
-        disrupted = photos[int(rng.integers(len(photos)))]
-        winner, loser, prior = compose_pair(scene.background, shown, scene.boxes, changed, disrupted)
-        meta = {"identities": list(scene.identities), "changed": changed, "loser_identity": other}
-        lines.append(pair_line(_saver(folder, index), scene.prompt, references, winner, loser, prior, meta))
+        stocks = [identities[number].photos(held_out) for number in others]
+        disrupted = [photos[int(rng.integers(len(photos)))] for photos in stocks]
+        winner, loser, priors = compose_pair(scene.background, shown, disrupted, scene.boxes)
+        meta = {"identities": list(scene.identities), "loser_identities": others}
+        lines.append(pair_line(_saver(folder, index), scene.prompt, references, winner, loser, priors, meta))
     return write_lines(folder / FILE_NAME, lines)
 
 

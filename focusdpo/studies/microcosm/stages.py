@@ -54,7 +54,7 @@ STAGES_WRITTEN = (
     *PIPELINE_WRITTEN,
     r"cache/[0-9a-f]{2}/[0-9a-f]{64}\.safetensors",
     r"pairs/(train|held_out)/pairs\.jsonl",
-    r"pairs/(train|held_out)/\d+_(winner|loser|prior)\.png",
+    r"pairs/(train|held_out)/\d+_(winner|loser|prior\d)\.png",
     r"pairs/(train|held_out)/references/\d+_\d(_mask)?\.png",
 )
 RESTORED = 1000  # scenes that the classifier also sees as the autoencoder gives them back
