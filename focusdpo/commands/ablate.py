@@ -17,10 +17,11 @@ from focusdpo.foundation.files import write_json, write_whole
 from focusdpo.foundation.output_folder import OutputFolder
 from focusdpo.foundation.settings import check_begun, require
 from focusdpo.studies.ablation import yardsticks
+from focusdpo.studies.ablation.equal_drift import DRIFT, EqualDrift, NoDriftError, at_equal_drift
 from focusdpo.studies.ablation.gradients import draw_gradients, gradients_at_start, text_of_gradients
 from focusdpo.studies.ablation.jobs import JOB_WRITTEN, Job, Judge, Result, fresh_trainer, run_jobs, run_of
 from focusdpo.studies.ablation.page import write_ablation_page
-from focusdpo.studies.ablation.statistics import Table, tabulate, text_of
+from focusdpo.studies.ablation.statistics import Table, how_judged, judged, tabulate, text_of
 from focusdpo.studies.ablation.variants import VARIANTS, Change, changes_of
 from focusdpo.studies.ablation.yardsticks import Measure
 from focusdpo.studies.config import AblationConfig
@@ -42,22 +43,18 @@ WRITTEN = (
     *(f"{RUNS}/{pattern}" for pattern in JOB_WRITTEN),
 )
 GRADIENTS_FILE, GRADIENTS_PICTURE = "gradients.json", "gradients.png"
+# Settings that change no run.
 FREE = (
-    "config",
-    "output_dir",
-    "workers",
-    "overwrite",
-    "baseline",
-    "gradients",
-    "gradient_pairs",
-)  # settings that change no run
+    "config", "output_dir", "workers", "overwrite", "baseline", "primary", "primary_at", "gradients", "gradient_pairs",
+)  # fmt: skip
+FORMAT = {"points": "values of each item"}  # of the files of a run; those of an earlier version are not gone on with
 
 
 def prepare(
     config: AblationConfig,
     judge: Judge | None = None,
     measures: Mapping[str, Measure] | None = None,
-    draw: Callable[[Table, Sequence[Result]], None] | None = None,
+    draw: Callable[[Table, EqualDrift | str, Sequence[Result]], None] | None = None,
 ) -> Callable[[], None]:
     """Looks at the run, and returns what trains, judges and draws.
 
@@ -84,6 +81,7 @@ def prepare(
     compare = partial(check_begun, "ablation", folder, may_differ=_is_longer)
     out.check_begun(config.overwrite, SETTINGS_FILE, settings, compare, aside=(TABLE_FILE, PAGE_FILE, RESULTS_FILE))
     taken = {**(measures or {}), **yardsticks.MEASURES}
+    _check_primary(config, changes, taken, at_the_end=() if config.judge_points else tuple(measures or ()))
 
     def compare_gradients() -> None:
         with out.begin():
@@ -94,21 +92,22 @@ def prepare(
         with out.begin():
             jobs = jobs_of(config, run, changes, judge)
             results = run_jobs(jobs, config.workers)
-            table = tabulate(results, changes, config.baseline, taken)
+            table, equal = tables_of(config, results, changes, taken)
             content = {
                 **settings,
                 "variants": [asdict(change) for change in changes],
                 "table": asdict(table),
+                "equal_drift": asdict(equal) if isinstance(equal, EqualDrift) else {"none": equal},
                 "results": [asdict(result) for result in results],
             }
             write_json(folder / RESULTS_FILE, content)
-            text = text_of(table, {change.name: change.label for change in changes})
+            text = _text(table, equal, {change.name: change.label for change in changes})
             write_whole(folder / TABLE_FILE, text + "\n")
-            write_ablation_page(folder / PAGE_FILE, config, run, changes, results, table, jobs)
+            write_ablation_page(folder / PAGE_FILE, config, run, changes, results, table, jobs, equal)
         print(text)
         logger.info("%s: the page; %s: all numbers", folder / PAGE_FILE, folder / RESULTS_FILE)
         if draw is not None:
-            draw(table, results)
+            draw(table, equal, results)
 
     return compare_gradients if config.gradients else work
 
@@ -136,8 +135,53 @@ def jobs_of(config: AblationConfig, run: TrainConfig, changes: Sequence[Change],
                 continue
             folder = Path(config.output_dir) / RUNS / change.name / f"seed-{seed}"
             settings = run_of(run, change, seed, folder, config.max_steps, config.points, config.samples)
-            jobs.append(Job(change, seed, settings, folder, tuple(config.times), config.judged_pairs, judge))
+            times = tuple(config.times)
+            jobs.append(Job(change, seed, settings, folder, times, config.judged_pairs, judge, config.judge_points))
     return jobs
+
+
+def tables_of(
+    config: AblationConfig, results: Sequence[Result], changes: Sequence[Change], measures: Mapping[str, Measure]
+) -> tuple[Table, EqualDrift | str]:
+    """The table at the end of training and that at equal drift, judged together; why there is none of the latter."""
+    table = tabulate(results, changes, config.baseline, measures)
+    try:
+        if not config.primary:
+            raise NoDriftError("no --primary VARIANT MEASURE is set, whose measure would say at which drift")
+        equal = at_equal_drift(results, changes, config.baseline, measures, config.primary[1])
+    except NoDriftError as error:
+        return judged([table], config.primary, config.primary_at)[0], str(error)
+    table, there = judged([table, equal.table], config.primary, config.primary_at)
+    return table, replace(equal, table=there)
+
+
+def _text(table: Table, equal: EqualDrift | str, names: Mapping[str, str]) -> str:
+    tables, below = [table], [f"Not compared at equal drift: {equal}"]
+    if isinstance(equal, EqualDrift):
+        tables, below = [table, equal.table], [equal.title(names), text_of(equal.table, names)]
+    return "\n\n".join(["\n".join(how_judged(tables, names)), text_of(table, names), *below])
+
+
+def _check_primary(
+    config: AblationConfig, changes: Sequence[Change], measures: Mapping[str, Measure], at_the_end: Sequence[str]
+) -> None:
+    """ValueError where the primary comparison cannot be made, also for measures that are taken at the end alone."""
+    if not config.primary:
+        return
+    variant, measure = config.primary
+    names = [change.name for change in changes if change.name != config.baseline]
+    require(variant in names, "primary", config.primary, f"a variant that is trained, one of {names}")
+    sided = [name for name, kind in measures.items() if kind.better != "neither"]
+    require(measure in sided, "primary", config.primary, f"a measure that has a better side, one of {sided}")
+    if config.primary_at == "end":
+        return
+    require("base" in config.variants, "primary_at", config.primary_at, '"end", or "base" among the variants')
+    trained = "base" not in (variant, config.baseline)
+    require(trained, "primary_at", config.primary_at, '"end", as "base" is not trained')
+    require(DRIFT in measures, "primary_at", config.primary_at, f'"end", as {DRIFT} is not measured')
+    require(config.points >= 2, "points", config.points, "at least 2 for a comparison at equal drift")
+    remedy = f"true for a comparison at equal drift in {measure}, which the judge gives"
+    require(measure not in at_the_end, "judge_points", config.judge_points, remedy)
 
 
 def _check_pairs(run: TrainConfig, changes: Sequence[Change]) -> None:
@@ -168,7 +212,13 @@ def _settings(config: AblationConfig, run: TrainConfig) -> dict[str, Any]:
     compared = {name: value for name, value in compared_settings(run).items() if name != "seed"}
     steps = {"max_steps": config.max_steps or run.max_steps}
     sampler = {f"samples.{name}": getattr(run.samples, name) for name in ("steps", "guidance", "cfg_scale", "seed")}
-    return {"ablation": own, "run": {**compared, **steps, **sampler}, "model": model_contents(run.model), "pairs": contents}
+    return {
+        "format": FORMAT,
+        "ablation": own,
+        "run": {**compared, **steps, **sampler},
+        "model": model_contents(run.model),
+        "pairs": contents,
+    }
 
 
 def _is_longer(name: str, begun: Any, now: Any) -> bool:

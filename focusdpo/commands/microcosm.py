@@ -19,14 +19,15 @@ from focusdpo.foundation.output_folder import OutputFolder, under
 from focusdpo.foundation.packages import require_package
 from focusdpo.foundation.settings import check_begun, require
 from focusdpo.foundation.text import counted
-from focusdpo.studies.ablation.jobs import Result
+from focusdpo.studies.ablation.equal_drift import EqualDrift
+from focusdpo.studies.ablation.jobs import Point, Result
 from focusdpo.studies.ablation.statistics import Table
 from focusdpo.studies.ablation.variants import VARIANTS
 from focusdpo.studies.config import MicrocosmConfig
 from focusdpo.studies.microcosm.autoencoder import restore
 from focusdpo.studies.microcosm.classifier import IdentityClassifier
 from focusdpo.studies.microcosm.judging import IMAGES_FILE, MEASURES
-from focusdpo.studies.microcosm.pictures import draw_curves, draw_intervals, draw_losses, draw_samples, draw_world
+from focusdpo.studies.microcosm.pictures import draw_curves, draw_drift, draw_intervals, draw_losses, draw_samples, draw_world
 from focusdpo.studies.microcosm.stages import RUN_FILE, STAGES_WRITTEN, Stages
 from focusdpo.training.batches import dataset_of, load_records
 
@@ -34,11 +35,12 @@ logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "microcosm.json"
 PICTURES = ("world.png", "losses.png", "samples.png", "intervals.png", "tuning.png", "curves.png")
+DRIFT_PICTURE = "drift.png"  # where variants are compared at equal drift
 ABLATION = "ablation"
 # What the microcosm writes, see `focusdpo.foundation.output_folder`.
 WRITTEN = (
     r"microcosm\.json",
-    *(name.replace(".", r"\.") for name in PICTURES),
+    *(name.replace(".", r"\.") for name in (*PICTURES, DRIFT_PICTURE)),
     *STAGES_WRITTEN,
     *under(ABLATION, ablate.WRITTEN),
 )
@@ -104,8 +106,8 @@ def _check_settings(folder: Path, begun: dict[str, Any], now: dict[str, Any]) ->
         check_begun("microcosm", folder, begun, {"tuning": now["tuning"]}, setting="out", remedy=remedy)
 
 
-def draw(stages: Stages, table: Table, results: Sequence[Result]) -> None:
-    """The pictures of docs/microcosm.md, of finished stages and ablation."""
+def draw(stages: Stages, table: Table, equal: EqualDrift | str, results: Sequence[Result]) -> None:
+    """The pictures of docs/microcosm.md, of finished stages and ablation; that over drift where it is compared at one."""
     folder, config = stages.folder, stages.config
     vae = AutoencoderKL.from_pretrained(folder / "autoencoder").to(stages.device)
     scenes = stages.held_out.scenes[:SCENES]
@@ -117,10 +119,12 @@ def draw(stages: Stages, table: Table, results: Sequence[Result]) -> None:
     labels = {row.variant: VARIANTS[row.variant].label if row.variant in VARIANTS else row.variant for row in table.rows}
     draw_intervals(table, labels, JUDGED, folder / "intervals.png")
     draw_intervals(table, labels, TUNED, folder / "tuning.png")
-    points: dict[str, list[list[dict[str, float]]]] = {}
-    start: dict[str, float] = {}
+    if isinstance(equal, EqualDrift):
+        draw_drift(results, equal, labels, folder / DRIFT_PICTURE)
+    points: dict[str, list[list[Point]]] = {}
+    start: Point | None = None
     for result in results:
-        if result.curve and result.curve[0]["step"] == 0:
+        if result.curve and result.curve[0].step == 0:
             start = result.curve[0]
         elif not result.failed:
             points.setdefault(labels[result.variant], []).append(result.curve)

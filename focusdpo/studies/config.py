@@ -28,6 +28,7 @@ Grid = Literal[
     "tau", "gamma", "match_count", "layers", "mask_from", "feature_source", "source", "kappa", "per_subject", "pooling",
     "granularity",
 ]  # fmt: skip
+At = Literal["end", "equal drift"]
 Kind = Literal["alike", "easy"]
 KINDS: tuple[Kind, ...] = ("alike", "easy")
 
@@ -103,8 +104,12 @@ class AblationConfig:
         gradient_pairs: Of how many training pairs those means are, the first ones.
         seeds: Each variant is trained once with each.
         baseline: The variant that differences are taken against.
+        primary: The comparison to the baseline that is judged by itself, as a variant and a measure; all others have Holm's
+            correction. Its measure says at which drift variants are also compared.
+        primary_at: Whether that is at the end of training, or where all have moved as far from the model before training.
         max_steps: Optimiser steps of each run; null takes the run's.
         points: How often the held-out pairs are judged in the course of a run, the last time at its end.
+        judge_points: Ask the judge at each point as well, such as the microcosm's of what is drawn, and not at the end alone.
         times: Times at which errors of held-out pairs are taken.
         judged_pairs: How many held-out pairs are judged, the first ones; null takes all.
         samples: How many of them are also sampled at the end of each run.
@@ -133,8 +138,11 @@ class AblationConfig:
     gradient_pairs: int = 64
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     baseline: Variant = "prior"
+    primary: list[str] = field(default_factory=list)
+    primary_at: At = "end"
     max_steps: int | None = None
     points: int = 4
+    judge_points: bool = False
     times: list[float] = field(default_factory=lambda: [0.2, 0.4, 0.6, 0.8])
     judged_pairs: int | None = None
     samples: int = 4
@@ -147,6 +155,9 @@ class AblationConfig:
             require(len(set(values)) == len(values), name, values, "each once")
         require(bool(self.variants), "variants", self.variants, "at least one")
         require(self.baseline in self.variants, "baseline", self.baseline, f"one of the variants {self.variants}")
+        named = len(self.primary) == 2 and self.primary[0] != self.baseline
+        require(named or not self.primary, "primary", self.primary, f"a variant other than {self.baseline!r}, and a measure")
+        require(bool(self.primary) or self.primary_at == "end", "primary_at", self.primary_at, "end, as primary is not set")
         require(bool(self.seeds) and all(0 <= seed < 2**32 for seed in self.seeds), "seeds", self.seeds, "0 <= seed < 2^32")
         require(bool(self.times) and all(0 < t < 1 for t in self.times), "times", self.times, "numbers between 0 and 1")
         require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "at least 1, or null")

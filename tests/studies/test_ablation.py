@@ -9,21 +9,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from scipy import stats
 
 from focusdpo.commands.ablate import jobs_of
 from focusdpo.commands.ablate import prepare as prepare_ablation
 from focusdpo.data import DatasetError, load_pairs
 from focusdpo.features import pool_mask
+from focusdpo.foundation.journals import Journal
 from focusdpo.studies.ablation import jobs as ablation_jobs
 from focusdpo.studies.ablation import yardsticks
+from focusdpo.studies.ablation.equal_drift import DRIFT
 from focusdpo.studies.ablation.jobs import Result, run_jobs
-from focusdpo.studies.ablation.page import curve_figure, write_ablation_page
-from focusdpo.studies.ablation.statistics import Estimate, difference, over_seeds, tabulate, text_of
+from focusdpo.studies.ablation.page import write_ablation_page
+from focusdpo.studies.ablation.statistics import tabulate
 from focusdpo.studies.ablation.variants import VARIANTS, changes_of
 from focusdpo.studies.ablation.yardsticks import Measure
 from focusdpo.studies.config import AblationConfig
@@ -171,80 +171,6 @@ def _collate(samples):
     return collate(samples)
 
 
-def shift_of(values, copies=1):
-    return {seed: [x + 0.5 for x in numbers * copies] for seed, numbers in values.items()}
-
-
-def test_statistics():
-    values = {0: [1.0, 3.0], 1: [2.0, float("nan")], 2: [5.0, 5.0]}
-    found = over_seeds(values)
-    low, high = stats.t.interval(0.95, 2, loc=3.0, scale=stats.sem([2.0, 2.0, 5.0]))
-    assert (found.mean, found.low, found.high) == pytest.approx((3.0, low, high))
-    shift = shift_of(values)
-    gap = difference(shift, values)
-    assert gap.mean == 0.5 and np.isnan([gap.low, gap.high]).all() and not gap.differs, "two pairs say nothing of others"
-    gap = difference({seed: [x + seed % 2 for x in numbers * 3] for seed, numbers in values.items()}, shift_of(values, 3))
-    assert gap == over_seeds({0: [-0.5], 1: [0.5], 2: [-0.5]}), "seed by seed and pair by pair"
-    apart, before = {seed: [1.0] * 6 for seed in range(3)}, {0: [0.5] * 6}
-    assert difference(apart, before, "baseline") == Estimate(0.5, 0.5, 0.5), "six pairs on one side are no chance"
-    third = over_seeds({0: [1 / 3, 1 / 3, 2 / 3, 1.0], 1: [1.0, 2 / 3, 1 / 3, 1 / 3 + 1e-16], 2: [2 / 3, 1 / 3, 1.0, 1 / 3]})
-    assert third.high - third.low > 0.1, "means that differ by rounding are equal"
-    rng = np.random.default_rng(0)
-    for _ in range(200):  # the same means, of other pairs: rounding is no difference
-        before = {seed: (rng.integers(0, 4, 8) / 3).tolist() for seed in range(3)}
-        gap = difference({seed: rng.permutation(numbers).tolist() for seed, numbers in before.items()}, before)
-        assert not gap.differs, gap
-    crossed = difference({0: [2.0, 0.5] * 3, 1: [0.5, 2.0] * 3}, {0: [1.0] * 6, 1: [1.0] * 6})
-    assert crossed.mean == 0.25 and not crossed.differs, "half of the pairs are on the other side"
-    level = over_seeds({0: [0.0] * 6, 1: [0.0] * 6})
-    assert level.mean == 0 and np.isnan([level.low, level.high]).all(), "no leak in six is no certainty"
-    beside = difference({7: [2.0, 4.0]}, shift, "values").mean
-    assert beside == pytest.approx((0.5 - 0.5 - 2.5) / 3), "one that is not trained stands beside all; NaN is missing"
-    assert difference({7: [0.0]}, {1: [0.0], 2: [0.0]}) is None, "one training that came through has no partner"
-    missing = over_seeds({0: [float("nan")] * 2, 1: [float("nan")] * 2})
-    assert np.isnan([missing.mean, missing.low, missing.high]).all() and not missing.differs, "a measure that nothing has"
-    alike = over_seeds({0: [0.0, 1.0, 1.0, 1.0], 1: [1.0, 1.0, 1.0, 0.0]})
-    assert alike.low < alike.mean < alike.high, "equal means of two trainings are no certainty"
-    one = over_seeds({0: np.random.default_rng(0).normal(size=200).tolist()})
-    assert one.high - one.low == pytest.approx(2 * 1.96 / np.sqrt(200), rel=0.2), "of one training: over its pairs"
-
-
-def test_intervals_of_shares_are_shares():
-    near = {0: [1.0] * 9 + [0.8], 1: [1.0] * 10, 2: [1.0] * 10}
-    assert over_seeds(near).high > 1, "Student's"
-    found = over_seeds(near, is_share=True)
-    assert found.mean == over_seeds(near).mean and 0 < found.low < found.mean < found.high <= 1
-    every = over_seeds({seed: [1.0] * 10 for seed in range(3)}, is_share=True)
-    assert every == Estimate(1.0, pytest.approx(0.025**0.1), 1.0), "pairs count, and not trainings of the same pairs"
-    change, share = VARIANTS["dpo"], Measure("share", is_share=True)
-    table = tabulate([Result("dpo", seed, {"share": near[seed]}, [], None) for seed in near], [change], "dpo", {"share": share})
-    assert table.rows[0].cells[0].estimate == found
-    every = [Result("dpo", seed, {"share": [1.0] * 10}, [{"step": 5, "share": 1.0}], None) for seed in range(2)]
-    band = curve_figure(every, table, "share", {"dpo": "DPO"}).data[1]
-    assert list(band.y) == [1.0, pytest.approx(0.025**0.1)]
-
-
-def rows_of(means, measures):
-    """A table of variants whose every pair has one value, by measure."""
-    names = ("base", "sft", "dpo", "focus")
-    results = [Result(n, 0, {m: [values[i]] * 3 for m, values in means.items()}, []) for i, n in enumerate(names)]
-    return tabulate(results, [VARIANTS[name] for name in names], "dpo", measures)
-
-
-def test_digits_are_enough_to_differ():
-    """Where all variants would look alike, and there alone; up to six."""
-    means = {
-        "apart": [1.0, 1.00001, 1.00002, 1.1],
-        "close": [1.0, 1.00004, 1.00002, 1.00003],
-        "alike": [1.0] * 4,
-        "noise": [1.0, 1.0 + 1e-9, 1.0, 1.0],
-    }
-    table = rows_of(means, {name: Measure(name) for name in means})
-    assert {name: table.digits(name, 3) for name in means} == {"apart": 3, "close": 5, "alike": 3, "noise": 3}
-    text = text_of(table, {name: name for name in VARIANTS})
-    assert "1.00002 [-]" in text and "-0.00002 [-]" in text and "1.1000 [-]" in text, text
-
-
 TABLE = """
   const box = page.querySelector(".ablation");
   seen.page = page.documentElement.scrollWidth - view.innerWidth;
@@ -269,38 +195,29 @@ TABLE = """
 @pytest.mark.parametrize("width", [1300, 390])
 def test_the_table_scrolls_beside_its_first_column(tmp_path, width):
     measures = {**yardsticks.MEASURES, **JUDGED}
-    table = rows_of({name: [1.0, 0.99996, 0.99998, 0.99997] for name in measures}, measures)
+    names = ("base", "sft", "dpo", "focus")
+    results = [
+        Result(n, 0, dict.fromkeys(measures, [x] * 3), []) for n, x in zip(names, (1, 0.99996, 0.99998, 0.99997), strict=True)
+    ]
+    table = tabulate(results, [VARIANTS[name] for name in names], "dpo", measures)
     config = AblationConfig("train.yaml", str(tmp_path), samples=0)
     changes = [VARIANTS[row.variant] for row in table.rows]
     (tmp_path / "page").mkdir()
     write_ablation_page(
-        tmp_path / "page" / "page.html", config, TrainConfig(ModelConfig("-"), DataConfig("-"), "-"), changes, [], table, []
+        tmp_path / "page" / "page.html",
+        config,
+        TrainConfig(ModelConfig("-"), DataConfig("-"), "-"),
+        changes,
+        [],
+        table,
+        [],
+        "-",
     )
     seen, _ = in_browser(tmp_path / "page", tmp_path, TABLE, width=width)
     assert "error" not in seen and seen["console"] == [], seen
     assert seen["page"] <= 0 < seen["scrolls"], "in its own box"
     assert seen["before"] == seen["after"] <= 1 and seen["onTop"] and seen["corner"] == [seen["before"], True]
     assert seen["first"] < 0.5 and "0.99996" in seen["text"]
-
-
-def test_verdicts():
-    def result(variant, seed, offset, failed=None):
-        values = {} if failed else {name: [offset + seed / 100, *[offset + 0.1] * 5] for name in ("good", "bad", "odd")}
-        return Result(variant, seed, values, [], failed)
-
-    measures = {"good": Measure("good"), "bad": Measure("bad", "less"), "odd": Measure("odd", "neither")}
-    results = [result(variant, seed, float(variant == "focus")) for variant in ("dpo", "focus") for seed in (0, 1)]
-    results.append(result("sft", 0, 0, "NaN"))
-    table = tabulate(results, [VARIANTS[name] for name in ("dpo", "focus", "sft")], "dpo", measures)
-    assert [cell.is_better for cell in table.rows[1].cells] == [True, False, None]
-    assert [cell.difference for cell in table.rows[0].cells] == [None] * 3
-    text = text_of(table, {"dpo": "DPO", "focus": "Focus", "sft": "SFT"})
-    assert (
-        text.count("  better") == 1
-        and text.count("  worse") == 1
-        and "SFT: 0 of 1 trainings came through\nseed 0: NaN" in text
-        and "failed" in text
-    )
 
 
 def test_an_interrupted_ablation_goes_on_to_the_same_numbers(run, settings, tmp_path, monkeypatch):
@@ -341,6 +258,104 @@ def test_an_interrupted_ablation_goes_on_to_the_same_numbers(run, settings, tmp_
     run.samples.seed, run.optim.lr = 0, 1e-3
     with pytest.raises(ValueError, match="run.optim.lr: the begun ablation has 0.003, got 0.001"):
         prepare_ablation(settings())
+
+
+DRAWN = {"drawn": Measure("drawn"), DRIFT: Measure("drift", "neither")}
+
+
+class Drawing:
+    """A judge whose numbers tell models apart; it is killed in a call of its choice."""
+
+    def __init__(self, killed_in=None):
+        self.calls, self.killed_in = 0, killed_in
+
+    def __call__(self, trainer, folder):
+        self.calls += 1
+        if self.calls == self.killed_in:
+            raise KeyboardInterrupt
+        moved = [float(p.detach().double().square().sum()) for n, p in trainer.module.named_parameters() if "lora_B" in n]
+        return {"drawn": [sum(moved[i::8]) for i in range(8)], DRIFT: [sum(moved)] * 8}
+
+
+def test_values_of_each_point_also_when_killed(settings, tmp_path, monkeypatch):
+    """Killed while the judge looks, behind a point that has no checkpoint yet, and at the very end."""
+    focus = {"variants": ["base", "dpo", "focus"], "seeds": [0], "samples": 0, "judge_points": True}
+    config = settings(**focus, primary=["focus", "drawn"], primary_at="equal drift")
+    judge = Drawing()
+    prepare_ablation(config, judge, DRAWN)()
+    whole = results_in(tmp_path / "ablation")
+    assert judge.calls == 1 + 2 * 2, "the last point is the end"
+    for result in whole["results"][1:]:
+        first, last = result["curve"]
+        assert (first["step"], last["step"]) == (2, 4) and last["values"] == result["values"]
+        assert len(first["values"]["drawn"]) == 8 and first["values"]["drawn"] != last["values"]["drawn"]
+        assert len(first["values"]["win/whole"]) == len(last["values"]["win/whole"])
+    equal = whole["equal_drift"]
+    assert equal["measure"] == "drawn" and [row["variant"] for row in equal["table"]["rows"]] == ["dpo", "focus"]
+    text = (tmp_path / "ablation" / "table.txt").read_text()
+    assert "At equal drift, " in text and "At equal drift, " in (tmp_path / "ablation" / "ablation.html").read_text()
+
+    (tmp_path / "ablation").rename(tmp_path / "whole")
+    write = Journal.write
+
+    def killed(journal, row, *arguments):
+        write(journal, row, *arguments)
+        if row["step"] == 4 and "values" in row:
+            raise KeyboardInterrupt
+
+    for killed_in in (2, 3):  # at the first point, and at the last
+        with pytest.raises(KeyboardInterrupt):
+            prepare_ablation(config, Drawing(killed_in), DRAWN)()
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_ablation(config, Drawing(), DRAWN)()
+    with monkeypatch.context() as patched:
+        patched.setattr(ablation_jobs, "write_whole", killed_in_the_end)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_ablation(config, Drawing(), DRAWN)()
+    last = Drawing()
+    prepare_ablation(config, last, DRAWN)()
+    assert results_in(tmp_path / "ablation") == whole and last.calls == 0, "its points were all there"
+    _older_files(config, tmp_path / "ablation", whole)
+
+
+def killed_in_the_end(*_):
+    raise KeyboardInterrupt
+
+
+def _older_files(config, folder, whole):
+    """Of a version that kept the means alone: refused, also where only a run's own files are of it."""
+    run = folder / "runs" / "focus" / "seed-0"
+    (run / "result.json").unlink()
+    lines = (run / "judged.jsonl").read_text().splitlines()
+    (run / "judged.jsonl").write_text(lines[0] + "\n")
+    judge = Drawing()
+    prepare_ablation(config, judge, DRAWN)()
+    assert results_in(folder) == whole and judge.calls == 1, "a lost line is judged again"
+    (run / "result.json").write_text(
+        json.dumps({"variant": "focus", "seed": 0, "values": {}, "curve": [{"step": 2, "x": 1.0}]})
+    )
+    (run / "judged.jsonl").write_text('{"step": 2, "win/whole": 1.0}\n')
+    with pytest.raises(ValueError, match=r"judged.jsonl: has no values of single items, .*delete .*seed-0 to train anew"):
+        prepare_ablation(config, Drawing(), DRAWN)()
+    begun = json.loads((folder / "ablation.json").read_text())
+    del begun["format"]
+    (folder / "ablation.json").write_text(json.dumps(begun))
+    with pytest.raises(ValueError, match=r"format.points: the begun ablation has None, got 'values of each item'"):
+        prepare_ablation(config, Drawing(), DRAWN)
+
+
+def test_the_judge_is_asked_at_the_end_alone(settings, tmp_path):
+    judge = Drawing()
+    prepare_ablation(settings(seeds=[0], samples=0, primary=["base", "drawn"]), judge, DRAWN)()
+    assert judge.calls == 2
+    whole = results_in(tmp_path / "ablation")
+    assert "drawn" not in whole["results"][1]["curve"][-1]["values"] and whole["results"][1]["values"]["drawn"]
+    assert "no training of dpo has drift/whole and drawn in its course" in whole["equal_drift"]["none"]
+    judged_at = {"primary": ["focus", "drawn"], "primary_at": "equal drift", "variants": ["base", "dpo", "focus"]}
+    with pytest.raises(ValueError, match="judge_points: got False; expected true for a comparison at equal drift in drawn"):
+        prepare_ablation(settings(seeds=[0], samples=0, **judged_at), judge, DRAWN)
 
 
 def test_a_training_that_gives_up(run, settings, tmp_path, monkeypatch, tiny_pairs):
@@ -403,13 +418,30 @@ REFUSED = {
         {"grids": ["match_count"], "match_count": ["prior", 5000]},
         "focus.match_count: got 5000; expected at most 16, the tokens of the smallest target",
     ),
+    "primary": ({"primary": ["dpo", "win/whole"]}, "primary: got .* expected a variant other than 'dpo', and a measure"),
+    "primary's variant": ({"primary": ["focus", "win/whole"]}, "primary: .* expected a variant that is .*, one of .'base'."),
+    "primary's measure": ({"primary": ["base", "coverage"]}, "primary: .* expected a measure that has a better side, one of"),
+    "no primary": ({"primary_at": "equal drift"}, "primary_at: got 'equal drift'; expected end, as primary is not set"),
+    "primary untrained": (
+        {"primary": ["base", "win/whole"], "primary_at": "equal drift"},
+        'primary_at: got .* expected "end", as "base" is not trained',
+    ),
+    "one point": (
+        {"primary": ["sft", "win/whole"], "primary_at": "equal drift", "variants": ["base", "sft", "dpo"], "points": 1},
+        "points: got 1; expected at least 2",
+    ),
+    "no base": (
+        {"primary": ["sft", "win/whole"], "primary_at": "equal drift", "variants": ["sft", "dpo"]},
+        'primary_at: got .* expected "end", or "base" among the variants',
+    ),
     "block": ({"grids": ["layers"], "layers": ["0,9"]}, "layers: got '0,9'; expected blocks from 0 to 3"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_by_name(settings, case):
+def test_refused_by_name(settings, case, monkeypatch):
     changes, message = REFUSED[case]
+    monkeypatch.setitem(yardsticks.MEASURES, DRIFT, DRAWN[DRIFT])
     with pytest.raises(ValueError, match=message):
         prepare_ablation(settings(**changes))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,7 +43,8 @@ class Judge(Protocol):
 class Job:
     """A variant and a seed.
 
-    folder: for the run's files and `result.json`, which is written last. judge: asked at the end, beside the yardsticks.
+    folder: for the run's files and `result.json`, which is written last. judge: asked at the end, beside the yardsticks, and
+    with `judge_points` at each point on the way.
     """
 
     change: Change
@@ -53,6 +54,7 @@ class Job:
     times: tuple[float, ...]
     judged_pairs: int | None
     judge: Judge | None = None
+    judge_points: bool = False
 
     @property
     def is_done(self) -> bool:
@@ -60,17 +62,28 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Point:
+    """A model in the course of its training. values: by measure, one for each held-out pair or other item."""
+
+    step: int
+    values: dict[str, list[float]]
+
+    def mean(self, measure: str) -> float:
+        return float(torch.tensor(self.values[measure], dtype=torch.float64).nanmean())
+
+
+@dataclass(frozen=True)
 class Result:
     """What a job gave.
 
-    values: per held-out pair or other item, by name. curve: means of the yardsticks at steps of the run. failed: why there are
-    none, where training gave up.
+    values: of the trained model, per held-out pair or other item, by name. curve: its points, the one before training of what
+    is not trained. failed: why there are no values, where training gave up.
     """
 
     variant: str
     seed: int
     values: dict[str, list[float]]
-    curve: list[dict[str, float]]
+    curve: list[Point]
     failed: str | None = None
 
 
@@ -104,7 +117,7 @@ def work_on(job: Job) -> Result:
         result = _train(job) if job.change.trained else _judge_untrained(job)
         clear_device_cache(garbage_collection=True)  # here, where nothing holds the trainer any more
         job.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(job.folder / RESULT_FILE, json.dumps(vars(result)))
+        write_whole(job.folder / RESULT_FILE, json.dumps(asdict(result)))
     return result
 
 
@@ -156,10 +169,11 @@ def read_result(job: Job) -> Result | None:
     """What a job gave; None where it is not done, or its file is damaged, which is said: the job is done again."""
     file = job.folder / RESULT_FILE
     try:
-        return Result(**json.loads(file.read_bytes()))
+        content = json.loads(file.read_bytes())
+        return Result(**content | {"curve": [Point(**point) for point in content["curve"]]})
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         logger.warning("%s is damaged (%s), the run is judged again", file, error)
         return None
 
@@ -167,29 +181,28 @@ def read_result(job: Job) -> Result | None:
 def _train(job: Job) -> Result:
     started = (job.folder / "checkpoints").is_dir()
     config = replace(job.config, resume="latest" if started else None, overwrite=not started)
-    latest: dict[int, dict[str, list[float]]] = {}
     values: dict[str, list[float]] = {}
     failed: str | None = None
-    trainer = fresh_trainer(config, partial(_judge_point, job, latest))
+    trainer = fresh_trainer(config, partial(_judge_point, job))
     try:
         trainer.train()
     except FloatingPointError as error:
         failed = str(error)
     else:
-        values = _judged(job, trainer, latest.get(config.max_steps))
+        values = _last_values(job, trainer)
     finally:
         trainer.accelerator.free_memory()
-    return Result(job.change.name, job.seed, values, read_metrics(job.folder / JUDGED_FILE), failed)
+    return Result(job.change.name, job.seed, values, _points(job), failed)
 
 
 def _judge_untrained(job: Job) -> Result:
     trainer = fresh_trainer(replace(job.config, overwrite=True))
     try:
         trainer.samples.make(0, trainer)
-        values = _judged(job, trainer)
+        values = _ask(job, trainer, True)
     finally:
         trainer.accelerator.free_memory()
-    return Result(job.change.name, job.seed, values, [{"step": 0, **_means(values)}])
+    return Result(job.change.name, job.seed, values, [Point(0, values)])
 
 
 def fresh_trainer(config: TrainConfig, evaluation: Callable[[Trainer], None] | None = None) -> Trainer:
@@ -199,27 +212,42 @@ def fresh_trainer(config: TrainConfig, evaluation: Callable[[Trainer], None] | N
     return Trainer(config, evaluation=evaluation)
 
 
-def _judged(job: Job, trainer: Trainer, values: dict[str, list[float]] | None = None) -> dict[str, list[float]]:
-    """All numbers of a model; those of the yardsticks are taken as they are where the last point of the curve has them."""
-    if values is None:
-        values = yardsticks.judge(trainer, job.times, job.judged_pairs)
-    return values if job.judge is None else values | job.judge(trainer, job.folder)
+def _ask(job: Job, trainer: Trainer, judge: bool) -> dict[str, list[float]]:
+    """What the yardsticks say of a model, and with `judge` the job's judge."""
+    values = yardsticks.judge(trainer, job.times, job.judged_pairs)
+    return values | job.judge(trainer, job.folder) if judge and job.judge is not None else values
 
 
-def _judge_point(job: Job, latest: dict[int, dict[str, list[float]]], trainer: Trainer) -> None:
-    """A point of the curve, kept in `latest` as well; before the first step all are what "base" has."""
+def _judge_point(job: Job, trainer: Trainer) -> None:
+    """A point of the curve; before the first step all are what "base" has."""
     step = trainer.progress.step
     if step == 0:
         return
-    latest.clear()
-    latest[step] = yardsticks.judge(trainer, job.times, job.judged_pairs)
+    point = Point(step, _ask(job, trainer, job.judge_points))
     file = Journal(job.folder / JUDGED_FILE, up_to(step - 1))
-    file.write({"step": step, **_means(latest[step])})
+    file.write(vars(point))
     file.close()
 
 
-def _means(values: dict[str, list[float]]) -> dict[str, float]:
-    return {name: float(torch.tensor(numbers, dtype=torch.float64).nanmean()) for name, numbers in values.items()}
+def _points(job: Job) -> list[Point]:
+    """The points so far; ValueError where they are of an earlier version."""
+    file = job.folder / JUDGED_FILE
+    rows = read_metrics(file)
+    if any(not isinstance(row.get("values"), dict) for row in rows):
+        raise ValueError(
+            f"{file}: has no values of single items, as an earlier version wrote it; delete {job.folder} to train anew"
+        )
+    return [Point(row["step"], row["values"]) for row in rows]
+
+
+def _last_values(job: Job, trainer: Trainer) -> dict[str, list[float]]:
+    """All numbers of a trained model; those of its last point are taken as they are."""
+    points = _points(job)
+    if not points or points[-1].step != job.config.max_steps:  # its line was lost
+        _judge_point(job, trainer)
+        points = _points(job)
+    values = points[-1].values
+    return values if job.judge is None or job.judge_points else values | job.judge(trainer, job.folder)
 
 
 def sample_images(folder: Path) -> dict[int, Path]:

@@ -13,15 +13,17 @@ from focusdpo.data import leave_out_misfits
 from focusdpo.data.images import to_pil
 from focusdpo.drawing.contact_sheets import read_picture
 from focusdpo.pages.html import COLOURS, image_uri, plot, write_page
+from focusdpo.studies.ablation.equal_drift import DRIFT, EqualDrift, curves_of, mean_curve
 from focusdpo.studies.ablation.jobs import Job, Result, sample_images
-from focusdpo.studies.ablation.statistics import Table, over_seeds
+from focusdpo.studies.ablation.statistics import Table, how_judged
+from focusdpo.studies.ablation.two_way import estimate
 from focusdpo.studies.ablation.variants import Change
 from focusdpo.studies.config import AblationConfig
 from focusdpo.training.batches import dataset_of, load_records
 from focusdpo.training.config import TrainConfig
 
 TEMPLATE = "ablation.html"
-VERDICTS = {None: "#7f8a96", True: "#2e9e5b", False: "#d1495b"}  # of a difference: it leaves 0 out for the better, or not
+VERDICTS = {None: "#7f8a96", True: "#2e9e5b", False: "#d1495b"}  # of a difference: for the better, or not; None: not told
 LONGEST = 320  # pixels of an image on the page
 
 
@@ -42,11 +44,13 @@ def write_ablation_page(
     results: Sequence[Result],
     table: Table,
     jobs: Sequence[Job],
+    equal: EqualDrift | str,
 ) -> None:
-    """Writes one HTML file that needs nothing else."""
+    """Writes one HTML file that needs nothing else. equal: the variants at equal drift, or why they are not compared there."""
     names = {change.name: change.label for change in changes}
-    points = [point for result in results for point in result.curve if point["step"] > 0]
-    curved = [name for name in table.measures if any(name in point for point in points)]
+    points = [point for result in results for point in result.curve if point.step > 0]
+    curved = [name for name in table.measures if any(name in point.values for point in points)]
+    at_drift = equal if isinstance(equal, EqualDrift) else None
     write_page(
         path,
         "ablate",
@@ -57,6 +61,10 @@ def write_ablation_page(
         names=names,
         table=table,
         intervals=[plot(interval_figure(table, name, names), f"interval-{i}") for i, name in enumerate(table.measures)],
+        how=how_judged([table, *([at_drift.table] if at_drift else [])], names),
+        equal=at_drift,
+        not_equal=equal,
+        drift=[plot(drift_figure(results, at_drift, names), "drift")] if at_drift else [],
         curves=[plot(curve_figure(results, table, name, names), f"curve-{i}") for i, name in enumerate(curved)],
         pairs=_shown_pairs(run, [job for job, one in zip(jobs, results, strict=True) if not one.failed], names, config.samples),
         settings=yaml.safe_dump({"ablation": vars(config)}, sort_keys=False),
@@ -91,24 +99,19 @@ def interval_figure(table: Table, measure: str, names: Mapping[str, str]) -> go.
 
 def curve_figure(results: Sequence[Result], table: Table, measure: str, names: Mapping[str, str]) -> go.Figure:
     """A yardstick over training, mean over seeds with the interval; the model before training is where all start."""
-    points = [point for result in results for point in result.curve if point["step"] == 0]
+    start = [point for result in results for point in result.curve if point.step == 0 and measure in point.values][:1]
     figure = go.Figure()
     for number, row in enumerate(table.rows):
-        own = [result for result in results if result.variant == row.variant and result.failed is None]
-        curves = [result.curve for result in own if result.curve]
-        if not curves or curves[0][0]["step"] == 0:
+        curves = curves_of(results, row.variant, measure)
+        if not curves:
             continue
-        steps = [point["step"] for point in curves[0]]
-        pairs = len(own[0].values[measure])  # of which a curve has the mean alone
-        found = [
-            over_seeds({i: [curve[k][measure]] * pairs for i, curve in enumerate(curves)}, table.measures[measure].is_share)
-            for k in range(len(steps))
-        ]
+        steps = sorted(set.intersection(*({point.step for point in curve} for curve in curves)))
+        rows = [[point.values[measure] for curve in curves for point in curve if point.step == step] for step in steps]
+        found = [estimate(values, table.measures[measure].is_share) for values in rows]
         colour = COLOURS[number % len(COLOURS)]
-        start = [points[0][measure]] if points else []
         figure.add_scatter(
             x=[0, *steps][-len(start) - len(steps) :],
-            y=[*start, *(one.mean for one in found)],
+            y=[*(point.mean(measure) for point in start), *(one.mean for one in found)],
             mode="lines+markers",
             name=names[row.variant],
             legendgroup=row.variant,
@@ -128,6 +131,38 @@ def curve_figure(results: Sequence[Result], table: Table, measure: str, names: M
             )
     figure.update_xaxes(title_text="optimiser step")
     return figure.update_layout(title=table.measures[measure].label, height=340, meta={"x": "steps"})
+
+
+def drift_figure(results: Sequence[Result], equal: EqualDrift, names: Mapping[str, str]) -> go.Figure:
+    """The measure that says at which drift, over drift: each training's points, their means as a line a variant."""
+    figure = go.Figure()
+    for number, row in enumerate(equal.table.rows):
+        curves = curves_of(results, row.variant, equal.measure, DRIFT)
+        if not curves:
+            continue
+        means = mean_curve(curves, equal.measure)
+        colour = COLOURS[number % len(COLOURS)]
+        figure.add_scatter(
+            x=[drift for _, drift, _ in means],
+            y=[mean for _, _, mean in means],
+            mode="lines",
+            name=names[row.variant],
+            legendgroup=row.variant,
+            line={"color": colour, "dash": "solid" if number < len(COLOURS) else "dot"},
+        )
+        figure.add_scatter(
+            x=[point.mean(DRIFT) for curve in curves for point in curve],
+            y=[point.mean(equal.measure) for curve in curves for point in curve],
+            mode="markers",
+            name=names[row.variant],
+            legendgroup=row.variant,
+            showlegend=False,
+            marker={"size": 6, "color": colour},
+        )
+    figure.add_vline(x=equal.drift, line={"dash": "dot", "width": 1, "color": VERDICTS[None]})
+    figure.update_xaxes(title_text="drift ||v - v_ref||²", type="log")
+    note = f"lines: means over seeds; points: each training; dotted: the drift of the comparison, {equal.drift:.3g}"
+    return figure.update_layout(title=equal.table.measures[equal.measure].label, height=380, meta={"note": note, "wide": True})
 
 
 def _shown_pairs(run: TrainConfig, jobs: Sequence[Job], names: Mapping[str, str], count: int) -> list[Shown]:

@@ -1,104 +1,85 @@
-"""Means over seeds, and what they can be told apart by."""
+"""Tables of means over seeds and items, which differences survive so many comparisons, and which could have been seen."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import stats
 
-from focusdpo.metrics.bootstrap import mean_interval
-from focusdpo.metrics.shares import share_interval
+from focusdpo.foundation.text import counted
+from focusdpo.metrics import LEVEL
 from focusdpo.studies.ablation.jobs import Result
+from focusdpo.studies.ablation.two_way import POWER, Estimate, estimate
 from focusdpo.studies.ablation.variants import Change
 from focusdpo.studies.ablation.yardsticks import Measure
+from focusdpo.studies.config import At
 
-DECIMALS = 12  # what differs behind them differs by rounding, of which Student's interval would make a certainty
 MAX_DIGITS = 6  # behind the point; what differs behind them is of no account
-SAME_SIGN = 6  # items that all differ by one value, and so to one side: by chance in fewer than 5 % of cases, by the sign test
+NOTHING = {"end": "failed", "equal drift": "not reached"}  # where a variant has no number
+COUNTED = {"end": "trainings came through", "equal drift": "trainings are compared at that drift"}
+
+Values = Mapping[int, Sequence[float]]  # by seed, one for each item
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean and its 95 % interval, which is NaN where the values say nothing of it."""
-
-    mean: float
-    low: float
-    high: float
-
-    @property
-    def differs(self) -> bool:
-        """Of a difference: whether the interval leaves 0 out."""
-        return bool(self.low > 0 or self.high < 0)
-
-
-def over_seeds(values: Mapping[int, Sequence[float]], is_share: bool = False) -> Estimate:
-    """The mean over seeds of means over held-out items.
-
-    With several seeds it is Student's interval over their means, of shares `share_interval`: it says what another training
-    would give. With one it is a bootstrap over the items: what other items would give; and so where all seeds have the same
-    mean, of which Student's would make a certainty.
-
-    Args:
-        values: by seed, one for each item; NaN counts as missing.
-        is_share: whether they can be from 0 to 1 only.
-    """
-    table = np.array([list(numbers) for numbers in values.values()], dtype=float)  # [seeds, items]
-    table = table[~np.isnan(table).all(axis=1)]
-    if not table.size:
-        return Estimate(np.nan, np.nan, np.nan)
-    means = np.nanmean(table, axis=1).round(DECIMALS)
-    if np.ptp(means) == 0:  # also of one seed
-        items = np.nanmean(table[:, ~np.isnan(table).all(axis=0)], axis=0).round(DECIMALS)
-        return Estimate(*mean_interval(items, is_share=is_share))
-    if is_share:
-        return Estimate(float(means.mean()), *share_interval(means))
-    half = stats.t.ppf(0.975, len(means) - 1) * means.std(ddof=1) / np.sqrt(len(means))
-    return Estimate(float(means.mean()), float(means.mean() - half), float(means.mean() + half))
-
-
-def difference(
-    values: Mapping[int, Sequence[float]],
-    baseline: Mapping[int, Sequence[float]],
-    untrained: Literal["values", "baseline"] | None = None,
-) -> Estimate | None:
+def difference(values: Values, baseline: Values, is_share: bool, untrained: str | None = None) -> Estimate | None:
     """The mean difference to a baseline, seed by seed and item by item; None without a seed in common.
 
     Args:
-        values, baseline: by seed, one for each item.
-        untrained: which side is no training, so that its one seed stands beside each of the other's.
+        values, baseline: NaN counts as missing.
+        is_share: whether values can be from 0 to 1 only.
+        untrained: which side, "values" or "baseline", is no training, so that its one seed stands beside each of the other's.
     """
     if untrained == "values":
         values = dict.fromkeys(baseline, next(iter(values.values())))
     elif untrained == "baseline":
         baseline = dict.fromkeys(values, next(iter(baseline.values())))
-    common = [seed for seed in values if seed in baseline]
-    if not common:
-        return None
-    gaps = {seed: np.subtract(values[seed], baseline[seed]).round(DECIMALS).tolist() for seed in common}
-    found = over_seeds(gaps)
-    every = {gap for numbers in gaps.values() for gap in numbers if not math.isnan(gap)}
-    if len(every) == 1 and found.mean and min(map(len, gaps.values())) >= SAME_SIGN:
-        return Estimate(found.mean, found.mean, found.mean)  # as where all pairs are told apart, and none was before
-    return found
+    gaps = [np.subtract(values[seed], baseline[seed]).tolist() for seed in values if seed in baseline]
+    return estimate(gaps, is_share, is_difference=True) if gaps else None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a comparison to the baseline says.
+
+    level: the confidence it was judged at: `LEVEL` for the primary one, and for any other what Holm's correction leaves it.
+    p: as it is compared with 1 - `LEVEL`, corrected by Holm unless `is_primary`. detectable: the smallest true difference that
+    would have been found at `level` with `POWER`. is_better: None where the difference is not told from 0.
+    """
+
+    level: float
+    p: float
+    detectable: float
+    is_primary: bool
+    is_better: bool | None
+
+    @property
+    def p_text(self) -> str:
+        return f"p {self.p:.3f}" if self.p >= 0.001 else "p < 0.001"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A measure of a variant: its estimate, and its difference to the baseline (None for the baseline itself)."""
+    """A measure of a variant: its estimate, its difference to the baseline (None for itself), and what that says.
+
+    verdict: None before `judged`, and where nothing is to be judged: no difference, none with an interval, or a measure of
+    which neither more nor less is better.
+    """
 
     measure: str
     estimate: Estimate
     difference: Estimate | None
-    is_better: bool | None  # whether the difference leaves 0 out, and on which side; None where it does not
+    verdict: Verdict | None = None
+
+    @property
+    def is_better(self) -> bool | None:
+        return None if self.verdict is None else self.verdict.is_better
 
 
 @dataclass(frozen=True)
 class Row:
-    """A variant. seeds: how many of its trainings came through; failed: what the others said."""
+    """A variant. seeds: how many of its trainings are in the table; failed: why the others are not."""
 
     variant: str
     seeds: int
@@ -111,11 +92,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """All variants, and the measures that were taken."""
+    """All variants, and the measures that were taken. at: where in their trainings."""
 
     rows: tuple[Row, ...]
     measures: dict[str, Measure]
     baseline: str
+    at: At = "end"
 
     def digits(self, measure: str, least: int) -> int:
         """Digits behind the point for a measure's numbers: more than `least` where so many would show all means as one."""
@@ -129,35 +111,108 @@ class Table:
             return least
         return next(digits for digits in range(least, MAX_DIGITS + 1) if shown(digits) == shown(MAX_DIGITS))
 
+    @property
+    def verdicts(self) -> list[Verdict]:
+        return [cell.verdict for row in self.rows for cell in row.cells if cell.verdict is not None]
+
+    def fate(self, row: Row) -> str:
+        return f"{row.seeds} of {row.seeds + len(row.failed)} {COUNTED[self.at]}"
+
 
 def tabulate(
-    results: Sequence[Result],
-    changes: Sequence[Change],
-    baseline: str,
-    measures: Mapping[str, Measure],
+    results: Sequence[Result], changes: Sequence[Change], baseline: str, measures: Mapping[str, Measure], at: At = "end"
 ) -> Table:
-    """Estimates and differences of all measures that were taken, by variant."""
+    """Estimates and differences of all measures that were taken, by variant; `judged` adds what they say."""
     trained = {change.name: change.trained for change in changes}
     measured = {name: measure for name, measure in measures.items() if any(name in result.values for result in results)}
     rows = []
     for variant in trained:
         own, others = ([result for result in results if result.variant == name] for name in (variant, baseline))
+        untrained = None if trained[variant] and trained[baseline] else "baseline" if trained[variant] else "values"
         cells = []
         for name, measure in measured.items():
             numbers, other = ({one.seed: one.values[name] for one in part if name in one.values} for part in (own, others))
             if not numbers:
                 continue
-            side: Literal["values", "baseline"] | None = None
-            if not (trained[variant] and trained[baseline]):
-                side = "baseline" if trained[variant] else "values"
-            gap = difference(numbers, other, side) if other and variant != baseline else None
-            better = None
-            if gap is not None and gap.differs and measure.better != "neither":
-                better = (gap.mean < 0) == (measure.better == "less")
-            cells.append(Cell(name, over_seeds(numbers, measure.is_share), gap, better))
+            gap = difference(numbers, other, measure.is_share, untrained) if other and variant != baseline else None
+            cells.append(Cell(name, estimate(list(numbers.values()), measure.is_share), gap))
         failed = tuple(f"seed {result.seed}: {result.failed}" for result in own if result.failed)
         rows.append(Row(variant, len(own) - len(failed), tuple(cells), failed))
-    return Table(tuple(rows), measured, baseline)
+    return Table(tuple(rows), measured, baseline, at)
+
+
+def judged(tables: Sequence[Table], primary: Sequence[str] = (), at: At = "end") -> list[Table]:
+    """The tables with the verdicts of all their comparisons, as one family.
+
+    The primary comparison is judged at `LEVEL` by itself. All others have Holm's correction (Scandinavian Journal of Statistics
+    6, 1979): with a chance of `LEVEL` at least none of those that are marked is marked by chance.
+
+    Args:
+        tables: of one ablation.
+        primary: variant and measure of the comparison that was chosen before there were results; () for none.
+        at: of the table that it is in.
+    """
+    places: dict[tuple[str, ...], float] = {}
+    for table in tables:
+        for row in table.rows:
+            for cell in row.cells:
+                if (
+                    cell.difference is not None
+                    and math.isfinite(cell.difference.p)
+                    and table.measures[cell.measure].better != "neither"
+                ):
+                    places[table.at, row.variant, cell.measure] = cell.difference.p
+    chosen = (at, *primary)
+    others = sorted((place for place in places if place != chosen), key=lambda place: places[place])
+    levels, corrected, worst = {chosen: LEVEL}, {chosen: places.get(chosen, math.nan)}, 0.0
+    for rank, place in enumerate(others):
+        worst = max(worst, min(places[place] * (len(others) - rank), 1.0))
+        corrected[place] = worst
+    found = sum(corrected[place] <= 1 - LEVEL for place in others)
+    for rank, place in enumerate(others):  # what is not found was judged as the first that is not
+        levels[place] = 1 - (1 - LEVEL) / (len(others) - min(rank, found))
+
+    def with_verdict(table: Table, row: Row, cell: Cell) -> Cell:
+        place = (table.at, row.variant, cell.measure)
+        if place not in places or cell.difference is None:
+            return cell
+        better = (cell.difference.mean < 0) == (table.measures[cell.measure].better == "less")
+        level, p = levels[place], corrected[place]
+        is_better = better if p <= 1 - LEVEL else None
+        return replace(cell, verdict=Verdict(level, p, cell.difference.detectable(level), place == chosen, is_better))
+
+    return [
+        replace(
+            table,
+            rows=tuple(replace(row, cells=tuple(with_verdict(table, row, cell) for cell in row.cells)) for row in table.rows),
+        )
+        for table in tables
+    ]
+
+
+def how_judged(tables: Sequence[Table], names: Mapping[str, str]) -> list[str]:
+    """Sentences on what intervals and verdicts of judged tables are."""
+    baseline = names[tables[0].baseline]
+    count = sum(not verdict.is_primary for table in tables for verdict in table.verdicts)
+    primary = [
+        f"{names[row.variant]} in {cell.measure} at {'the end' if table.at == 'end' else 'equal drift'}"
+        for table in tables
+        for row in table.rows
+        for cell in row.cells
+        if cell.verdict is not None and cell.verdict.is_primary
+    ]
+    others = f"all {'others, ' if primary else ''}{counted(count, 'comparison')} with it"
+    level, power = f"{LEVEL * 100:.0f} %", f"{POWER * 100:.0f} %"
+    lines = [
+        f"Each interval is a {level} interval by itself, over trainings and held-out items together, not corrected for the "
+        "number of comparisons; where there is one training (*) it is over items alone and speaks of this training.",
+        f"better, worse: told from {baseline} at {level} after Holm's correction over {others}; p is corrected as well.",
+        f"visible from: the smallest true difference that would have been found with {power} power at the level at which the "
+        "comparison was judged, by the standard error of this very ablation.",
+    ]
+    if primary:
+        lines.insert(2, f"The primary comparison is judged by itself at {level}: {primary[0]}.")
+    return lines
 
 
 def text_of(table: Table, names: Mapping[str, str]) -> str:
@@ -170,24 +225,23 @@ def text_of(table: Table, names: Mapping[str, str]) -> str:
         for row in table.rows:
             cell = row.cell(name)
             if cell is None:
-                lines.append(f"  {names[row.variant]:<{width}}  failed")
+                lines.append(f"  {names[row.variant]:<{width}}  {NOTHING[table.at]}")
                 continue
             line = f"  {names[row.variant]:<{width}}  {_text(cell.estimate, digits)}"
             if cell.difference is not None:
+                line += f"   difference {_text(cell.difference, digits, '+')}"
+            if cell.verdict is not None:
                 mark = "" if cell.is_better is None else "  better" if cell.is_better else "  worse"
-                line += f"   difference {_text(cell.difference, digits, '+')}{mark}"
+                kind = "   primary " if cell.verdict.is_primary else "   "
+                line += f"{kind}{cell.verdict.p_text}, visible from {cell.verdict.detectable:.{digits}f}{mark}"
             lines.append(line)
     for row in table.rows:
         if row.failed:
-            lines += [
-                "",
-                f"{names[row.variant]}: {row.seeds} of {row.seeds + len(row.failed)} trainings came through",
-                *row.failed,
-            ]
+            lines += ["", f"{names[row.variant]}: {table.fate(row)}", *row.failed]
     return "\n".join(lines).strip("\n")
 
 
-def _text(estimate: Estimate, digits: int, sign: str = "") -> str:
+def _text(found: Estimate, digits: int, sign: str = "") -> str:
     form = f"{sign}.{digits}f"
-    interval = "-" if math.isnan(estimate.low) else f"{estimate.low:{form}}, {estimate.high:{form}}"
-    return f"{estimate.mean:{sign}{digits + 4}.{digits}f} [{interval}]"
+    interval = "-" if math.isnan(found.low) else f"{found.low:{form}}, {found.high:{form}}"
+    return f"{found.mean:{sign}{digits + 4}.{digits}f} [{interval}]{'*' if found.seeds == 1 else ''}"

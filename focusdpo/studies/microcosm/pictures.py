@@ -14,6 +14,8 @@ from torch import Tensor
 
 from focusdpo.data import PairDataset
 from focusdpo.drawing.figures import new_figure
+from focusdpo.studies.ablation.equal_drift import DRIFT, EqualDrift, curves_of, mean_curve
+from focusdpo.studies.ablation.jobs import Point, Result
 from focusdpo.studies.ablation.page import VERDICTS
 from focusdpo.studies.ablation.statistics import Table
 from focusdpo.studies.microcosm.classifier import IdentityClassifier, classify
@@ -21,7 +23,7 @@ from focusdpo.studies.microcosm.judging import IMAGES_FILE
 
 
 def draw_intervals(table: Table, names: Mapping[str, str], measures: Sequence[str], path: Path) -> None:
-    """Means and 95 % intervals by variant, a panel per measure; green and red where the difference to the baseline shows."""
+    """Means and intervals by variant, a panel per measure; green and red where the difference to the baseline is told."""
     shown = [name for name in measures if name in table.measures]
     columns = min(len(shown), 3)
     rows = -(-len(shown) // columns)
@@ -32,8 +34,9 @@ def draw_intervals(table: Table, names: Mapping[str, str], measures: Sequence[st
     for number, name in enumerate(shown):
         _panel(axes.flat[number], table, name, names, labelled=number % columns == 0)
     figure.suptitle(
-        f"mean and 95 % interval; dotted: {names[table.baseline]}; green is better than it, red worse, gray neither",
-        fontsize=10,
+        f"mean and 95 % interval by itself; dotted: {names[table.baseline]}\ngreen better than it, red worse, after Holm's "
+        "correction; gray not told apart",
+        fontsize=9,
     )
     figure.savefig(path, dpi=110)
 
@@ -59,24 +62,24 @@ def _panel(axis: Axes, table: Table, measure: str, names: Mapping[str, str], lab
 
 
 def draw_curves(
-    curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]],
-    start: Mapping[str, float],
+    curves: Mapping[str, Sequence[Sequence[Point]]],
+    start: Point,
     titles: Mapping[str, str],
     path: Path,
 ) -> None:
     """Yardsticks over the preference training: each seed's points, and the mean over seeds as a line.
 
     Args:
-        curves: by what a variant is called, for each seed the points of its run, with "step".
-        start: the yardsticks before training.
+        curves: by what a variant is called, for each seed the points of its run.
+        start: the model before training.
         titles: of the panels, by yardstick.
         path: the PNG.
     """
     figure, axes = new_figure(1, len(titles), (4.2 * len(titles), 3.6))
     for axis, (name, title) in zip(axes[0], titles.items(), strict=True):
         for number, (label, runs) in enumerate(curves.items()):
-            steps = [0, *(point["step"] for point in runs[0])]
-            values = np.array([[start[name], *(point[name] for point in run)] for run in runs])
+            steps = [0, *(point.step for point in runs[0])]
+            values = np.array([[start.mean(name), *(point.mean(name) for point in run)] for run in runs])
             axis.plot(steps, values.mean(0), color=f"C{number}", label=label)
             for one in values:
                 axis.plot(steps[1:], one[1:], ".", color=f"C{number}", alpha=0.5)
@@ -84,6 +87,27 @@ def draw_curves(
         axis.set_xlabel("optimiser step")
         axis.grid(alpha=0.3)
     axes[0, -1].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+def draw_drift(results: Sequence[Result], equal: EqualDrift, names: Mapping[str, str], path: Path) -> None:
+    """The measure that says at which drift variants are compared, over drift: each training's points, means as lines."""
+    figure, axes = new_figure(1, 1, (6.4, 4))
+    axis = axes[0, 0]
+    for number, row in enumerate(equal.table.rows):
+        curves = curves_of(results, row.variant, equal.measure, DRIFT)
+        if not curves:
+            continue
+        _, drifts, means = zip(*mean_curve(curves, equal.measure), strict=True)
+        axis.plot(drifts, means, color=f"C{number}", label=names[row.variant])
+        points = [(point.mean(DRIFT), point.mean(equal.measure)) for curve in curves for point in curve]
+        axis.plot(*zip(*points, strict=True), ".", color=f"C{number}", alpha=0.5)
+    axis.axvline(equal.drift, color="gray", linestyle=":", linewidth=1)
+    axis.set_xscale("log")
+    axis.set_xlabel(f"drift ||v - v_ref||²; dotted: compared at {equal.drift:.3g}")
+    axis.set_title(textwrap.fill(equal.table.measures[equal.measure].label, 60), fontsize=9)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
     figure.savefig(path, dpi=110)
 
 
