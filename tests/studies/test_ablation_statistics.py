@@ -140,6 +140,13 @@ def test_a_share_that_is_0_or_1_for_all():
     assert level.mean == 0 and np.isnan([level.low, level.high]).all(), "of what has no bounds nothing is known"
 
 
+def test_what_is_no_share_is_refused():
+    for values, is_difference in (([[0.5, 1.2]], False), ([[-0.1, 0.5]], False), ([[-1.5, 0.0]], True)):
+        with pytest.raises(ValueError, match=r"values: got .* expected shares, from 0 to 1, or differences of such"):
+            estimate(values, True, is_difference)
+    assert estimate([[1 + 1e-14, 0.2, -1e-14]], is_share=True).mean == pytest.approx(0.4), "rounding is none"
+
+
 def test_little_or_nothing_to_go_by():
     for empty in ([[NAN, NAN]], [[NAN], [NAN]]):
         assert np.isnan(estimate(empty).mean) and estimate(empty).seeds == 0
@@ -199,6 +206,14 @@ def test_holm():
     assert levels == pytest.approx([0.05 / 3, 0.05 / 5, 0.05 / 4, 0.05 / 3, 0.05 / 3]), "what each was compared with"
     assert all(verdict.detectable == gap_of(0.5).detectable(verdict.level) for verdict in table.verdicts)
     assert not any(verdict.is_primary for verdict in table.verdicts)
+
+
+def test_a_share_cannot_differ_by_more_than_1():
+    wide = dataclasses.replace(gap_of(0.5), error=0.6)
+    rows = (Row("dpo", 3, (), ()), Row("focus", 3, (Cell("m0", gap_of(0.5), wide),), ()))
+    for is_share, text in ((True, "p 0.500, nothing visible"), (False, "p 0.500, visible from 1.71")):
+        (table,) = judged([Table(rows, {"m0": Measure("m0", is_share=is_share)}, "dpo")])
+        assert table.said(table.rows[1].cells[0], 2) == text
 
 
 def test_the_primary_comparison_stands_by_itself():

@@ -160,7 +160,7 @@ def drift_figure(results: Sequence[Result], equal: EqualDrift, names: Mapping[st
             marker={"size": 6, "color": colour},
         )
     figure.add_vline(x=equal.drift, line={"dash": "dot", "width": 1, "color": VERDICTS[None]})
-    figure.update_xaxes(title_text="drift ||v - v_ref||²", type="log")
+    figure.update_xaxes(title_text="drift ||v - v_ref||²", type="log", exponentformat="power")
     note = f"lines: means over seeds; points: each training; dotted: the drift of the comparison, {equal.drift:.3g}"
     return figure.update_layout(title=equal.table.measures[equal.measure].label, height=380, meta={"note": note, "wide": True})
 

@@ -54,10 +54,6 @@ class Verdict:
     is_primary: bool
     is_better: bool | None
 
-    @property
-    def p_text(self) -> str:
-        return f"p {self.p:.3f}" if self.p >= 0.001 else "p < 0.001"
-
 
 @dataclass(frozen=True)
 class Cell:
@@ -114,6 +110,16 @@ class Table:
     @property
     def verdicts(self) -> list[Verdict]:
         return [cell.verdict for row in self.rows for cell in row.cells if cell.verdict is not None]
+
+    def said(self, cell: Cell, digits: int) -> str:
+        """What a cell's verdict rests on; "" where it has none."""
+        if cell.verdict is None:
+            return ""
+        seen = cell.verdict.detectable
+        some = seen <= 1 or not self.measures[cell.measure].is_share
+        p = f"p {cell.verdict.p:.3f}" if cell.verdict.p >= 0.001 else "p < 0.001"
+        kind = "primary " if cell.verdict.is_primary else ""
+        return f"{kind}{p}, {f'visible from {seen:.{digits}f}' if some else 'nothing visible'}"
 
     def fate(self, row: Row) -> str:
         return f"{row.seeds} of {row.seeds + len(row.failed)} {COUNTED[self.at]}"
@@ -230,11 +236,8 @@ def text_of(table: Table, names: Mapping[str, str]) -> str:
             line = f"  {names[row.variant]:<{width}}  {_text(cell.estimate, digits)}"
             if cell.difference is not None:
                 line += f"   difference {_text(cell.difference, digits, '+')}"
-            if cell.verdict is not None:
-                mark = "" if cell.is_better is None else "  better" if cell.is_better else "  worse"
-                kind = "   primary " if cell.verdict.is_primary else "   "
-                line += f"{kind}{cell.verdict.p_text}, visible from {cell.verdict.detectable:.{digits}f}{mark}"
-            lines.append(line)
+            mark = "" if cell.is_better is None else "  better" if cell.is_better else "  worse"
+            lines.append(f"{line}   {table.said(cell, digits)}{mark}".rstrip())
     for row in table.rows:
         if row.failed:
             lines += ["", f"{names[row.variant]}: {table.fate(row)}", *row.failed]

@@ -44,9 +44,9 @@ class Estimate:
 def estimate(values: Sequence[Sequence[float]] | Table, is_share: bool = False, is_difference: bool = False) -> Estimate:
     """The mean over seeds of means over items, as the values of a two-way layout with random seeds and random items.
 
-    Its variance is that of a bootstrap which resamples seeds and items together (Owen, Annals of Applied Statistics 1, 2007),
-    by components instead of by drawing, so that few seeds do not make it too small: V_seeds + V_items - V_interaction, from
-    the scatter of the seeds' means, of the items' means, and of what neither explains; a component below 0 counts as 0.
+    Its variance is what a bootstrap that resamples seeds and items together is after (Owen, Annals of Applied Statistics 1,
+    2007), by components instead of by drawing, which makes the part of few seeds too small: V_seeds + V_items - V_interaction,
+    from the scatter of the seeds' means, of the items' means, and of what neither explains; a component below 0 counts as 0.
     Student's quantile has Satterthwaite's degrees of freedom (Biometrics Bulletin 2, 1946).
 
     Of shares, and of differences of shares, the interval is Wilson's (JASA 22, 1927) at the number of independent values that
@@ -58,6 +58,9 @@ def estimate(values: Sequence[Sequence[float]] | Table, is_share: bool = False, 
         values: [seeds, items], NaN where missing. A single row, or a single column, leaves the other to vary.
         is_share: whether they can be from 0 to 1 only, or are differences of such.
         is_difference: whether they are paired differences.
+
+    Raises:
+        ValueError: they are no shares where they should be.
     """
     table = np.array(values, dtype=np.float64, ndmin=2).round(DECIMALS)
     there = ~np.isnan(table)
@@ -67,6 +70,9 @@ def estimate(values: Sequence[Sequence[float]] | Table, is_share: bool = False, 
         return Estimate(np.nan, np.nan, np.nan, np.nan, np.nan, np.nan, seeds, items)
     there = ~np.isnan(table)
     mean = float(np.nanmean(table, axis=1).mean())
+    if is_share and (np.abs(table[there]).max() > 1 or not (is_difference or table[there].min() >= 0)):
+        got = f"{table[there].min():g} to {table[there].max():g}"
+        raise ValueError(f"values: got {got}; expected shares, from 0 to 1, or differences of such")
     parts = _variances(table, there, mean)
     tied = np.unique(table[there], return_counts=True)[1].max() / there.sum() if is_share and items > 1 else 0.0
     weight = tied**items

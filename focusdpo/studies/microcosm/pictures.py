@@ -34,8 +34,8 @@ def draw_intervals(table: Table, names: Mapping[str, str], measures: Sequence[st
     for number, name in enumerate(shown):
         _panel(axes.flat[number], table, name, names, labelled=number % columns == 0)
     figure.suptitle(
-        f"mean and 95 % interval by itself; dotted: {names[table.baseline]}\ngreen better than it, red worse, after Holm's "
-        "correction; gray not told apart",
+        f"mean and 95 % interval, not corrected; dotted: {names[table.baseline]}\n"
+        "green better than it, red worse, after Holm's correction; gray not told from it",
         fontsize=9,
     )
     figure.savefig(path, dpi=110)
