@@ -195,7 +195,7 @@ def _check_pairs(run: TrainConfig, changes: Sequence[Change]) -> None:
         check_match_count(masked.focus, datasets)
         problems += [problem for records in parts for problem in prior_problems(masked, records)]
     if problems:
-        raise DatasetError(problems)
+        raise DatasetError(list(dict.fromkeys(problems)))
 
 
 def check_alone(command: str) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import yaml
 from focusdpo.commands.ablate import jobs_of
 from focusdpo.commands.ablate import prepare as prepare_ablation
 from focusdpo.data import DatasetError, load_pairs
+from focusdpo.demo.scenes import write_dataset
 from focusdpo.features import pool_mask
 from focusdpo.foundation.journals import Journal
 from focusdpo.studies.ablation import jobs as ablation_jobs
@@ -26,7 +28,7 @@ from focusdpo.studies.ablation.page import write_ablation_page
 from focusdpo.studies.ablation.statistics import tabulate
 from focusdpo.studies.ablation.variants import VARIANTS, changes_of
 from focusdpo.studies.ablation.yardsticks import Measure
-from focusdpo.studies.config import AblationConfig
+from focusdpo.studies.config import AblationConfig, Grid
 from focusdpo.studies.microcosm.judging import MEASURES as JUDGED
 from focusdpo.training.config import DataConfig, FocusConfig, LoraConfig, ModelConfig, OptimConfig, SamplesConfig, TrainConfig
 from focusdpo.training.trainer import VALIDATION_SEED, Trainer
@@ -36,13 +38,19 @@ from tests.browser import browser, in_browser
 from tests.processes import workers_of
 
 
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Eight pairs with a prior for each subject, which some variants need."""
+    return write_dataset(tmp_path_factory.mktemp("data") / "pairs", 8, 96, seed=0, per_subject=True)
+
+
 @pytest.fixture
-def run(tmp_path, tiny_flux, tiny_pairs):
+def run(tmp_path, tiny_flux, pairs):
     return TrainConfig(
         model=ModelConfig(path=str(tiny_flux), dtype="fp32", max_sequence_length=16, gradient_checkpointing=False),
         data=DataConfig(
-            train=str(tiny_pairs),
-            validation=str(tiny_pairs),
+            train=str(pairs),
+            validation=str(pairs),
             resolution=64,
             reference_resolution_multiple=32,
             reference_buckets=["1:1"],
@@ -70,7 +78,7 @@ def settings(run, tmp_path):
     def make(**changes):
         file.write_text(yaml.safe_dump(dataclasses.asdict(run)))
         values = {"variants": ["base", "dpo"], "seeds": [0, 1], "points": 2, "times": [0.5], "samples": 1}
-        return AblationConfig(str(file), str(tmp_path / "ablation"), **values | changes)
+        return AblationConfig(str(file), str(tmp_path / "ablation"), **{"baseline": "dpo"} | values | changes)
 
     return make
 
@@ -119,18 +127,21 @@ def test_grids(run, settings):
 
 def test_every_variant_and_grid_is_trained(run, settings, tmp_path):
     run.max_steps = 2
-    grids = ["tau", "gamma", "match_count", "layers", "mask_from", "feature_source"]
-    config = settings(variants=list(VARIANTS), seeds=[0], grids=grids, layers=["late"], samples=0)
+    grids = list(typing.get_args(Grid))
+    few = {"layers": ["late"], "tau": [0.4], "gamma": [0.6], "match_count": [0.25], "kappa": [0.9]}
+    config = settings(variants=list(VARIANTS), seeds=[0], grids=grids, samples=0, **few)
     prepare_ablation(config)()
     rows = {row["variant"]: row for row in results_in(tmp_path / "ablation")["table"]["rows"]}
     assert list(rows) == [change.name for change in changes_of(config, run)]
-    assert list(rows)[:7] == list(VARIANTS) and {name.split("=")[0] for name in list(rows)[7:]} == set(grids)
+    count = len(VARIANTS)
+    assert list(rows)[:count] == list(VARIANTS) and {name.split("=")[0] for name in list(rows)[count:]} == set(grids)
 
     def error(name):
         (cell,) = (cell for cell in rows[name]["cells"] if cell["measure"] == "lose/inside")
         return cell["estimate"]["mean"]
 
-    learned = {name: error(name) for name in ("base", "sft", "dpo", "prior", "structure", "detail")}
+    losses = ("base", "sft", "dpo", "prior", "subject", "structure", "random", "truth", "detail")
+    learned = {name: error(name) for name in losses}
     assert len(set(learned.values())) == len(learned), f"each is another loss: {learned}"
     page = (tmp_path / "ablation" / "ablation.html").read_text()
     assert all(change.label in page for change in changes_of(config, run)), "a row each"
@@ -145,8 +156,9 @@ def test_yardsticks_by_hand(run):
     found = yardsticks.judge(trainer, [0.3, 0.7], limit=3)
     assert {len(values) for values in found.values()} == {3} and set(yardsticks.MEASURES) <= set(found)
     batch = next(iter(torch.utils.data.DataLoader(trainer.validation_set, batch_sampler=[[0, 1, 2]], collate_fn=_collate)))
-    prior = pool_mask(batch.prior)
-    expected = {name: [] for name in ("win/whole", "win/inside", "lose/outside", "accuracy/inside")}
+    prior = pool_mask(batch.prior).any(1)
+    names = ("win/whole", "win/inside", "lose/outside", "accuracy/inside", "drift/inside", "drift/outside", "drift/whole")
+    expected = {name: [] for name in names}
     for number, t in enumerate((0.3, 0.7)):
         noised = trainer.step.noise(batch, torch.Generator().manual_seed(VALIDATION_SEED + number), torch.full((3,), t))
         policy, reference, _ = trainer.step.predictions(noised, batch)
@@ -161,6 +173,9 @@ def test_yardsticks_by_hand(run):
         expected["lose/outside"].append(mean(errors[3:], ~prior) / mean(basis[3:], ~prior))
         gained = (mean(errors, prior.repeat(2, 1)) - mean(basis, prior.repeat(2, 1))).unflatten(0, (2, 3))
         expected["accuracy/inside"].append((gained[0] < gained[1]).double())
+        moved = (policy - reference).double().square().mean(-1).unflatten(0, (2, 3)).mean(0)
+        for region, where in (("inside", prior), ("outside", ~prior), ("whole", whole)):
+            expected[f"drift/{region}"].append(mean(moved, where))
     for name, values in expected.items():
         assert found[name] == pytest.approx(torch.stack(values).mean(0).tolist(), rel=1e-4), name
 
@@ -358,7 +373,7 @@ def test_the_judge_is_asked_at_the_end_alone(settings, tmp_path):
         prepare_ablation(settings(seeds=[0], samples=0, **judged_at), judge, DRAWN)
 
 
-def test_a_training_that_gives_up(run, settings, tmp_path, monkeypatch, tiny_pairs):
+def test_a_training_that_gives_up(run, settings, tmp_path, monkeypatch, pairs):
     """One seed of two fails in mid-course; the pairs of which one is left out keep their own pictures."""
     trained = Trainer._is_finite
 
@@ -376,7 +391,7 @@ def test_a_training_that_gives_up(run, settings, tmp_path, monkeypatch, tiny_pai
     assert "1 of 2 trainings came through; seed 1: no finite gradient" in (tmp_path / "ablation" / "ablation.html").read_text()
     left_out = (tmp_path / "ablation" / "runs" / "dpo" / "seed-0" / "left_out.jsonl").read_text().splitlines()
     lines = {json.loads(line)["line"] for line in left_out}
-    kept = [r for r in load_pairs(str(tiny_pairs)) if r.line not in lines]
+    kept = [r for r in load_pairs(str(pairs)) if r.line not in lines]
     assert lines and kept[0].prompt in (tmp_path / "ablation" / "ablation.html").read_text()
 
 
