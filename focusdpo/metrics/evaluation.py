@@ -21,10 +21,10 @@ from focusdpo.metrics.bootstrap import mean_interval
 from focusdpo.metrics.config import EvaluateConfig
 from focusdpo.metrics.embeddings import embed, stack
 from focusdpo.metrics.encoders import unit
-from focusdpo.metrics.fid import frechet_interval
+from focusdpo.metrics.fid import frechet_distance_of_features, frechet_interval
 from focusdpo.metrics.images import Picture
 from focusdpo.metrics.inputs import Inputs
-from focusdpo.metrics.report import Line, Row, by, subject_rows, summarise
+from focusdpo.metrics.report import Line, Row, Subjects, by, line_of, subject_rows, summarise
 from focusdpo.metrics.similarity import image_metrics, image_values, region_metrics, region_values
 
 logger = logging.getLogger(__name__)
@@ -41,16 +41,18 @@ def evaluate(config: EvaluateConfig, inputs: Inputs) -> None:
     images, regions, fid_features = _measure(config, inputs, out / EMBEDDINGS)
     interval = partial(mean_interval, level=config.level, resamples=config.resamples, seed=config.seed)
     metrics, leakage = image_metrics(list(inputs.encoders)), region_metrics(list(inputs.encoders)) | MISSING
-    summary = summarise(images, metrics, interval) | summarise(regions, leakage, interval)
+    asked = {line: frozenset(names) for line, names in inputs.subjects.names.items()}
+    summary = summarise(images, metrics, interval, asked) | summarise(regions, leakage, interval, asked)
     if inputs.fid is not None:
-        summary["fid"] = _fid(config, inputs, fid_features)
+        summary["fid"] = _fid(config, inputs, fid_features, asked)
     regions_of = by(regions, "subject")  # regions count for the subject that they show
-    subjects = {
-        subject: summarise(rows, metrics, interval) | summarise(regions_of.get(subject, ()), leakage, interval)
-        for subject, rows in sorted(by(subject_rows(images, metrics), "subject").items())
-    }
+    subjects = {}
+    for subject, rows in sorted(by(subject_rows(images, metrics), "subject").items()):
+        alone = dict.fromkeys(asked, frozenset({subject}))
+        subjects[subject] = summarise(rows, metrics, interval, alone, "prompts")
+        subjects[subject] |= summarise(regions_of.get(subject, ()), leakage, interval, alone, "prompts")
     prompts = [
-        ((line, inputs.prompts[line].text, len(rows)), summarise(rows, metrics, interval, within_prompt=True))
+        ((line, inputs.prompts[line].text, len(rows)), summarise(rows, metrics, interval, asked, "images"))
         for line, rows in tqdm(by(images, "line").items(), desc="intervals per prompt", unit="prompt", leave=False)
     ]
     results = {
@@ -162,12 +164,12 @@ def _measure(config: EvaluateConfig, inputs: Inputs, folder: Path) -> tuple[list
     return images, regions, (stack(features, [key(picture) for picture in inputs.real]), fake)
 
 
-def _fid(config: EvaluateConfig, inputs: Inputs, features: Any) -> Line:
+def _fid(config: EvaluateConfig, inputs: Inputs, features: Any, subjects: Subjects) -> Line:
     real, fake = features
     fewest = min(len(real), len(fake))
     if fewest <= real.shape[1]:
         text = "FID of %d images with %d features: its covariance is not full, and it is too high"
         logger.warning(text, fewest, real.shape[1])
-    lines = [image.line for image in inputs.images]
-    distance, low, high = frechet_interval(real, fake, lines, config.level, config.fid_resamples, config.seed)
-    return Line(distance, low, high, len(fake), len(set(lines)))
+    rows = [{"line": image.line, "image": image.name} for image in inputs.images]
+    estimate = partial(frechet_interval, real, fake, level=config.level, resamples=config.fid_resamples, seed=config.seed)
+    return line_of(rows, subjects, "subjects", frechet_distance_of_features(real, fake), estimate)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Hashable, Iterable
+
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
+from scipy import stats
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm.auto import tqdm
 
 from focusdpo.metrics import LEVEL
-from focusdpo.metrics.bootstrap import Interval
+from focusdpo.metrics.bootstrap import Interval, find_clusters
 
 
 class _Features(nn.Module):
@@ -48,16 +52,18 @@ def frechet_distance_of_features(real: ArrayLike | Tensor, fake: ArrayLike | Ten
 
 
 def frechet_interval(
-    real: Tensor, fake: Tensor, groups: ArrayLike, level: float = LEVEL, resamples: int = 100, seed: int = 0
+    real: Tensor, fake: Tensor, groups: Iterable[Hashable], level: float = LEVEL, resamples: int = 100, seed: int = 0
 ) -> Interval:
-    """The distance, and an interval over groups of generated images: the distance +- z times its bootstrap deviation.
+    """The distance, and an interval over groups of generated images: the distance +- t times its bootstrap deviation.
 
-    Percentiles would mislead: a resample repeats images, which moves its distance up. Its spread is right all the same.
+    Percentiles would mislead: a resample repeats images, which moves its distance up. Its spread is right all the same, once it
+    is made larger for few groups, and for those with common members as if members were all that differs, by
+    `Clusters.independent`.
 
     Args:
         real: [N, D] features of real images, taken as they are.
         fake: [M, D] features of generated images.
-        groups: [M], whatever tells groups apart, as the prompts; a resample draws groups.
+        groups: [M], as `mean_interval` takes them; a resample draws groups.
         level: of the interval, between 0 and 1.
         resamples: each takes as long as the distance itself; fewer than 2 give no interval.
         seed: the same seed gives the same interval.
@@ -66,14 +72,17 @@ def frechet_interval(
         (distance, low, high); low and high are NaN without an interval, and low is 0 at least.
     """
     distance = frechet_distance_of_features(real, fake)
-    names, index = np.unique(np.asarray(groups), return_inverse=True)
-    if resamples < 2 or len(names) < 2:
-        return distance, float("nan"), float("nan")
+    clusters = find_clusters(groups)
+    number, independent = len(clusters.sizes), clusters.independent
+    if resamples < 2 or number < 2:
+        return distance, math.nan, math.nan
     rng = np.random.default_rng(seed)
-    members = [np.flatnonzero(index == group) for group in range(len(names))]
+    members = [np.flatnonzero(clusters.index == group) for group in range(number)]
     found = []
     for _ in tqdm(range(resamples), desc="resampling FID", unit="resample", leave=False):
-        drawn = np.concatenate([members[group] for group in rng.integers(0, len(names), len(names))])
+        drawn = np.concatenate([members[group] for group in rng.integers(0, number, number)])
         found.append(frechet_distance_of_features(real, fake[torch.from_numpy(drawn)]))
-    half = float(torch.special.ndtri(torch.tensor((1 + level) / 2, dtype=torch.float64))) * float(np.std(found, ddof=1))
+    apart = clusters.sizes.sum() ** 2 / (clusters.sizes @ clusters.sizes)  # `independent`, had they no common members
+    deviation = float(np.std(found, ddof=1)) * math.sqrt(apart / (independent - 1))
+    half = float(stats.t.ppf((1 + level) / 2, independent - 1)) * deviation
     return distance, max(distance - half, 0.0), distance + half

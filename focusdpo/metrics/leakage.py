@@ -19,10 +19,12 @@ def region_leakage(
 
     Returns:
         [M] each, float64: `right`, the similarity to the own reference; `wrong_mean` and `wrong_max` over the others;
-        `gap` = right - wrong_max; `leaks`, 1 where a wrong reference is nearer than the own (gap < 0), else 0.
+        `gap` = right - wrong_max; `leaks`, 1 where the region's first choice among its image's references is another than
+        its own (gap < 0), else 0, also where it is as near to both.
 
     Raises:
-        ValueError: shapes that do not fit, an `own` that is out of range or absent, no wrong reference, a zero feature.
+        ValueError: shapes that do not fit, an `own` that is out of range or absent, no wrong reference, a zero feature, or
+            similarities that are not finite.
     """
     features, others = np.asarray(regions, dtype=np.float64), np.asarray(references, dtype=np.float64)
     if features.ndim != 2 or others.ndim != 3 or (len(features), features.shape[1]) != (len(others), others.shape[2]):
@@ -52,6 +54,8 @@ def leakage_of_similarities(
     rows = np.arange(len(table))
     if not known[rows, index].all():
         raise ValueError("own: a region's own reference is not present")
+    if not np.isfinite(table[known]).all():
+        raise ValueError("similarities: not finite; which reference is nearest cannot be told")
     wrong = known.copy()
     wrong[rows, index] = False
     if not wrong.any(axis=1).all():

@@ -4,60 +4,101 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from focusdpo.foundation.files import write_whole, writing
-from focusdpo.foundation.text import aligned, cell, printable
-from focusdpo.metrics.bootstrap import Interval
+from focusdpo.foundation.text import aligned, cell, counted, first_of, printable
+from focusdpo.metrics.bootstrap import Interval, find_clusters
 
 RESULTS, PROMPTS, SUBJECTS, PICTURE = "results.json", "prompts.csv", "subjects.csv", "subjects.png"
 FILES = (RESULTS, PROMPTS, SUBJECTS, PICTURE)
 SHOWN = 40  # subjects in the picture
 SHARES = ("_leaks", "missing")  # ends of the names of rates
+FEWEST = 6  # of what is drawn, for an interval: docs/evaluation.md says why
 
 Row = Mapping[str, Any]
+Over = Literal["subjects", "prompts", "images"]
 
 
 @dataclass(frozen=True)
 class Line:
-    """A metric's mean with its interval, and how many images or regions, and prompts, it is over."""
+    """A metric's mean with its interval, and what they are over.
+
+    Attributes:
+        count: images or regions.
+        over: what the interval draws, each with all that belongs to it.
+        note: of what alone the interval speaks, or why there is none; empty where neither.
+    """
 
     mean: float
     low: float
     high: float
     count: int
+    images: int
     prompts: int
+    subjects: int
+    over: Over
+    note: str
 
 
+Groups = Sequence[Hashable]
 Intervals = Callable[..., Interval]  # `mean_interval` with a run's settings
+Subjects = Mapping[int, frozenset[str]]  # by the prompt's line
 
 
-def summarise(rows: Sequence[Row], names: Iterable[str], interval: Intervals, within_prompt: bool = False) -> dict[str, Line]:
+def summarise(
+    rows: Iterable[Row], names: Iterable[str], interval: Intervals, subjects: Subjects, over: Over = "subjects"
+) -> dict[str, Line]:
     """The metrics over rows that have them.
 
     Args:
-        rows: with "line", the prompt, and metrics by name.
+        rows: with "line", the prompt, "image", and metrics by name.
         names: of the metrics.
         interval: mean and interval of values in groups.
-        within_prompt: whether all rows are one prompt's: its images are resampled then, else the prompts.
+        subjects: of each prompt.
+        over: what intervals draw.
     """
-    found = {}
+    found, listed = {}, list(rows)
     for name in names:
-        having = [row for row in rows if row.get(name) is not None]
+        having = [row for row in listed if row.get(name) is not None]
         if having:
-            lines = [row["line"] for row in having]
-            mean, low, high = interval(
-                [row[name] for row in having], None if within_prompt else lines, is_share=name.endswith(SHARES)
-            )
-            found[name] = Line(mean, low, high, len(having), len(set(lines)))
+            values = [row[name] for row in having]
+            estimate = partial(interval, values, is_share=name.endswith(SHARES))
+            found[name] = line_of(having, subjects, over, float(np.mean(values)), estimate)
     return found
+
+
+def line_of(rows: Sequence[Row], subjects: Subjects, over: Over, mean: float, estimate: Callable[[Groups], Interval]) -> Line:
+    """The line of rows whose mean is known, with the interval that `estimate` makes of their groups.
+
+    Prompts are drawn with all that have their subjects; where all have the same, one by one: what is found is of these subjects
+    alone. With fewer than `FEWEST` to draw there is no interval.
+    """
+    sets = [subjects[row["line"]] for row in rows]
+    everyone = frozenset[str]().union(*sets)
+    counts = {"images": len({row["image"] for row in rows}), "prompts": len({row["line"] for row in rows})}
+    counts["subjects"] = len(everyone)
+    notes = []
+    if over == "subjects" and len(set(sets)) == 1:
+        over = "prompts"
+        notes.append(f"over prompts, of {first_of(sorted(everyone))} alone")
+    groups: Groups = sets if over == "subjects" else [row["line" if over == "prompts" else "image"] for row in rows]
+    low = high = math.nan
+    independent = round(find_clusters(groups).independent, 6)
+    if independent < FEWEST:
+        as_many = f", which count as {independent:.1f}" if independent < counts[over] else ""
+        notes.append(f"none for {counted(counts[over], over[:-1])}{as_many}, too few: {FEWEST} are needed")
+    else:
+        _, low, high = estimate(groups)
+    return Line(mean, low, high, len(rows), **counts, over=over, note="; ".join(notes))
 
 
 def by(rows: Iterable[Row], name: str) -> dict[Any, list[Row]]:
@@ -76,7 +117,7 @@ def subject_rows(image_rows: Iterable[Row], metrics: Iterable[str]) -> list[Row]
         for index, subject in enumerate(row["subjects"]):
             own = {name: row[f"{name}_references"][index] for name in names if f"{name}_references" in row}
             whole = {name: row[name] for name in names if name == "clip_t"}
-            rows.append({"line": row["line"], "subject": subject, **own, **whole})
+            rows.append({"line": row["line"], "image": row["image"], "subject": subject, **own, **whole})
     return rows
 
 
@@ -99,14 +140,16 @@ def write_table(file: Path, first: Sequence[str], rows: Iterable[tuple[Sequence[
 
 
 def table(lines: Mapping[str, Line], labels: Mapping[str, str], level: float, of: str) -> str:
-    """Metrics with their intervals, for reading; `of` says what is counted, images or regions."""
-    rows = [("", "mean", f"{level:.0%} interval", of, "prompts")]
+    """Metrics with their intervals and the notes on these, for reading; `of` says what is counted, images or regions."""
+    rows = [("", "mean", f"{level:.0%} interval", of, "prompts", "subjects")]
     for name, label in labels.items():
         if name in lines:
             line, digits = lines[name], 2 if name == "fid" else 4
             interval = "-" if math.isnan(line.low) else f"{line.low:.{digits}f} to {line.high:.{digits}f}"
-            rows.append((printable(label), f"{line.mean:.{digits}f}", interval, str(line.count), str(line.prompts)))
-    return aligned(rows, words=1)
+            counts = (str(line.count), str(line.prompts), str(line.subjects))
+            rows.append((printable(label), f"{line.mean:.{digits}f}", interval, *counts))
+    notes = dict.fromkeys(lines[name].note for name in labels if name in lines)
+    return "\n".join([aligned(rows, words=1), *(f"intervals: {printable(note)}" for note in notes if note)])
 
 
 def draw_subjects(
@@ -145,7 +188,7 @@ def draw_subjects(
         row[0].set_yticks(range(len(shown)), [_short(subject) for subject in shown], parse_math=False)
         row[0].set_ylim(len(shown) - 0.5, -0.5)
     rest = f"; the {len(shown)} of {len(subjects)} subjects that are lowest in {title}" if len(shown) < len(subjects) else ""
-    figure.suptitle(f"Per subject, {level:.0%} intervals over prompts; blue: all{rest}", fontsize=11)
+    figure.suptitle(f"Per subject, {level:.0%} intervals over prompts; blue: all, over subjects{rest}", fontsize=11)
     with writing(file) as partial:
         figure.savefig(partial, dpi=110, format="png")
 

@@ -8,6 +8,8 @@ from scipy import stats
 
 from focusdpo.metrics import LEVEL
 
+LARGEST = 1e12  # number of values; beyond it scipy's quantiles end
+
 
 def exact_interval(share: float, count: float, level: float = LEVEL) -> tuple[float, float]:
     """Clopper and Pearson's interval (Biometrika 26, 1934) of a share of `count` independent values.
@@ -26,19 +28,33 @@ def exact_interval(share: float, count: float, level: float = LEVEL) -> tuple[fl
     return low, high
 
 
-def share_interval(means: ArrayLike, level: float = LEVEL) -> tuple[float, float]:
-    """Interval of the mean of groups' means, as those of several trainings: Korn and Graubard's.
+def clustered_interval(share: float, deviation: float, clusters: float, level: float = LEVEL) -> tuple[float, float]:
+    """Interval of a share whose values come in clusters: Korn and Graubard's.
 
-    Student's interval of few groups near 0 or 1 leaves [0, 1], and covers the truth less often than it says. Korn and Graubard
-    (Survey Methodology 24, 1998; the standard of the US National Center for Health Statistics, 2017, for shares of clustered
-    samples) take Clopper and Pearson's at the number of independent values that would scatter as much as the groups do, made
-    smaller by how little so few groups say of that. Away from the ends it is close to Student's.
+    Student's interval of few clusters near 0 or 1 leaves [0, 1], and covers the truth less often than it says. Korn and
+    Graubard (Survey Methodology 24, 1998; the standard of the US National Center for Health Statistics, 2017) take Clopper and
+    Pearson's at the number of independent values that would scatter as much as the share does, made smaller by how little so
+    few clusters say of that. Away from the ends it is close to Student's. The number is that of the clusters at least, as
+    nothing from 0 to 1 scatters more than 0 and 1 do: of clusters that are each a single 0 or 1 it is Clopper and Pearson's.
+
+    Args:
+        share: from 0 to 1.
+        deviation: of the share, its standard error, above 0.
+        clusters: how many independent ones, above 1; need not be whole.
+        level: of the interval, between 0 and 1.
+    """
+    tail = (1 - level) / 2
+    ratio = float(stats.norm.ppf(tail) / stats.t.ppf(tail, clusters - 1))
+    count = share * (1 - share) * (ratio / deviation) ** 2
+    return exact_interval(share, min(max(count, clusters), LARGEST), level)
+
+
+def share_interval(means: ArrayLike, level: float = LEVEL) -> tuple[float, float]:
+    """`clustered_interval` of the mean of groups' means, as those of several trainings.
 
     Args:
         means: [G], from 0 to 1, not all equal; G at least 2.
         level: of the interval, between 0 and 1.
     """
     values = np.asarray(means, dtype=np.float64)
-    share, tail = float(values.mean()), (1 - level) / 2
-    ratio = stats.norm.ppf(tail) / stats.t.ppf(tail, len(values) - 1)
-    return exact_interval(share, share * (1 - share) / float(stats.sem(values)) ** 2 * ratio**2, level)
+    return clustered_interval(float(values.mean()), float(stats.sem(values)), len(values), level)

@@ -236,7 +236,7 @@ def test_tables_of_an_evaluation(tmp_path):
     from focusdpo.metrics.report import Line, write_table
 
     prompts = ['=HYPERLINK("http://x")', "a, b\n2,=1", "plain", "-5 cats", "\ud800"]
-    line = Line(-0.5, -1.0, 0.5, 3, 3)
+    line = Line(-0.5, -1.0, 0.5, count=3, images=3, prompts=3, subjects=1, over="prompts", note="")
     write_table(tmp_path / "t.csv", ("line", "prompt"), [((-n, prompt), {"clip": line}) for n, prompt in enumerate(prompts, 1)])
     with (tmp_path / "t.csv").open(newline="") as stream:
         rows = list(csv.reader(stream))

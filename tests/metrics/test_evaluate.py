@@ -24,7 +24,7 @@ from focusdpo.commands.cli import main
 from focusdpo.commands.evaluate import prepare as prepare_evaluation
 from focusdpo.foundation.tensor_files import TensorFiles
 from focusdpo.metrics import inputs as inputs_module
-from focusdpo.metrics.bootstrap import mean_interval
+from focusdpo.metrics.bootstrap import find_clusters, mean_interval
 from focusdpo.metrics.config import EvaluateConfig
 from focusdpo.metrics.encoders import Encoder, Encoders, load_encoder
 from tests.tiny_vision import write_tiny_clip, write_tiny_dinov2, write_tiny_features
@@ -137,26 +137,88 @@ def test_every_value_is_the_encoders_own(study, models, capsys):
     assert set(summary) == {"clip_i", "clip_i_min", "dino", "dino_min", "dinov2", "dinov2_min", "clip_t"}
     for name, line in summary.items():
         assert line["mean"] == pytest.approx(np.mean([row[name] for row in results["images"]]))
-        assert line["low"] < line["mean"] < line["high"] and (line["count"], line["prompts"]) == (8, 4)
-    lines = [row["line"] for row in results["images"]]  # images of a prompt are drawn together
-    expected = mean_interval([row["dino"] for row in results["images"]], lines, resamples=200)
-    assert [summary["dino"][end] for end in ("mean", "low", "high")] == pytest.approx(list(expected))
+        assert line["low"] is None and (line["count"], line["images"], line["prompts"], line["subjects"]) == (8, 8, 4, 3)
+        assert (line["over"], line["note"]) == ("subjects", "none for 3 subjects, which count as 1.6, too few: 6 are needed")
     cat = results["subjects"]["cat"]["dino"]
     own = [row["dino_references"][row["subjects"].index("cat")] for row in results["images"] if "cat" in row["subjects"]]
-    assert cat["mean"] == pytest.approx(np.mean(own)) and (cat["count"], cat["prompts"]) == (4, 2)
+    assert cat["mean"] == pytest.approx(np.mean(own)) and (cat["count"], cat["prompts"], cat["subjects"]) == (4, 2, 1)
+    assert (cat["over"], cat["note"]) == ("prompts", "none for 2 prompts, too few: 6 are needed")
     with (study / "out" / "prompts.csv").open() as file:
         table = list(csv.DictReader(file))
     assert [(row["line"], row["prompt"], row["images"]) for row in table] == [
         (str(line), prompt, "2") for line, (prompt, _) in enumerate(LINES, start=1)
     ]
     assert float(table[2]["dino"]) == pytest.approx((1 + results["images"][5]["dino"]) / 2, abs=1e-5)
-    assert float(table[2]["dino_low"]) < float(table[2]["dino"]) < float(table[2]["dino_high"])  # over its own images
+    assert table[2]["dino_low"] == ""  # two images
     with (study / "out" / "subjects.csv").open() as file:
         assert [row["subject"] for row in csv.DictReader(file)] == sorted(SUBJECTS)
     assert Image.open(study / "out" / "subjects.png").width > 800
     printed = capsys.readouterr().out
     assert f"{summary['dino']['mean']:.4f}" in printed and "DINO, minimum over references" in printed
+    assert printed.count("intervals: none for 3 subjects, which count as 1.6, too few: 6 are needed") == 1
     assert results["settings"]["clip"] == models["clip"] and results["versions"]["torch"] == torch.__version__
+
+
+def many(study, lines, images=1):
+    """A manifest of those lines alone, of subjects by number, with noise for images."""
+    for subject in {each for _, subjects in lines for each in subjects}:
+        folder = study / "photos" / f"subject{subject}"
+        folder.mkdir()
+        picture(700 + subject).save(folder / "00.png")
+    text = [
+        json.dumps({"prompt": prompt, "references": [{"image": f"photos/subject{each}/00.png"} for each in subjects]})
+        for prompt, subjects in lines
+    ]
+    (study / "multi.jsonl").write_text("\n".join(text) + "\n")
+    shutil.rmtree(study / "images")
+    (study / "images").mkdir()
+    for line in range(1, len(lines) + 1):
+        for number in range(images):
+            picture(1000 + 10 * line + number).save(study / "images" / f"{line}_{number}.png")
+
+
+def numbers(line):
+    return [line[end] for end in ("mean", "low", "high")]
+
+
+def test_what_intervals_draw(study, models, capsys):
+    """All: subjects with their prompts. A subject: its prompts. A prompt: its images."""
+    many(study, [(f"prompt {number}", (number // 6,)) for number in range(42)], images=6)
+    results = evaluate(study, dino=models["dino"])
+    dino = np.array([row["dino"] for row in results["images"]]).reshape(7, 6, 6)
+    line = results["summary"]["dino"]
+    assert numbers(line) == pytest.approx(mean_interval(dino.ravel(), np.repeat(range(7), 36), resamples=200))
+    assert [line[name] for name in ("subjects", "prompts", "images", "over", "note")] == [7, 42, 252, "subjects", ""]
+    line = results["subjects"]["subject2"]["dino"]
+    assert numbers(line) == pytest.approx(mean_interval(dino[2].ravel(), np.repeat(range(6), 6), resamples=200))
+    assert [line[name] for name in ("subjects", "prompts", "images", "over", "note")] == [1, 6, 36, "prompts", ""]
+    with (study / "out" / "prompts.csv").open() as file:
+        row = list(csv.DictReader(file))[20]
+    found = [float(row[name]) for name in ("dino", "dino_low", "dino_high")]
+    assert found == pytest.approx(mean_interval(dino[3, 2], resamples=200), abs=1e-6)
+    assert "intervals:" not in capsys.readouterr().out
+
+
+def test_pairs_that_share_subjects(study, models):
+    """Nine pairs of ten subjects, one after the other; regions are in those of their image. FID draws pairs too."""
+    many(study, [(f"prompt {number}", (number // 2, number // 2 + 1)) for number in range(18)])
+    boxes = {f"{line}_0.png": [[0, 0, 16, 32], [16, 0, 32, 32]] for line in range(1, 19)}
+    results = evaluate(study, dino=models["dino"], regions=regions(study, boxes), fid=models["dino"], fid_resamples=3)
+    subjects = [frozenset({number // 2, number // 2 + 1}) for number in range(18)]
+    independent = find_clusters(subjects).independent
+    assert independent == pytest.approx(18 * 36 / (2 * 2**2 + 8 * 4**2))  # two subjects in two prompts, eight in four
+    too_few = f"none for 10 subjects, which count as {independent:.1f}, too few: 6 are needed"
+    assert {line["note"] for line in results["summary"].values()} == {too_few}
+
+
+def test_one_subject_has_an_interval_of_its_own(study, models, capsys):
+    many(study, [(f"prompt {number}", (0,)) for number in range(7)], images=2)
+    options = {"fid": models["dino"], "real": str(study / "photos"), "fid_resamples": 3}
+    line = evaluate(study, dino=models["dino"], **options)["summary"]
+    for name in ("dino", "fid"):
+        assert line[name]["low"] < line[name]["mean"] < line[name]["high"] and line[name]["over"] == "prompts"
+        assert line[name]["note"] == "over prompts, of subject0 alone"
+    assert "intervals: over prompts, of subject0 alone" in capsys.readouterr().out
 
 
 def regions(study, boxes, name="regions.jsonl"):
@@ -179,9 +241,7 @@ def test_leakage_of_planted_regions(study, models, capsys):
     right = evaluate(study, **models, regions=regions(study, planted()))
     for name in ("clip_i", "dino", "dinov2"):
         leaks = right["summary"][f"{name}_leaks"]
-        assert (leaks["mean"], leaks["low"]) == (0.0, 0.0) and 0 < leaks["high"] < 1, (
-            "no leak in so few prompts is no certainty"
-        )
+        assert leaks["mean"] == 0.0 and leaks["high"] is None, "no leak of so few subjects is no certainty"
         assert right["summary"][f"{name}_right"]["mean"] == pytest.approx(1.0, abs=1e-6)
         assert right["summary"][f"{name}_gap"]["mean"] > 0
         assert right["summary"][f"{name}_right"]["count"] == 6  # the prompt of one subject has none to leak from
@@ -270,7 +330,7 @@ def test_fid_is_that_of_the_encoders_features(study, models, real):
     shared = np.sqrt(np.linalg.eigvalsh(root @ np.cov(second.T) @ root).clip(0)).sum()
     expected = ((first.mean(0) - second.mean(0)) ** 2).sum() + np.trace(np.cov(first.T) + np.cov(second.T)) - 2 * shared
     assert found["mean"] == pytest.approx(expected, rel=1e-4)
-    assert found["low"] < found["mean"] < found["high"] and (found["count"], found["prompts"]) == (28, 4)
+    assert found["low"] is None and (found["count"], found["prompts"], found["subjects"]) == (28, 4, 3)
 
 
 def raw_features(models, images):

@@ -18,7 +18,7 @@ from scipy.linalg import sqrtm
 from torchmetrics.multimodal import CLIPScore
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, Dinov2Model, ViTModel
 
-from focusdpo.metrics.bootstrap import mean_interval
+from focusdpo.metrics.bootstrap import find_clusters, mean_interval
 from focusdpo.metrics.encoders import load_encoder, load_inception, unit
 from focusdpo.metrics.fid import frechet_distance_of_features, frechet_interval
 from focusdpo.metrics.leakage import leakage_of_similarities, region_leakage
@@ -80,10 +80,43 @@ def test_the_mean_is_over_values_where_groups_differ_in_size():
     np.testing.assert_allclose([low, high], [mean - half, mean + half], atol=0.1 * half)
 
 
+def test_few_groups_know_little_of_their_spread():
+    """As Student's, of which a bootstrap's percentiles have 0.8 and less."""
+    values = stats.norm.ppf((np.arange(6) + 0.5) / 6)  # symmetric, so that nothing is skewed
+    low, high = stats.t.interval(0.95, 5, loc=0, scale=stats.sem(values))
+    assert np.ptp(mean_interval(values, resamples=20000)[1:]) == pytest.approx(high - low, rel=0.03)
+
+
+def test_groups_with_common_members_depend_on_each_other():
+    """Their covariance is counted, by hand; those without are as any other."""
+    values = np.random.default_rng(3).normal(size=40)
+    apart = [frozenset({f"a{i}", f"b{i}"}) for i in range(40)]
+    assert mean_interval(values, apart) == mean_interval(values) and find_clusters(apart).independent == pytest.approx(40)
+    ring = [frozenset({i, (i + 1) % 40}) for i in range(40)]
+    clusters = find_clusters(ring)
+    assert clusters.independent == pytest.approx(20)  # the mean of 40 of their members, each in two
+    smooth = values + np.roll(values, -1)  # what members add
+    residuals = (smooth - smooth.mean()) / 40
+    together = sum(residuals[i] * residuals[j] for i in range(40) for j in range(40) if ring[i] & ring[j])
+    deviation = math.sqrt(together * 20 / 19)
+    _, low, high = mean_interval(smooth, ring, resamples=20000)
+    assert high - low == pytest.approx(2 * stats.t.ppf(0.975, 19) * deviation, rel=0.05)
+    shares = (smooth > 0).astype(float)
+    assert np.ptp(mean_interval(shares, ring, is_share=True)[1:]) > 1.15 * np.ptp(mean_interval(shares, is_share=True)[1:])
+
+
+def test_groups_of_different_sizes_count_for_less():
+    assert find_clusters("aaaaaabbc").independent == pytest.approx(81 / (36 + 4 + 1))
+    assert find_clusters([frozenset("ab"), frozenset("ac"), frozenset("ad")]).independent == pytest.approx(6 / (9 + 3) * 3)
+    assert find_clusters([frozenset("ab")] * 5).independent == 1
+
+
 @pytest.mark.parametrize("rate", [1, 29])
 def test_a_rate_near_its_end_has_an_interval(rate):
-    mean, low, high = mean_interval([1.0] * rate + [0.0] * (30 - rate))
-    assert 0 <= low < mean < high <= 1
+    """Of independent images it is that of a binomial."""
+    mean, low, high = mean_interval([1.0] * rate + [0.0] * (30 - rate), is_share=True)
+    exact = stats.binomtest(rate, 30).proportion_ci(method="exact")
+    assert (low, high) == pytest.approx((exact.low, exact.high)) and 0 <= low < mean < high <= 1
 
 
 def test_a_share_at_its_end_has_the_exact_interval():
@@ -129,7 +162,7 @@ def test_few_groups():
     [
         ({"values": []}, r"values: got shape \(0,\)"),
         ({"values": [1.0, math.nan]}, "expected .* finite"),
-        ({"values": [1.0], "groups": [1, 2]}, r"groups: got shape \(2,\)"),
+        ({"values": [1.0], "groups": [1, 2]}, "groups: got 2; expected one per value, 1"),
         ({"values": [1.0, 2.0], "level": 95}, "level: got 95"),
         ({"values": [1.0, 2.0], "resamples": 0}, "resamples: got 0"),
     ],
@@ -169,6 +202,23 @@ def test_the_interval_of_fid_is_about_its_spread():
     assert value - low == pytest.approx(high - value)
     assert math.isnan(frechet_interval(real, drawn[0], np.arange(200), resamples=0)[1])
     assert math.isnan(frechet_interval(real, drawn[0], np.zeros(200))[1])
+
+
+def test_the_interval_of_fid_draws_groups():
+    """Groups differ: by single images the spread of other sets would be missed. Common members make it wider, by formula."""
+    rng = np.random.default_rng(1)
+    real, groups = torch.from_numpy(rng.normal(size=(400, 4))), np.repeat(np.arange(20), 10)
+    drawn = [torch.from_numpy(rng.normal(size=(200, 4)) + rng.normal(size=(20, 4))[groups] + 1) for _ in range(60)]
+    spread = np.std([frechet_distance_of_features(real, fake) for fake in drawn])
+    deviations = []
+    for fake in drawn[:5]:
+        _, low, high = frechet_interval(real, fake, groups, resamples=60)
+        deviations.append((high - low) / 2 / stats.t.ppf(0.975, 19))
+    assert np.mean(deviations) == pytest.approx(spread, rel=0.25)
+    ring = [frozenset({group, (group + 1) % 20}) for group in groups]
+    value, _, high = frechet_interval(real, fake, ring, resamples=60)
+    wider = stats.t.ppf(0.975, 9) / stats.t.ppf(0.975, 19) * math.sqrt((20 / 9) / (20 / 19))
+    assert high - value == pytest.approx(wider * deviations[-1] * stats.t.ppf(0.975, 19))
 
 
 @pytest.mark.parametrize(
@@ -229,6 +279,14 @@ def test_images_with_fewer_references():
 
 def test_as_near_to_both_is_no_leak():
     assert leakage_of_similarities([[0.5, 0.5]], [0])["leaks"].tolist() == [0.0]
+
+
+def test_a_leak_is_another_first_choice_among_those_that_are_there():
+    found = leakage_of_similarities([[0.4, 0.5, 0.9], [0.5, 0.4, 0.9]], [0, 0], [[True, True, False]] * 2)
+    assert found["leaks"].tolist() == [1.0, 0.0]
+    assert leakage_of_similarities([[0.5, 0.4, math.nan]], [0], [[True, True, False]])["leaks"].tolist() == [0.0]
+    with pytest.raises(ValueError, match="similarities: not finite"):
+        leakage_of_similarities([[0.5, math.nan]], [0])
 
 
 @pytest.mark.parametrize(
@@ -397,5 +455,8 @@ def test_weights_that_are_missing_are_not_drawn_at_random(models, tmp_path):
 
 
 def test_the_table_says_where_there_is_no_interval():
-    text = table({"a": Line(0.5, math.nan, math.nan, 3, 1)}, {"a": "A", "b": "B"}, 0.95, "images")
-    assert text.splitlines()[1].split() == ["A", "0.5000", "-", "3", "1"] and len(text.splitlines()) == 2
+    one = {"count": 3, "images": 3, "prompts": 1, "subjects": 1, "over": "prompts"}
+    lines = {name: Line(0.5, math.nan, math.nan, **one, note="none, of 1 prompt") for name in "ac"}
+    text = table(lines, {"a": "A", "b": "B", "c": "C"}, 0.95, "images")
+    assert text.endswith("\nintervals: none, of 1 prompt") and text.count("none, of") == 1
+    assert text.splitlines()[1].split() == ["A", "0.5000", "-", "3", "1", "1"] and len(text.splitlines()) == 4
