@@ -20,6 +20,7 @@ from benchmarks.inputs import (
     NAMED,
     FocusInputs,
     Shape,
+    estimate_inputs,
     field_inputs,
     image_inputs,
     mask_inputs,
@@ -27,12 +28,19 @@ from benchmarks.inputs import (
     shapes,
     similarity_inputs,
     step_inputs,
+    subject_prediction_inputs,
 )
 from benchmarks.results import COMPILE, COMPILE_MAX, EAGER, OURS, PIECES
 from benchmarks.timing import rotations
 from focusdpo import focus_dpo_loss, focus_mask
 from focusdpo.mask import FocusMask
-from focusdpo_kernels import cross_layer_similarity, patch_entropy, preference_residual, structure_field
+from focusdpo_kernels import (
+    cross_layer_similarity,
+    estimate_alignment,
+    patch_entropy,
+    preference_residual,
+    structure_field,
+)
 from focusdpo_kernels import reference as spec
 from focusdpo_kernels.backend import INTERPRETED
 from focusdpo_kernels.shapes import bytes_moved
@@ -165,6 +173,22 @@ def _forward(residual: Function, x: FocusInputs) -> tuple[Tensor, ...]:
 def _backward(residual: Function, x: FocusInputs) -> tuple[Tensor, ...]:
     policy = [p.detach().requires_grad_() for p in x.predictions[:2]]
     margin = residual(*policy, *x.predictions[2:], x.mask)[4]
+    return torch.autograd.grad(margin, policy, torch.ones_like(margin))
+
+
+def _plain_subjects(*args: Tensor) -> tuple[Tensor, ...]:
+    *predictions, mask, subjects = args
+    return tuple(spec.preference_residual(predictions, [mask], subjects, "mean", 1)[:5])
+
+
+def _our_subjects(*args: Tensor, backend: str | None = OUR_BACKEND) -> tuple[Tensor, ...]:
+    *predictions, mask, subjects = args
+    return tuple(preference_residual(*predictions, mask, subjects=subjects, backend=backend)[:5])
+
+
+def _backward_of_subjects(residual: Function, x: FocusInputs) -> tuple[Tensor, ...]:
+    policy = [p.detach().requires_grad_() for p in x.predictions[:2]]
+    margin = residual(*policy, *x.predictions[2:], x.mask, x.subjects)[4]
     return torch.autograd.grad(margin, policy, torch.ones_like(margin))
 
 
@@ -362,6 +386,32 @@ GROUPS = (
         ("residual forward", "residual backward"),
         "(6 * 2 P C + 4 P) + (4 * 2 P C + 4 P + 2 * 2 P C)",
         tolerance=lambda patches: 4e-3,  # gradients are rounded to bf16
+    ),
+    _group(
+        "residual of subjects, forward+backward",
+        subject_prediction_inputs,
+        _backward_of_subjects,
+        _our_subjects,
+        _plain_subjects,
+        others={},
+        exact=functools.partial(_our_subjects, backend="torch"),
+        bytes=("residual forward", "residual backward", "where subjects are", "where subjects are"),
+        formula="(6 * 2 P C + 4 P + R P) + (4 * 2 P C + 4 P + 2 * 2 P C + R P)",
+        sweeps=("P", "R"),
+        tolerance=lambda patches: 4e-3,  # gradients are rounded to bf16
+    ),
+    _group(
+        "estimate",
+        estimate_inputs,
+        lambda function, x: function(*x.latents, x.prediction_scale),
+        functools.partial(estimate_alignment, backend=OUR_BACKEND),
+        spec.estimate_alignment,
+        None,
+        others={},
+        bytes=("estimate",),
+        formula="2 P C + 3 * 4 P C + 4 P",
+        sweeps=("P",),
+        tolerance=lambda patches: 1e-5,
     ),
     Group(
         "focus step",

@@ -62,6 +62,9 @@ class FocusInputs:
     k: int = 0
     predictions: list[Tensor] = field(default_factory=list)
     mask: Tensor | None = None
+    subjects: Tensor | None = None
+    latents: list[Tensor] = field(default_factory=list)
+    prediction_scale: Tensor | None = None
 
     @property
     def bytes(self) -> int:
@@ -106,6 +109,21 @@ def prediction_inputs(shape: Shape, device: torch.device) -> FocusInputs:
     return FocusInputs(predictions=predictions, mask=torch.rand(b, s["P"], device=device))
 
 
+def subject_inputs(shape: Shape, device: torch.device) -> FocusInputs:
+    """Subjects side by side, as their priors are."""
+    s, b = shape.sizes, shape.batch
+    owner = torch.arange(s["P"], device=device) * s["R"] // s["P"]
+    subjects = (owner == torch.arange(s["R"], device=device)[:, None]).expand(b, -1, -1).contiguous()
+    return FocusInputs(subjects=subjects)
+
+
+def estimate_inputs(shape: Shape, device: torch.device) -> FocusInputs:
+    """A prediction in bf16, and latents in fp32: noised, of the winner, of the loser."""
+    s, b = shape.sizes, shape.batch
+    latents = [torch.randn(b, s["P"], s["C"], device=device) for _ in range(4)]
+    return FocusInputs(latents=[latents[0].bfloat16(), *latents[1:]], prediction_scale=-torch.rand(b, device=device))
+
+
 def _merged(*parts: Callable[[Shape, torch.device], FocusInputs]) -> Callable[[Shape, torch.device], FocusInputs]:
     def inputs(shape: Shape, device: torch.device) -> FocusInputs:
         merged: dict[str, Any] = {}
@@ -117,5 +135,6 @@ def _merged(*parts: Callable[[Shape, torch.device], FocusInputs]) -> Callable[[S
     return inputs
 
 
+subject_prediction_inputs = _merged(prediction_inputs, subject_inputs)
 mask_inputs = _merged(field_inputs, image_inputs)
 step_inputs = _merged(similarity_inputs, field_inputs, image_inputs, prediction_inputs)

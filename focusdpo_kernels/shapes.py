@@ -13,7 +13,8 @@ SHAPES = {
 def bytes_moved(N: int, P: int, Q: int, D: int, R: int, C: int) -> dict[str, int]:
     """Bytes of one sample that have to move, each input read and each output written once.
 
-    Hidden states and predictions are bf16, pixels fp32 RGB, scores and masks fp32, priors and reference masks one byte.
+    Hidden states and predictions are bf16, pixels fp32 RGB, noised and clean latents, scores and masks fp32, priors and
+    reference masks one byte.
     """
     return {
         "similarity": 2 * N * (P + Q) * D + R * Q + 4 * R * P,
@@ -22,4 +23,6 @@ def bytes_moved(N: int, P: int, Q: int, D: int, R: int, C: int) -> dict[str, int
         "fusion": 4 * P + 4 * P + P + 4 * P,
         "residual forward": 6 * 2 * P * C + 4 * P,
         "residual backward": 4 * 2 * P * C + 4 * P + 2 * 2 * P * C,
+        "where subjects are": R * P,
+        "estimate": 2 * P * C + 3 * 4 * P * C + 4 * P,
     }

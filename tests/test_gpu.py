@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import timing
 from focusdpo import focus_dpo_loss, focus_mask
-from focusdpo_kernels import SimilarityAccumulator, cross_layer_similarity, preference_residual, topk_mask
+from focusdpo_kernels import SimilarityAccumulator, cross_layer_similarity, estimate_alignment, preference_residual, topk_mask
 from tests import ROOT
 
 DEVICE = "cuda"  # the dry run takes another
@@ -35,6 +35,8 @@ def inputs(batch=2, patches=64, tokens=40, width=64, subjects=2):
         "reference": [tensor(batch, tokens, width) for _ in range(3)],
         "mask": mask,
         "prior": torch.rand(batch, patches, device=DEVICE) > 0.5,
+        "priors": torch.rand(batch, subjects, patches, device=DEVICE) > 0.5,
+        "t": torch.rand(batch, device=DEVICE),
         "images": torch.rand(batch, 3, side, side, device=DEVICE),
         "predictions": [tensor(batch, patches, 16) for _ in range(6)],
     }
@@ -48,7 +50,11 @@ def step(x, pooling="reference", backend=None):
     focus = focus_mask(scores, x["prior"], x["images"], reference_mask=x["mask"], backend=backend)
     policy = [p.detach().requires_grad_() for p in x["predictions"][:2]]
     out = focus_dpo_loss(*policy, *x["predictions"][2:], focus=focus, backend=backend)
-    return [scores, similarity.result(), focus.mask, out.loss, *torch.autograd.grad(out.loss, policy)]
+    s = estimate_alignment(*x["predictions"][:4], -x["t"], backend=backend)
+    estimate = focus_mask(s, x["priors"], x["images"], source="estimate", backend=backend)
+    apart = focus_dpo_loss(*policy, *x["predictions"][2:], focus=estimate, subjects=x["priors"], backend=backend)
+    gradients = [*torch.autograd.grad(out.loss, policy), *torch.autograd.grad(apart.loss, policy)]
+    return [scores, similarity.result(), focus.mask, out.loss, s, estimate.mask, apart.loss, *gradients]
 
 
 @pytest.mark.parametrize("pooling", ["reference", "max"])
@@ -80,7 +86,7 @@ def test_cuda_graph(pooling):
         for name in ("target", "reference", "predictions"):
             for old, new in zip(x[name], fresh[name], strict=True):
                 old.copy_(new)
-        for name in ("mask", "prior", "images"):
+        for name in ("mask", "prior", "priors", "t", "images"):
             x[name].copy_(fresh[name])
         graph.replay()
         for actual, wanted in zip(captured, expected, strict=True):
