@@ -15,7 +15,7 @@ from focusdpo.studies.ablation.equal_drift import DRIFT, EqualDrift, NoDriftErro
 from focusdpo.studies.ablation.jobs import Point, Result
 from focusdpo.studies.ablation.page import curve_figure, drift_figure, interval_figure
 from focusdpo.studies.ablation.statistics import Cell, Row, Table, difference, how_judged, judged, tabulate, text_of
-from focusdpo.studies.ablation.two_way import Estimate, estimate
+from focusdpo.studies.ablation.two_way import Estimate, Spread, estimate
 from focusdpo.studies.ablation.variants import VARIANTS, Change
 from focusdpo.studies.ablation.yardsticks import Measure
 from focusdpo.studies.config import AblationConfig
@@ -35,17 +35,28 @@ def crossed(rng, seeds, items, of_seeds, of_items=1.0, rest=0.5):
 def test_the_interval_covers_other_seeds_and_other_items(seeds, of_seeds):
     rng = np.random.default_rng(0)
     found = [estimate(crossed(rng, seeds, 96, of_seeds), is_difference=True) for _ in range(1000)]
-    assert 0.92 <= np.mean([one.low <= 0 <= one.high for one in found]) <= 0.97
+    assert 0.94 <= np.mean([one.low <= 0 <= one.high for one in found]) <= 0.985
     assert all((one.p > 0.05) == (one.low <= 0 <= one.high) for one in found), "p and interval say the same"
 
 
 @pytest.mark.parametrize("seeds", [3, 5])
-def test_where_neither_seeds_nor_items_differ_it_is_not_too_sure(seeds):
+def test_where_items_do_not_differ_it_is_not_too_sure(seeds):
     """As where a variant is paired with the baseline: noise alone, and noise with small effects of seeds."""
     rng = np.random.default_rng(0)
     for of_seeds in (0.0, 0.1):
-        found = [estimate(crossed(rng, seeds, 96, of_seeds, 0.0, 1.0)) for _ in range(500)]
-        assert np.mean([one.low <= 0 <= one.high for one in found]) >= 0.94
+        found = [estimate(crossed(rng, seeds, 96, of_seeds, 0.0, 1.0)) for _ in range(1000)]
+        assert np.mean([one.low <= 0 <= one.high for one in found]) >= 0.945
+
+
+def test_small_p_are_as_rare_as_they_say():
+    """With many comparisons each is judged far out in the tail, where three seeds say little."""
+    rng = np.random.default_rng(0)
+    for of_seeds in (0.15, 0.5):
+        p = np.array([estimate(crossed(rng, 3, 96, of_seeds), is_difference=True).p for _ in range(4000)])
+        assert (p < 0.001).mean() <= 0.002 and (p < 0.01).mean() <= 0.014
+    spread = estimate(crossed(rng, 3, 96, 0.5)).spread
+    for tail in (0.4, 0.025, 1e-6):
+        assert spread.p(spread.quantile(tail)) == pytest.approx(2 * tail)
 
 
 def test_missing_values_are_covered_as_well():
@@ -58,7 +69,7 @@ def test_missing_values_are_covered_as_well():
         found = estimate(values)
         inside.append(found.low <= 0 <= found.high)
         assert found.seeds == 4 and found.items <= 59
-    assert 0.92 <= np.mean(inside) <= 0.97
+    assert 0.94 <= np.mean(inside) <= 0.985
 
 
 def test_the_components_by_hand():
@@ -72,11 +83,11 @@ def test_the_components_by_hand():
     ])  # fmt: skip
     assert squares[0] > squares[2] < squares[1]
     variance = (squares[0] + squares[1] - squares[2]) / 120
-    df = variance**2 / ((squares / 120) ** 2 / [3, 29, 87]).sum()
-    half = stats.t.ppf(0.975, df) * math.sqrt(variance)
+    of_seeds, of_items = stats.t.ppf(0.975, [3, 29])
+    half = math.sqrt((of_seeds**2 * squares[0] + of_items**2 * (squares[1] - squares[2])) / 120)
     found = estimate(values)
     assert (found.mean, found.low, found.high) == pytest.approx((mean, mean - half, mean + half))
-    assert (found.error, found.df) == pytest.approx((math.sqrt(variance), df))
+    assert found.spread.variance == pytest.approx(variance)
     few = values[:, :1]
     low, high = stats.t.interval(0.95, 3, loc=few.mean(), scale=stats.sem(few[:, 0]))
     assert (estimate(few).low, estimate(few).high) == pytest.approx((low, high)), "a number a training: over trainings"
@@ -97,7 +108,7 @@ def test_one_value_changes_an_interval_a_little(rate, is_difference):
         changed = values.copy()
         changed[place] = 1 - changed[place]
         after = estimate(changed, True, is_difference)
-        assert abs(after.low - before.low) < 0.012 and abs(after.high - before.high) < 0.012, (before, after)
+        assert abs(after.low - before.low) < 0.02 and abs(after.high - before.high) < 0.02, (before, after)
 
 
 def test_shares_and_their_differences_stay_within_their_bounds():
@@ -182,8 +193,8 @@ def test_what_could_have_been_seen():
         assert np.mean(found) == pytest.approx(0.8, abs=0.05), level
 
 
-def gap_of(p, mean=1.0):
-    return Estimate(mean, mean - 0.1, mean + 0.1, 0.1, 50.0, p, 3, 96)
+def gap_of(p, error=0.1):
+    return Estimate(1.0, 0.8, 1.2, p, 3, 96, Spread(0.0, 0.0, error**2, 0.0, 2, 50))
 
 
 def table_of(ps, at="end"):
@@ -209,7 +220,7 @@ def test_holm():
 
 
 def test_a_share_cannot_differ_by_more_than_1():
-    wide = dataclasses.replace(gap_of(0.5), error=0.6)
+    wide = gap_of(0.5, error=0.6)
     rows = (Row("dpo", 3, (), ()), Row("focus", 3, (Cell("m0", gap_of(0.5), wide),), ()))
     for is_share, text in ((True, "p 0.500, nothing visible"), (False, "p 0.500, visible from 1.71")):
         (table,) = judged([Table(rows, {"m0": Measure("m0", is_share=is_share)}, "dpo")])
