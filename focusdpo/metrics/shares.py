@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import ArrayLike
 from scipy import stats
 
 from focusdpo.metrics import LEVEL
@@ -47,14 +45,3 @@ def clustered_interval(share: float, deviation: float, clusters: float, level: f
     ratio = float(stats.norm.ppf(tail) / stats.t.ppf(tail, clusters - 1))
     count = share * (1 - share) * (ratio / deviation) ** 2
     return exact_interval(share, min(max(count, clusters), LARGEST), level)
-
-
-def share_interval(means: ArrayLike, level: float = LEVEL) -> tuple[float, float]:
-    """`clustered_interval` of the mean of groups' means, as those of several trainings.
-
-    Args:
-        means: [G], from 0 to 1, not all equal; G at least 2.
-        level: of the interval, between 0 and 1.
-    """
-    values = np.asarray(means, dtype=np.float64)
-    return clustered_interval(float(values.mean()), float(stats.sem(values)), len(values), level)

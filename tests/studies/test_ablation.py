@@ -140,7 +140,7 @@ def test_every_variant_and_grid_is_trained(run, settings, tmp_path):
         (cell,) = (cell for cell in rows[name]["cells"] if cell["measure"] == "lose/inside")
         return cell["estimate"]["mean"]
 
-    losses = ("base", "sft", "dpo", "prior", "subject", "structure", "random", "truth", "detail")
+    losses = ("base", "sft", "dpo", "prior", "subject", "structure", "random", "detail")
     learned = {name: error(name) for name in losses}
     assert len(set(learned.values())) == len(learned), f"each is another loss: {learned}"
     page = (tmp_path / "ablation" / "ablation.html").read_text()
@@ -401,7 +401,7 @@ def test_two_workers_give_the_same(settings, tmp_path):
     alone = numbers(tmp_path / "ablation")
     (tmp_path / "ablation").rename(tmp_path / "alone")
     options = ["--variants", "dpo", "focus", "--seeds", "3", "--points", "2", "--times", "0.5", "--samples", "0"]
-    options += ["--workers", "2"]
+    options += ["--baseline", "dpo", "--workers", "2"]
     command = [sys.executable, "-m", "focusdpo", "ablate", "--config", config.config, "--output_dir", config.output_dir]
     done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -461,15 +461,20 @@ def test_refused_by_name(settings, case, monkeypatch):
         prepare_ablation(settings(**changes))
 
 
-def test_runs_that_cannot_be_judged(run, settings, tmp_path):
+def test_runs_that_cannot_be_judged(run, settings, tmp_path, pairs, tiny_pairs):
     run.loss.loss_type = "sft"
     with pytest.raises(ValueError, match="config: .* expected a preference loss"):
         prepare_ablation(settings())
     run.loss.loss_type = "sigmoid"
+    run.data.train = str(tiny_pairs)
     run.focus = FocusConfig(mask="none", per_subject=True)
     with pytest.raises(DatasetError, match="prior: is one mask, but focus.per_subject needs a list"):
         prepare_ablation(settings(variants=["base", "dpo"]))
     run.focus = FocusConfig()
+    for variant, setting in (("subject", "loss.granularity=subject"), ("truth", "focus.source=truth")):
+        with pytest.raises(DatasetError, match=f"the dataset has 8 problems(.|\n)*prior: is one mask, but {setting} needs"):
+            prepare_ablation(settings(variants=["dpo", variant]))
+    run.data.train = str(pairs)
     run.data.validation = None
     with pytest.raises(ValueError, match=r"config: .* expected a run with data.validation"):
         prepare_ablation(settings())

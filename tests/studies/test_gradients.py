@@ -17,6 +17,7 @@ from focusdpo.features import pool_mask
 from focusdpo.studies.ablation.gradients import gradients_at_start
 from focusdpo.studies.ablation.jobs import fresh_trainer
 from focusdpo.studies.ablation.variants import VARIANTS
+from focusdpo.training.batches import in_order
 from focusdpo.training.config import FocusConfig
 from focusdpo.training.seeding import seeded
 from focusdpo.training.step import PreferenceStep
@@ -34,7 +35,7 @@ def pairs(tmp_path_factory):
 
 @pytest.fixture
 def run(tmp_path, tiny_flux, pairs):
-    settings = {"data.validation": str(pairs), "data.resolution": 96, "data.batch_size": 2}
+    settings = {"data.validation": str(pairs), "data.resolution": 96, "data.batch_size": 1}
     return tiny_config(tiny_flux, pairs, tmp_path, settings)
 
 
@@ -48,14 +49,13 @@ def test_against_gradients_taken_one_by_one(run):
     for name in NAMES[1:]:
         config = VARIANTS[name].of(run)
         total = 0
-        for place in range(2):
-            batch = next(iter(torch.utils.data.DataLoader(
-                trainer.train_set, batch_sampler=[[2 * place, 2 * place + 1]], collate_fn=_collate
-            )))  # fmt: skip
+        first = [batch for batch in in_order(trainer.train_set, 1) if batch[0] < 4]
+        for place, indices in enumerate(first):
+            batch = next(iter(torch.utils.data.DataLoader(trainer.train_set, batch_sampler=[indices], collate_fn=_collate)))
             step = PreferenceStep(trainer.backbone, config.focus, config.loss, "torch")
             loss = step(batch, seeded(VALIDATION_SEED, place)).output.loss
             total = total + torch.cat([g.flatten() for g in torch.autograd.grad(loss, trainer.parameters)]).double()
-        means.append(total / 2)
+        means.append(total / 4)
     for i, one in enumerate(means):
         assert found.norms[i] == pytest.approx(float(one.norm()), rel=1e-4)
         for j, other in enumerate(means):
@@ -70,7 +70,9 @@ def _collate(items):
 
 
 def test_diffusion_dpo_is_the_prior_on_pairs_that_are_equal_outside(run):
-    """What docs/method.md says of the baseline, where nothing at all differs outside of the prior."""
+    """What docs/method.md says of the baseline, where nothing at all differs outside of the prior: all that is left is what
+    attention brings there, which is most in a small random model.
+    """
     trainer = fresh_trainer(run)
     # In tokens: the autoencoder's own sees beyond the prior's border.
     encode = trainer.step._clean
@@ -87,8 +89,8 @@ def test_diffusion_dpo_is_the_prior_on_pairs_that_are_equal_outside(run):
     finally:
         PreferenceStep._clean = kept
     dpo, prior = found.cosines[:2]
-    assert dpo[1] > 0.98 and prior[2] > 0.98, found.cosines
-    assert dpo[3] < 0.9, "another loss altogether"
+    assert dpo[1] > 0.9 and prior[2] > 0.98, found.cosines
+    assert dpo[3] < 0.6, "another loss altogether"
     assert found.norms[2] == pytest.approx(found.norms[1] / 2, rel=0.1), "each subject's loss counts one half"
 
 
