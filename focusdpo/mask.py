@@ -63,10 +63,10 @@ class FocusMask:
 
     @property
     def matched(self) -> Tensor:
-        """M' bool [B, R, P]: each subject's matches, E5; [B, 1, P] where there are none of a subject's own: the tokens that an
-        estimate calls aligned, or those that M_s was taken from at random.
+        """M' bool [B, R, P]: each subject's matches, E5; [B, 1, P] where there are none of a subject's own: the prior's tokens
+        that an estimate calls aligned, or that M_s was not given at random.
         """
-        if self.source == "random":
+        if self.source != "features":
             return (self.prior & (self.structure == 0))[:, None]
         return topk_mask(self.scores, self.counts)
 

@@ -147,7 +147,7 @@ def test_an_estimate_needs_no_matches(backend):
         focus = focus_mask(s, prior, images, source="estimate", kappa=kappa, tau=0.5, backend=backend)
         aligned = s > kappa
         structure = prior.any(1) & ~aligned
-        assert torch.equal(focus.matched[:, 0], aligned) and torch.equal(focus.structure, structure.float())
+        assert torch.equal(focus.matched[:, 0], aligned & prior.any(1)) and torch.equal(focus.structure, structure.float())
         assert torch.equal(focus.scores[:, 0].nan_to_num(9), s.nan_to_num(9)) and focus.source == "estimate"
         torch.testing.assert_close(focus.coverage, structure.sum(1) / prior.any(1).sum(1))
         assert (focus.coverage_floor == 0).all() and not focus.all_matched.any() and focus.coverage_chance.isnan().all()

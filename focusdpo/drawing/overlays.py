@@ -30,6 +30,7 @@ SUBJECTS = ("#ff5a36", "#36c5ff", "#ff7ad9", "#ffffff", "#ffb000", "#b388ff")  #
 COMMON = "#ff2d95"  # a prior for all subjects
 STRIPES = 12  # parts of a token's width, so that two to six subjects share it evenly
 PANEL = 2.7  # inches
+NAMES = {"estimate": "aligned", "random": "left out at random"}  # of what is no subject's match
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ def draw_overlays(batch: PairBatch, masks: Sequence[MaskAtTime], path: Path | Bi
     token_lines(axes[0, subjects], grid)
     show(axes[0, subjects + 1], loser, "loser")
     show(axes[0, subjects + 2], np.abs(winner - loser).clip(0, 1), "|winner - loser|")
-    legend(axes[0, subjects + 3], subjects, len(priors) > 1)
+    source = masks[0].focus.source if masks else "features"
+    legend(axes[0, subjects + 3], subjects, len(priors) > 1, NAMES.get(source))
     weights = None
     for row, mask in zip(axes[1:], masks, strict=True):
         weights = _draw_fields(figure, row, winner, priors, mask)
@@ -102,8 +104,7 @@ def _draw_fields(figure: Figure, row: NDArray[np.object_], winner: Field, priors
     coverage, tau = float(focus.coverage[0]), focus.tau
     branch = f"detail: A \N{LESS-THAN OR EQUAL TO} {tau:g}" if bool(focus.uses_detail[0]) else f"structure: A > {tau:g}"
     counts = " + ".join(str(int(one.sum())) for one in matched)
-    titles = {"estimate": f"aligned: {counts} tokens", "random": f"left out at random: {counts} tokens"}
-    title = titles.get(focus.source, f"M': {counts} matches")
+    title = f"{NAMES[focus.source]}: {counts} tokens" if focus.source in NAMES else f"M': {counts} matches"
     show_matches(row[subjects], winner, matched, priors, title, None if focus.source == "features" else COMMON)
     chance = float(focus.coverage_chance[0])
     known = "" if math.isnan(chance) else f"\nby chance {chance:.2f}, least {float(focus.coverage_floor[0]):.2f}"
@@ -240,17 +241,19 @@ def frame(axis: Axes, colour: str) -> None:
         spine.set(edgecolor="black" if colour == "#ffffff" else colour, linewidth=3)
 
 
-def legend(axis: Axes, subjects: int, per_subject: bool) -> None:
-    """What the colours mean."""
+def legend(axis: Axes, subjects: int, per_subject: bool, tokens: str | None = None) -> None:
+    """What the colours mean; `tokens` is what those are called that are no subject's matches."""
     axis.axis("off")
-    handles = [Patch(facecolor=SUBJECTS[r], edgecolor="black", label=f"matches of reference {r + 1}") for r in range(subjects)]
+    labels = {SUBJECTS[r]: f"matches of reference {r + 1}" for r in range(subjects)} if tokens is None else {COMMON: tokens}
+    handles = [Patch(facecolor=colour, edgecolor="black", label=label) for colour, label in labels.items()]
     if per_subject:
         handles += [
             Patch(facecolor="none", edgecolor=SUBJECTS[r], linewidth=2, label=f"prior {r + 1}") for r in range(subjects)
         ]
     else:
         handles.append(Patch(facecolor="none", edgecolor=COMMON, linewidth=2, label="prior, of all subjects"))
-    handles.append(Patch(facecolor="none", edgecolor="none", label="striped: several match it"))
+    if tokens is None:
+        handles.append(Patch(facecolor="none", edgecolor="none", label="striped: several match it"))
     axis.legend(handles=handles, loc="center left", fontsize=9, frameon=False)
 
 

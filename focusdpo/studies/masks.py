@@ -79,10 +79,12 @@ def write_masks(
             masks[name].append(MaskAtTime(t, focus))
     model = "before training" if about["checkpoint"] is None else Path(about["checkpoint"]).name
     for name, each in tqdm(masks.items(), desc="drawing", unit="group", leave=False):
-        count = len(groups[name])
-        title = (
-            f"pair {config.pair} ({config.split}): {printable(batch.prompts[0])}\n{name} ({counted(count, 'block')}), {model}"
+        seen = (
+            f"{name} ({counted(len(groups[name]), 'block')})"
+            if run.focus.taps_features
+            else f"focus.source: {run.focus.source}"
         )
+        title = f"pair {config.pair} ({config.split}): {printable(batch.prompts[0])}\n{seen}, {model}"
         draw_overlays(batch, each, out / GROUPS / f"{name.replace(' ', '-')}.png", title)
     draw_coverage(masks, out / OVERVIEW_FILE, f"coverage A of pair {config.pair}, {model}")
     grid = [side // PATCH_SIZE for side in batch.winner.shape[-2:]]
@@ -116,9 +118,9 @@ def numbers_of(focus: FocusMask, batch: PairBatch) -> dict[str, Any]:
         "prior": "per subject" if prior.ndim == 2 else "common",
     }
     if focus.source == "estimate":
-        s, aligned, inside = focus.scores[0, 0], focus.matched[0, 0], focus.prior[0]
+        s, inside = focus.scores[0, 0], focus.prior[0]
         return numbers | {
-            "aligned_within_prior": int((aligned & inside).sum()),
+            "aligned": int(focus.matched.sum()),
             "s_inside": _spread(s[inside].tolist()),
             "s_outside": _spread(s[~inside].tolist()),
         }

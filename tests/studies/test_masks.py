@@ -178,6 +178,26 @@ def test_the_page_names_the_branch_and_the_range_of_s(step_and_batch, figures, c
     assert "1.000" in labels and "0.000" in labels, "the ends of the scale of S"
 
 
+def test_an_estimate_and_a_random_field_are_drawn(run, drawn, figures, tmp_path):
+    """With their numbers, of a forward pass; no groups of blocks, and no S of a reference that an estimate does not have."""
+    for source, called in (("estimate", "aligned"), ("random", "left out at random")):
+        figures.clear()
+        out = tmp_path / source
+        prepare_masks(MasksConfig(str(run), 1, timesteps=[0.3], checkpoint="none", out=str(out), source=source))()
+        kept = json.loads((out / "masks.json").read_text())
+        (name, group) = next(iter(kept["groups"].items()))
+        numbers = group["timesteps"][0]
+        assert name == "all" and numbers["source"] == source
+        assert len(kept["groups"]) == (1 if source == "estimate" else 4)
+        fields = np.load(out / "fields.npz")
+        left = int(numbers["prior_tokens"] - fields["all/t=0.3/structure"].sum())
+        titles = [axis.get_title() for axis in figures[0].axes]
+        assert f"{called}: {left} tokens" in titles
+        assert ("s of the estimate" in titles) == (source == "estimate") != ("S of reference 2" in titles)
+        chance = numbers["coverage_chance"]
+        assert (numbers["aligned"] == left and chance is None) if source == "estimate" else 0 < chance < 1
+
+
 def cropped(batch, height, width):
     pictures = {name: getattr(batch, name)[..., :height, :width] for name in ("winner", "loser", "prior")}
     return dataclasses.replace(batch, **pictures)

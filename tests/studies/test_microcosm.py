@@ -121,6 +121,7 @@ def test_verdicts_by_hand():
     """Four identities of classes a, a, b, b. Left should be 0, right 2."""
     seen = torch.tensor([[0, 2], [1, 0], [2, 3]])  # all right; another instance, the other subject; the other subject, instance
     logits = nn.functional.one_hot(seen, 4).float()
+    logits[1, 0, 2] = 0.5  # the other subject is likelier than the own, and a third one is seen: no leak
     found = verdicts(logits, torch.tensor([[0, 2]] * 3), ["a", "a", "b", "b"])
     assert found["identity"] == [1, 0, 0]
     assert found["wrong instance"] == [0, 0.5, 0.5]

@@ -23,7 +23,7 @@ IMAGES_FILE = "generated.safetensors"
 BATCH = 48  # images that are sampled at once
 MEASURES = {
     "identity": Measure("identity accuracy of generated regions", is_share=True),
-    "leakage": Measure("leakage: generated regions nearer to the other reference's subject", "less", is_share=True),
+    "leakage": Measure("leakage: generated regions that show the other reference's subject", "less", is_share=True),
     "wrong instance": Measure("generated regions that show another instance of the right class", "less", is_share=True),
     "class": Measure("generated regions of the right class", is_share=True),
     "FID": Measure("FID of generated regions, in the classifier's features (of few: for comparison only)", "less"),
@@ -41,12 +41,10 @@ def verdicts(logits: Tensor, identities: Tensor, classes: Sequence[str], samples
     """
     seen = logits.argmax(-1)
     kinds = torch.tensor([sorted(set(classes)).index(name) for name in classes])
-    own = logits.gather(-1, identities[..., None])[..., 0]
-    other = logits.gather(-1, identities.flip(1)[..., None])[..., 0]
     same_class = kinds[seen] == kinds[identities]
     found = {
         "identity": seen == identities,
-        "leakage": other > own,
+        "leakage": seen == identities.flip(1),  # the first choice: of a drawing that shows nobody one is likelier as well
         "wrong instance": same_class & (seen != identities),
         "class": same_class,
     }
