@@ -184,8 +184,7 @@ def focus_dpo_loss(
         subjects: None for one sigmoid for each pair. Where each subject is, as a prior per subject [B, R, P] (bool, integers
             that are not 0, floats above one half; of latents [B, R, H, W] where M is), gives each a margin and a sigmoid of its
             own, of M within it: one that is told apart leaves the other its gradient (E1'). A pair's loss is the mean over its
-            subjects, and those whose prior is empty take no part. Where policy and reference agree, its gradient is the R-th
-            part of one sigmoid's for all.
+            subjects, and those whose prior is empty take no part; so are its anchor and its factors of "sdpo" each subject's.
         beta: strength of the preference, for the chosen reduction; see `convert_beta`.
         timestep_weight: w_t [B] inside the sigmoid; None is 1, (1 - t)^2 turns velocity errors into noise errors (E2).
         sample_weight: [B], multiplies each pair's loss before the mean over the batch. A pair of weight 0 takes no part, also

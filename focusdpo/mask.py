@@ -42,7 +42,8 @@ class FocusMask:
         tau: the threshold on A that was used.
         scores: S [B, R, P], E4; of an estimate its s [B, 1, P], E10.
         counts: K_r, E5, an int or a tensor that broadcasts to [B, R]; of an estimate the tokens above kappa.
-        source: what M_s is made of: "features", "estimate", or "random" for the features' M_s, put anywhere in the prior.
+        source: what M_s is made of: "features", "estimate", "random" for the features' M_s, put anywhere in the prior, or
+            "truth" where S is the priors' own.
         priors: the prior as it was given, [B, P] or [B, R, P]; None is `prior`.
         per_subject: whether each subject's matches were compared with its own prior.
     """
@@ -66,7 +67,7 @@ class FocusMask:
         """M' bool [B, R, P]: each subject's matches, E5; [B, 1, P] where there are none of a subject's own: the prior's tokens
         that an estimate calls aligned, or that M_s was not given at random.
         """
-        if self.source != "features":
+        if self.source in ("estimate", "random"):
             return (self.prior & (self.structure == 0))[:, None]
         return topk_mask(self.scores, self.counts)
 
@@ -211,7 +212,7 @@ def focus_mask(
         check_range=check_range,
         backend=backend,
     )
-    if is_estimate:  # any share of the prior can be aligned
+    if is_estimate:  # no number of matches limits it
         nothing = torch.zeros_like(field.coverage)
         field = field._replace(coverage_floor=nothing, all_matched=nothing.bool())
     focus = FocusMask(

@@ -50,7 +50,8 @@ def _weights(prediction: Tensor, masks: Sequence[Tensor], subjects: Tensor | Non
     """
     elements = math.prod(prediction.shape[1:])
     if subjects is not None:
-        within = [[mask * shows for mask in masks] or [shows] for shows in subjects.unbind(1)]
+        known = [spec.without_negatives(mask, prediction) for mask in masks]
+        within = [[mask * shows for mask in known] or [shows] for shows in subjects.unbind(1)]
         parts = [torch.stack([spec.position_weight(mask, prediction, mask_power) for mask in one]) for one in within]
         weights = torch.stack(parts, dim=2)
     elif masks:

@@ -264,10 +264,15 @@ def _token_sums(values: Tensor) -> Tensor:
 
 def position_weight(weight: Tensor, prediction: Tensor, mask_power: int) -> Tensor:
     """M^mask_power by position: [B, P] of tokens; of latents [B, H, W], also for M of 2x2 patches [B, P]. NaN where M < 0."""
-    weight = weight.to(accumulation_dtype(prediction.dtype))
-    weight = weight.masked_fill(weight < 0, math.nan)
+    weight = without_negatives(weight, prediction)
     weight = weight if mask_power == 1 else weight**mask_power
     return _by_position(weight, prediction)
+
+
+def without_negatives(weight: Tensor, prediction: Tensor) -> Tensor:
+    """M in the dtype that a prediction's errors are added up in; NaN where it is negative."""
+    weight = weight.to(accumulation_dtype(prediction.dtype))
+    return weight.masked_fill(weight < 0, math.nan)
 
 
 def _by_position(values: Tensor, prediction: Tensor) -> Tensor:
@@ -304,7 +309,7 @@ def preference_residual(
     if subjects is not None:
         parts = []
         for shows in subjects.unbind(1):
-            within = [weight * shows for weight in weights] or [shows]
+            within = [without_negatives(weight, predictions[0]) * shows for weight in weights] or [shows]
             parts.append(preference_residual(predictions, within, None, reduction, mask_power))
         return PreferenceResidual(*(torch.stack(results, dim=1) for results in zip(*parts, strict=True)))
     policy = predictions[0]

@@ -118,7 +118,7 @@ def preference_residual_backward_op(
     tensors = (*predictions[:2], *gradients, *predictions[2:])
     # The first row of the scales is zeros. A gradient of results [B] may be one number for all; of [B, R] it is laid out.
     given = [scales[0] if x is None else x for x in grads]
-    given = [x if x.ndim == 1 else x.contiguous() for x in given]
+    given = [x if x.ndim == 1 else x.contiguous().view(-1) for x in given]
     backward = kernels.backward_launch(tuple(x.dtype for x in tensors), mask)
     with device_guard(scales):
         grid = (batch, ceil_div(elements, kernels.BACKWARD_BLOCK))

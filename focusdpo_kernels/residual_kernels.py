@@ -381,10 +381,10 @@ def launches() -> Iterator[Launch]:
         for mask in (Mask(), *masks, Mask(2, shared=True), Mask(2, side=2)):
             yield forward_launch(dtypes, mask)
             yield backward_launch((*dtypes[:2], *dtypes[:2], *dtypes[4:]), mask)
-        for subjects in (1, 2, 4, 6):
-            for mask in (Mask(1, 0, 1, True, subjects), Mask(0, 0, 1, True, subjects), Mask(1, 2, 1, False, subjects)):
-                yield forward_launch(dtypes, mask)
-                yield backward_launch((*dtypes[:2], *dtypes[:2], *dtypes[4:]), mask)
+        masks = [Mask(number, 0, 1, True, subjects) for number in (0, 1) for subjects in range(1, 7)]
+        for mask in (*masks, Mask(1, 2, 1, False, 2), Mask(1, 2, 1, False, 4), Mask(2, 0, 1, True, 2)):
+            yield forward_launch(dtypes, mask)
+            yield backward_launch((*dtypes[:2], *dtypes[:2], *dtypes[4:]), mask)
     for reduction in REDUCTIONS:
         for splits in (1, 32, MAX_SPLITS):
             yield finish_launch(splits, reduction)

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, get_args
 
 from focusdpo.data import DatasetError
 from focusdpo.data.formats import content_checksum
@@ -24,7 +24,7 @@ from focusdpo.studies.ablation.page import write_ablation_page
 from focusdpo.studies.ablation.statistics import Table, how_judged, judged, tabulate, text_of
 from focusdpo.studies.ablation.variants import VARIANTS, Change, changes_of
 from focusdpo.studies.ablation.yardsticks import Measure
-from focusdpo.studies.config import AblationConfig
+from focusdpo.studies.config import AblationConfig, Grid
 from focusdpo.training.batches import check_match_count, dataset_of, load_records, prior_problems
 from focusdpo.training.config import TrainConfig
 from focusdpo.training.loading import check_files_and_packages
@@ -36,13 +36,13 @@ logger = logging.getLogger(__name__)
 RUNS, SETTINGS_FILE, RESULTS_FILE, TABLE_FILE, PAGE_FILE = "runs", "ablation.json", "results.json", "table.txt", "ablation.html"
 # What an ablation writes, see `focusdpo.foundation.output_folder`.
 WRITTEN = (
-    r"(ablation|results|gradients)\.json",
+    r"(ablation|results)\.json",
     r"table\.txt",
     r"ablation\.html",
-    r"gradients\.png",
     *(f"{RUNS}/{pattern}" for pattern in JOB_WRITTEN),
 )
-GRADIENTS_FILE, GRADIENTS_PICTURE = "gradients.json", "gradients.png"
+GRADIENTS, GRADIENTS_FILE, GRADIENTS_PICTURE = "gradients", "gradients.json", "gradients.png"
+GRADIENTS_WRITTEN = (r"gradients\.(json|png)",)
 # Settings that change no run.
 FREE = (
     "config", "output_dir", "workers", "overwrite", "baseline", "primary", "primary_at", "gradients", "gradient_pairs",
@@ -76,17 +76,14 @@ def prepare(
     changes = changes_of(config, run)
     _check_pairs(run, changes)
     folder = Path(config.output_dir)
+    if config.gradients:
+        return _prepare_gradients(config, run, changes)
     settings = _settings(config, run)
     out = OutputFolder("output_dir", folder, "ablate", WRITTEN)
     compare = partial(check_begun, "ablation", folder, may_differ=_is_longer)
     out.check_begun(config.overwrite, SETTINGS_FILE, settings, compare, aside=(TABLE_FILE, PAGE_FILE, RESULTS_FILE))
     taken = {**(measures or {}), **yardsticks.MEASURES}
     _check_primary(config, changes, taken, at_the_end=() if config.judge_points else tuple(measures or ()))
-
-    def compare_gradients() -> None:
-        with out.begin():
-            print(write_gradients(folder, run, changes, config.gradient_pairs))
-        logger.info("%s, %s", folder / GRADIENTS_FILE, folder / GRADIENTS_PICTURE)
 
     def work() -> None:
         with out.begin():
@@ -109,7 +106,22 @@ def prepare(
         if draw is not None:
             draw(table, equal, results)
 
-    return compare_gradients if config.gradients else work
+    return work
+
+
+def _prepare_gradients(config: AblationConfig, run: TrainConfig, changes: Sequence[Change]) -> Callable[[], None]:
+    """What compares the variants' gradients, in a folder of its own within the ablation's."""
+    require(any(change.trained for change in changes), "variants", config.variants, "one that is trained, for --gradients")
+    folder = Path(config.output_dir) / GRADIENTS
+    out = OutputFolder("output_dir", folder, "ablate", GRADIENTS_WRITTEN)
+    out.check(overwrite=True)
+
+    def work() -> None:
+        with out.begin():
+            print(write_gradients(folder, run, changes, config.gradient_pairs))
+        logger.info("%s, %s", folder / GRADIENTS_FILE, folder / GRADIENTS_PICTURE)
+
+    return work
 
 
 def write_gradients(folder: Path, run: TrainConfig, changes: Sequence[Change], pairs: int) -> str:
@@ -170,7 +182,7 @@ def _check_primary(
         return
     variant, measure = config.primary
     names = [change.name for change in changes if change.name != config.baseline]
-    require(variant in names, "primary", config.primary, f"a variant that is trained, one of {names}")
+    require(variant in names, "primary", config.primary, f"a variant beside the baseline, one of {names}")
     sided = [name for name, kind in measures.items() if kind.better != "neither"]
     require(measure in sided, "primary", config.primary, f"a measure that has a better side, one of {sided}")
     if config.primary_at == "end":
@@ -193,9 +205,10 @@ def _check_pairs(run: TrainConfig, changes: Sequence[Change]) -> None:
         changed = change.of(run)
         masked = replace(changed, focus=replace(changed.focus, mask="focus"))
         check_match_count(masked.focus, datasets)
-        problems += [problem for records in parts for problem in prior_problems(masked, records)]
+        found = [problem for records in parts for problem in prior_problems(masked, records)]
+        problems += [replace(problem, remedy=f"split it, or leave out {change.name}") for problem in found]
     if problems:
-        raise DatasetError(list(dict.fromkeys(problems)))
+        raise DatasetError(list({(problem.file, problem.line, problem.message): problem for problem in problems}.values()))
 
 
 def check_alone(command: str) -> None:
@@ -223,5 +236,5 @@ def _settings(config: AblationConfig, run: TrainConfig) -> dict[str, Any]:
 
 def _is_longer(name: str, begun: Any, now: Any) -> bool:
     """Variants, grids and seeds may be added to: what is there stays as it is."""
-    lists = ("variants", "grids", "seeds", "tau", "gamma", "match_count", "layers", "mask_from", "feature_source")
+    lists = ("variants", "grids", "seeds", *get_args(Grid))
     return name in lists and isinstance(begun, list) and isinstance(now, list) and set(map(str, begun)) <= set(map(str, now))

@@ -14,7 +14,7 @@ from focusdpo.foundation.text import counted
 from focusdpo.studies.config import MasksConfig
 from focusdpo.studies.masks import WRITTEN, groups_of, write_masks
 from focusdpo.training.batches import check_match_count, dataset_of, prior_problems
-from focusdpo.training.config import LossConfig
+from focusdpo.training.config import FocusConfig, LossConfig
 from focusdpo.training.loading import checkpoint_of, load_step
 from focusdpo.training.run_files import read_run_config
 
@@ -39,8 +39,8 @@ def prepare(config: MasksConfig) -> Callable[[], None]:
         logger.info('focus.mask is %r in this run, whose loss has no such mask: drawn is what "focus" would be', run.focus.mask)
         run.focus = replace(run.focus, mask="focus")
     if config.source is not None:
-        per_subject = run.focus.per_subject and config.source != "estimate"
-        run.focus = replace(run.focus, source=config.source, per_subject=per_subject)
+        alone = {"per_subject": False, "mask_from": "winner"} if config.source == "estimate" else {}
+        run.focus = FocusConfig(**{**vars(run.focus), "source": config.source, **alone})
     records = load_pairs(source, run.data.check)
     require(
         config.pair < len(records),

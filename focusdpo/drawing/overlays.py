@@ -99,7 +99,7 @@ def _draw_fields(figure: Figure, row: NDArray[np.object_], winner: Field, priors
         for axis in row[1:subjects]:
             axis.axis("off")
     else:
-        show_scores(figure, list(row[:subjects]), winner, scores, priors)
+        show_scores(figure, list(row[:subjects]), winner, scores, priors, focus.source == "truth")
     row[0].set_ylabel(f"t = {mask.t:g}", fontsize=13, fontweight="bold")
     coverage, tau = float(focus.coverage[0]), focus.tau
     branch = f"detail: A \N{LESS-THAN OR EQUAL TO} {tau:g}" if bool(focus.uses_detail[0]) else f"structure: A > {tau:g}"
@@ -160,17 +160,28 @@ def show(axis: Axes, image: Field, title: str) -> None:
     axis.set_yticks([])
 
 
-def show_scores(figure: Figure, axes: Sequence[Axes], winner: Field, scores: Sequence[Field], priors: Sequence[Field]) -> None:
-    """S of each subject in a panel of its own, on one scale whose ends are named; a subject without a token has none."""
+def show_scores(
+    figure: Figure,
+    axes: Sequence[Axes],
+    winner: Field,
+    scores: Sequence[Field],
+    priors: Sequence[Field],
+    are_priors: bool = False,
+) -> None:
+    """S of each subject in a panel of its own, on one scale whose ends are named; a subject without a token has none.
+
+    are_priors: they are shares that the subjects' own priors cover.
+    """
+    what, scale = ("share in the prior", "share of\na token") if are_priors else ("S", "S (cosine,\n-1 to 1)")
     finite = np.concatenate([one[np.isfinite(one)] for one in scores])
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
     drawn = None
     for r, (axis, field) in enumerate(zip(axes, scores, strict=True)):
-        values, title = np.ma.masked_invalid(field), f"S of reference {r + 1}"
+        values, title = np.ma.masked_invalid(field), f"{what} of reference {r + 1}"
         drawn = _show_field(axis, winner, values, priors, title, 0.78, (low, high))
         frame(axis, SUBJECTS[r])
     assert drawn is not None
-    bar = colour_bar(figure, drawn, list(axes), "S (cosine,\n-1 to 1)", shrink=0.75, aspect=25, pad=0.02)
+    bar = colour_bar(figure, drawn, list(axes), scale, shrink=0.75, aspect=25, pad=0.02)
     # Ends first: a narrow range of cosines is the finding, and must not look like a wide one.
     ticks = np.linspace(low, high, 3).tolist()
     bar.set_ticks(ticks, labels=[f"{value:.3f}" for value in ticks])

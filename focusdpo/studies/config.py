@@ -309,8 +309,11 @@ class MicrocosmConfig:
         tuning_steps: Optimiser steps of each variant; null takes the size's.
         lr: Learning rate of each variant; null takes the size's.
         beta: Of the preference loss; null takes the size's.
-        reduction: Of the errors in the loss. "masked_mean" divides by the mask's size, so that one beta serves masks of all
-            sizes; with "mean" a small mask makes small margins.
+        reduction: Of the errors in the loss. "masked_mean" divides by the mask's size, which multiplies beta by another factor
+            for each mask.
+        primary: As in `focusdpo ablate`.
+        primary_at: As in `focusdpo ablate`.
+        judge_points: As in `focusdpo ablate`.
         workers: Runs at the same time; null takes as many as there are GPUs.
         backend: Kernels: "triton", "torch", or chosen by device.
         cpu: Use the CPU even where there is a GPU.
@@ -328,6 +331,9 @@ class MicrocosmConfig:
     lr: float | None = None
     beta: float | None = None
     reduction: Literal["mean", "masked_mean"] = "mean"
+    primary: list[str] = field(default_factory=list)
+    primary_at: At = "end"
+    judge_points: bool = False
     workers: int | None = None
     backend: KernelBackend | None = None
     cpu: bool = False
@@ -350,6 +356,9 @@ class MicrocosmConfig:
             grids=self.grids,
             seeds=self.seeds,
             baseline=baseline,
+            primary=self.primary,
+            primary_at=self.primary_at,
+            judge_points=self.judge_points,
             points=2,
             times=[0.4, 0.8],
             samples=0,  # all held-out scenes are drawn for the judge

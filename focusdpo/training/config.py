@@ -227,13 +227,20 @@ class FocusConfig:
         _require(math.isfinite(self.kappa), "focus.kappa", self.kappa, "a finite number; 0 is the loser, 1 the winner")
         compares = self.source != "estimate" or not self.per_subject
         _require(compares, "focus.per_subject", True, 'false with source="estimate", which compares a token with no subject')
+        winners = self.source != "estimate" or self.mask_from == "winner"
+        _require(winners, "focus.mask_from", self.mask_from, '"winner" with source="estimate", whose field is the winner\'s')
         distinct = self.layers == "all" or 0 < len(set(self.layers)) == len(self.layers)
         _require(distinct, "focus.layers", self.layers, '"all", or at least one block, each once')
 
     @property
+    def reads_features(self) -> bool:
+        """Whether the structure field is made of hidden states."""
+        return self.source in ("features", "random")
+
+    @property
     def taps_features(self) -> bool:
-        """Whether the loss's mask is made of hidden states."""
-        return self.mask == "focus" and self.source in ("features", "random")
+        """Whether the loss's mask is."""
+        return self.mask == "focus" and self.reads_features
 
     @property
     def counts_matches(self) -> bool:

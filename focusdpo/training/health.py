@@ -141,12 +141,15 @@ class Health(Callback):
                 f"{self._mean('focus/coverage'):.2f}): details get no weight; raise focus.tau or "
                 + ("lower focus.kappa" if self._config.focus.source == "estimate" else "focus.match_count")
             )
-        if self._config.focus.taps_features and all("focus/coverage_chance" in row for row in self._rows):
+        levels = ("focus/coverage_chance", "focus/coverage_floor")
+        known = all(isinstance(row.get(level), int | float) for row in self._rows for level in levels)
+        if self._config.focus.taps_features and known:
             coverage, chance, floor = (self._mean(f"focus/coverage{end}") for end in ("", "_chance", "_floor"))
             if chance - floor > 0.02 and chance - coverage < KNOWING * (chance - floor):
                 found["coverage_at_chance"] = (
                     f"over {WINDOW} steps coverage was {coverage:.2f}, and an S that knows nothing has {chance:.2f}: hidden "
                     "states do not find the subjects, and the structure field is noise; choose other blocks with focus.layers "
-                    "(focusdpo masks and focusdpo stress show which find them), or set focus.source=estimate"
+                    "(focusdpo masks and focusdpo stress show which find them), or set focus.source=estimate "
+                    "and focus.per_subject=false"
                 )
         return found

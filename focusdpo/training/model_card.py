@@ -23,7 +23,7 @@ from focusdpo.foundation.output_folder import step_folders
 from focusdpo.foundation.packages import version_of
 from focusdpo.foundation.text import code, code_block, counted, first_of, markdown
 from focusdpo.models.lora_reading import LORA_FILE
-from focusdpo.training.config import DataConfig, ModelConfig, TrainConfig
+from focusdpo.training.config import DataConfig, FocusConfig, ModelConfig, TrainConfig
 from focusdpo.training.run_files import METRICS_FILE, SAMPLES_FOLDER, VALIDATION_FILE, samples_in
 
 PACKAGES = ("focusdpo", "torch", "diffusers", "peft", "transformers", "accelerate")
@@ -31,6 +31,11 @@ METHODS = {
     "focus": "FocusDPO ([arXiv 2509.01181](https://arxiv.org/abs/2509.01181)), Diffusion-DPO with a spatial mask,",
     "prior": "Diffusion-DPO within the regions where winner and loser differ",
     "none": "Diffusion-DPO",
+}
+SOURCES = {
+    "estimate": " whose structure field is made of the model's own estimate (focusdpo's E10),",
+    "random": " whose structure field is random, a control,",
+    "truth": " whose structure field is made of the priors, a control,",
 }
 # Which of kohya's tools know the model.
 KOHYAS = {"flux": "sd-scripts", "kontext": "musubi-tuner", "flux2": "musubi-tuner", "qwen-edit-plus": "musubi-tuner"}
@@ -58,9 +63,15 @@ HELD_OUT = {
 }
 
 MASK_MOVES = (
-    "Errors are weighted by the mask M, which is drawn from the hidden states of the model with the LoRA: as that learns, M "
+    "Errors are weighted by the mask M, which is drawn from {} of the model with the LoRA: as that learns, M "
     "changes, and so do the errors without the LoRA, though the model under it, the pairs, times and noise stay the same."
 )
+
+
+def _why_errors_move(focus: FocusConfig) -> str:
+    if focus.mask != "focus" or focus.feature_source != "policy" or focus.source == "truth":
+        return ""
+    return MASK_MOVES.format("the predictions" if focus.source == "estimate" else "the hidden states")
 
 
 def write_model_card(config: TrainConfig, folder: Path, train: PairDataset, validation: PairDataset) -> None:
@@ -81,6 +92,8 @@ def write_model_card(config: TrainConfig, folder: Path, train: PairDataset, vali
             stack(sheets).save(partial, "PNG")
 
     method = "supervised fine-tuning on the winners" if config.loss.loss_type == "sft" else METHODS[config.focus.mask]
+    if config.loss.loss_type != "sft" and config.focus.mask == "focus":
+        method += SOURCES.get(config.focus.source, "")
     hub_id = None if Path(config.model.path).exists() else config.model.path
     data = ModelCardData(
         base_model=hub_id,
@@ -98,7 +111,7 @@ def write_model_card(config: TrainConfig, folder: Path, train: PairDataset, vali
         _other_tools(config.model),
         "## Held-out pairs" if held_out else "",
         _table(held_out, len(validation)) if held_out else "",
-        MASK_MOVES if held_out and config.focus.mask == "focus" and config.focus.feature_source == "policy" else "",
+        _why_errors_move(config.focus) if held_out else "",
         "## Training",
         "![Curves of the run](curves.png)",
         _data_summary(train),

@@ -194,7 +194,7 @@ class PreferenceStep:
 
         The mask is that of the run's settings, also where its loss has another or none.
         """
-        taps = [self.tap(noised, batch)] if replace(self.focus, mask="focus").taps_features else []
+        taps = [self.tap(noised, batch)] if self.focus.reads_features else []
         source = self.focus.feature_source
         reference = self.predict(noised, taps if source == "reference" else [], "reference")
         policy = self.predict(noised, taps if source == "policy" else [])
@@ -216,7 +216,7 @@ class PreferenceStep:
         noised = self.noise(batch, torch.Generator().manual_seed(seed), torch.full((len(batch.prompts),), t))
         groups = groups or {"all": self.paths}
         taps = {}
-        if self.focus.source in ("features", "random"):
+        if self.focus.reads_features:
             taps = {name: self.tap(noised, batch, paths) for name, paths in groups.items()}
         prediction = self.predict(noised, taps.values(), self.focus.feature_source)
         return {name: self._winners_mask(noised, batch, [taps[name]] if name in taps else [], prediction) for name in groups}
@@ -226,16 +226,16 @@ class PreferenceStep:
         return self.mask_of(scores[: len(batch.prompts)], batch, draws=noised.draws)
 
     def _scores(self, noised: Noised, batch: PairBatch, prediction: Tensor) -> Tensor:
-        """What the mask is made of beside hidden states, of winners and then losers: s [2B, P] of an estimate (E10), or the
-        share of each token that a subject's own prior covers [2B, R, P].
+        """What the mask is made of beside hidden states: of winners s [B, P] of an estimate (E10), or of winners, then losers
+        the share of each token that a subject's own prior covers [2B, R, P].
         """
         if self.focus.source == "truth":
             covered = covered_share(batch.prior)
             return covered.masked_fill(covered == 0, -math.inf).repeat(2, 1, 1)
-        # Of the loser's pass as well: how far its own estimate has come from the loser to the winner.
-        winner, loser = (part.repeat(2, 1, 1) for part in noised.clean.chunk(2))
-        values = (prediction.detach(), noised.tokens, winner, loser)
-        return estimate_alignment(*values, -noised.t, backend=self.backend)
+        pairs = len(batch.prompts)
+        seen, tokens, t = (x[:pairs].detach() for x in (prediction, noised.tokens, noised.t))
+        winner, loser = noised.clean.chunk(2)
+        return estimate_alignment(seen, tokens, winner, loser, -t, backend=self.backend)
 
     def mask_of(self, scores: Tensor, batch: PairBatch, loser: bool = False, draws: Tensor | None = None) -> FocusMask:
         """The focus mask of similarity S [B, R, P], whichever blocks it is of, or of an estimate's s [B, P].
@@ -247,7 +247,7 @@ class PreferenceStep:
             draws: see `focusdpo.focus_mask`.
         """
         focus = self.focus
-        return focus_mask(
+        found = focus_mask(
             scores,
             pool_mask(batch.prior),
             batch.loser if loser else batch.winner,
@@ -266,6 +266,7 @@ class PreferenceStep:
             check_range=False,  # pixels come from 8-bit files
             backend=self.backend,
         )
+        return replace(found, source=focus.source)
 
     def compare(self, noised: Noised, batch: PairBatch, reference: ReferenceOutput | None = None) -> StepResult:
         """Runs reference and policy on a noised batch, forms the mask and takes the loss.

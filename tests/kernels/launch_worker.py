@@ -24,6 +24,7 @@ from focusdpo_kernels import (
     SimilarityAccumulator,
     cross_layer_similarity,
     dense_similarity,
+    estimate_alignment,
     fuse_focus,
     layers,
     patch_entropy,
@@ -102,6 +103,8 @@ def main(names: bool) -> None:
     scores = torch.randn(B, R, P)
     counts = torch.ones(B, R, dtype=torch.int64)
     weight = torch.rand(B, P)
+    subjects = torch.rand(B, R, P) > 0.5
+    latents = [torch.randn(B, P, C) for _ in range(4)]
     predictions = [torch.randn(B, P, C, dtype=torch.bfloat16, requires_grad=i < 2) for i in range(6)]
     hidden = [torch.randn(B, P + Q, D, dtype=torch.bfloat16) for _ in range(5)]
 
@@ -133,7 +136,7 @@ def main(names: bool) -> None:
 
     accumulator = SimilarityAccumulator(reference_mask)
     accumulate(accumulator)
-    ones = torch.ones(B)
+    ones, of_subjects = torch.ones(B), torch.ones(B, R)
     coverage = torch.rand(B)
     cases: dict[str, Callable[[], Any]] = {
         "cross_layer_similarity": lambda: at_once(3),
@@ -151,7 +154,12 @@ def main(names: bool) -> None:
         "patch_entropy, normalized": lambda: patch_entropy(images, normalize=True, check_range=False),
         "fuse_focus": lambda: fuse_focus(weight, coverage, weight, prior),
         "focus_mask": lambda: mask(scores),
+        "estimate_alignment": lambda: estimate_alignment(*latents, coverage),
+        "focus_mask, estimate": lambda: focus_mask(weight, prior, images, source="estimate", check_range=False),
         "residual, forward": lambda: preference_residual(*predictions, weight),
+        "residual of subjects, forward and backward": lambda: backward(
+            preference_residual(*predictions, weight, subjects=subjects).margin, of_subjects
+        ),
         "residual, forward and backward": lambda: backward(preference_residual(*predictions, weight).margin, ones),
         "loss, forward": lambda: focus_dpo_loss(*predictions, focus=weight),
         "loss, forward and backward": lambda: backward(focus_dpo_loss(*predictions, focus=weight).loss),

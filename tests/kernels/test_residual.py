@@ -452,6 +452,16 @@ def test_results_of_subjects(shape, reduction, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_negative_entry_is_none_for_any_subject(backend):
+    predictions, weight = make((3, 9, 4), torch.float32)
+    weight[1, 3] = -1
+    subjects = torch.zeros(3, 2, 9, dtype=torch.bool, device=DEVICE)
+    subjects[:, 0, :2], subjects[:, 1, 5:] = True, True  # the entry lies in neither
+    for out in preference_residual(*predictions, weight, subjects=subjects, backend=backend):
+        assert out[1].isnan().all() and out[::2].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_what_marks_subjects(backend):
     """Bytes that are not 0, and floats above one half, as priors are; a second derivative; a silent gradient is none."""
     predictions, weight = make((2, 9, 4), torch.float32)

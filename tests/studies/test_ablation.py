@@ -121,6 +121,8 @@ def test_grids(run, settings):
     ], "a run's own value is the variant focus"  # fmt: skip
     assert changes["tau=0.2"] == FocusConfig(tau=0.2) and changes["match_count=0.1"].match_count == 0.1
     assert changes["layers=late"].layers == [2, 3] and changes["layers=0,3"].layers == [0, 3], "of the model's four blocks"
+    kappas = [change.name for change in changes_of(settings(variants=["dpo", "focus"], grids=["kappa"]), run)]
+    assert kappas[2:] == ["kappa=0.5", "kappa=0.75", "kappa=0.9"], "focus has hidden states, and none of these"
     without = settings(variants=["dpo"], grids=["mask_from"])
     assert [change.name for change in changes_of(without, run)] == ["dpo", "mask_from=winner", "mask_from=each"]
 

@@ -12,11 +12,13 @@ import yaml
 from PIL import Image
 
 from focusdpo.commands import cli
+from focusdpo.commands.ablate import prepare
 from focusdpo.demo.scenes import write_dataset
 from focusdpo.features import pool_mask
 from focusdpo.studies.ablation.gradients import gradients_at_start
 from focusdpo.studies.ablation.jobs import fresh_trainer
 from focusdpo.studies.ablation.variants import VARIANTS
+from focusdpo.studies.config import AblationConfig
 from focusdpo.training.batches import in_order
 from focusdpo.training.config import FocusConfig
 from focusdpo.training.seeding import seeded
@@ -100,10 +102,18 @@ def test_the_command(run, tmp_path, capsys):
     out = tmp_path / "ablation"
     words = ["--gradients", "--gradient_pairs", "4", "--variants", "base", "prior", "estimate"]
     cli.main(["ablate", "--config", str(file), "--output_dir", str(out), *words])
-    kept = json.loads((out / "gradients.json").read_text())
+    kept = json.loads((out / "gradients" / "gradients.json").read_text())
     assert kept["variants"] == ["prior", "estimate"] and kept["pairs"] == 4 and not (out / "runs").exists()
     assert all(-1 <= cosine <= 1.000001 for row in kept["cosines"] for cosine in row)
     printed = capsys.readouterr().out
     assert "Cosines of mean gradients before training, over 4 pairs" in printed and "the estimate field alone" in printed
-    assert Image.open(out / "gradients.png").width > 300
+    assert Image.open(out / "gradients" / "gradients.png").width > 300
     assert not math.isnan(kept["noise"][0])
+    # It binds nothing: other variants are compared, and trained, in the same folder, and it is written anew.
+    cli.main(["ablate", "--config", str(file), "--output_dir", str(out), *words[:-1], "detail"])
+    few = ["--variants", "prior", "--seeds", "0", "--max_steps", "1", "--samples", "0", "--points", "1"]
+    cli.main(["ablate", "--config", str(file), "--output_dir", str(out), *few])
+    cli.main(["ablate", "--config", str(file), "--output_dir", str(out), *words])
+    assert (out / "results.json").is_file() and json.loads((out / "gradients" / "gradients.json").read_text()) == kept
+    with pytest.raises(ValueError, match="variants: got .* expected one that is trained, for --gradients"):
+        prepare(AblationConfig(str(file), str(out), variants=["base"], baseline="base", gradients=True))

@@ -168,7 +168,7 @@ def test_card_says_why_errors_without_the_lora_move(config, mask, source):
     before, *_, after = read_metrics(trainer.folder / "validation.jsonl")
     moves = before["error/reference_win"] != pytest.approx(after["error/reference_win"], rel=1e-5)  # sums are rounded
     assert moves == (mask == "focus" and source == "policy")
-    assert (MASK_MOVES in (trainer.folder / "lora" / "README.md").read_text()) == moves
+    assert (MASK_MOVES.format("the hidden states") in (trainer.folder / "lora" / "README.md").read_text()) == moves
 
 
 def test_card_of_a_hub_model_over_uno_without_held_out_pairs(config):

@@ -375,7 +375,7 @@ FOCUS = {
     "of the reference": {"feature_source": "reference", "match_count": 4},
     "each of the reference": {"feature_source": "reference", "mask_from": "each", "match_count": 4},
     "estimate": {"source": "estimate", "tau": 0.9, "kappa": 0.55},
-    "estimate of the reference": {"source": "estimate", "feature_source": "reference", "mask_from": "each", "tau": 0.0},
+    "estimate of the reference": {"source": "estimate", "feature_source": "reference", "tau": 0.0},
     "random": {"source": "random", "match_count": 4, "tau": 0.2},
     "random, per subject": {"source": "random", "per_subject": True, "match_count": 5, "tau": 0.2},
     "truth": {"source": "truth", "match_count": 4, "tau": 0.2},

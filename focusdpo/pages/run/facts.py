@@ -52,6 +52,8 @@ def facts(
 ) -> list[Fact]:
     """The summary of a run."""
     method = "supervised fine-tuning on the winners" if config.loss.loss_type == "sft" else METHODS[config.focus.mask]
+    if method == METHODS["focus"] and config.focus.source != "features":
+        method += f", focus.source: {config.focus.source}"
     found = [
         _state(folder, config, run),
         Fact("model", Path(config.model.path).name, f"{config.model.backbone}, LoRA of rank {config.lora.rank}"),

@@ -40,12 +40,12 @@ IMAGE = {"granularity": "image"}
 M_S = {"mask": "focus", "gamma": 1.0}
 M_D = {"mask": "focus", "tau": 1.0, "gamma": 0.0}
 FEATURES = {"source": "features"}
-ESTIMATE = {"source": "estimate", "per_subject": False}
+ESTIMATE = {"source": "estimate", "per_subject": False, "mask_from": "winner"}
 _ALL = (
     Change("base", "before training", trained=False),
     Change("sft", "SFT on winners", {"mask": "none"}, SFT | IMAGE),
     Change("dpo", "Diffusion-DPO (M = 1)", {"mask": "none"}, IMAGE),
-    Change("prior", "the prior alone", {"mask": "prior"}, IMAGE),
+    Change("prior", "the prior alone", {"mask": "prior"}),
     Change("subject", "the prior, a sigmoid for each subject", {"mask": "prior"}, {"granularity": "subject"}),
     Change("structure", "M_s alone", M_S),
     Change("per_subject", "M_s alone, per subject", M_S | FEATURES | {"per_subject": True}),
@@ -68,7 +68,8 @@ def changes_of(config: AblationConfig, run: TrainConfig) -> list[Change]:
         for value in getattr(config, grid):
             setting = blocks_of(value, run.model) if grid == "layers" else value
             own = getattr(run.loss if grid in OF_LOSS else run.focus, grid)
-            if own == setting and type(own) is type(setting) and "focus" in config.variants:
+            applies = grid != "kappa" or run.focus.source == "estimate"  # which the grid's values all have
+            if own == setting and type(own) is type(setting) and applies and "focus" in config.variants:
                 continue  # the run's own value is the variant "focus"
             changed: dict[str, Any] = {grid: setting}
             focus, loss = ({}, changed) if grid in OF_LOSS else (changed, {})

@@ -56,7 +56,8 @@ def judge(trainer: Trainer, times: Sequence[float], limit: int | None = None) ->
     `accuracy/REGION` is whether the implicit reward prefers the winner, `win/REGION` and `lose/REGION` the policy's squared
     error as a share of the reference model's, with regions "whole", "inside" and "outside" the prior. `drift/REGION` is how far
     the policy's predictions are from the reference model's. `coverage` is A of the focus mask under the run's own settings,
-    beside what an S that knows nothing would have, and the least that so many matches can reach; an estimate has none of these.
+    beside what an S that knows nothing would have, and the least that so many matches can reach; these are NaN for an estimate,
+    which has no number of matches.
 
     Args:
         trainer: whose model is judged.
@@ -80,11 +81,9 @@ def judge(trainer: Trainer, times: Sequence[float], limit: int | None = None) ->
                 noised = step.noise(batch, generator, torch.full((len(batch.prompts),), t))
                 policy, reference, focus = step.predictions(noised, batch)
             found = _by_region(policy, reference, noised.target, inside, step.backend)
-            found |= {
-                "coverage": focus.coverage,
-                "coverage/chance": focus.coverage_chance,
-                "coverage/floor": focus.coverage_floor,
-            }
+            chance = focus.coverage_chance
+            floor = torch.where(chance.isnan(), chance, focus.coverage_floor)
+            found |= {"coverage": focus.coverage, "coverage/chance": chance, "coverage/floor": floor}
             for name, numbers in found.items():
                 for index, value in zip(batch.indices, numbers.tolist(), strict=True):
                     values.setdefault(name, {}).setdefault(index, []).append(value)

@@ -96,10 +96,10 @@ def draw_drift(results: Sequence[Result], equal: EqualDrift, names: Mapping[str,
     axis = axes[0, 0]
     for number, row in enumerate(equal.table.rows):
         curves = curves_of(results, row.variant, equal.measure, DRIFT)
-        if not curves:
+        means = mean_curve(curves, equal.measure)
+        if not means:
             continue
-        _, drifts, means = zip(*mean_curve(curves, equal.measure), strict=True)
-        axis.plot(drifts, means, color=f"C{number}", label=names[row.variant])
+        axis.plot([drift for _, drift, _ in means], [mean for *_, mean in means], color=f"C{number}", label=names[row.variant])
         points = [(point.mean(DRIFT), point.mean(equal.measure)) for curve in curves for point in curve]
         axis.plot(*zip(*points, strict=True), ".", color=f"C{number}", alpha=0.5)
     axis.axvline(equal.drift, color="gray", linestyle=":", linewidth=1)

@@ -31,7 +31,6 @@ from focusdpo.studies.microcosm.pairs import write_pairs
 from focusdpo.studies.microcosm.world import World, compose_world
 from focusdpo.training.config import (
     DataConfig,
-    FocusConfig,
     LoraConfig,
     LossConfig,
     ModelConfig,
@@ -58,9 +57,6 @@ STAGES_WRITTEN = (
     r"pairs/(train|held_out)/references/\d+_\d(_mask)?\.png",
 )
 RESTORED = 1000  # scenes that the classifier also sees as the autoencoder gives them back
-# Of the target's tokens, for each subject. References are small here: with as many matches as they have tokens, coverage never
-# comes near tau, and M_d would have no say. One reference of 512 px has about as many in the paper's setting.
-MATCHES = 0.4
 JUDGED_SCENES = 512  # real scenes, which FID compares with
 Outcome = tuple[dict[str, Any], Callable[[], object]]  # what a stage says of itself, and what writes its result
 HELD_OUT_SEED = 1_000_003  # added to the seed of what is only judged
@@ -210,7 +206,6 @@ class Stages:
             ),
             output_dir=str(self.folder / "run"),
             lora=LoraConfig(rank=size.rank, alpha=2 * size.rank),
-            focus=FocusConfig(match_count=MATCHES),
             loss=LossConfig(beta=size.beta if config.beta is None else config.beta, reduction=config.reduction),
             optim=OptimConfig(
                 lr=size.lr if config.lr is None else config.lr,
