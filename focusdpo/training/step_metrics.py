@@ -32,6 +32,7 @@ def step_metrics(result: StepResult) -> dict[str, Tensor]:
     metrics = {
         "loss": output.loss.detach(),
         **{name: value.mean() for name, value in by_time.items()},
+        "accuracy": output.accuracy,
         "logit": output.by_pair(output.logits).mean(),
         "error/reference_win": output.by_pair(output.reference_win).mean(),
         "error/reference_lose": output.by_pair(output.reference_lose).mean(),

@@ -237,6 +237,6 @@ def test_composed_pairs(tiny_pairs):
         prior = np.asarray(read_mask(record.prior[0])) > 0
         differs = (winner != loser).any(-1)
         assert differs.any() and not (differs & ~prior).any()
-        assert record.meta["disruption"] in ("instance", "recolour", "retexture")
+        assert set(record.meta["disruptions"]) <= {"instance", "recolour", "retexture"}
     samples = [dataset(records)[i] for i in range(len(records))]
     assert all(torch.isfinite(s.winner).all() and s.prior.any() for s in samples)

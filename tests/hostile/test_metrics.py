@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from focusdpo.loss import Drift, FocusDPOOutput
 from focusdpo.training import batches
 from focusdpo.training.batches import load_records
 from focusdpo.training.callbacks import ProgressBar
@@ -30,7 +31,7 @@ TIMES = [0.1, 0.3, 0.35, 0.9]  # in the bins 0.00, 0.25, 0.25 and 0.75
 
 def result_of(margins, coverage=(0.05, 0.15, 0.95, 1.0), floor=(0.0, 0.3, 0.0, 0.0)) -> Any:
     margin = torch.tensor(margins)
-    output = SimpleNamespace(
+    output = FocusDPOOutput(
         loss=margin.mean(),
         margin=margin,
         logits=margin,
@@ -45,9 +46,11 @@ def result_of(margins, coverage=(0.05, 0.15, 0.95, 1.0), floor=(0.0, 0.3, 0.0, 0
         coverage_floor=torch.tensor(floor),
         uses_detail=torch.tensor([True, False, True, True]),
         all_matched=torch.tensor([True, True, False, True]),
+        coverage_chance=torch.tensor(floor),
+        source="features",
         tau=0.1,
     )
-    return SimpleNamespace(output=output, focus=focus, t=torch.tensor(TIMES))
+    return SimpleNamespace(output=output, focus=focus, t=torch.tensor(TIMES), drift=Drift(margin, margin, margin))
 
 
 def averaged(*results: Any) -> dict[str, float]:
