@@ -436,7 +436,10 @@ REFUSED = {
         "focus.match_count: got 5000; expected at most 16, the tokens of the smallest target",
     ),
     "primary": ({"primary": ["dpo", "win/whole"]}, "primary: got .* expected a variant other than 'dpo', and a measure"),
-    "primary's variant": ({"primary": ["focus", "win/whole"]}, "primary: .* expected a variant that is .*, one of .'base'."),
+    "primary's variant": (
+        {"primary": ["focus", "win/whole"]},
+        "primary: .* expected a variant beside the baseline, one of .'base'.",
+    ),
     "primary's measure": ({"primary": ["base", "coverage"]}, "primary: .* expected a measure that has a better side, one of"),
     "no primary": ({"primary_at": "equal drift"}, "primary_at: got 'equal drift'; expected end, as primary is not set"),
     "primary untrained": (

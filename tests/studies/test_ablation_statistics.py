@@ -378,14 +378,16 @@ def test_no_drift_to_compare_at(case):
     results, message = NO_DRIFT[case]
     with pytest.raises(NoDriftError, match=message):
         at_equal_drift(results, CHANGES, "dpo", MEASURES, "gain")
-    config = AblationConfig("-", variants=["base", "dpo", "focus"], primary=["focus", "gain"])
+    config = AblationConfig("-", baseline="dpo", variants=["base", "dpo", "focus"], primary=["focus", "gain"])
     table, why = tables_of(config, results, CHANGES, MEASURES)
     assert message in why and message in _text(table, why, NAMES), "the other table is shown"
 
 
 def test_both_tables_are_judged_together():
     faster = [training("focus", seed, [0.001, 10.0], [0.3, 0.7]) for seed in (0, 1)]
-    config = AblationConfig("-", variants=["base", "dpo", "focus"], primary=["focus", "gain"], primary_at="equal drift")
+    config = AblationConfig(
+        "-", baseline="dpo", variants=["base", "dpo", "focus"], primary=["focus", "gain"], primary_at="equal drift"
+    )
     table, equal = tables_of(config, [untrained(), *BASELINE, *faster], CHANGES, MEASURES)
     assert isinstance(equal, EqualDrift) and equal.table.verdicts[0].is_primary and len(table.verdicts) == 2
     text = _text(table, equal, NAMES)
@@ -395,12 +397,12 @@ def test_both_tables_are_judged_together():
     assert list(lines) == [NAMES["dpo"], NAMES["focus"]] and list(lines[NAMES["focus"]].x) == pytest.approx([0.001, 10.0])
     assert figure.layout.xaxis.type == "log" and figure.layout.shapes[0].x0 == pytest.approx(0.1)
     assert json.loads(json.dumps(dataclasses.asdict(equal)))["drift"] == pytest.approx(0.1)
-    table, why = tables_of(AblationConfig("-", variants=["base", "dpo"]), BASELINE, CHANGES, MEASURES)
+    table, why = tables_of(AblationConfig("-", baseline="dpo", variants=["base", "dpo"]), BASELINE, CHANGES, MEASURES)
     assert "no --primary VARIANT MEASURE is set" in why and table.verdicts == []
 
 
 def test_a_variant_of_a_grid_may_be_primary():
-    config = AblationConfig("-", primary=["tau=0.2", "gain"])
+    config = AblationConfig("-", baseline="dpo", primary=["tau=0.2", "gain"])
     grid = Change("tau=0.2", "tau", {"mask": "focus", "tau": 0.2})
     faster = [training("tau=0.2", seed, [0.001, 10.0], [0.3, 0.7]) for seed in (0, 1)]
     table, _ = tables_of(config, [untrained(), *BASELINE, *faster], [*CHANGES, grid], MEASURES)
