@@ -223,7 +223,7 @@ class PreferenceStep:
 
     def _winners_mask(self, noised: Noised, batch: PairBatch, taps: Sequence[SimilarityTap], prediction: Tensor) -> FocusMask:
         scores = taps[0].scores() if taps else self._scores(noised, batch, prediction)
-        return self.mask_of(scores[: len(batch.prompts)], batch, draws=noised.draws)
+        return self.mask_of(scores[: noised.tokens.shape[0] // 2], batch, draws=noised.draws)
 
     def _scores(self, noised: Noised, batch: PairBatch, prediction: Tensor) -> Tensor:
         """What the mask is made of beside hidden states: of winners s [B, P] of an estimate (E10), or of winners, then losers
@@ -232,7 +232,7 @@ class PreferenceStep:
         if self.focus.source == "truth":
             covered = covered_share(batch.prior)
             return covered.masked_fill(covered == 0, -math.inf).repeat(2, 1, 1)
-        pairs = len(batch.prompts)
+        pairs = noised.tokens.shape[0] // 2
         seen, tokens, t = (x[:pairs].detach() for x in (prediction, noised.tokens, noised.t))
         winner, loser = noised.clean.chunk(2)
         return estimate_alignment(seen, tokens, winner, loser, -t, backend=self.backend)
@@ -280,7 +280,7 @@ class PreferenceStep:
             reference = self.reference_output(noised, batch)
         taps = self._taps_of_mask(noised, batch, "policy")
         policy = self.predict(noised, taps)
-        pairs = len(batch.prompts)
+        pairs = noised.tokens.shape[0] // 2
         prior = pool_mask(batch.prior)
         inside = prior if prior.ndim == 2 else prior.any(1)
         focus, mask, mask_lose = None, None, None
