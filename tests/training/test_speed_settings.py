@@ -85,7 +85,7 @@ def random_batch(pairs=1, target=(4, 6), references=((2, 3), (3, 3))):
         tokens=normal(layout.num_target, 16),
         target=normal(layout.num_target, 16),
         t=torch.rand(pairs, generator=generator).repeat(2),
-        clean=normal(layout.num_target, 16),
+        clean=torch.zeros(2 * pairs, layout.num_target, 16),
         draws=None,
         references=normal(layout.num_reference, 16),
         prompts=PromptEmbeddings({"prompt_embeds": normal(16, 32), "pooled_prompt_embeds": normal(32)}),

@@ -76,6 +76,7 @@ def test_metrics(config):
         "step", "loss", "margin", "logit", "accuracy", "time", "pairs", "gradient_norm", "learning_rate",
         "error/policy_win", "error/policy_lose", "error/reference_win", "error/reference_lose",
         "focus/coverage", "focus/detail_share", "focus/coverage_floor", "focus/detail_unreachable", "focus/all_matched",
+        "focus/coverage_chance", "drift/whole", "drift/inside", "drift/outside",
         "skipped_in_a_row", "gradient_factor", "beta",
     }  # fmt: skip
     assert {name for name in metrics[0] if not name.startswith(("by_time/", "focus/coverage_histogram/"))} == expected
