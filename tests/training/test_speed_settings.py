@@ -126,7 +126,9 @@ def test_a_compiled_run(config, one_block, tmp_path):
     (result, gradients), (second, other_gradients) = compare(step, parameters, batch), compare(compiled, others, batch)
     assert abs(result.output.logits) > 0.01, "policy and reference differ"
     torch.testing.assert_close(second.output.loss, result.output.loss, rtol=1e-5, atol=0)
-    torch.testing.assert_close(second.output.margin, result.output.margin, rtol=1e-4, atol=0)
+    # A difference of errors, which a compiler rounds in other places on each kind of CPU.
+    rounding = 1e-7 * float(result.output.policy_win.max())
+    torch.testing.assert_close(second.output.margin, result.output.margin, rtol=1e-4, atol=rounding)
     assert torch.equal(second.focus.structure, result.focus.structure)
     torch.testing.assert_close(second.focus.mask, result.focus.mask, rtol=0, atol=1e-5)
     for a, b in zip(gradients, other_gradients, strict=True):
