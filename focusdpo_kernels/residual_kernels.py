@@ -314,6 +314,11 @@ class Mask(NamedTuple):
     subjects: int = 0
 
     @property
+    def is_light(self) -> bool:
+        """Whether a thread holds no more sums than without subjects, or twice as many of whole tokens."""
+        return self.subjects < 2 or (self.subjects == 2 and self.shared)
+
+    @property
     def types(self) -> dict[str, str | None]:
         return {
             "win_mask_ptr": "*fp32" if self.number else None,
@@ -340,7 +345,7 @@ def forward_launch(dtypes: tuple[torch.dtype, ...], mask: Mask) -> Launch:
         {**mask.constants, "COLUMNS": SUMS, "BLOCK": FORWARD_BLOCK},
         threads=FORWARD_BLOCK // LANES,
         # Ten sums for each subject.
-        registers=Registers(136, 128, 128, 160) if mask.subjects <= 2 else Registers(216, 216, 216, 224),
+        registers=Registers(136, 128, 128, 160) if mask.is_light else Registers(224, 224, 224, 296),
         types={**_types(dtypes, mask), "partial_ptr": "*fp32"},
         aligned=("win", "lose", "E", "INNER"),
     )
@@ -367,7 +372,7 @@ def backward_launch(dtypes: tuple[torch.dtype, ...], mask: Mask) -> Launch:
         _backward_kernel,
         {**mask.constants, "BLOCK": BACKWARD_BLOCK},
         threads=BACKWARD_BLOCK // LANES,
-        registers=Registers(72, 64, 64, 56) if mask.subjects <= 2 else Registers(120, 112, 112, 72),
+        registers=Registers(72, 64, 64, 56) if mask.is_light else Registers(120, 112, 112, 80),
         types={**_types(dtypes, mask), "incoming": Incoming(*["*fp32"] * 3), "scales_ptr": "*fp32"},
         aligned=("win", "lose", "E", "INNER"),
     )
