@@ -59,6 +59,11 @@ def _mean(values: Tensor) -> Tensor:
     return values.mean() if values.shape[0] else values.sum()
 
 
+def _from_reference(policy_win: Tensor, policy_lose: Tensor, reference_win: Tensor, reference_lose: Tensor) -> Predictions:
+    """What makes the kernel's errors of the policy its distance from the reference: whose predictions it should have made."""
+    return Predictions(policy_win, policy_lose, reference_win, reference_lose, reference_win, reference_lose)
+
+
 class Drift(NamedTuple):
     """How far the policy's predictions are from the reference model's: mean squares [B] over all elements of winner and loser,
     over those inside the prior, and those outside; 0 where there are none.
@@ -85,8 +90,7 @@ def prediction_drift(
         inside: the tokens within the prior, bool [B, P].
         backend: "triton", "torch" or None; see `focusdpo_kernels.backend`.
     """
-    # The kernel's errors, with the reference's predictions as what the policy's should be.
-    values = Predictions(policy_win, policy_lose, reference_win, reference_lose, reference_win, reference_lose)
+    values = _from_reference(policy_win, policy_lose, reference_win, reference_lose)
     regions = torch.stack([inside, ~inside, torch.ones_like(inside)], dim=1)
     found = masked_residual(values, {}, regions, reduction="masked_mean", backend=backend)
     inner, outer, whole = (0.5 * (found.policy_win + found.policy_lose)).unbind(1)
@@ -282,9 +286,8 @@ def focus_dpo_loss(
     if present is not None:
         losses = _over_subjects(losses, present)
     if reference_anchor:
-        # The kernel's errors, with the reference's predictions as what the policy's should be.
-        values = Predictions(policy_win, policy_lose, reference_win, reference_lose, reference_win, reference_lose)
-        drift = masked_residual(values, {}, None, silent=silent, backend=backend)
+        moved = _from_reference(policy_win, policy_lose, reference_win, reference_lose)
+        drift = masked_residual(moved, {}, silent=silent, backend=backend)
         losses = losses + 0.5 * reference_anchor * (drift.policy_win + drift.policy_lose)
     if sample_weight is not None and silent is not None:
         losses = (losses * sample_weight.to(losses.dtype)).masked_fill(silent, 0)

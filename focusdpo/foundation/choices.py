@@ -22,6 +22,7 @@ LoserScale = Literal["sdpo", "sdpo_batch"]
 MatchCount = Literal["reference", "prior"] | int | float
 MaskFrom = Literal["winner", "each"]
 FeatureSource = Literal["policy", "reference"]
+StructureSource = FocusSource | Literal["truth"]  # the last is made of a dataset's priors, which the mask itself does not know
 Granularity = Literal["image", "subject"]
 Check = Literal["full", "headers"]  # of a dataset
 LoraForm = Literal["diffusers", "peft", "comfyui", "kohya", "uno"]

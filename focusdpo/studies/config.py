@@ -16,6 +16,7 @@ from focusdpo.foundation.choices import (
     MaskFrom,
     MatchCount,
     Pooling,
+    StructureSource,
 )
 from focusdpo.foundation.settings import require
 from focusdpo.training.config import ModelConfig
@@ -60,7 +61,7 @@ class MasksConfig:
     seed: int = 0
     out: str = "masks"
     overwrite: bool = False
-    source: FocusSource | Literal["truth"] | None = None
+    source: StructureSource | None = None
 
     def __post_init__(self) -> None:
         require(self.pair >= 0, "pair", self.pair, "0 or more")

@@ -16,7 +16,6 @@ from focusdpo.foundation.choices import (
     Check,
     EntropyMethod,
     FeatureSource,
-    FocusSource,
     Granularity,
     KernelBackend,
     LoserScale,
@@ -27,6 +26,7 @@ from focusdpo.foundation.choices import (
     Pooling,
     Quantization,
     Reduction,
+    StructureSource,
     WeightDtype,
 )
 from focusdpo.foundation.settings import require as _require
@@ -202,7 +202,7 @@ class FocusConfig:
     """
 
     mask: Literal["focus", "prior", "none"] = "focus"
-    source: FocusSource | Literal["truth"] = "features"
+    source: StructureSource = "features"
     kappa: float = 0.75
     tau: float = 0.1
     gamma: float = 0.3

@@ -83,6 +83,9 @@ def settings(run, tmp_path):
     return make
 
 
+ADDED = {"tau": 0.9, "gamma": 0.9, "match_count": 0.9, "layers": "0,1", "kappa": 0.6}  # the others have all their values
+
+
 def results_in(folder):
     return json.loads((Path(folder) / "results.json").read_text())
 
@@ -267,6 +270,8 @@ def test_an_interrupted_ablation_goes_on_to_the_same_numbers(run, settings, tmp_
     prepare_ablation(settings())()
     assert len(calls) == done, "what is done is only read"
 
+    for grid in typing.get_args(Grid):  # may be added to
+        prepare_ablation(settings(**{grid: [*getattr(settings(), grid), ADDED[grid]]} if grid in ADDED else {}))
     with pytest.raises(ValueError, match=r"other settings:\n  ablation.times: the begun ablation has \[0.5\], got \[0.25\]"):
         prepare_ablation(settings(times=[0.25]))
     run.samples.seed = 5
