@@ -51,6 +51,7 @@ class Launch:
             passed, and a NamedTuple of types for a NamedTuple.
         aligned, ones: integer arguments that are multiples of 16, or 1, at the named shapes (Triton specialises on both); a
             NamedTuple's as "argument.field", or all of them by the argument's name.
+        programs: so many at least are to fit a multiprocessor of NVIDIA's by their registers; the compiler has to keep to that.
         fp_fusion: whether a * b + c may become one rounding. Stated for every kernel, because Triton's default changes.
     """
 
@@ -59,6 +60,7 @@ class Launch:
     threads: int
     registers: Registers
     num_stages: int = 2
+    programs: int = 1
     types: Mapping[str, str | tuple[Any, ...] | None] = field(default_factory=dict)
     aligned: tuple[str, ...] = ()
     ones: tuple[str, ...] = ()
@@ -77,7 +79,7 @@ class Launch:
         }
         if warp_size == 32:
             # Left alone, ptxas aims at an occupancy and spills a few registers for it.
-            options["maxnreg"] = min(255, 65536 // self.threads)
+            options["maxnreg"] = min(255, 65536 // (self.threads * self.programs))
         return options
 
     @property

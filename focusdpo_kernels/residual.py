@@ -86,8 +86,9 @@ def preference_residual_op(
     weighted = bool(weights) or subjects is not None
     finish = kernels.finish_launch(next_power_of_2(splits), reduction if weighted or reduction == "sum" else "mean")
     with device_guard(scales):
-        numbers = (elements, patches, splits, inner, height)
-        forward((predictions[0].shape[0], splits), *_sides(predictions), *_pair(weights), subjects, partial, *numbers)
+        numbers = (elements, patches, splits, inner, height, mask.subjects)
+        programs = predictions[0].shape[0] * ceil_div(max(mask.subjects, 1), max(mask.subjects_at_once, 1))
+        forward((programs, splits), *_sides(predictions), *_pair(weights), subjects, partial, *numbers)
         finish((rows,), partial, PreferenceResidual(*results), scales, elements, rows, splits)
     return [*results, scales]
 

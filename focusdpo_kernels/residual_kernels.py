@@ -7,7 +7,8 @@ The margin comes from (a - t)^2 - (b - t)^2 = (a - b)((a - t) + (b - t)), so it 
 and reference agree. Sums run in fp32 over a split of each sample that depends on its size only, first within programs, then
 over the splits: no atomics, the same bits every time and for every batch size. Bytes: six predictions and the mask once
 forward; four predictions and the mask in, two gradients out, backward. Of several subjects each has its own sums, of the same
-pass: B R P bytes more for where each of them is.
+pass: B R P bytes more for where each of them is. A program has two of them at most, as its sums would fill the registers that
+hold what it has asked for; programs of the same elements and other subjects stand side by side, and share a cache.
 """
 
 from __future__ import annotations
@@ -123,29 +124,38 @@ def _add(a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, b0, b1, b2, b3, b4, b5, b6, b7,
     return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6, a7 + b7, a8 + b8, a9 + b9
 
 
-@triton.jit(do_not_specialize=["P", "SPLITS", "HEIGHT"])
+@triton.jit(do_not_specialize=["P", "SPLITS", "HEIGHT", "SUBJECTS"])
 def _forward_kernel(
     win,  # Side
     lose,
     win_mask_ptr,  # [B, P] fp32 or None
     lose_mask_ptr,
     subjects_ptr,  # [B, R, P] bytes of 0 and 1, or None
-    partial_ptr,  # [B, R or 1, COLUMNS, SPLITS] fp32
+    partial_ptr,  # [B, SUBJECTS or 1, COLUMNS, SPLITS] fp32
     E,
     P,
     SPLITS,
     INNER,
     HEIGHT,
+    SUBJECTS,
     SIDE: tl.constexpr,
     POWER: tl.constexpr,
     SHARED: tl.constexpr,  # LANES elements have one M
-    R: tl.constexpr,  # subjects; 0 without
+    R: tl.constexpr,  # subjects of a program; 0 without
     COLUMNS: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     split = tl.program_id(1)
     b = tl.program_id(0).to(tl.int64)
+    row = b  # of results: the first of this program's
+    left = 1
+    if R > 0:
+        groups = tl.cdiv(SUBJECTS, R)
+        first_subject = (b % groups).to(tl.int32) * R
+        b = b // groups
+        row = b * SUBJECTS + first_subject
+        left = SUBJECTS - first_subject
     # A thread adds its own LANES elements at once: sums of [BLOCK] would fill its registers.
     zero = tl.zeros([BLOCK // LANES], tl.float32)
     sums = ()
@@ -169,7 +179,7 @@ def _forward_kernel(
         added = ()
         for r in tl.static_range(1 if R == 0 else R):
             if R > 0:
-                shows = _shows(subjects_ptr, b * R + r, P, tokens, offs_m < E)
+                shows = _shows(subjects_ptr, row + r, P, tokens, (offs_m < E) & (r < left))
                 shown = tl.sum(shows, axis=1)  # of LANES elements, where they have one token
             for column in tl.static_range(COLUMNS):
                 value = lanes[column]  # type: ignore[var-annotated]
@@ -182,9 +192,9 @@ def _forward_kernel(
         for column in tl.static_range(COLUMNS):
             part += (sums[r * COLUMNS + column],)  # type: ignore[assignment]
         part = tl.reduce(part, 0, _add)
-        out = partial_ptr + ((b * (1 if R == 0 else R) + r) * COLUMNS) * SPLITS + split
+        out = partial_ptr + (row + r) * COLUMNS * SPLITS + split
         for column in tl.static_range(COLUMNS):
-            tl.store(out + column * SPLITS, part[column])
+            tl.store(out + column * SPLITS, part[column], mask=r < left)
 
 
 @triton.jit
@@ -314,9 +324,9 @@ class Mask(NamedTuple):
     subjects: int = 0
 
     @property
-    def is_light(self) -> bool:
-        """Whether a thread holds no more sums than without subjects, or twice as many of whole tokens."""
-        return self.subjects < 2 or (self.subjects == 2 and self.shared)
+    def subjects_at_once(self) -> int:
+        """Of a program of the forward pass: its sums are ten of each, and of LANES tokens each where those have their own M."""
+        return min(self.subjects, 2 if self.shared else 1)
 
     @property
     def types(self) -> dict[str, str | None]:
@@ -340,12 +350,13 @@ def _types(dtypes: tuple[torch.dtype, ...], mask: Mask) -> dict[str, Any]:
 @functools.cache
 def forward_launch(dtypes: tuple[torch.dtype, ...], mask: Mask) -> Launch:
     """`dtypes` of the predictions."""
+    mask = mask._replace(subjects=mask.subjects_at_once)
     return Launch(
         _forward_kernel,
         {**mask.constants, "COLUMNS": SUMS, "BLOCK": FORWARD_BLOCK},
         threads=FORWARD_BLOCK // LANES,
-        # Ten sums for each subject.
-        registers=Registers(136, 128, 128, 160) if mask.is_light else Registers(224, 224, 224, 296),
+        registers=Registers(128, 128, 128, 160),
+        programs=4,
         types={**_types(dtypes, mask), "partial_ptr": "*fp32"},
         aligned=("win", "lose", "E", "INNER"),
     )
@@ -372,7 +383,7 @@ def backward_launch(dtypes: tuple[torch.dtype, ...], mask: Mask) -> Launch:
         _backward_kernel,
         {**mask.constants, "BLOCK": BACKWARD_BLOCK},
         threads=BACKWARD_BLOCK // LANES,
-        registers=Registers(72, 64, 64, 56) if mask.is_light else Registers(120, 112, 112, 80),
+        registers=Registers(72, 64, 64, 56) if mask.shared or not mask.subjects else Registers(120, 112, 112, 80),
         types={**_types(dtypes, mask), "incoming": Incoming(*["*fp32"] * 3), "scales_ptr": "*fp32"},
         aligned=("win", "lose", "E", "INNER"),
     )

@@ -50,6 +50,8 @@ def public_launches() -> list[str]:
         predictions = [torch.randn(B, P, C, requires_grad=i < 2) for i in range(6)]
         streamed = SimilarityAccumulator(mask)
 
+        latents = [torch.randn(B, P, C) for _ in range(4)]
+
         def residual(weight):
             preference_residual(*predictions, weight).margin.sum().backward()
 
@@ -64,6 +66,7 @@ def public_launches() -> list[str]:
             "focus_field": lambda: focus_field(scores, mask.sum(-1), prior, field),
             "focus_field_of_images": lambda: focus_field_of_images(scores, mask.sum(-1), prior, images),
             "preference_residual": lambda: residual(field),
+            "estimate_alignment": lambda: estimate_alignment(*latents, torch.ones(B)),
         }
         for name, call in calls.items():
             with stub_driver.launches() as names:
@@ -88,6 +91,7 @@ def test_every_public_function_launches(public_launches):
         "focus_field: _topk_kernel _field_kernel",
         "focus_field_of_images: _entropy_kernel _field_kernel",
         f"preference_residual: {residual}",
+        "estimate_alignment: _estimate_kernel",
     ]
 
 
