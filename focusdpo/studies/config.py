@@ -104,6 +104,7 @@ class AblationConfig:
             take the same first step.
         gradient_pairs: Of how many training pairs those means are, the first ones.
         seeds: Each variant is trained once with each.
+        betas: Beta of single variants, by name; all others take the run's.
         baseline: The variant that differences are taken against.
         primary: The comparison to the baseline that is judged by itself, as a variant and a measure; all others have Holm's
             correction. Its measure says at which drift variants are also compared.
@@ -138,6 +139,7 @@ class AblationConfig:
     gradients: bool = False
     gradient_pairs: int = 64
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    betas: dict[Variant, float] = field(default_factory=dict)
     baseline: Variant = "prior"
     primary: list[str] = field(default_factory=list)
     primary_at: At = "end"
@@ -155,6 +157,7 @@ class AblationConfig:
             values = getattr(self, name)
             require(len(set(values)) == len(values), name, values, "each once")
         require(bool(self.variants), "variants", self.variants, "at least one")
+        require(set(self.betas) <= set(self.variants), "betas", self.betas, f"numbers by some of the variants {self.variants}")
         require(self.baseline in self.variants, "baseline", self.baseline, f"one of the variants {self.variants}")
         named = len(self.primary) == 2 and self.primary[0] != self.baseline
         require(named or not self.primary, "primary", self.primary, f"a variant other than {self.baseline!r}, and a measure")
@@ -243,25 +246,28 @@ class StressConfig:
 class Size:
     """How large the world is and how long it learns.
 
-    resolution, reference_resolution: sides of scenes and references in pixels. scenes, pairs, held_out: numbers of composed
-    scenes for pre-training, of preference pairs, of held-out scenes. vae_channels, latent_channels: of the autoencoder. heads,
-    layers: of the transformer, double and single blocks, 32 wide each head. *_steps, *_batch: of each training. lr, beta, rank:
-    of the preference training. sampler_steps: of a generated image. samples: images generated a held-out scene.
+    resolution, reference_resolution: sides of scenes and references in pixels. scenes, pairs, tuning, held_out: numbers of
+    composed scenes for pre-training, of preference pairs, of scenes that beta is chosen on, of held-out scenes. vae_channels,
+    latent_channels: of the autoencoder. heads, layers: of the transformer, double and single blocks, 32 wide each head.
+    flow_steps: to the early model, from it to the middle one, from that to the late one. *_steps, *_batch: of each training.
+    lr, beta, rank: of the preference training. points: at which it is judged. sampler_steps: of a generated image. samples:
+    images generated a held-out scene.
     """
 
     resolution: int
     reference_resolution: int
     scenes: int
     pairs: int
+    tuning: int
     held_out: int
     vae_channels: tuple[int, int, int, int]
     latent_channels: int
     vae_steps: int
     vae_batch: int
-    classifier_steps: int
+    judge_steps: int
     heads: int
     layers: tuple[int, int]
-    flow_steps: int
+    flow_steps: tuple[int, int, int]
     flow_batch: int
     flow_lr: float
     tuning_steps: int
@@ -269,47 +275,54 @@ class Size:
     lr: float
     beta: float
     rank: int
+    points: int
     sampler_steps: int
     samples: int
 
 
 SIZES = {
     "smoke": Size(
-        resolution=64, reference_resolution=32, scenes=24, pairs=12, held_out=4,
-        vae_channels=(8, 8, 8, 8), latent_channels=4, vae_steps=4, vae_batch=4, classifier_steps=4,
-        heads=1, layers=(1, 1), flow_steps=4, flow_batch=4, flow_lr=1e-3,
-        tuning_steps=2, tuning_batch=2, lr=1e-3, beta=100.0, rank=4, sampler_steps=2, samples=1,
+        resolution=64, reference_resolution=32, scenes=24, pairs=12, tuning=2, held_out=4,
+        vae_channels=(8, 8, 8, 8), latent_channels=4, vae_steps=4, vae_batch=4, judge_steps=4,
+        heads=1, layers=(1, 1), flow_steps=(2, 1, 1), flow_batch=4, flow_lr=1e-3,
+        tuning_steps=2, tuning_batch=2, lr=1e-3, beta=100.0, rank=4, points=2, sampler_steps=2, samples=1,
     ),
-    "small": Size(
-        resolution=128, reference_resolution=64, scenes=4000, pairs=480, held_out=96,
-        vae_channels=(12, 24, 64, 128), latent_channels=16, vae_steps=3000, vae_batch=4, classifier_steps=500,
-        heads=6, layers=(2, 4), flow_steps=1800, flow_batch=16, flow_lr=1e-3,
-        tuning_steps=40, tuning_batch=8, lr=1e-4, beta=2000.0, rank=16, sampler_steps=10, samples=2,
+    "decisive": Size(
+        resolution=192, reference_resolution=96, scenes=2400, pairs=160, tuning=24, held_out=24,
+        vae_channels=(8, 16, 32, 64), latent_channels=16, vae_steps=2400, vae_batch=4, judge_steps=1500,
+        heads=3, layers=(2, 3), flow_steps=(800, 800, 1200), flow_batch=8, flow_lr=1e-3,
+        tuning_steps=20, tuning_batch=4, lr=5e-4, beta=2000.0, rank=16, points=5, sampler_steps=5, samples=1,
     ),
     "full": Size(
-        resolution=256, reference_resolution=128, scenes=8000, pairs=960, held_out=128,
-        vae_channels=(32, 64, 128, 128), latent_channels=16, vae_steps=2000, vae_batch=64, classifier_steps=800,
-        heads=12, layers=(4, 8), flow_steps=3000, flow_batch=64, flow_lr=1e-3,
-        tuning_steps=80, tuning_batch=16, lr=1e-4, beta=2000.0, rank=32, sampler_steps=20, samples=2,
+        resolution=256, reference_resolution=128, scenes=8000, pairs=960, tuning=96, held_out=192,
+        vae_channels=(32, 64, 128, 128), latent_channels=16, vae_steps=2000, vae_batch=64, judge_steps=3000,
+        heads=12, layers=(4, 8), flow_steps=(800, 1000, 2200), flow_batch=64, flow_lr=1e-3,
+        tuning_steps=80, tuning_batch=16, lr=1e-4, beta=2000.0, rank=32, points=5, sampler_steps=20, samples=2,
     ),
 }  # fmt: skip
+Base = Literal["early", "middle", "late"]
+BASES: tuple[Base, ...] = typing.get_args(Base)
+MIDDLE: Base = "middle"  # on which beta is chosen, and everything is compared
 
 
 @dataclass
 class MicrocosmConfig:
-    """A small world, a model that learns it, and the ablation on that model.
+    """A small world, three models that have learnt it less and more, and an ablation on each.
 
     Args:
         out: Folder for everything: photographs composed, models, runs, numbers, pictures.
-        size: "smoke" only runs the code, "small" is for a CPU, "full" for a GPU.
+        size: "smoke" only runs the code, "decisive" is for two CPU cores, "full" for a GPU.
         dreambench: A DreamBench folder whose subjects are taken instead of scikit-image's photographs.
-        variants: As in `focusdpo ablate`.
-        grids: As in `focusdpo ablate`.
-        seeds: Each variant is trained once with each; world and model are the same for all.
-        seed: Of the world and of the model.
+        bases: The models that variants are trained on, which have learnt the world for a short, a longer or a long time.
+        variants: As in `focusdpo ablate`, on the middle model.
+        everywhere: Of them, those that are trained on the early and the late model as well.
+        grids: As in `focusdpo ablate`; on the middle model.
+        seeds: Each variant is trained once with each; world and models are the same for all.
+        seed: Of the world and of the models.
         tuning_steps: Optimiser steps of each variant; null takes the size's.
         lr: Learning rate of each variant; null takes the size's.
-        beta: Of the preference loss; null takes the size's.
+        beta: Of the preference loss; null chooses a quarter of the size's, the size's or four times that, one for the prior
+            alone and one for masks within it, on pairs of their own and the middle model, with a seed of its own.
         reduction: Of the errors in the loss. "masked_mean" divides by the mask's size, which multiplies beta by another factor
             for each mask.
         primary: As in `focusdpo ablate`.
@@ -322,19 +335,28 @@ class MicrocosmConfig:
     """
 
     out: str = "microcosm"
-    size: Literal["smoke", "small", "full"] = "small"
+    size: Literal["smoke", "decisive", "full"] = "decisive"
     dreambench: str | None = None
-    variants: list[Variant] = field(default_factory=lambda: ["base", "sft", "dpo", "prior", "structure", "detail", "focus"])
+    bases: list[Base] = field(default_factory=lambda: list(BASES))
+    variants: list[Variant] = field(
+        default_factory=lambda: [
+            "base", "sft", "prior", "subject", "structure", "per_subject", "random", "truth", "estimate", "detail", "focus",
+            "focus_estimate",
+        ]
+    )  # fmt: skip
+    everywhere: list[Variant] = field(
+        default_factory=lambda: ["base", "prior", "structure", "random", "truth", "estimate", "focus"]
+    )
     grids: list[Grid] = field(default_factory=list)
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
     seed: int = 0
     tuning_steps: int | None = None
     lr: float | None = None
     beta: float | None = None
     reduction: Literal["mean", "masked_mean"] = "mean"
-    primary: list[str] = field(default_factory=list)
-    primary_at: At = "end"
-    judge_points: bool = False
+    primary: list[str] = field(default_factory=lambda: ["focus", "identity"])
+    primary_at: At = "equal drift"
+    judge_points: bool = True
     workers: int | None = None
     backend: KernelBackend | None = None
     cpu: bool = False
@@ -344,24 +366,31 @@ class MicrocosmConfig:
         self.sizes = SIZES[self.size]
         self.steps = self.sizes.tuning_steps if self.tuning_steps is None else self.tuning_steps
         require(self.steps >= 1, "tuning_steps", self.tuning_steps, "at least 1, or null")
+        require(len(set(self.bases)) == len(self.bases) > 0, "bases", self.bases, "at least one, each once")
         for name in ("lr", "beta"):
             value = getattr(self, name)
             require(value is None or value > 0, name, value, "a positive number, or null")
         require(0 <= self.seed < 2**32, "seed", self.seed, "0 <= seed < 2^32")
-        # The settings of the ablation have their own checks.
-        baseline: Variant = "prior" if "prior" in self.variants else self.variants[0] if self.variants else "prior"
-        self.ablation = AblationConfig(
-            config=str(Path(self.out) / "train.yaml"),
-            output_dir=str(Path(self.out) / "ablation"),
-            variants=self.variants,
-            grids=self.grids,
+        for base in self.bases:
+            self.ablation(base)  # whose settings have their own checks
+
+    def ablation(self, base: Base, betas: dict[Variant, float] | None = None) -> AblationConfig:
+        """The ablation on a base. betas: of variants that do not take their run's."""
+        variants = [name for name in self.variants if base == MIDDLE or name in self.everywhere]
+        baseline: Variant = "prior" if "prior" in variants else variants[0] if variants else "prior"
+        return AblationConfig(
+            config=str(Path(self.out) / base / "train.yaml"),
+            output_dir=str(Path(self.out) / base / "ablation"),
+            variants=variants,
+            grids=self.grids if base == MIDDLE else [],
             seeds=self.seeds,
+            betas=betas or {},
             baseline=baseline,
             primary=self.primary,
             primary_at=self.primary_at,
             judge_points=self.judge_points,
-            points=2,
-            times=[0.4, 0.8],
+            points=min(self.sizes.points, self.steps),
+            times=[0.6],
             samples=0,  # all held-out scenes are drawn for the judge
             workers=self.workers,
         )

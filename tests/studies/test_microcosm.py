@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,19 +20,27 @@ from torch import nn
 
 from focusdpo.building.dreambench import read_classes
 from focusdpo.commands import cli
-from focusdpo.commands.microcosm import PICTURES, WRITTEN, _settings
+from focusdpo.commands.microcosm import BASE_PICTURES, PICTURES, WRITTEN, _settings
 from focusdpo.commands.microcosm import prepare as prepare_microcosm
 from focusdpo.data import load_pairs
 from focusdpo.foundation.output_folder import OutputFolder
+from focusdpo.studies.ablation.equal_drift import at_equal_drift
+from focusdpo.studies.ablation.jobs import Point, Result
+from focusdpo.studies.ablation.statistics import tabulate
+from focusdpo.studies.ablation.variants import VARIANTS, changes_of
+from focusdpo.studies.ablation.yardsticks import Measure
 from focusdpo.studies.config import MicrocosmConfig
 from focusdpo.studies.microcosm import learning
-from focusdpo.studies.microcosm.classifier import halves
-from focusdpo.studies.microcosm.identities import identities_of
+from focusdpo.studies.microcosm.gates import Correspondence
+from focusdpo.studies.microcosm.identities import MAX_OF_A_CLASS, identities_of
+from focusdpo.studies.microcosm.judge import IdentityJudge, classify, halves, train_judge
 from focusdpo.studies.microcosm.judging import verdicts
 from focusdpo.studies.microcosm.learning import learn
 from focusdpo.studies.microcosm.pairs import write_pairs
 from focusdpo.studies.microcosm.stages import Stages
-from focusdpo.studies.microcosm.world import draw_scene
+from focusdpo.studies.microcosm.tuning import chosen_betas
+from focusdpo.studies.microcosm.verdicts import Outcome, text_of_verdicts
+from focusdpo.studies.microcosm.world import World, draw_disruption, draw_scene
 from tests import PATIENCE, ROOT
 
 SHARED = ROOT.parent / "shared" / "data" / "dreambench"
@@ -53,14 +63,27 @@ def test_pairs_differ_inside_the_prior_alone_and_show_whom_they_say(identities, 
             own, instance = (identities[meta[name][number]] for name in ("identities", "loser_identities"))
             half = prior[:, 32:] if number else prior[:, :32]
             assert half.any() and prior.sum() == half.sum(), "the first subject is on the left, the second on the right"
-            assert differs[prior > 0].any() and own.class_name == instance.class_name and own is not instance
+            exchanged = meta["loser_identities"][number] == meta["identities"][1 - number]
+            assert differs[prior > 0].any() and own is not instance and (exchanged or own.class_name == instance.class_name)
         assert [r.class_name for r in record.references] == [identities[i].class_name for i in meta["identities"]]
 
 
-def test_scenes_are_of_two_classes(identities):
-    scenes = [draw_scene(identities, 32, np.random.default_rng(seed)) for seed in range(50)]
-    assert all(identities[a].class_name != identities[b].class_name for a, b in (scene.identities for scene in scenes))
-    assert len({scene.identities for scene in scenes}) > 40
+def test_half_of_the_scenes_show_two_instances_of_one_class(identities):
+    """And losers show the other reference's subject, or a third of the own class, as often."""
+    rngs = [np.random.default_rng(seed) for seed in range(400)]
+    scenes = [draw_scene(identities, 32, rng) for rng in rngs]
+    classes = [identity.class_name for identity in identities]
+    alike = [classes[a] == classes[b] for a, b in (scene.identities for scene in scenes)]
+    assert 160 < sum(alike) < 240 and all(a != b for a, b in (scene.identities for scene in scenes))
+    assert len({scene.identities for scene in scenes}) > 200
+    shown = [draw_disruption(identities, scene, rng) for scene, rng in zip(scenes, rngs, strict=True)]
+    exchanged = []
+    for scene, pair in zip(scenes, shown, strict=True):
+        for own, other, loser in zip(scene.identities, scene.identities[::-1], pair, strict=True):
+            exchanged.append(loser == other)
+            assert loser == other or (classes[loser] == classes[own] and loser not in scene.identities)
+    assert 340 < sum(exchanged) < 460
+    assert max(classes.count(name) for name in classes) == 3 * MAX_OF_A_CLASS, "each subject as it is and in two other colours"
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the photos of DreamBench are not here")
@@ -118,17 +141,116 @@ def test_a_loss_that_is_not_finite_ends_the_learning(tmp_path, monkeypatch):
 
 
 def test_verdicts_by_hand():
-    """Four identities of classes a, a, b, b. Left should be 0, right 2."""
-    seen = torch.tensor([[0, 2], [1, 0], [2, 3]])  # all right; another instance, the other subject; the other subject, instance
-    logits = nn.functional.one_hot(seen, 4).float()
+    """Four identities of classes a, a, b, b, and nobody. Left should be 0, right 2."""
+    seen = torch.tensor([[0, 2], [1, 0], [2, 4]])  # all right; another instance, the other subject; the other subject, nobody
+    logits = nn.functional.one_hot(seen, 5).float()
     logits[1, 0, 2] = 0.5  # the other subject is likelier than the own, and a third one is seen: no leak
     found = verdicts(logits, torch.tensor([[0, 2]] * 3), ["a", "a", "b", "b"])
     assert found["identity"] == [1, 0, 0]
-    assert found["wrong instance"] == [0, 0.5, 0.5]
-    assert found["class"] == [1, 0.5, 0.5]
+    assert found["wrong instance"] == [0, 0.5, 0]
+    assert found["class"] == [1, 0.5, 0]
     assert found["leakage"] == [0, 0.5, 0.5]
+    assert found["nobody"] == [0, 0, 0.5]
     twice = verdicts(logits.repeat_interleave(2, 0), torch.tensor([[0, 2]] * 6), ["a", "a", "b", "b"], samples=2)
     assert twice == found, "a value for each scene"
+
+
+def test_the_judge_names_and_sees_nobody(tmp_path):
+    """Two identities that a colour tells apart, and gray scenes without either."""
+    scenes = torch.full((12, 3, 64, 64), 90, dtype=torch.uint8)
+    who = torch.randint(2, (12, 2), generator=torch.Generator().manual_seed(0))
+    for scene, pair in zip(scenes, who, strict=True):
+        for half, number in enumerate(pair.tolist()):
+            scene[2 * number, 20:50, 32 * half + 6 : 32 * half + 26] = 250
+    empty = torch.full((6, 3, 64, 64), 90, dtype=torch.uint8)
+    torch.manual_seed(0)
+    judge = IdentityJudge(2)
+    before = [p.clone() for p in judge._encoder._network.parameters()]
+    train_judge(judge, World(scenes, who, scenes, []), scenes, empty, 60, 0, tmp_path / "judge.state")
+    logits, features = classify(judge, torch.cat([scenes, empty]) / 255)
+    assert logits.shape == (18, 2, 3) and features.shape[:2] == (18, 2)
+    assert torch.equal(logits[:12].argmax(-1), who) and (logits[12:].argmax(-1) == 2).all()
+    assert all(torch.equal(a, b) for a, b in zip(before, judge._encoder._network.parameters(), strict=True))
+    assert not any("encoder" in name for name in judge.state_dict())
+
+
+def test_weights_are_checked_by_hash(monkeypatch):
+    monkeypatch.setattr("focusdpo.building.encoder.EfficientNetLite0.SHA256", "0" * 64)
+    with pytest.raises(ValueError, match=r"efficientnet-lite0.*pth: its SHA-256 is 5793.*; expected 0000"):
+        IdentityJudge(2)
+
+
+def test_a_base_whose_features_know_nothing_cannot_test_them():
+    knows = Correspondence((0.2, 0.8), [0.7, 0.8], [0.9, 0.9], [0.3, 0.4], [0.7, 0.7], [0.2, 0.2])
+    assert knows.why_not() is None and "it can test the learned field" in knows.text()
+    blind = replace(knows, own_other=[0.6, 0.6])
+    assert "AUC of 0.60, below 0.65" in str(blind.why_not()) and "cannot test" in blind.text()
+    assert "A is 0.68, where an S that knows nothing has 0.70" in str(replace(knows, coverage=[0.68, 0.68]).why_not())
+
+
+def results_with(gains, seeds=5, items=40):
+    """Trainings whose identity rises by so much along a drift that rises by steps; noise of items is shared."""
+    rng = np.random.default_rng(0)
+    shared, found = rng.random(items), [Result("base", 0, {"identity": [0.0] * items}, [Point(0, {"identity": [0.0] * items})])]
+    for variant, gain in gains.items():
+        for seed in range(seeds):
+            curve = []
+            for step in (1, 2, 3, 4):
+                values = (gain * step + 0.1 * shared + 0.01 * rng.standard_normal(items)).tolist()
+                curve.append(Point(step, {"identity": values, "drift/whole": [10.0**step] * items}))
+            found.append(Result(variant, seed, curve[-1].values, curve))
+    return found
+
+
+def test_what_follows_from_the_comparisons():
+    """A true place that helps, a learned one that is no better than random, on one base; on the other the reverse."""
+    measures = {"identity": Measure("identity", is_share=False), "drift/whole": Measure("drift", "neither")}
+    found = {}
+    for base, gains in (
+        ("early", {"prior": 0.1, "truth": 0.2, "structure": 0.1, "random": 0.1, "focus": 0.1, "estimate": 0.1}),
+        ("late", {"prior": 0.1, "truth": 0.1, "structure": 0.2, "random": 0.1, "focus": 0.2, "estimate": 0.2}),
+    ):
+        results, changes = results_with(gains), [VARIANTS[name] for name in ("base", *gains)]
+        equal = at_equal_drift(results, changes, "prior", measures, "identity")
+        found[base] = Outcome(tabulate(results, changes, "prior", measures), equal, results)
+    text = text_of_verdicts(found, {"early": None, "late": None}, ["focus", "identity"], "equal drift")
+    early, late = text.split("\nlate model")
+    assert (
+        text.count("(primary)") == 2 and "weighting within the prior can help here" in early and "was not seen to help" in late
+    )
+    assert "learned field is not told from random" in early and "learned field is better than random places" in late
+    assert "The estimate field is not told from" in early and "The estimate field is better than" in late
+    gap = next(line for line in late.splitlines() if line.lstrip().startswith("equal drift") and "FocusDPO -" in line)
+    drift = found["late"].equal.drift  # between the points at 10^k: half of the prior's gain
+    place = float(np.log10(drift))
+    assert float(re.search(r"([+-]\d\.\d+) \[", gap)[1]) == pytest.approx(0.1 * place, abs=0.01) and gap.endswith(
+        "better (primary)"
+    )
+    blind = text_of_verdicts(found, {"early": "A is at chance", "late": None}, ["focus", "identity"], "equal drift")
+    assert "This base cannot test the learned field: A is at chance." in blind.split("\nlate model")[0]
+
+
+def test_beta_is_chosen_by_what_is_drawn(tmp_path, monkeypatch):
+    """Of each arm by itself, on the middle model and the tuning pairs; of equal ones the size's own."""
+    seen = []
+
+    def run_jobs(jobs, workers):
+        seen.extend(jobs)
+        gains = {("prior", 400.0): 0.5, ("focus", 25.0): 0.7}
+        return [
+            Result(job.change.name, job.seed, {"identity": [gains.get((job.change.name, job.config.loss.beta), 0.4)]}, [])
+            for job in jobs
+        ]
+
+    monkeypatch.setattr("focusdpo.studies.microcosm.tuning.run_jobs", run_jobs)
+    betas = chosen_betas(Stages(MicrocosmConfig(out=str(tmp_path), size="smoke")))
+    assert (betas.prior, betas.focus) == (400, 25) and len(seen) == 6
+    assert {job.config.data.validation for job in seen} == {str(tmp_path / "pairs" / "tuning")}
+    assert {job.config.model.path for job in seen} == {str(tmp_path / "middle" / "model")}
+    assert not {job.seed for job in seen} & set(MicrocosmConfig().seeds)
+    assert betas.of_variants == {"prior": 400, "subject": 400, "dpo": 400}
+    given = chosen_betas(Stages(MicrocosmConfig(out=str(tmp_path), size="smoke", beta=3.0)))
+    assert (given.prior, given.focus) == (3, 3) and len(seen) == 6
 
 
 def test_halves():
@@ -138,40 +260,56 @@ def test_halves():
 
 
 def test_settings_reach_the_runs(tmp_path):
-    settings = MicrocosmConfig(out=str(tmp_path), size="smoke", lr=0.5, beta=7.0, tuning_steps=9, reduction="masked_mean")
-    run = Stages(settings).train_config()
+    settings = MicrocosmConfig(out=str(tmp_path), size="smoke", lr=0.5, tuning_steps=9, reduction="masked_mean")
+    run = Stages(settings).train_config("late", 7.0)
     assert (run.optim.lr, run.loss.beta, run.loss.reduction, run.max_steps) == (0.5, 7.0, "masked_mean", 9)
+    assert run.model.path == str(tmp_path / "late" / "model")
+    ablation = settings.ablation("late", {"prior": 2.0})
+    betas = {change.name: change.of(run).loss.beta for change in changes_of(ablation, run)}
+    assert betas["prior"] == 2 and betas["focus"] == betas["structure"] == 7
 
 
 def results_of(folder):
-    found = json.loads((folder / "ablation" / "results.json").read_text())
+    found = json.loads((folder / "late" / "ablation" / "results.json").read_text())
     return found["results"], found["table"]
 
 
 def test_the_whole_command_also_when_killed(tmp_path):
     """Killed with SIGKILL whenever a stage has begun, and run to its end: the same numbers as without."""
     folder, environment = tmp_path / "whole", os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    arguments = ["--size", "smoke", "--out", str(folder), "--variants", "base", "focus", "--seeds", "0", "--cpu", "true"]
+    variants, cpu = ["--variants", "base", "prior", "focus", "--seeds", "0"], ["--cpu", "true"]
+    arguments = ["--size", "smoke", "--out", str(folder), *variants, *cpu, "--bases", "late"]
     cli.main(["microcosm", *arguments])
-    with pytest.raises(ValueError, match="ablation.variants: the begun ablation has .'base', 'focus'., got .'base'."):
-        prepare_microcosm(MicrocosmConfig(out=str(folder), size="smoke", variants=["base"], seeds=[0], cpu=True))
-    for name in (*PICTURES, "model/model_index.json", "pairs/held_out/pairs.jsonl", "ablation/ablation.html", "facts.json"):
+    same = {"out": str(folder), "size": "smoke", "seeds": [0], "cpu": True, "bases": ["late"]}
+    with pytest.raises(ValueError, match="ablation.variants: the begun ablation has .'base', 'prior', 'focus'., got "):
+        prepare_microcosm(MicrocosmConfig(**same, variants=["prior", "focus"]))
+    of_base = (
+        *BASE_PICTURES,
+        "model/model_index.json",
+        "ablation/ablation.html",
+        "gates.json",
+        "ablation/gradients/gradients.png",
+    )
+    for name in (*PICTURES, *(f"late/{name}" for name in of_base), "pairs/held_out/pairs.jsonl", "facts.json", "verdicts.txt"):
         assert (folder / name).is_file(), name
     results, table = results_of(folder)
-    assert {r["variant"]: len(r["values"]["identity"]) for r in results} == {"base": 4, "focus": 4}
+    assert {r["variant"]: len(r["values"]["identity"]) for r in results} == {"base": 4, "prior": 4, "focus": 4}
     assert "FID" in table["measures"] and "accuracy/inside" in table["measures"]
-    images = [load_file(path)["images"] for path in sorted(folder.rglob("generated.safetensors"))]
-    assert len(images) == 2 and images[0].shape == (4, 3, 64, 64) and not torch.equal(images[0], images[1])
+    images = [load_file(path)["images"] for path in sorted((folder / "late").rglob("generated.safetensors"))]
+    assert len(images) == 3 and images[0].shape == (4, 3, 64, 64) and not torch.equal(images[0], images[1])
+    tried = json.loads((folder / "beta.json").read_text())
+    assert sorted(beta for beta, _ in tried["identity"]["prior"]) == [25, 100, 400]
 
     moved = folder.rename(tmp_path / "moved")
-    prepare_microcosm(MicrocosmConfig(out=str(moved), size="smoke", variants=["base", "focus"], seeds=[0, 1], cpu=True))
-    (moved / "model").rename(moved / "elsewhere")
-    prepare_microcosm(MicrocosmConfig(out=str(moved), size="smoke", variants=["base", "focus"], seeds=[0], cpu=True))
+    same |= {"out": str(moved), "variants": ["base", "prior", "focus"]}
+    prepare_microcosm(MicrocosmConfig(**same | {"seeds": [0, 1]}))
+    (moved / "late" / "model").rename(moved / "elsewhere")
+    prepare_microcosm(MicrocosmConfig(**same))
 
     killed = tmp_path / "killed"
     arguments[3] = str(killed)
     command = [sys.executable, "-m", "focusdpo", "microcosm", *arguments]
-    for sign in ("classifier.safetensors", "ablation/runs/focus"):
+    for sign in ("judge.safetensors", "late/gates.json", "tuning", "late/ablation/runs/focus"):
         with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
             while not (killed / sign).exists() and child.poll() is None:
                 time.sleep(0.02)
@@ -180,7 +318,8 @@ def test_the_whole_command_also_when_killed(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
     assert results_of(killed) == (results, table)
-    assert "identity accuracy of generated regions" in done.stdout
+    assert "identity accuracy of generated regions" in done.stdout and "Cosines of mean gradients" in done.stdout
+    assert (killed / "verdicts.txt").read_text().strip() in done.stdout
 
 
 def test_refused_by_name(tmp_path, monkeypatch):
@@ -217,9 +356,9 @@ def test_refused_by_name(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="out: .* holds a begun microcosm .*\n  world.seed: the begun .* has 0, got 1\n"):
         prepare_microcosm(MicrocosmConfig(out=str(tmp_path / "c"), size="smoke", seed=1))
     prepare_microcosm(MicrocosmConfig(out=str(tmp_path / "c"), size="smoke"))  # the world may be tuned otherwise
-    (tmp_path / "c" / "ablation").mkdir()
+    (tmp_path / "c" / "middle" / "ablation").mkdir(parents=True)
     with pytest.raises(
-        ValueError, match="(?s)tuning.lr: .* has 0.5, got 0.001.*'mean', got 'masked_mean'.*, delete .*ablation to tune"
+        ValueError, match="(?s)tuning.lr: .* has 0.5, got 0.001.*'mean', got 'masked_mean'.*, delete .*middle to tune"
     ):
         prepare_microcosm(MicrocosmConfig(out=str(tmp_path / "c"), size="smoke", reduction="masked_mean"))
     with pytest.raises(ValueError, match="grids: .* expected no grid over layers with size='smoke'"):
@@ -230,9 +369,12 @@ def test_overwriting_starts_anew(tmp_path):
     """Nothing that a kill left is gone on from."""
     out = OutputFolder("out", tmp_path, "microcosm", WRITTEN)
     out.begin(clear=False)
-    for name in ("autoencoder", "classifier", "model"):
+    for name in ("autoencoder", "judge", "early"):
         (tmp_path / f"{name}.state").write_text("another world's")
-    (tmp_path / ".model.partial").mkdir()
+    (tmp_path / "early").mkdir()
+    (tmp_path / "early" / ".model.partial").mkdir()
     (tmp_path / "notes.state").write_text("mine")
     out.begin(clear=True)
-    assert [path.name for path in tmp_path.iterdir() if path.name != ".focusdpo"] == ["notes.state"]
+    assert [path.name for path in tmp_path.rglob("*") if ".focusdpo" not in path.parts and path.name != "early"] == [
+        "notes.state"
+    ]

@@ -58,7 +58,7 @@ def at_equal_drift(
     drift = drift_of_half(results, baseline, measure, measures[measure])
     shown = {name: kind for name, kind in measures.items() if name != DRIFT}
     trained = [change for change in changes if change.trained]
-    found = [_at(result, drift) for result in results if any(result.variant == change.name for change in trained)]
+    found = [values_at(result, drift) for result in results if any(result.variant == change.name for change in trained)]
     return EqualDrift(measure, drift, tabulate(found, trained, baseline, shown, "equal drift"))
 
 
@@ -106,7 +106,7 @@ def mean_curve(curves: Sequence[Sequence[Point]], measure: str) -> list[tuple[in
     return [(step, mean(DRIFT, place), mean(measure, place)) for place, step in enumerate(steps)]
 
 
-def _at(result: Result, drift: float) -> Result:
+def values_at(result: Result, drift: float) -> Result:
     """A training's values where its drift is first the one that is asked for."""
     if result.failed is not None:
         return result

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 RESULT_FILE = "result.json"
 JUDGED_FILE = "judged.jsonl"
 # What a job writes into an ablation's folder of runs; the last is the microcosm's judge.
-JOB_WRITTEN = under(r"[\w=.,+-]+/seed-\d+", (*WRITTEN, r"result\.json", r"judged\.jsonl", r"images\.safetensors"))
+JOB_WRITTEN = under(r"[\w=.,+-]+/seed-\d+", (*WRITTEN, r"result\.json", r"judged\.jsonl", r"generated\.safetensors"))
 
 
 class Judge(Protocol):

@@ -154,12 +154,13 @@ def judged(tables: Sequence[Table], primary: Sequence[str] = (), at: At = "end")
     6, 1979): with a chance of `LEVEL` at least none of those that are marked is marked by chance.
 
     Args:
-        tables: of one ablation.
+        tables: of one ablation, or of one on each of several models.
         primary: variant and measure of the comparison that was chosen before there were results; () for none.
-        at: of the table that it is in.
+        at: of the tables that it is in, one of each model; they have the first table's baseline.
     """
-    places: dict[tuple[str, ...], float] = {}
-    for table in tables:
+    Place = tuple[int, str, str]  # number of the table, variant and measure
+    places: dict[Place, float] = {}
+    for number, table in enumerate(tables):
         for row in table.rows:
             for cell in row.cells:
                 if (
@@ -167,10 +168,15 @@ def judged(tables: Sequence[Table], primary: Sequence[str] = (), at: At = "end")
                     and math.isfinite(cell.difference.p)
                     and table.measures[cell.measure].better != "neither"
                 ):
-                    places[table.at, row.variant, cell.measure] = cell.difference.p
-    chosen = (at, *primary)
-    others = sorted((place for place in places if place != chosen), key=lambda place: places[place])
-    levels, corrected, worst = {chosen: LEVEL}, {chosen: places.get(chosen, math.nan)}, 0.0
+                    places[number, row.variant, cell.measure] = cell.difference.p
+
+    def is_chosen(place: Place) -> bool:
+        table = tables[place[0]]
+        return place[1:] == tuple(primary) and table.at == at and table.baseline == tables[0].baseline
+
+    others = sorted((place for place in places if not is_chosen(place)), key=lambda place: places[place])
+    corrected = {place: p for place, p in places.items() if is_chosen(place)}
+    levels, worst = dict.fromkeys(corrected, LEVEL), 0.0
     for rank, place in enumerate(others):
         worst = max(worst, min(places[place] * (len(others) - rank), 1.0))
         corrected[place] = worst
@@ -178,21 +184,21 @@ def judged(tables: Sequence[Table], primary: Sequence[str] = (), at: At = "end")
     for rank, place in enumerate(others):  # what is not found was judged as the first that is not
         levels[place] = 1 - (1 - LEVEL) / (len(others) - min(rank, found))
 
-    def with_verdict(table: Table, row: Row, cell: Cell) -> Cell:
-        place = (table.at, row.variant, cell.measure)
+    def with_verdict(number: int, row: Row, cell: Cell) -> Cell:
+        place, table = (number, row.variant, cell.measure), tables[number]
         if place not in places or cell.difference is None:
             return cell
         better = (cell.difference.mean < 0) == (table.measures[cell.measure].better == "less")
         level, p = levels[place], corrected[place]
         is_better = better if p <= 1 - LEVEL else None
-        return replace(cell, verdict=Verdict(level, p, cell.difference.detectable(level), place == chosen, is_better))
+        return replace(cell, verdict=Verdict(level, p, cell.difference.detectable(level), is_chosen(place), is_better))
 
     return [
         replace(
             table,
-            rows=tuple(replace(row, cells=tuple(with_verdict(table, row, cell) for cell in row.cells)) for row in table.rows),
+            rows=tuple(replace(row, cells=tuple(with_verdict(number, row, cell) for cell in row.cells)) for row in table.rows),
         )
-        for table in tables
+        for number, table in enumerate(tables)
     ]
 
 

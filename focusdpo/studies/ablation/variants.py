@@ -63,7 +63,9 @@ OF_LOSS = ("granularity",)  # grids over settings of the loss
 
 def changes_of(config: AblationConfig, run: TrainConfig) -> list[Change]:
     """All variants of an ablation, those of its grids behind the others; ValueError names a value out of range."""
-    changes = [VARIANTS[name] for name in config.variants]
+    known = [VARIANTS[name] for name in config.variants]
+    betas: dict[str, dict[str, Any]] = {name: {"beta": beta} for name, beta in config.betas.items()}
+    changes = [replace(change, loss=change.loss | betas.get(change.name, {})) for change in known]
     for grid in config.grids:
         for value in getattr(config, grid):
             setting = blocks_of(value, run.model) if grid == "layers" else value

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from PIL import Image
 from tqdm.auto import tqdm
@@ -16,6 +17,15 @@ from focusdpo.foundation.packages import require_build
 from focusdpo.foundation.settings import require
 
 HUES = (0.33, 0.66)  # of the two other instances that each subject gives
+MAX_OF_A_CLASS = 3  # subjects: scikit-image has seven coins, which look alike, and DreamBench seven dogs
+
+
+class _OfAClass(Protocol):
+    @property
+    def class_name(self) -> str: ...
+
+
+Named = TypeVar("Named", bound=_OfAClass)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +67,14 @@ def identities_of(dreambench: str | None, longest: int) -> list[Identity]:
         longest: pixels of a cut-out's longest side.
     """
     if dreambench is None:
-        return [one for subject in subjects() for one in _instances([subject], [subject], longest)]
+        return [one for subject in _few_of_each(subjects()) for one in _instances([subject], [subject], longest)]
     return _dreambench(Path(dreambench), longest)
+
+
+def _few_of_each(known: Sequence[Named]) -> list[Named]:
+    """The first subjects of each class."""
+    places = [sum(one.class_name == subject.class_name for one in known[:place]) for place, subject in enumerate(known)]
+    return [subject for subject, place in zip(known, places, strict=True) if place < MAX_OF_A_CLASS]
 
 
 def _instances(views: Sequence[Subject], held_out: Sequence[Subject], longest: int) -> list[Identity]:
@@ -83,7 +99,9 @@ def _dreambench(root: Path, longest: int) -> list[Identity]:
 
     cutter, found = default_cutter(), []
     known = read_photo_folder(root, read_classes(root), "dreambench")
-    for subject in tqdm(known, desc="cutting subjects out", unit="subject", leave=False):
+    for subject in tqdm(
+        _few_of_each([one for one in known if len(one.files) >= 2]), desc="cutting subjects out", unit="subject", leave=False
+    ):
         cut_outs = cutter.cut(subject.name, subject.class_name, subject.files)
         views = [Subject(one.name, one.class_name, one.rgba()) for one in cut_outs if one.refused is None]
         if len(views) >= 2:

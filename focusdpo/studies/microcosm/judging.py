@@ -1,4 +1,4 @@
-"""What a model of the microcosm draws for held-out scenes, and whom the classifier sees in it."""
+"""What a model of the microcosm draws for held-out scenes, and whom the judge sees in it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from focusdpo.data import collate
 from focusdpo.metrics.fid import frechet_distance_of_features
 from focusdpo.studies.ablation.yardsticks import Measure
-from focusdpo.studies.microcosm.classifier import IdentityClassifier, classify
+from focusdpo.studies.microcosm.judge import classify, load_judge
 from focusdpo.training.loading import load_backbone
 from focusdpo.training.seeding import seeded
 from focusdpo.training.trainer import Trainer
@@ -26,7 +26,8 @@ MEASURES = {
     "leakage": Measure("leakage: generated regions that show the other reference's subject", "less", is_share=True),
     "wrong instance": Measure("generated regions that show another instance of the right class", "less", is_share=True),
     "class": Measure("generated regions of the right class", is_share=True),
-    "FID": Measure("FID of generated regions, in the classifier's features (of few: for comparison only)", "less"),
+    "nobody": Measure("generated regions that show nobody", "less", is_share=True),
+    "FID": Measure("FID of generated regions, in the judge's features (of few: for comparison only)", "less"),
 }
 
 
@@ -34,19 +35,20 @@ def verdicts(logits: Tensor, identities: Tensor, classes: Sequence[str], samples
     """What the two regions of each scene show, by name: the share of them, as regions of one image are not independent.
 
     Args:
-        logits: of the classifier, [N, 2, identities].
+        logits: of the judge, [N, 2, identities + 1], the last of nobody.
         identities: who should be left and right, [N, 2].
         classes: class by identity.
         samples: how many images in a row are of one scene.
     """
     seen = logits.argmax(-1)
-    kinds = torch.tensor([sorted(set(classes)).index(name) for name in classes])
+    kinds = torch.tensor([*(sorted(set(classes)).index(name) for name in classes), -1])
     same_class = kinds[seen] == kinds[identities]
     found = {
         "identity": seen == identities,
         "leakage": seen == identities.flip(1),  # the first choice: of a drawing that shows nobody one is likelier as well
         "wrong instance": same_class & (seen != identities),
         "class": same_class,
+        "nobody": seen == len(classes),
     }
     return {name: value.float().reshape(len(value) // samples, -1).mean(1).tolist() for name, value in found.items()}
 
@@ -84,10 +86,10 @@ def generate(trainer: Trainer, samples: int, steps: int) -> Tensor:
 class GeneratedRegions:
     """Judges a trained model by what it draws; `focusdpo.studies.ablation.jobs.Judge`.
 
-    classifier: its weights. classes: class by identity. real_features: [N, D] of regions of real scenes, as safetensors.
+    weights: of the judge. classes: class by identity. real_features: [N, D] of regions of real scenes, as safetensors.
     """
 
-    classifier: Path
+    weights: Path
     classes: tuple[str, ...]
     real_features: Path
     samples: int
@@ -97,9 +99,8 @@ class GeneratedRegions:
         images = generate(trainer, self.samples, self.steps)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"images": images}, folder / IMAGES_FILE)
-        classifier = IdentityClassifier(len(self.classes))
-        classifier.load_state_dict(load_file(self.classifier))
-        logits, features = classify(classifier.eval().to(trainer.backbone.device), images.float() / 255)
+        judge = load_judge(self.weights, len(self.classes), trainer.backbone.device)
+        logits, features = classify(judge, images.float() / 255)
         who = torch.tensor([record.meta["identities"] for record in trainer.validation_set.records])
         real = load_file(self.real_features)["features"]
         distance = frechet_distance_of_features(real, features.flatten(0, 1))

@@ -1,4 +1,4 @@
-"""One resumable loop for everything in the microcosm that is learnt from nothing: autoencoder, classifier, flow."""
+"""One resumable loop for everything in the microcosm that is learnt from nothing: autoencoder, judge, flow."""
 
 from __future__ import annotations
 

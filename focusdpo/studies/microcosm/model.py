@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +49,34 @@ def build_model(size: Size, identities: Sequence[Identity], seed: int) -> Flux1:
     return Flux1(build_flux(seed, transformer, vae, words), max_sequence_length=TEXT_TOKENS)
 
 
-def train_flow(backbone: Backbone, world: World, size: Size, seed: int, state_file: Path) -> list[float]:
+@dataclass(frozen=True)
+class Latents:
+    """Clean tokens of a world's scenes [N, P, C] and references [M, Q, C]."""
+
+    scenes: Tensor
+    references: Tensor
+
+
+def encode_world(backbone: Backbone, world: World) -> Latents:
+    """By the autoencoder alone, so that they serve all models of a world."""
+    return Latents(_encode(backbone, world.scenes), _encode(backbone, world.references))
+
+
+def train_flow(
+    backbone: Backbone, world: World, latents: Latents, size: Size, steps: int, seed: int, state_file: Path
+) -> list[float]:
     """Trains the whole transformer to predict velocities of scenes (E2), every scene with other pictures of its subjects.
 
     Args:
-        backbone: with its autoencoder; its transformer learns.
-        world: scenes and references.
-        size: steps, batch and learning rate of the training.
+        backbone: whose transformer learns.
+        world: prompts, and who stands where.
+        latents: of its pictures, on the backbone's device.
+        size: batch and learning rate of the training.
+        steps: of it.
         seed: of the draws.
         state_file: as in `learn`.
     """
-    scenes, references = _encode(backbone, world.scenes), _encode(backbone, world.references)
+    scenes, references = latents.scenes, latents.references
     known = sorted(set(world.prompts))
     embedded = backbone.encode_prompts(known)
     texts = torch.tensor([known.index(prompt) for prompt in world.prompts])
@@ -79,9 +97,7 @@ def train_flow(backbone: Backbone, world: World, size: Size, seed: int, state_fi
         return (backbone.predict(noisy, t, text, given, layout).float() - velocity).square().mean()
 
     model = backbone.transformer.requires_grad_(True)
-    losses = learn(
-        "flow", model, loss, steps=size.flow_steps, lr=size.flow_lr, seed=seed, state_file=state_file, ema_decay=EMA_DECAY
-    )
+    losses = learn("flow", model, loss, steps=steps, lr=size.flow_lr, seed=seed, state_file=state_file, ema_decay=EMA_DECAY)
     model.requires_grad_(False)
     return losses
 

@@ -13,7 +13,7 @@ from focusdpo.building.composing import compose_pair, on_white
 from focusdpo.data.records import FILE_NAME
 from focusdpo.data.writing import pair_line, png_saver, write_lines
 from focusdpo.studies.microcosm.identities import Identity
-from focusdpo.studies.microcosm.world import LIGHT_RANGE, draw_scene, other_instance
+from focusdpo.studies.microcosm.world import LIGHT_RANGE, draw_disruption, draw_scene
 
 REFERENCES = "references"
 
@@ -27,7 +27,7 @@ def write_pairs(
     seed: int,
     held_out: bool = False,
 ) -> Path:
-    """Writes disrupted-instance pairs: in the loser another instance of its class stands in each subject's place.
+    """Writes disrupted-instance pairs: in the loser somebody else stands in each subject's place (`draw_disruption`).
 
     `meta` has the numbers of the identities in winner and loser.
 
@@ -47,7 +47,7 @@ def write_pairs(
     for index in tqdm(range(count), desc=f"composing {folder.name} pairs", unit="pair", leave=False):
         rng = np.random.default_rng([seed, index])
         scene = draw_scene(identities, resolution, rng)
-        others = [other_instance(identities, number, rng) for number in scene.identities]
+        others = draw_disruption(identities, scene, rng)
         shown, references = [], []
         for number in scene.identities:
             photos = identities[number].photos(held_out)
@@ -59,7 +59,7 @@ def write_pairs(
         stocks = [identities[number].photos(held_out) for number in others]
         disrupted = [photos[int(rng.integers(len(photos)))] for photos in stocks]
         winner, loser, priors = compose_pair(scene.background, shown, disrupted, scene.boxes)
-        meta = {"identities": list(scene.identities), "loser_identities": others}
+        meta = {"identities": list(scene.identities), "loser_identities": list(others)}
         lines.append(pair_line(_saver(folder, index), scene.prompt, references, winner, loser, priors, meta))
     return write_lines(folder / FILE_NAME, lines)
 

@@ -18,8 +18,10 @@ from focusdpo.studies.ablation.equal_drift import DRIFT, EqualDrift, curves_of, 
 from focusdpo.studies.ablation.jobs import Point, Result
 from focusdpo.studies.ablation.page import VERDICTS
 from focusdpo.studies.ablation.statistics import Table
-from focusdpo.studies.microcosm.classifier import IdentityClassifier, classify
+from focusdpo.studies.config import Base
+from focusdpo.studies.microcosm.judge import IdentityJudge, classify
 from focusdpo.studies.microcosm.judging import IMAGES_FILE
+from focusdpo.studies.microcosm.verdicts import Outcome
 
 
 def draw_intervals(table: Table, names: Mapping[str, str], measures: Sequence[str], path: Path) -> None:
@@ -111,10 +113,43 @@ def draw_drift(results: Sequence[Result], equal: EqualDrift, names: Mapping[str,
     figure.savefig(path, dpi=110)
 
 
+def draw_verdicts(found: Mapping[Base, Outcome], measure: str, names: Mapping[str, str], path: Path) -> None:
+    """Differences to the baseline in one measure: a column a base, above at equal drift, below at the end of training.
+
+    Args:
+        found: tables by base.
+        measure: of all panels.
+        names: of the variants.
+        path: the PNG.
+    """
+    variants = [name for name in names if any(row.variant == name for outcome in found.values() for row in outcome.table.rows)]
+    figure, axes = new_figure(2, len(found), (4.2 * len(found), 2 * (1 + 0.3 * len(variants))), sharex=True)
+    for column, (base, (table, equal, _)) in enumerate(found.items()):
+        for line, at in enumerate((equal.table if isinstance(equal, EqualDrift) else None, table)):
+            axis = axes[line, column]
+            axis.axvline(0, color="gray", linestyle=":", linewidth=1)
+            for row in at.rows if at else ():
+                cell = row.cell(measure)
+                if cell is None or cell.difference is None:
+                    continue
+                gap, place = cell.difference, -variants.index(row.variant)
+                errors = np.nan_to_num([[gap.mean - gap.low], [gap.high - gap.mean]])
+                axis.errorbar(gap.mean, place, xerr=errors, fmt="o", color=VERDICTS[cell.is_better], capsize=3)
+            axis.set_yticks([-place for place in range(len(variants))], [names[v] for v in variants] if column == 0 else [])
+            axis.set_title(
+                f"{base} model, {'at the end' if line else 'at equal drift' if at else 'no equal drift'}", fontsize=9
+            )
+            axis.grid(axis="x", alpha=0.3)
+    first = next(iter(found.values())).table
+    title = f"{first.measures[measure].label}: difference to {names[first.baseline]}, with its 95 % interval"
+    figure.suptitle(title + "\ngreen better, red worse, after Holm's correction; gray not told from it", fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
 def draw_samples(
     held_out: PairDataset,
     runs: Mapping[str, Path],
-    classifier: IdentityClassifier,
+    judge: IdentityJudge,
     names: Sequence[str],
     count: int,
     samples: int,
@@ -122,13 +157,13 @@ def draw_samples(
 ) -> None:
     """Held-out scenes, a row each: references, the real scene, and what each variant draws from the same noise.
 
-    Under a drawing stands whom the classifier sees in its halves, in green where it is the right subject.
+    Under a drawing stands whom the judge sees in its halves, in green where it is the right subject.
 
     Args:
         held_out: the scenes.
         runs: folders of runs by what the columns are called.
-        classifier: the judge.
-        names: of the identities.
+        judge: tells who is seen.
+        names: of the identities, and what nobody is called.
         count: rows.
         samples: images that were generated a scene.
         path: the PNG.
@@ -139,7 +174,7 @@ def draw_samples(
     for axis, name in zip(axes[0], columns, strict=True):
         axis.set_title(name, fontsize=8)
     drawn = {name: load_file(folder / IMAGES_FILE)["images"][::samples][:count] for name, folder in runs.items()}
-    seen = {name: classify(classifier, images.float() / 255)[0].argmax(-1) for name, images in drawn.items()}
+    seen = {name: classify(judge, images.float() / 255)[0].argmax(-1) for name, images in drawn.items()}
     for i in range(count):
         pair, who = held_out[i], held_out.records[i].meta["identities"]
         _show(axes[i, 0], torch.cat(list(pair.references), dim=1))
@@ -177,10 +212,10 @@ def draw_world(scenes: Tensor, restored: Tensor, path: Path, columns: int = 8) -
 
 def draw_losses(losses: Mapping[str, Sequence[tuple[int, float]]], path: Path) -> None:
     """The curves of what is learnt before any preference."""
-    figure, axes = new_figure(1, len(losses), (4 * len(losses), 2.8))
+    figure, axes = new_figure(1, len(losses), (3.2 * len(losses), 2.8))
     for axis, (name, points) in zip(axes[0], losses.items(), strict=True):
         axis.plot(*zip(*points, strict=True))
-        axis.set_title(f"{name}: training loss", fontsize=10)
+        axis.set_title(f"{name}: training loss", fontsize=9)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=100)

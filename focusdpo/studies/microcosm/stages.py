@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,21 +15,22 @@ import torch
 import yaml
 from accelerate.utils.memory import clear_device_cache
 from diffusers import AutoencoderKL
-from safetensors.torch import save_file
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from focusdpo.data.records import FILE_NAME
 from focusdpo.foundation.files import write_json, write_whole, writing, writing_folder
-from focusdpo.foundation.output_folder import PIPELINE_WRITTEN
+from focusdpo.foundation.output_folder import PIPELINE_WRITTEN, under
 from focusdpo.foundation.packages import libraries_silenced
-from focusdpo.studies.config import MicrocosmConfig
+from focusdpo.studies.config import BASES, Base, MicrocosmConfig
 from focusdpo.studies.microcosm.autoencoder import psnr, restore, train_autoencoder
-from focusdpo.studies.microcosm.classifier import IdentityClassifier, classify, train_classifier
 from focusdpo.studies.microcosm.identities import Identity, check_source, identities_of
+from focusdpo.studies.microcosm.judge import IdentityJudge, classify, train_judge
 from focusdpo.studies.microcosm.judging import GeneratedRegions, verdicts
-from focusdpo.studies.microcosm.model import TEXT_TOKENS, build_model, train_flow
+from focusdpo.studies.microcosm.model import TEXT_TOKENS, Latents, build_model, encode_world, train_flow
 from focusdpo.studies.microcosm.pairs import write_pairs
-from focusdpo.studies.microcosm.world import World, compose_world
+from focusdpo.studies.microcosm.world import World, compose_world, empty_scenes
 from focusdpo.training.config import (
     DataConfig,
     LoraConfig,
@@ -40,24 +42,32 @@ from focusdpo.training.config import (
 )
 from focusdpo_kernels.backend import resolve_backend
 
-FACTS_FILE, RUN_FILE = "facts.json", "train.yaml"
-LEARNT = ("autoencoder", "classifier", "model")  # what is trained before the preferences
-RESULTS = ("autoencoder", "classifier.safetensors", "model")  # of each
+logger = logging.getLogger(__name__)
+
+FACTS_FILE, RUN_FILE, JUDGE_FILE = "facts.json", "train.yaml", "judge.safetensors"
+LEARNT = ("autoencoder", "judge", *BASES)  # what is trained before the preferences
+PARTS = ("train", "tuning", "held_out")  # of the pairs
+RESULTS = (
+    "autoencoder",
+    JUDGE_FILE,
+    *(f"{base}/model" for base in BASES),
+    *(f"pairs/{part}/{FILE_NAME}" for part in PARTS),
+)
 # What the stages write, see `focusdpo.foundation.output_folder`.
 STAGES_WRITTEN = (
-    r"(classifier|real)\.safetensors",
-    r"train\.yaml",
+    r"(judge|real)\.safetensors",
     r"facts\.json",
     rf"({'|'.join(LEARNT)})\.state",
     r"autoencoder/(config\.json|diffusion_pytorch_model\.safetensors)",
-    *PIPELINE_WRITTEN,
+    *(pattern for base in BASES for pattern in under(base, (r"train\.yaml", *PIPELINE_WRITTEN))),
     r"cache/[0-9a-f]{2}/[0-9a-f]{64}\.safetensors",
-    r"pairs/(train|held_out)/pairs\.jsonl",
-    r"pairs/(train|held_out)/\d+_(winner|loser|prior\d)\.png",
-    r"pairs/(train|held_out)/references/\d+_\d(_mask)?\.png",
+    rf"pairs/({'|'.join(PARTS)})/pairs\.jsonl",
+    rf"pairs/({'|'.join(PARTS)})/\d+_(winner|loser|prior\d)\.png",
+    rf"pairs/({'|'.join(PARTS)})/references/\d+_\d(_mask)?\.png",
 )
-RESTORED = 1000  # scenes that the classifier also sees as the autoencoder gives them back
-JUDGED_SCENES = 512  # real scenes, which FID compares with
+RESTORED = 800  # scenes that the judge learns from, also as the autoencoder gives them back
+EMPTY = 100  # scenes without subjects that it learns from
+JUDGED_SCENES = 256  # real scenes, which FID compares with
 Outcome = tuple[dict[str, Any], Callable[[], object]]  # what a stage says of itself, and what writes its result
 HELD_OUT_SEED = 1_000_003  # added to the seed of what is only judged
 
@@ -96,27 +106,38 @@ class Stages:
         """Scenes, and photographs where there are several, that nothing learns from."""
         return self._compose(min(JUDGED_SCENES, self.size.scenes), HELD_OUT_SEED, held_out=True)
 
+    @cached_property
+    def latents(self) -> Latents:
+        """Of the scenes to learn from."""
+        backbone = build_model(self.size, self.identities, self.config.seed)
+        backbone.pipeline.register_modules(vae=self._vae())
+        backbone.to(self.device)
+        return encode_world(backbone, self.world)
+
     def _compose(self, count: int, seed: int, held_out: bool) -> World:
         return compose_world(self.identities, count, self.size, self.config.seed + seed, held_out)
 
     def run(self) -> None:
         """All stages, in order."""
         self._stage("autoencoder", self._autoencoder)
-        self._stage("classifier.safetensors", self._classifier)
-        self._stage("model", self._flow)
-        for name, count, seed in (("train", self.size.pairs, 1), ("held_out", self.size.held_out, HELD_OUT_SEED + 1)):
-            self._stage(f"pairs/{name}/{FILE_NAME}", partial(self._pairs, count, seed))
-        self.write_run(self.folder / RUN_FILE)
+        self._stage(JUDGE_FILE, self._judge)
+        logger.info("judge: %s", self.facts()[JUDGE_FILE]["says"])
+        for base in BASES:
+            self._stage(f"{base}/model", partial(self._flow, base))
+        counts = (self.size.pairs, self.size.tuning, self.size.held_out)
+        for number, (part, count) in enumerate(zip(PARTS, counts, strict=True)):
+            seed = number + (HELD_OUT_SEED if part == "held_out" else 1)
+            self._stage(f"pairs/{part}/{FILE_NAME}", partial(self._pairs, count, seed))
 
     @property
     def are_done(self) -> bool:
-        """Whether the ablation can begin."""
-        pairs = (f"pairs/{part}/{FILE_NAME}" for part in ("train", "held_out"))
-        return all((self.folder / name).exists() for name in (*RESULTS, *pairs))
+        """Whether the ablations can begin."""
+        return all((self.folder / name).exists() for name in RESULTS)
 
-    def write_run(self, file: Path) -> None:
-        """What the ablation takes for its run; anew at each start, as the folder may have been moved."""
-        write_whole(file, yaml.safe_dump(asdict(self.train_config()), sort_keys=False))
+    def write_run(self, file: Path, base: Base, beta: float, validation: str = "held_out") -> None:
+        """What an ablation takes for its run; anew at each start, as the folder may have been moved."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, yaml.safe_dump(asdict(self.train_config(base, beta, validation)), sort_keys=False))
 
     def _stage(self, name: str, work: Callable[[Path], Outcome]) -> None:
         """Does a stage unless its result is there, and notes how long it took and what it says of itself.
@@ -152,31 +173,45 @@ class Stages:
         vae = AutoencoderKL.from_pretrained(self.folder / "autoencoder")
         return vae.to(device=self.device, memory_format=torch.channels_last)
 
-    def _classifier(self, target: Path) -> Outcome:
-        state = self.folder / "classifier.state"
+    def _judge(self, target: Path) -> Outcome:
+        size, state = self.size, self.folder / "judge.state"
         torch.manual_seed(self.config.seed)
-        classifier = IdentityClassifier(len(self.identities)).to(self.device)
+        judge = IdentityJudge(len(self.identities), self.device)
         vae = self._vae()
         restored = (restore(vae, self.world.scenes[:RESTORED]) * 255).round().byte().cpu()
-        losses = train_classifier(classifier, self.world, restored, self.size.classifier_steps, self.config.seed, state)
+        empty = empty_scenes(min(EMPTY, size.scenes), size.resolution, self.config.seed)
+        empty = torch.cat([empty, (restore(vae, empty) * 255).round().byte().cpu()])
+        losses = train_judge(judge, self.world, restored, empty, size.judge_steps, self.config.seed, state)
         facts: dict[str, Any] = {"losses": _thinned(losses)}
         scenes = self.held_out.scenes
         pictures = {"photographs": scenes / 255, "restored by the autoencoder": restore(vae, scenes)}
         for name, images in pictures.items():
-            logits, features = classify(classifier, images)
+            logits, features = classify(judge, images.cpu())
             found = verdicts(logits, self.held_out.identities, self.classes)
             facts[f"held-out {name}"] = {kind: sum(values) / len(values) for kind, values in found.items()}
             if name == "photographs":
                 _save_tensors({"features": features.flatten(0, 1).contiguous()}, self.folder / "real.safetensors")
-        weights = {key: value.cpu().contiguous() for key, value in classifier.state_dict().items()}
+        backgrounds = empty_scenes(len(scenes), size.resolution, self.config.seed + HELD_OUT_SEED)
+        found = verdicts(classify(judge, backgrounds / 255)[0], self.held_out.identities[: len(backgrounds)], self.classes)
+        facts["held-out scenes without subjects"] = {"nobody": sum(found["nobody"]) / len(found["nobody"])}
+        facts["says"] = (
+            f"of {2 * len(scenes)} held-out real regions {facts['held-out photographs']['identity']:.1%} named rightly, "
+            f"{facts['held-out restored by the autoencoder']['identity']:.1%} as the autoencoder gives them back; nobody in "
+            f"{facts['held-out scenes without subjects']['nobody']:.1%} of those without a subject"
+        )
+        weights = {key: value.cpu().contiguous() for key, value in judge.state_dict().items()}
         return facts, partial(_save_tensors, weights, target)
 
-    def _flow(self, target: Path) -> Outcome:
-        size, state = self.size, self.folder / "model.state"
+    def _flow(self, base: Base, target: Path) -> Outcome:
+        size, state, number = self.size, self.folder / f"{base}.state", BASES.index(base)
         backbone = build_model(size, self.identities, self.config.seed)
         backbone.pipeline.register_modules(vae=self._vae())
+        if number:  # it goes on from the base before
+            before = load_file(self.folder / BASES[number - 1] / "model" / "transformer" / SAFETENSORS_WEIGHTS_NAME)
+            backbone.transformer.load_state_dict(before)
         backbone.to(self.device)
-        losses = train_flow(backbone, self.world, size, self.config.seed, state)
+        steps, seed = size.flow_steps[number], self.config.seed + number
+        losses = train_flow(backbone, self.world, self.latents, size, steps, seed, state)
         backbone.to(torch.device("cpu"))
         parameters = sum(parameter.numel() for parameter in backbone.transformer.parameters())
         facts = {"losses": _thinned(losses), "parameters": parameters}
@@ -187,16 +222,19 @@ class Stages:
         held_out = file.parent.name == "held_out"
         return {}, partial(write_pairs, file.parent, self.identities, count, *sides, self.config.seed + seed, held_out)
 
-    def train_config(self) -> TrainConfig:
-        """The run that the ablation varies."""
+    def train_config(self, base: Base, beta: float, validation: str = "held_out") -> TrainConfig:
+        """The run that an ablation varies: of a base, with a beta, judged on some of the pairs."""
         config, size = self.config, self.size
         return TrainConfig(
             model=ModelConfig(
-                path=str(self.folder / "model"), dtype="fp32", gradient_checkpointing=False, max_sequence_length=TEXT_TOKENS
+                path=str(self.folder / base / "model"),
+                dtype="fp32",
+                gradient_checkpointing=False,
+                max_sequence_length=TEXT_TOKENS,
             ),
             data=DataConfig(
                 train=str(self.folder / "pairs" / "train"),
-                validation=str(self.folder / "pairs" / "held_out"),
+                validation=str(self.folder / "pairs" / validation),
                 resolution=size.resolution,
                 reference_resolution=size.reference_resolution,
                 batch_size=size.tuning_batch,
@@ -204,9 +242,9 @@ class Stages:
                 check="headers",
                 cache=str(self.folder / "cache"),
             ),
-            output_dir=str(self.folder / "run"),
+            output_dir=str(self.folder / base / "run"),
             lora=LoraConfig(rank=size.rank, alpha=2 * size.rank),
-            loss=LossConfig(beta=size.beta if config.beta is None else config.beta, reduction=config.reduction),
+            loss=LossConfig(beta=beta, reduction=config.reduction),
             optim=OptimConfig(
                 lr=size.lr if config.lr is None else config.lr,
                 scheduler="constant_with_warmup",
@@ -223,7 +261,7 @@ class Stages:
 
     def judge(self) -> GeneratedRegions:
         return GeneratedRegions(
-            self.folder / "classifier.safetensors",
+            self.folder / JUDGE_FILE,
             self.classes,
             self.folder / "real.safetensors",
             self.size.samples,

@@ -1,7 +1,7 @@
 """The microcosm's scenes, of two identities on a photographed background, and its pictures as tensors: composed from seeds.
 
 The first reference's subject stands in the left half, the second's in the right: which region shows whom is then known without
-looking, and a region can be judged by a classifier.
+looking, and a region can be judged.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from focusdpo.studies.microcosm.identities import Identity
 
 BACKGROUNDS = backgrounds()[:5]  # grass and gravel would take most of what the autoencoder can learn
 LIGHT_RANGE = (0.85, 1.15)  # of a reference's brightness, so that copying pixels is not all there is to do
+ALIKE = 0.5  # share of the scenes with two instances of one class
+EXCHANGED = 0.5  # share of a loser's regions that show the other reference's subject
 VIEWS = 6  # pictures of each identity as a reference, in different light
 
 
@@ -36,23 +38,40 @@ class Scene:
 
 
 def draw_scene(identities: Sequence[Identity], resolution: int, rng: np.random.Generator) -> Scene:
-    """Two identities of different classes in new places."""
-    classes = sorted({one.class_name for one in identities})
-    chosen = []
-    for name in rng.choice(classes, size=2, replace=False):
-        members = [i for i, one in enumerate(identities) if one.class_name == name]
-        chosen.append(members[int(rng.integers(len(members)))])
-    boxes = draw_boxes(rng, (0.42, 0.48), (0.55, 0.75), top=0.1)
+    """Two identities in new places: in half of the scenes of one class, told apart by their references alone."""
+    names = [one.class_name for one in identities]
+    kind = rng.choice(sorted(set(names)))
+    first = _chosen([i for i, name in enumerate(names) if name == kind], rng)
+    is_alike = rng.random() < ALIKE
+    second = _chosen([i for i, name in enumerate(names) if (name == names[first]) == is_alike and i != first], rng)
+    boxes = draw_boxes(rng, (0.40, 0.46), (0.54, 0.72), top=0.1)
+    background = _background(resolution, rng)
+    prompt = " and ".join(f"a {identities[index].class_name}" for index in (first, second))
+    return Scene((first, second), boxes, background, prompt)
+
+
+def draw_disruption(identities: Sequence[Identity], scene: Scene, rng: np.random.Generator) -> tuple[int, int]:
+    """Whom a loser shows in place of each subject: the other reference's, or another instance of its class, as often."""
+    shown = []
+    for index, other in (scene.identities, scene.identities[::-1]):
+        same = [i for i, one in enumerate(identities) if one.class_name == identities[index].class_name]
+        shown.append(other if rng.random() < EXCHANGED else _chosen([i for i in same if i not in scene.identities], rng))
+    return shown[0], shown[1]
+
+
+def empty_scenes(count: int, resolution: int, seed: int) -> Tensor:
+    """Backgrounds alone, uint8 [count, 3, H, W]."""
+    rng = np.random.default_rng([seed, 2])
+    return torch.stack([pixels(_background(resolution, rng)) for _ in range(count)])
+
+
+def _background(resolution: int, rng: np.random.Generator) -> Image.Image:
     photo = BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))]
-    background = draw_background(photo, resolution, (0.6, 1.0), (0.7, 1.1), rng)
-    prompt = " and ".join(f"a {identities[index].class_name}" for index in chosen)
-    return Scene((chosen[0], chosen[1]), boxes, background, prompt)
+    return draw_background(photo, resolution, (0.6, 1.0), (0.7, 1.1), rng)
 
 
-def other_instance(identities: Sequence[Identity], index: int, rng: np.random.Generator) -> int:
-    """Another identity of the same class."""
-    others = [i for i, one in enumerate(identities) if one.class_name == identities[index].class_name and i != index]
-    return others[int(rng.integers(len(others)))]
+def _chosen(numbers: Sequence[int], rng: np.random.Generator) -> int:
+    return numbers[int(rng.integers(len(numbers)))]
 
 
 @dataclass(frozen=True)
