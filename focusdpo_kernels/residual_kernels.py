@@ -397,7 +397,7 @@ def launches() -> Iterator[Launch]:
         for mask in (Mask(), *masks, Mask(2, shared=True), Mask(2, side=2)):
             yield forward_launch(dtypes, mask)
             yield backward_launch((*dtypes[:2], *dtypes[:2], *dtypes[4:]), mask)
-        masks = [Mask(number, 0, 1, True, subjects) for number in (0, 1) for subjects in range(1, 7)]
+        masks = [Mask(number, 0, 1, True, subjects) for number in (0, 1) for subjects in (1, 2, 3, 6)]
         for mask in (*masks, Mask(1, 2, 1, False, 2), Mask(1, 2, 1, False, 4), Mask(2, 0, 1, True, 2)):
             yield forward_launch(dtypes, mask)
             yield backward_launch((*dtypes[:2], *dtypes[:2], *dtypes[4:]), mask)

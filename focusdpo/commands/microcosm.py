@@ -99,7 +99,7 @@ def prepare(config: MicrocosmConfig) -> Callable[[], None]:
                 run = Path(place) / RUN_FILE
                 known = read_run_config("config", str(folder / base / RUN_FILE))
                 stages.write_run(run, base, known.loss.beta)
-                ablate.prepare(replace(config.ablation(base, _betas_begun(folder, base)), config=str(run)), measures=MEASURES)
+                ablate.prepare(replace(config.ablation(base, _beta_begun(folder, base)), config=str(run)), measures=MEASURES)
 
     def work() -> None:
         with out.begin():
@@ -169,16 +169,14 @@ def _ablate(stages: Stages, base: Base, betas: Betas) -> Outcome:
         found.append(Outcome(table, equal, results))
         _draw_base(stages, base, found[0])
 
-    trained = stages.config.ablation(base).variants
-    own = {name: beta for name, beta in betas.of_variants.items() if name in trained}
-    ablate.prepare(stages.config.ablation(base, own), stages.judge(), MEASURES, draw)()
+    ablate.prepare(stages.config.ablation(base, betas.prior), stages.judge(), MEASURES, draw)()
     return found[0]
 
 
-def _betas_begun(folder: Path, base: Base) -> dict[Any, float]:
-    """Of the variants with a beta of their own, as the begun ablation has them."""
+def _beta_begun(folder: Path, base: Base) -> float | None:
+    """Of the prior alone, as the begun ablation has it."""
     file = folder / base / ABLATION / ablate.SETTINGS_FILE
-    return json.loads(file.read_text())["ablation"]["betas"] if file.is_file() else {}
+    return json.loads(file.read_text())["ablation"]["prior_beta"] if file.is_file() else None
 
 
 def _settings(stages: Stages) -> dict[str, Any]:

@@ -104,7 +104,8 @@ class AblationConfig:
             take the same first step.
         gradient_pairs: Of how many training pairs those means are, the first ones.
         seeds: Each variant is trained once with each.
-        betas: Beta of single variants, by name; all others take the run's.
+        prior_beta: Beta of the variants without a mask within the prior, "dpo", "prior" and "subject"; null takes the run's, as
+            all others do.
         baseline: The variant that differences are taken against.
         primary: The comparison to the baseline that is judged by itself, as a variant and a measure; all others have Holm's
             correction. Its measure says at which drift variants are also compared.
@@ -139,7 +140,7 @@ class AblationConfig:
     gradients: bool = False
     gradient_pairs: int = 64
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    betas: dict[Variant, float] = field(default_factory=dict)
+    prior_beta: float | None = None
     baseline: Variant = "prior"
     primary: list[str] = field(default_factory=list)
     primary_at: At = "end"
@@ -157,7 +158,7 @@ class AblationConfig:
             values = getattr(self, name)
             require(len(set(values)) == len(values), name, values, "each once")
         require(bool(self.variants), "variants", self.variants, "at least one")
-        require(set(self.betas) <= set(self.variants), "betas", self.betas, f"numbers by some of the variants {self.variants}")
+        require(self.prior_beta is None or self.prior_beta > 0, "prior_beta", self.prior_beta, "a positive number, or null")
         require(self.baseline in self.variants, "baseline", self.baseline, f"one of the variants {self.variants}")
         named = len(self.primary) == 2 and self.primary[0] != self.baseline
         require(named or not self.primary, "primary", self.primary, f"a variant other than {self.baseline!r}, and a measure")
@@ -340,12 +341,12 @@ class MicrocosmConfig:
     bases: list[Base] = field(default_factory=lambda: list(BASES))
     variants: list[Variant] = field(
         default_factory=lambda: [
-            "base", "sft", "prior", "subject", "structure", "per_subject", "random", "truth", "estimate", "detail", "focus",
-            "focus_estimate",
+            "base", "sft", "dpo", "prior", "subject", "structure", "per_subject", "random", "truth", "estimate", "detail",
+            "focus", "focus_estimate",
         ]
     )  # fmt: skip
     everywhere: list[Variant] = field(
-        default_factory=lambda: ["base", "prior", "structure", "random", "truth", "estimate", "focus"]
+        default_factory=lambda: ["base", "dpo", "prior", "structure", "random", "truth", "estimate", "focus"]
     )
     grids: list[Grid] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
@@ -374,8 +375,8 @@ class MicrocosmConfig:
         for base in self.bases:
             self.ablation(base)  # whose settings have their own checks
 
-    def ablation(self, base: Base, betas: dict[Variant, float] | None = None) -> AblationConfig:
-        """The ablation on a base. betas: of variants that do not take their run's."""
+    def ablation(self, base: Base, prior_beta: float | None = None) -> AblationConfig:
+        """The ablation on a base."""
         variants = [name for name in self.variants if base == MIDDLE or name in self.everywhere]
         baseline: Variant = "prior" if "prior" in variants else variants[0] if variants else "prior"
         return AblationConfig(
@@ -384,7 +385,7 @@ class MicrocosmConfig:
             variants=variants,
             grids=self.grids if base == MIDDLE else [],
             seeds=self.seeds,
-            betas=betas or {},
+            prior_beta=prior_beta,
             baseline=baseline,
             primary=self.primary,
             primary_at=self.primary_at,

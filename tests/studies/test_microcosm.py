@@ -248,7 +248,6 @@ def test_beta_is_chosen_by_what_is_drawn(tmp_path, monkeypatch):
     assert {job.config.data.validation for job in seen} == {str(tmp_path / "pairs" / "tuning")}
     assert {job.config.model.path for job in seen} == {str(tmp_path / "middle" / "model")}
     assert not {job.seed for job in seen} & set(MicrocosmConfig().seeds)
-    assert betas.of_variants == {"prior": 400, "subject": 400, "dpo": 400}
     given = chosen_betas(Stages(MicrocosmConfig(out=str(tmp_path), size="smoke", beta=3.0)))
     assert (given.prior, given.focus) == (3, 3) and len(seen) == 6
 
@@ -264,9 +263,11 @@ def test_settings_reach_the_runs(tmp_path):
     run = Stages(settings).train_config("late", 7.0)
     assert (run.optim.lr, run.loss.beta, run.loss.reduction, run.max_steps) == (0.5, 7.0, "masked_mean", 9)
     assert run.model.path == str(tmp_path / "late" / "model")
-    ablation = settings.ablation("late", {"prior": 2.0})
+    ablation = settings.ablation("middle", 2.0)
     betas = {change.name: change.of(run).loss.beta for change in changes_of(ablation, run)}
-    assert betas["prior"] == 2 and betas["focus"] == betas["structure"] == 7
+    assert betas["prior"] == betas["dpo"] == betas["subject"] == 2 and betas["focus"] == betas["structure"] == 7
+    elsewhere = [change.name for change in changes_of(settings.ablation("late"), run)]
+    assert elsewhere == [name for name in settings.variants if name in settings.everywhere] and "detail" not in elsewhere
 
 
 def results_of(folder):

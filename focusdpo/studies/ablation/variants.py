@@ -58,14 +58,15 @@ _ALL = (
     Change("focus_estimate", "FocusDPO with the estimate field", {"mask": "focus"} | ESTIMATE),
 )
 VARIANTS = {change.name: change for change in _ALL}
+OF_PRIOR = ("dpo", "prior", "subject")  # variants without a mask within the prior
 OF_LOSS = ("granularity",)  # grids over settings of the loss
 
 
 def changes_of(config: AblationConfig, run: TrainConfig) -> list[Change]:
     """All variants of an ablation, those of its grids behind the others; ValueError names a value out of range."""
     known = [VARIANTS[name] for name in config.variants]
-    betas: dict[str, dict[str, Any]] = {name: {"beta": beta} for name, beta in config.betas.items()}
-    changes = [replace(change, loss=change.loss | betas.get(change.name, {})) for change in known]
+    own = {} if config.prior_beta is None else {"beta": config.prior_beta}
+    changes = [replace(change, loss=change.loss | own) if change.name in OF_PRIOR else change for change in known]
     for grid in config.grids:
         for value in getattr(config, grid):
             setting = blocks_of(value, run.model) if grid == "layers" else value

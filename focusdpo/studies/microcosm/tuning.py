@@ -14,7 +14,6 @@ from focusdpo.studies.microcosm.stages import Stages
 FOLDER, BETA_FILE = "tuning", "beta.json"
 FACTORS = (0.25, 1.0, 4.0)  # of the size's beta; of two that are as good, the one nearer to it
 ARMS: tuple[Variant, ...] = ("prior", "focus")
-LIKE_PRIOR: tuple[Variant, ...] = ("dpo", "prior", "subject")  # variants that take the prior's beta; all others the method's
 SEED = 100  # of no training that is compared
 WRITTEN = (r"beta\.json", *(f"{FOLDER}/{pattern}" for pattern in JOB_WRITTEN))
 
@@ -26,11 +25,6 @@ class Betas:
     prior: float
     focus: float
     identity: dict[str, list[tuple[float, float]]]
-
-    @property
-    def of_variants(self) -> dict[Variant, float]:
-        """Of the variants that do not take the method's."""
-        return dict.fromkeys(LIKE_PRIOR, self.prior)
 
     def text(self) -> str:
         rows = [

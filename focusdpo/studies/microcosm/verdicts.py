@@ -21,6 +21,7 @@ COMPARISONS = (
     ("focus", "prior", "leakage"),
     ("focus", "prior", "win/inside"),
     ("truth", "prior", "identity"),
+    ("focus", "dpo", "identity"),
     ("structure", "random", "identity"),
     ("per_subject", "random", "identity"),
     ("estimate", "prior", "identity"),
@@ -72,7 +73,7 @@ def text_of_verdicts(found: Mapping[Base, Outcome], why_not: Mapping[Base, str |
 
 
 def _tables(outcome: Outcome) -> list[Table]:
-    """At equal drift and at the end, against the prior and against random places, of the fixed comparisons alone."""
+    """At equal drift and at the end, of the fixed comparisons alone, a table for each of their baselines."""
     table, equal, results = outcome
     parts = [(table, results)]
     if isinstance(equal, EqualDrift):
@@ -80,9 +81,11 @@ def _tables(outcome: Outcome) -> list[Table]:
     tables = []
     for whole, values in parts:
         tables.append(_kept(whole, whole.baseline))
-        if any(row.variant == "random" for row in whole.rows):
-            changes = [VARIANTS[row.variant] for row in whole.rows if row.variant in ("random", "structure", "per_subject")]
-            tables.append(_kept(tabulate(values, changes, "random", whole.measures, whole.at), "random"))
+        known = [row.variant for row in whole.rows]
+        for baseline in dict.fromkeys(other for _, other, _ in COMPARISONS if other != whole.baseline and other in known):
+            wanted = {baseline, *(name for name, other, _ in COMPARISONS if other == baseline)}
+            changes = [VARIANTS[name] for name in known if name in wanted]
+            tables.append(_kept(tabulate(values, changes, baseline, whole.measures, whole.at), baseline))
     return tables
 
 

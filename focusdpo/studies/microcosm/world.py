@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -22,6 +22,7 @@ from focusdpo.studies.microcosm.identities import Identity
 
 BACKGROUNDS = backgrounds()[:5]  # grass and gravel would take most of what the autoencoder can learn
 LIGHT_RANGE = (0.85, 1.15)  # of a reference's brightness, so that copying pixels is not all there is to do
+BLUR = 16  # of a side is the radius that backgrounds are blurred by: what is in them would take most of what is learnt
 ALIKE = 0.5  # share of the scenes with two instances of one class
 EXCHANGED = 0.5  # share of a loser's regions that show the other reference's subject
 VIEWS = 6  # pictures of each identity as a reference, in different light
@@ -44,7 +45,7 @@ def draw_scene(identities: Sequence[Identity], resolution: int, rng: np.random.G
     first = _chosen([i for i, name in enumerate(names) if name == kind], rng)
     is_alike = rng.random() < ALIKE
     second = _chosen([i for i, name in enumerate(names) if (name == names[first]) == is_alike and i != first], rng)
-    boxes = draw_boxes(rng, (0.40, 0.46), (0.54, 0.72), top=0.1)
+    boxes = draw_boxes(rng, (0.42, 0.47), (0.62, 0.70), top=0.2)
     background = _background(resolution, rng)
     prompt = " and ".join(f"a {identities[index].class_name}" for index in (first, second))
     return Scene((first, second), boxes, background, prompt)
@@ -67,7 +68,8 @@ def empty_scenes(count: int, resolution: int, seed: int) -> Tensor:
 
 def _background(resolution: int, rng: np.random.Generator) -> Image.Image:
     photo = BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))]
-    return draw_background(photo, resolution, (0.6, 1.0), (0.7, 1.1), rng)
+    background = draw_background(photo, resolution, (0.6, 1.0), (0.7, 1.1), rng)
+    return background.filter(ImageFilter.GaussianBlur(resolution / BLUR))
 
 
 def _chosen(numbers: Sequence[int], rng: np.random.Generator) -> int:
