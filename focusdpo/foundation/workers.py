@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from types import TracebackType
 from typing import Any, TypeVar
 
+from focusdpo.foundation.packages import libraries_silenced
 from focusdpo.foundation.progress_bars import HIDDEN, hide_progress_bars, terminal_width
 
 logger = logging.getLogger(__name__)
@@ -298,7 +299,8 @@ def serve(number: int, parent: int) -> None:
         try:
             if prepare is not None:
                 prepare(place)
-            work = pickle.loads(connection.recv_bytes())
+            with libraries_silenced():  # the work's modules are imported here
+                work = pickle.loads(connection.recv_bytes())
             set_threads(threads)
         except Exception as error:
             connection.recv()

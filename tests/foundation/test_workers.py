@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import os
 import signal
@@ -184,3 +185,16 @@ def test_a_worker_imports_little_before_it_is_prepared():
     code = "import sys, focusdpo.foundation.workers; print(sorted({'torch', 'cv2', 'numpy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_libraries_say_nothing_while_a_worker_imports_them(tmp_path, monkeypatch, capfd):
+    """As each worker would repeat what they say of packages that are not installed; what a task says is heard."""
+    said = "import logging, warnings\nwarnings.warn('a name is old')\nlogging.warning('a package is missing')\n"
+    (tmp_path / "talkative.py").write_text(said + "def work(task):\n    logging.warning('at work on %s', task)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    talkative = importlib.import_module("talkative")
+    capfd.readouterr()
+    with Pool(1, talkative.work) as pool:
+        list(pool.run(["it"]))
+    heard = capfd.readouterr().err
+    assert "at work on it" in heard and "old" not in heard and "missing" not in heard
