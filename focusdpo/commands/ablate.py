@@ -83,7 +83,7 @@ def prepare(
     compare = partial(check_begun, "ablation", folder, may_differ=_is_longer)
     out.check_begun(config.overwrite, SETTINGS_FILE, settings, compare, aside=(TABLE_FILE, PAGE_FILE, RESULTS_FILE))
     taken = {**(measures or {}), **yardsticks.MEASURES}
-    _check_primary(config, changes, taken, at_the_end=() if config.judge_points else tuple(measures or ()))
+    check_primary(config, taken, at_the_end=() if config.judge_points else tuple(measures or ()), changes=changes)
 
     def work() -> None:
         with out.begin():
@@ -174,15 +174,20 @@ def _text(table: Table, equal: EqualDrift | str, names: Mapping[str, str]) -> st
     return "\n\n".join(["\n".join(how_judged(tables, names)), text_of(table, names), *below])
 
 
-def _check_primary(
-    config: AblationConfig, changes: Sequence[Change], measures: Mapping[str, Measure], at_the_end: Sequence[str]
+def check_primary(
+    config: AblationConfig, measures: Mapping[str, Measure], at_the_end: Sequence[str], changes: Sequence[Change] | None = None
 ) -> None:
-    """ValueError where the primary comparison cannot be made, also for measures that are taken at the end alone."""
+    """ValueError where the primary comparison cannot be made, also for measures that are taken at the end alone.
+
+    changes: all variants; None before there is a run, where those of grids are not known and are taken as they are named.
+    """
     if not config.primary:
         return
     variant, measure = config.primary
-    names = [change.name for change in changes if change.name != config.baseline]
-    require(variant in names, "primary", config.primary, f"a variant beside the baseline, one of {names}")
+    known = config.variants if changes is None else [change.name for change in changes]
+    names = [name for name in known if name != config.baseline]
+    is_open = changes is None and variant.partition("=")[0] in config.grids
+    require(is_open or variant in names, "primary", config.primary, f"a variant beside the baseline, one of {names}")
     sided = [name for name, kind in measures.items() if kind.better != "neither"]
     require(measure in sided, "primary", config.primary, f"a measure that has a better side, one of {sided}")
     if config.primary_at == "end":

@@ -20,6 +20,7 @@ from focusdpo.foundation.output_folder import OutputFolder, under
 from focusdpo.foundation.packages import ENCODER, require_package
 from focusdpo.foundation.settings import check_begun, require
 from focusdpo.foundation.text import counted
+from focusdpo.studies.ablation import yardsticks
 from focusdpo.studies.ablation.equal_drift import EqualDrift
 from focusdpo.studies.ablation.gradients import Gradients, text_of_gradients
 from focusdpo.studies.ablation.jobs import Point, Result, fresh_trainer, run_of
@@ -89,6 +90,9 @@ def prepare(config: MicrocosmConfig) -> Callable[[], None]:
         blocks = sum(config.sizes.layers)
         require(blocks >= 3, "grids", config.grids, f"no grid over layers with size={config.size!r}, which has {blocks}")
     folder, stages = Path(config.out), Stages(config)
+    for base in config.bases:
+        taken = {**MEASURES, **yardsticks.MEASURES}
+        ablate.check_primary(config.ablation(base), taken, at_the_end=() if config.judge_points else tuple(MEASURES))
     out = OutputFolder("out", folder, "microcosm", WRITTEN)
     out.check_begun(config.overwrite, SETTINGS_FILE, _settings(stages), partial(_check_settings, folder), aside=RUN_FILES)
     stages.check()

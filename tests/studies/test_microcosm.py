@@ -328,6 +328,13 @@ def test_refused_by_name(tmp_path, monkeypatch):
         MicrocosmConfig(tuning_steps=0)
     with pytest.raises(ValueError, match="seeds: got \\[1, 1\\]; expected each once"):
         MicrocosmConfig(seeds=[1, 1])
+    # What an ablation would refuse when all before it is learnt.
+    with pytest.raises(ValueError, match="primary: got .'focus', 'identity'.; expected a variant beside the baseline, one of "):
+        prepare_microcosm(MicrocosmConfig(out=str(tmp_path / "a"), size="smoke", everywhere=["base", "prior", "random"]))
+    with pytest.raises(ValueError, match='primary_at: got .equal drift.; expected "end", or "base" among the variants'):
+        prepare_microcosm(MicrocosmConfig(out=str(tmp_path / "a"), size="smoke", variants=["prior", "focus"]))
+    with pytest.raises(ValueError, match="judge_points: got False; expected true for a comparison at equal drift in identity"):
+        prepare_microcosm(MicrocosmConfig(out=str(tmp_path / "a"), size="smoke", judge_points=False))
     with pytest.raises(FileNotFoundError, match="dreambench: no prompts_and_classes.txt"):
         prepare_microcosm(MicrocosmConfig(out=str(tmp_path / "a"), size="smoke", dreambench=str(tmp_path)))
     for name, class_name in (("dog1", "dog"), ("dog2", "dog"), ("cup", "cup")):
