@@ -9,13 +9,13 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL
 
 from focusdpo.commands import ablate
-from focusdpo.foundation.files import write_json, write_whole
+from focusdpo.foundation.files import read_json, write_json, write_whole
 from focusdpo.foundation.output_folder import OutputFolder, under
 from focusdpo.foundation.packages import ENCODER, require_package
 from focusdpo.foundation.settings import check_begun, require
@@ -25,7 +25,7 @@ from focusdpo.studies.ablation.equal_drift import EqualDrift
 from focusdpo.studies.ablation.gradients import Gradients, text_of_gradients
 from focusdpo.studies.ablation.jobs import Point, Result, fresh_trainer, run_of
 from focusdpo.studies.ablation.statistics import Table
-from focusdpo.studies.ablation.variants import VARIANTS
+from focusdpo.studies.ablation.variants import VARIANTS, changes_of
 from focusdpo.studies.config import BASES, Base, MicrocosmConfig, Variant
 from focusdpo.studies.microcosm.autoencoder import restore
 from focusdpo.studies.microcosm.gates import ONE_ARM, Correspondence, correspondence
@@ -43,7 +43,7 @@ from focusdpo.studies.microcosm.pictures import (
 from focusdpo.studies.microcosm.stages import JUDGE_FILE, RUN_FILE, STAGES_WRITTEN, Stages
 from focusdpo.studies.microcosm.tuning import FOLDER, Betas, chosen_betas
 from focusdpo.studies.microcosm.tuning import WRITTEN as TUNING_WRITTEN
-from focusdpo.studies.microcosm.verdicts import Outcome, text_of_verdicts
+from focusdpo.studies.microcosm.verdicts import Outcome, compared, text_of_verdicts
 from focusdpo.training.batches import dataset_of, load_records
 from focusdpo.training.run_files import read_run_config
 
@@ -59,7 +59,7 @@ _OF_BASE = tuple(name.replace(".", r"\.") for name in (*BASE_PICTURES, DRIFT_PIC
 # What the microcosm writes, see `focusdpo.foundation.output_folder`.
 WRITTEN = (
     r"microcosm\.json",
-    r"verdicts\.(txt|png)",
+    r"verdicts\.txt",
     *(name.replace(".", r"\.") for name in PICTURES),
     *STAGES_WRITTEN,
     *TUNING_WRITTEN,
@@ -96,77 +96,86 @@ def prepare(config: MicrocosmConfig) -> Callable[[], None]:
     out = OutputFolder("out", folder, "microcosm", WRITTEN)
     out.check_begun(config.overwrite, SETTINGS_FILE, _settings(stages), partial(_check_settings, folder), aside=RUN_FILES)
     stages.check()
-    if out.goes_on and stages.are_done and all((folder / base / RUN_FILE).is_file() for base in config.bases):
-        # Refuse now what would be refused when an ablation begins.
+    if out.goes_on and stages.are_done:  # refuse now what would be refused when an ablation begins
         for base in config.bases:
-            with TemporaryDirectory() as place:
-                run = Path(place) / RUN_FILE
-                known = read_run_config("config", str(folder / base / RUN_FILE))
-                stages.write_run(run, base, known.loss.beta)
-                ablate.prepare(replace(config.ablation(base, _beta_begun(folder, base)), config=str(run)), measures=MEASURES)
+            begun = _betas_begun(folder, base)
+            if begun is not None:
+                with TemporaryDirectory() as place:
+                    run = Path(place) / RUN_FILE
+                    stages.write_run(run, base, begun.focus)
+                    ablate.prepare(replace(config.ablation(base, begun.prior), config=str(run)), measures=MEASURES)
 
     def work() -> None:
         with out.begin():
             kinds = counted(len(set(stages.classes)), "class", "classes")
             logger.info("%s in %s", counted(len(stages.classes), "identity", "identities"), kinds)
             stages.run()
-            for base in config.bases:
-                _gates(stages, base)
+            known = {base: _gates(stages, base) for base in config.bases}
             betas = chosen_betas(stages)
             if betas.identity:
                 print(betas.text(), flush=True)
-            found = {base: _ablate(stages, base, betas) for base in config.bases}
-            why_not = {base: _correspondence(folder / base).why_not() for base in config.bases}
-            text = text_of_verdicts(found, why_not, config.primary, config.primary_at)
+            found = {}
+            for base in config.bases:
+                stages.write_run(folder / base / RUN_FILE, base, betas.focus)
+                out.has_written(f"{base}/{RUN_FILE}")
+                found[base] = _ablate(stages, base, betas)
+            comparisons = compared(
+                found, {base for base, gates in known.items() if gates.is_one_arm}, config.primary, config.primary_at
+            )
+            text = text_of_verdicts(found, comparisons, {base: gates.found.why_not() for base, gates in known.items()})
             write_whole(folder / VERDICTS_FILE, text + "\n")
             _draw_world(stages)
-            draw_verdicts(
-                found, config.primary[1] if config.primary else "identity", _labels(found.values()), folder / "verdicts.png"
-            )
+            draw_verdicts(comparisons, folder / "verdicts.png")
         print(text)
         logger.info("pictures: %s", ", ".join(str(folder / name) for name in PICTURES))
 
     return work
 
 
-def _gates(stages: Stages, base: Base) -> None:
+class _Gates(NamedTuple):
+    found: Correspondence
+    is_one_arm: bool
+
+
+def _gates(stages: Stages, base: Base) -> _Gates:
     """Prints what can be tested on a base, before anything is trained on it."""
     folder, config = stages.folder / base, stages.config
-    stages.write_run(folder / RUN_FILE, base, stages.size.beta if config.beta is None else config.beta)
-    needed: tuple[Variant, ...] = ("dpo", "prior")
     ablation = config.ablation(base)
+    needed: tuple[Variant, ...] = ("dpo", "prior")
     variants = [*ablation.variants, *(name for name in needed if name not in ablation.variants)]
-    ablation = replace(ablation, variants=variants, gradients=True, gradient_pairs=GRADIENT_PAIRS)
-    run = read_run_config("config", ablation.config)
     file, table = folder / GATES_FILE, Path(ablation.output_dir) / ablate.GRADIENTS / ablate.GRADIENTS_FILE
-    if not (file.is_file() and table.is_file()):
-        with TemporaryDirectory() as scratch:
+    with TemporaryDirectory() as scratch:
+        settings = Path(scratch) / RUN_FILE
+        stages.write_run(settings, base, stages.size.beta if config.beta is None else config.beta)
+        ablation = replace(ablation, config=str(settings), variants=variants, gradients=True, gradient_pairs=GRADIENT_PAIRS)
+        run = read_run_config("config", str(settings))
+        changes = changes_of(ablation, run)
+        if not file.is_file():
             trainer = fresh_trainer(run_of(run, VARIANTS["prior"], run.seed, Path(scratch) / "run", 1, 1, 0))
             try:
-                known = correspondence(trainer)
+                write_json(file, asdict(correspondence(trainer)))
             finally:
                 trainer.accelerator.free_memory()
-        ablate.prepare(ablation)()
-        write_json(file, asdict(known))
-    else:
-        print(text_of_gradients(Gradients(**json.loads(table.read_text())), {name: VARIANTS[name].label for name in variants}))
-    lines = [f"\nThe {base} model:", _correspondence(folder).text()]
-    found = json.loads(table.read_text())
-    cosine = found["cosines"][found["variants"].index("dpo")][found["variants"].index("prior")]
-    said = "one arm" if cosine > ONE_ARM else "two arms; dpo among --variants would compare both"
+        known = Gradients(**read_json(table)) if table.is_file() else None
+        if known is None or not {change.name for change in changes if change.trained} <= set(known.variants):
+            ablate.prepare(ablation)()
+            known = Gradients(**read_json(table))
+        else:
+            print(text_of_gradients(known, {change.name: change.label for change in changes} | _labels(known.variants)))
+    cosine = known.cosines[known.variants.index("dpo")][known.variants.index("prior")]
+    is_one_arm = cosine > ONE_ARM
+    said = "one arm" if is_one_arm else "two arms" + ("" if "dpo" in ablation.variants else ": name dpo among --variants")
+    found = Correspondence(**read_json(file))
+    lines = [f"\nThe {base} model:", found.text()]
     print(
         "\n".join([*lines, f"  Diffusion-DPO and the prior alone, cosine of their gradients: {cosine:.3f}, {said}\n"]),
         flush=True,
     )
-
-
-def _correspondence(folder: Path) -> Correspondence:
-    return Correspondence(**json.loads((folder / GATES_FILE).read_text()))
+    return _Gates(found, is_one_arm)
 
 
 def _ablate(stages: Stages, base: Base, betas: Betas) -> Outcome:
     """All variants on a base."""
-    stages.write_run(stages.folder / base / RUN_FILE, base, betas.focus)
     found: list[Outcome] = []
 
     def draw(table: Table, equal: EqualDrift | str, results: Sequence[Result]) -> None:
@@ -177,10 +186,13 @@ def _ablate(stages: Stages, base: Base, betas: Betas) -> Outcome:
     return found[0]
 
 
-def _beta_begun(folder: Path, base: Base) -> float | None:
-    """Of the prior alone, as the begun ablation has it."""
-    file = folder / base / ABLATION / ablate.SETTINGS_FILE
-    return json.loads(file.read_text())["ablation"]["prior_beta"] if file.is_file() else None
+def _betas_begun(folder: Path, base: Base) -> Betas | None:
+    """Those of the ablation that was begun on a base; None where none was."""
+    try:
+        begun = json.loads((folder / base / ABLATION / ablate.SETTINGS_FILE).read_bytes())
+        return Betas(begun["ablation"]["prior_beta"], begun["run"]["loss.beta"], {})
+    except (OSError, ValueError, KeyError):  # what is damaged, the ablation itself says
+        return None
 
 
 def _settings(stages: Stages) -> dict[str, Any]:
@@ -188,8 +200,9 @@ def _settings(stages: Stages) -> dict[str, Any]:
     config = stages.config
     numbers = asdict(config.sizes)
     tuning = {name: numbers.pop(name) for name in ("tuning_steps", "tuning_batch", "lr", "beta", "rank")}
-    given = {"tuning_steps": config.steps, "lr": config.lr, "beta": config.beta, "reduction": config.reduction}
-    tuning |= {name: value for name, value in given.items() if value is not None}
+    tuning["beta tried"] = tuning.pop("beta")
+    given = {"tuning_steps": config.steps, "lr": config.lr, "reduction": config.reduction}
+    tuning |= {name: value for name, value in given.items() if value is not None} | {"beta": config.beta}
     source = None if config.dreambench is None else str(Path(config.dreambench).resolve())
     world = {"size": config.size, "dreambench": source, "seed": config.seed, "device": stages.device.type, **numbers}
     return {"world": world, "tuning": tuning}
@@ -198,9 +211,9 @@ def _settings(stages: Stages) -> dict[str, Any]:
 def _check_settings(folder: Path, begun: dict[str, Any], now: dict[str, Any]) -> None:
     """ValueError names what differs from what the folder holds."""
     check_begun("microcosm", folder, begun, {"world": now["world"]}, setting="out")
-    tuned = [str(folder / name) for name in (FOLDER, *BASES) if (folder / name / ("" if name == FOLDER else ABLATION)).exists()]
+    tuned = [place for place in (folder / FOLDER, *(folder / base / ABLATION for base in BASES)) if place.exists()]
     if tuned:
-        remedy = f"delete {', '.join(tuned)} to tune this world's models anew"
+        remedy = f"delete {', '.join(map(str, tuned))} to tune this world's models anew"
         check_begun("microcosm", folder, begun, {"tuning": now["tuning"]}, setting="out", remedy=remedy)
 
 
@@ -214,16 +227,15 @@ def _draw_world(stages: Stages) -> None:
     draw_losses({label: facts[name]["losses"] for name, label in names.items()}, folder / "losses.png")
 
 
-def _labels(found: Iterable[Outcome]) -> dict[str, str]:
-    rows = [row for outcome in found for row in outcome.table.rows]
-    return {row.variant: VARIANTS[row.variant].label if row.variant in VARIANTS else row.variant for row in rows}
+def _labels(variants: Iterable[str]) -> dict[str, str]:
+    return {name: VARIANTS[name].label if name in VARIANTS else name for name in variants}
 
 
 def _draw_base(stages: Stages, base: Base, outcome: Outcome) -> None:
     """The pictures of one base's ablation; that over drift where it is compared at one."""
     folder, config = stages.folder / base, stages.config
     table, equal, results = outcome
-    labels = _labels([outcome])
+    labels = _labels(row.variant for row in table.rows)
     draw_intervals(table, labels, JUDGED, folder / "intervals.png")
     draw_intervals(table, labels, TUNED, folder / "tuning.png")
     if isinstance(equal, EqualDrift):
@@ -239,7 +251,8 @@ def _draw_base(stages: Stages, base: Base, outcome: Outcome) -> None:
         draw_curves(points, start, {name: table.measures[name].label for name in DRAWN}, folder / "curves.png")
     judge = load_judge(stages.folder / JUDGE_FILE, len(stages.identities))
     runs_folder, seed = folder / ABLATION / ablate.RUNS, f"seed-{config.seeds[0]}"
-    folders = {label: runs_folder / variant / seed for variant, label in labels.items()}
+    failed = {result.variant for result in results if result.failed and result.seed == config.seeds[0]}
+    folders = {label: runs_folder / variant / seed for variant, label in labels.items() if variant not in failed}
     runs = {label: run for label, run in folders.items() if (run / IMAGES_FILE).is_file()}
     settings = stages.train_config(base, 1.0)
     held_out = dataset_of(load_records(settings)[1], settings.data, settings.model.backbone)

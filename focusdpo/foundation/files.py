@@ -206,6 +206,19 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote, with NaN for null."""
+    return _with_nan(json.loads(path.read_text()))
+
+
+def _with_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _with_nan(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_with_nan(item) for item in value]
+    return math.nan if value is None else value
+
+
 def tensor_shapes(path: Path) -> dict[str, list[int]]:
     """Shapes by name of a safetensors file, from its header alone.
 

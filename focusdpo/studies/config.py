@@ -368,6 +368,18 @@ class MicrocosmConfig:
         self.steps = self.sizes.tuning_steps if self.tuning_steps is None else self.tuning_steps
         require(self.steps >= 1, "tuning_steps", self.tuning_steps, "at least 1, or null")
         require(len(set(self.bases)) == len(self.bases) > 0, "bases", self.bases, "at least one, each once")
+        once = len(set(self.everywhere)) == len(self.everywhere)
+        require(once, "everywhere", self.everywhere, "each once")
+        require(not self.grids or MIDDLE in self.bases, "grids", self.grids, "none without the middle model among bases")
+        self.baseline: Variant = "prior" if "prior" in self.variants else self.variants[0] if self.variants else "prior"
+        elsewhere = any(base != MIDDLE for base in self.bases) and bool(self.variants)
+        held = self.baseline in self.everywhere
+        require(
+            held or not elsewhere,
+            "everywhere",
+            self.everywhere,
+            f"{self.baseline!r} among them, which others are compared with",
+        )
         for name in ("lr", "beta"):
             value = getattr(self, name)
             require(value is None or value > 0, name, value, "a positive number, or null")
@@ -378,7 +390,6 @@ class MicrocosmConfig:
     def ablation(self, base: Base, prior_beta: float | None = None) -> AblationConfig:
         """The ablation on a base."""
         variants = [name for name in self.variants if base == MIDDLE or name in self.everywhere]
-        baseline: Variant = "prior" if "prior" in variants else variants[0] if variants else "prior"
         return AblationConfig(
             config=str(Path(self.out) / base / "train.yaml"),
             output_dir=str(Path(self.out) / base / "ablation"),
@@ -386,7 +397,7 @@ class MicrocosmConfig:
             grids=self.grids if base == MIDDLE else [],
             seeds=self.seeds,
             prior_beta=prior_beta,
-            baseline=baseline,
+            baseline=self.baseline,
             primary=self.primary,
             primary_at=self.primary_at,
             judge_points=self.judge_points,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from torch import nn
 
 from focusdpo.building.dreambench import read_classes
 from focusdpo.commands import cli
-from focusdpo.commands.microcosm import BASE_PICTURES, PICTURES, WRITTEN, _settings
+from focusdpo.commands.microcosm import BASE_PICTURES, PICTURES, WRITTEN, _betas_begun, _settings
 from focusdpo.commands.microcosm import prepare as prepare_microcosm
 from focusdpo.data import load_pairs
 from focusdpo.foundation.output_folder import OutputFolder
@@ -38,8 +37,8 @@ from focusdpo.studies.microcosm.judging import verdicts
 from focusdpo.studies.microcosm.learning import learn
 from focusdpo.studies.microcosm.pairs import write_pairs
 from focusdpo.studies.microcosm.stages import Stages
-from focusdpo.studies.microcosm.tuning import chosen_betas
-from focusdpo.studies.microcosm.verdicts import Outcome, text_of_verdicts
+from focusdpo.studies.microcosm.tuning import Betas, chosen_betas
+from focusdpo.studies.microcosm.verdicts import Outcome, compared, text_of_verdicts
 from focusdpo.studies.microcosm.world import World, draw_disruption, draw_scene
 from tests import PATIENCE, ROOT
 
@@ -188,46 +187,73 @@ def test_a_base_whose_features_know_nothing_cannot_test_them():
     assert "A is 0.68, where an S that knows nothing has 0.70" in str(replace(knows, coverage=[0.68, 0.68]).why_not())
 
 
-def results_with(gains, seeds=5, items=40):
-    """Trainings whose identity rises by so much along a drift that rises by steps; noise of items is shared."""
+MEASURED = {"identity": Measure("identity"), "leakage": Measure("leakage", "less"), "drift/whole": Measure("drift", "neither")}
+
+
+def outcome_of(gains, seeds=5, items=40, missing=()):
+    """An ablation whose variants gain so much identity a step, along a drift that rises tenfold each; noise of items is shared.
+
+    missing: trainings that gave up, as variant and seed.
+    """
     rng = np.random.default_rng(0)
-    shared, found = rng.random(items), [Result("base", 0, {"identity": [0.0] * items}, [Point(0, {"identity": [0.0] * items})])]
+    nothing = {name: [0.0] * items for name in ("identity", "leakage")}
+    shared, results = rng.random(items), [Result("base", 0, nothing, [Point(0, nothing)])]
     for variant, gain in gains.items():
         for seed in range(seeds):
             curve = []
             for step in (1, 2, 3, 4):
                 values = (gain * step + 0.1 * shared + 0.01 * rng.standard_normal(items)).tolist()
-                curve.append(Point(step, {"identity": values, "drift/whole": [10.0**step] * items}))
-            found.append(Result(variant, seed, curve[-1].values, curve))
-    return found
+                numbers = {"identity": values, "leakage": (0.01 * rng.standard_normal(items)).tolist()}
+                curve.append(Point(step, numbers | {"drift/whole": [10.0**step] * items}))
+            failed = "not finite" if (variant, seed) in missing else None
+            results.append(Result(variant, seed, {} if failed else curve[-1].values, curve, failed))
+    changes = [VARIANTS[name] for name in ("base", *gains)]
+    equal = at_equal_drift(results, changes, "prior", MEASURED, "identity")
+    return Outcome(tabulate(results, changes, "prior", MEASURED), equal, results)
+
+
+PRIMARY = (["focus", "identity"], "equal drift")
 
 
 def test_what_follows_from_the_comparisons():
     """A true place that helps, a learned one that is no better than random, on one base; on the other the reverse."""
-    measures = {"identity": Measure("identity", is_share=False), "drift/whole": Measure("drift", "neither")}
-    found = {}
-    for base, gains in (
-        ("early", {"prior": 0.1, "truth": 0.2, "structure": 0.1, "random": 0.1, "focus": 0.1, "estimate": 0.1}),
-        ("late", {"prior": 0.1, "truth": 0.1, "structure": 0.2, "random": 0.1, "focus": 0.2, "estimate": 0.2}),
-    ):
-        results, changes = results_with(gains), [VARIANTS[name] for name in ("base", *gains)]
-        equal = at_equal_drift(results, changes, "prior", measures, "identity")
-        found[base] = Outcome(tabulate(results, changes, "prior", measures), equal, results)
-    text = text_of_verdicts(found, {"early": None, "late": None}, ["focus", "identity"], "equal drift")
-    early, late = text.split("\nlate model")
-    assert (
-        text.count("(primary)") == 2 and "weighting within the prior can help here" in early and "was not seen to help" in late
-    )
-    assert "learned field is not told from random" in early and "learned field is better than random places" in late
-    assert "The estimate field is not told from" in early and "The estimate field is better than" in late
-    gap = next(line for line in late.splitlines() if line.lstrip().startswith("equal drift") and "FocusDPO -" in line)
-    drift = found["late"].equal.drift  # between the points at 10^k: half of the prior's gain
-    place = float(np.log10(drift))
-    assert float(re.search(r"([+-]\d\.\d+) \[", gap)[1]) == pytest.approx(0.1 * place, abs=0.01) and gap.endswith(
-        "better (primary)"
-    )
-    blind = text_of_verdicts(found, {"early": "A is at chance", "late": None}, ["focus", "identity"], "equal drift")
-    assert "This base cannot test the learned field: A is at chance." in blind.split("\nlate model")[0]
+    found = {
+        "early": outcome_of({"prior": 0.1, "truth": 0.2, "structure": 0.1, "random": 0.1, "focus": 0.1, "estimate": 0.1}),
+        "middle": outcome_of({"prior": 0.1, "truth": 0.1, "structure": 0.2, "random": 0.1, "focus": 0.2, "estimate": 0.2}),
+    }
+    comparisons = compared(found, (), *PRIMARY)
+    text = text_of_verdicts(found, comparisons, {"early": None, "middle": None})
+    early, middle = text.split("\nmiddle model")
+    assert "weighting within the prior can help here" in early and "was not seen to help" in middle
+    assert "learned field is not told from random" in early and "the features are at fault" in early
+    assert "learned field is better than random places" in middle and "at fault" not in middle
+    assert "The estimate field is not told from" in early and "The estimate field is better than" in middle
+    assert "FocusDPO is not told from the prior alone." in early and "FocusDPO is better than the prior alone." in middle
+    [chosen] = [one for one in comparisons if one.cell.verdict.is_primary]
+    assert (chosen.base, chosen.at, chosen.fixed) == ("middle", "equal drift", ("focus", "prior", "identity"))
+    assert chosen.text().endswith("better (primary)") and "on the middle model, is judged by itself" in text
+    # Values are taken at the drift at which the prior has half of its gain, between two points.
+    place = float(np.log10(found["middle"].equal.drift))
+    assert 1 < place < 2 and chosen.cell.difference.mean == pytest.approx(0.1 * place, abs=0.01)
+    # Holm's correction is over all bases, and p of the smallest is multiplied by how many others there are.
+    others = [one.cell for one in comparisons if one is not chosen]
+    least = min(others, key=lambda cell: cell.difference.p)
+    assert least.verdict.p == pytest.approx(least.difference.p * len(others)) and f"over all {len(others)} others" in text
+    blind = text_of_verdicts(found, comparisons, {"early": "A is at chance", "middle": None})
+    assert "This base cannot test the learned field: A is at chance." in blind.split("\nmiddle model")[0]
+
+
+def test_comparisons_without_numbers_are_named():
+    gains = {"prior": 0.1, "dpo": 0.1, "focus": 0.1, "detail": 0.1}
+    trainings = [("detail", seed) for seed in range(5)] + [("focus", 0)]
+    found = {"late": outcome_of(gains, missing=trainings)}
+    lines = {(one.at, one.fixed): one.text() for one in compared(found, (), *PRIMARY)}
+    assert lines["end", ("detail", "prior", "identity")].endswith("failed")
+    assert lines["equal drift", ("detail", "prior", "identity")].endswith("not reached")
+    assert lines["end", ("focus", "dpo", "identity")].endswith("4 of 5 trainings")
+    assert not any(one.fixed == ("focus", "dpo", "identity") for one in compared(found, {"late"}, *PRIMARY)), "one arm"
+    other = compared(found, (), ["detail", "leakage"], "end")
+    assert other[0].fixed == ("detail", "prior", "leakage"), "a primary comparison that is none of the fixed ones"
 
 
 def test_beta_is_chosen_by_what_is_drawn(tmp_path, monkeypatch):
@@ -250,6 +276,12 @@ def test_beta_is_chosen_by_what_is_drawn(tmp_path, monkeypatch):
     assert not {job.seed for job in seen} & set(MicrocosmConfig().seeds)
     given = chosen_betas(Stages(MicrocosmConfig(out=str(tmp_path), size="smoke", beta=3.0)))
     assert (given.prior, given.focus) == (3, 3) and len(seen) == 6
+    monkeypatch.setattr(
+        "focusdpo.studies.microcosm.tuning.run_jobs",
+        lambda jobs, _: [Result(j.change.name, j.seed, {}, [], "no") for j in jobs],
+    )
+    failed = chosen_betas(Stages(MicrocosmConfig(out=str(tmp_path), size="smoke")))
+    assert (failed.prior, failed.focus) == (100, 100) and "25: failed, 100: failed, 400: failed; none better" in failed.text()
 
 
 def test_halves():
@@ -310,7 +342,7 @@ def test_the_whole_command_also_when_killed(tmp_path):
     killed = tmp_path / "killed"
     arguments[3] = str(killed)
     command = [sys.executable, "-m", "focusdpo", "microcosm", *arguments]
-    for sign in ("judge.safetensors", "late/gates.json", "tuning", "late/ablation/runs/focus"):
+    for sign in ("judge.safetensors", "late/gates.json", "beta.json", "late/ablation/runs/focus"):
         with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
             while not (killed / sign).exists() and child.poll() is None:
                 time.sleep(0.02)
@@ -331,6 +363,10 @@ def test_refused_by_name(tmp_path, monkeypatch):
     # What an ablation would refuse when all before it is learnt.
     with pytest.raises(ValueError, match="primary: got .'focus', 'identity'.; expected a variant beside the baseline, one of "):
         prepare_microcosm(MicrocosmConfig(out=str(tmp_path / "a"), size="smoke", everywhere=["base", "prior", "random"]))
+    with pytest.raises(ValueError, match="everywhere: got .'base', 'focus'.; expected 'prior' among them"):
+        MicrocosmConfig(everywhere=["base", "focus"])
+    with pytest.raises(ValueError, match="grids: got .'tau'.; expected none without the middle model among bases"):
+        MicrocosmConfig(bases=["late"], grids=["tau"])
     with pytest.raises(ValueError, match='primary_at: got .equal drift.; expected "end", or "base" among the variants'):
         prepare_microcosm(MicrocosmConfig(out=str(tmp_path / "a"), size="smoke", variants=["prior", "focus"]))
     with pytest.raises(ValueError, match="judge_points: got False; expected true for a comparison at equal drift in identity"):
@@ -366,11 +402,26 @@ def test_refused_by_name(tmp_path, monkeypatch):
     prepare_microcosm(MicrocosmConfig(out=str(tmp_path / "c"), size="smoke"))  # the world may be tuned otherwise
     (tmp_path / "c" / "middle" / "ablation").mkdir(parents=True)
     with pytest.raises(
-        ValueError, match="(?s)tuning.lr: .* has 0.5, got 0.001.*'mean', got 'masked_mean'.*, delete .*middle to tune"
+        ValueError, match="(?s)tuning.lr: .* has 0.5, got 0.001.*'mean', got 'masked_mean'.*, delete .*middle/ablation to tune"
     ):
         prepare_microcosm(MicrocosmConfig(out=str(tmp_path / "c"), size="smoke", reduction="masked_mean"))
     with pytest.raises(ValueError, match="grids: .* expected no grid over layers with size='smoke'"):
         prepare_microcosm(MicrocosmConfig(out=str(tmp_path / "d"), size="smoke", grids=["layers"]))
+
+
+def test_beta_that_was_chosen_is_gone_on_with(tmp_path):
+    """Whatever the gates of a later start take; another one that is given is refused by name before any work."""
+    settings = {"out": str(tmp_path), "size": "smoke", "cpu": True, "bases": ["late"]}
+    begun = _settings(Stages(MicrocosmConfig(**settings)))
+    (tmp_path / "microcosm.json").write_text(json.dumps(begun))
+    (tmp_path / "late" / "ablation").mkdir(parents=True)
+    (tmp_path / "late" / "ablation" / "ablation.json").write_text(
+        json.dumps({"ablation": {"prior_beta": 25.0}, "run": {"loss.beta": 400.0}})
+    )
+    assert _betas_begun(tmp_path, "late") == Betas(25.0, 400.0, {})
+    prepare_microcosm(MicrocosmConfig(**settings))
+    with pytest.raises(ValueError, match=r"tuning.beta: the begun microcosm has None, got 100\.0"):
+        prepare_microcosm(MicrocosmConfig(**settings, beta=100.0))
 
 
 def test_overwriting_starts_anew(tmp_path):

@@ -156,7 +156,7 @@ def judged(tables: Sequence[Table], primary: Sequence[str] = (), at: At = "end")
     Args:
         tables: of one ablation, or of one on each of several models.
         primary: variant and measure of the comparison that was chosen before there were results; () for none.
-        at: of the tables that it is in, one of each model; they have the first table's baseline.
+        at: of the table that it is in, the first that has the first table's baseline.
     """
     Place = tuple[int, str, str]  # number of the table, variant and measure
     places: dict[Place, float] = {}
@@ -170,12 +170,10 @@ def judged(tables: Sequence[Table], primary: Sequence[str] = (), at: At = "end")
                 ):
                     places[number, row.variant, cell.measure] = cell.difference.p
 
-    def is_chosen(place: Place) -> bool:
-        table = tables[place[0]]
-        return place[1:] == tuple(primary) and table.at == at and table.baseline == tables[0].baseline
-
-    others = sorted((place for place in places if not is_chosen(place)), key=lambda place: places[place])
-    corrected = {place: p for place, p in places.items() if is_chosen(place)}
+    home = (number for number, table in enumerate(tables) if table.at == at and table.baseline == tables[0].baseline)
+    chosen = (next(home, -1), *primary)
+    others = sorted((place for place in places if place != chosen), key=lambda place: places[place])
+    corrected = {place: p for place, p in places.items() if place == chosen}
     levels, worst = dict.fromkeys(corrected, LEVEL), 0.0
     for rank, place in enumerate(others):
         worst = max(worst, min(places[place] * (len(others) - rank), 1.0))
@@ -191,7 +189,7 @@ def judged(tables: Sequence[Table], primary: Sequence[str] = (), at: At = "end")
         better = (cell.difference.mean < 0) == (table.measures[cell.measure].better == "less")
         level, p = levels[place], corrected[place]
         is_better = better if p <= 1 - LEVEL else None
-        return replace(cell, verdict=Verdict(level, p, cell.difference.detectable(level), is_chosen(place), is_better))
+        return replace(cell, verdict=Verdict(level, p, cell.difference.detectable(level), place == chosen, is_better))
 
     return [
         replace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,10 +19,12 @@ from focusdpo.studies.ablation.equal_drift import DRIFT, EqualDrift, curves_of, 
 from focusdpo.studies.ablation.jobs import Point, Result
 from focusdpo.studies.ablation.page import VERDICTS
 from focusdpo.studies.ablation.statistics import Table
-from focusdpo.studies.config import Base
+from focusdpo.studies.config import At
 from focusdpo.studies.microcosm.judge import IdentityJudge, classify
 from focusdpo.studies.microcosm.judging import IMAGES_FILE
-from focusdpo.studies.microcosm.verdicts import Outcome
+from focusdpo.studies.microcosm.verdicts import Comparison
+
+LINES = ("-", "--", ":")  # of ten colours each
 
 
 def draw_intervals(table: Table, names: Mapping[str, str], measures: Sequence[str], path: Path) -> None:
@@ -82,7 +85,7 @@ def draw_curves(
         for number, (label, runs) in enumerate(curves.items()):
             steps = [0, *(point.step for point in runs[0])]
             values = np.array([[start.mean(name), *(point.mean(name) for point in run)] for run in runs])
-            axis.plot(steps, values.mean(0), color=f"C{number}", label=label)
+            axis.plot(steps, values.mean(0), LINES[number // 10], color=f"C{number}", label=label)
             for one in values:
                 axis.plot(steps[1:], one[1:], ".", color=f"C{number}", alpha=0.5)
         axis.set_title(textwrap.fill(title, 44), fontsize=9)
@@ -101,7 +104,8 @@ def draw_drift(results: Sequence[Result], equal: EqualDrift, names: Mapping[str,
         means = mean_curve(curves, equal.measure)
         if not means:
             continue
-        axis.plot([drift for _, drift, _ in means], [mean for *_, mean in means], color=f"C{number}", label=names[row.variant])
+        drifts, values = [drift for _, drift, _ in means], [mean for *_, mean in means]
+        axis.plot(drifts, values, LINES[number // 10], color=f"C{number}", label=names[row.variant])
         points = [(point.mean(DRIFT), point.mean(equal.measure)) for curve in curves for point in curve]
         axis.plot(*zip(*points, strict=True), ".", color=f"C{number}", alpha=0.5)
     axis.axvline(equal.drift, color="gray", linestyle=":", linewidth=1)
@@ -113,36 +117,33 @@ def draw_drift(results: Sequence[Result], equal: EqualDrift, names: Mapping[str,
     figure.savefig(path, dpi=110)
 
 
-def draw_verdicts(found: Mapping[Base, Outcome], measure: str, names: Mapping[str, str], path: Path) -> None:
-    """Differences to the baseline in one measure: a column a base, above at equal drift, below at the end of training.
+def draw_verdicts(comparisons: Sequence[Comparison], path: Path) -> None:
+    """The comparisons that were fixed in advance: a column a base, above at equal drift, below at the end of training.
 
     Args:
-        found: tables by base.
-        measure: of all panels.
-        names: of the variants.
+        comparisons: of all bases.
         path: the PNG.
     """
-    variants = [name for name in names if any(row.variant == name for outcome in found.values() for row in outcome.table.rows)]
-    figure, axes = new_figure(2, len(found), (4.2 * len(found), 2 * (1 + 0.3 * len(variants))), sharex=True)
-    for column, (base, (table, equal, _)) in enumerate(found.items()):
-        for line, at in enumerate((equal.table if isinstance(equal, EqualDrift) else None, table)):
-            axis = axes[line, column]
-            axis.axvline(0, color="gray", linestyle=":", linewidth=1)
-            for row in at.rows if at else ():
-                cell = row.cell(measure)
-                if cell is None or cell.difference is None:
-                    continue
-                gap, place = cell.difference, -variants.index(row.variant)
+    bases = list(dict.fromkeys(one.base for one in comparisons))
+    labels = list(dict.fromkeys(one.label for one in comparisons))
+    rows: tuple[At, ...] = ("equal drift", "end")
+    figure, axes = new_figure(2, len(bases), (3 + 3.2 * len(bases), 2 * (1 + 0.28 * len(labels))), sharex=True)
+    for (line, at), (column, base) in itertools.product(enumerate(rows), enumerate(bases)):
+        axis = axes[line, column]
+        axis.axvline(0, color="gray", linestyle=":", linewidth=1)
+        for one in comparisons:
+            if (one.base, one.at) == (base, at) and one.cell is not None and one.cell.difference is not None:
+                gap = one.cell.difference
                 errors = np.nan_to_num([[gap.mean - gap.low], [gap.high - gap.mean]])
-                axis.errorbar(gap.mean, place, xerr=errors, fmt="o", color=VERDICTS[cell.is_better], capsize=3)
-            axis.set_yticks([-place for place in range(len(variants))], [names[v] for v in variants] if column == 0 else [])
-            axis.set_title(
-                f"{base} model, {'at the end' if line else 'at equal drift' if at else 'no equal drift'}", fontsize=9
-            )
-            axis.grid(axis="x", alpha=0.3)
-    first = next(iter(found.values())).table
-    title = f"{first.measures[measure].label}: difference to {names[first.baseline]}, with its 95 % interval"
-    figure.suptitle(title + "\ngreen better, red worse, after Holm's correction; gray not told from it", fontsize=9)
+                axis.errorbar(
+                    gap.mean, -labels.index(one.label), xerr=errors, fmt="o", color=VERDICTS[one.is_better], capsize=3
+                )
+        axis.set_yticks([-place for place in range(len(labels))], labels if column == 0 else [], fontsize=8)
+        axis.set_ylim(0.6 - len(labels), 0.6)
+        axis.set_title(f"{base} model, at {'the end' if at == 'end' else at}", fontsize=9)
+        axis.grid(axis="x", alpha=0.3)
+    title = "differences with their 95 % intervals, each by itself"
+    figure.suptitle(title + "\ngreen better, red worse, after Holm's correction; gray not told apart", fontsize=9)
     figure.savefig(path, dpi=110)
 
 

@@ -68,7 +68,7 @@ STAGES_WRITTEN = (
 RESTORED = 800  # scenes that the judge learns from, also as the autoencoder gives them back
 EMPTY = 100  # scenes without subjects that it learns from
 JUDGED_SCENES = 256  # real scenes, which FID compares with
-Outcome = tuple[dict[str, Any], Callable[[], object]]  # what a stage says of itself, and what writes its result
+Made = tuple[dict[str, Any], Callable[[], object]]  # what a stage says of itself, and what writes its result
 HELD_OUT_SEED = 1_000_003  # added to the seed of what is only judged
 
 
@@ -128,18 +128,20 @@ class Stages:
         for number, (part, count) in enumerate(zip(PARTS, counts, strict=True)):
             seed = number + (HELD_OUT_SEED if part == "held_out" else 1)
             self._stage(f"pairs/{part}/{FILE_NAME}", partial(self._pairs, count, seed))
+        for name in ("latents", "world"):  # the ablation's workers want the memory
+            self.__dict__.pop(name, None)
 
     @property
     def are_done(self) -> bool:
         """Whether the ablations can begin."""
         return all((self.folder / name).exists() for name in RESULTS)
 
-    def write_run(self, file: Path, base: Base, beta: float, validation: str = "held_out") -> None:
+    def write_run(self, file: Path, base: Base, beta: float) -> None:
         """What an ablation takes for its run; anew at each start, as the folder may have been moved."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, yaml.safe_dump(asdict(self.train_config(base, beta, validation)), sort_keys=False))
+        write_whole(file, yaml.safe_dump(asdict(self.train_config(base, beta)), sort_keys=False))
 
-    def _stage(self, name: str, work: Callable[[Path], Outcome]) -> None:
+    def _stage(self, name: str, work: Callable[[Path], Made]) -> None:
         """Does a stage unless its result is there, and notes how long it took and what it says of itself.
 
         The result comes last: a kill before it has the stage done again, from the state that `learn` kept.
@@ -153,8 +155,8 @@ class Stages:
         known = self.facts() | {name: {**facts, "seconds since its last start": round(time.perf_counter() - started, 1)}}
         write_json(self.folder / FACTS_FILE, known)
         save()
-        for state in self.folder.glob("*.state"):
-            state.unlink()
+        for part in LEARNT:
+            (self.folder / f"{part}.state").unlink(missing_ok=True)
         clear_device_cache(garbage_collection=True)  # the ablation's workers want the memory
 
     def facts(self) -> dict[str, Any]:
@@ -162,7 +164,7 @@ class Stages:
         file = self.folder / FACTS_FILE
         return json.loads(file.read_text()) if file.is_file() else {}
 
-    def _autoencoder(self, target: Path) -> Outcome:
+    def _autoencoder(self, target: Path) -> Made:
         size, state = self.size, self.folder / "autoencoder.state"
         vae = build_model(size, self.identities, self.config.seed).vae.to(self.device)
         losses = train_autoencoder(vae, self.world, size.vae_steps, size.vae_batch, self.config.seed, state)
@@ -173,7 +175,7 @@ class Stages:
         vae = AutoencoderKL.from_pretrained(self.folder / "autoencoder")
         return vae.to(device=self.device, memory_format=torch.channels_last)
 
-    def _judge(self, target: Path) -> Outcome:
+    def _judge(self, target: Path) -> Made:
         size, state = self.size, self.folder / "judge.state"
         torch.manual_seed(self.config.seed)
         judge = IdentityJudge(len(self.identities), self.device)
@@ -202,7 +204,7 @@ class Stages:
         weights = {key: value.cpu().contiguous() for key, value in judge.state_dict().items()}
         return facts, partial(_save_tensors, weights, target)
 
-    def _flow(self, base: Base, target: Path) -> Outcome:
+    def _flow(self, base: Base, target: Path) -> Made:
         size, state, number = self.size, self.folder / f"{base}.state", BASES.index(base)
         backbone = build_model(size, self.identities, self.config.seed)
         backbone.pipeline.register_modules(vae=self._vae())
@@ -217,7 +219,7 @@ class Stages:
         facts = {"losses": _thinned(losses), "parameters": parameters}
         return facts, partial(_save_folder, backbone.pipeline.save_pretrained, target)
 
-    def _pairs(self, count: int, seed: int, file: Path) -> Outcome:
+    def _pairs(self, count: int, seed: int, file: Path) -> Made:
         sides = self.size.resolution, self.size.reference_resolution
         held_out = file.parent.name == "held_out"
         return {}, partial(write_pairs, file.parent, self.identities, count, *sides, self.config.seed + seed, held_out)

@@ -20,24 +20,24 @@ WRITTEN = (r"beta\.json", *(f"{FOLDER}/{pattern}" for pattern in JOB_WRITTEN))
 
 @dataclass(frozen=True)
 class Betas:
-    """What was chosen for the prior alone and for the masks within it. identity: by arm, what each beta tried gave."""
+    """What was chosen for the prior alone and for the masks within it.
+
+    identity: by arm, each beta that was tried and the identity accuracy it gave, None where its training gave up; {} where beta
+    was given.
+    """
 
     prior: float
     focus: float
-    identity: dict[str, list[tuple[float, float]]]
+    identity: dict[str, list[tuple[float, float | None]]]
 
     def text(self) -> str:
-        rows = [
-            f"  {VARIANTS[arm].label:<16}" + ", ".join(f"{beta:g}: {identity:.3f}" for beta, identity in tried)
-            for arm, tried in self.identity.items()
-        ]
-        return "\n".join(
-            [
-                "beta, and the identity accuracy it gave on the tuning scenes:",
-                *rows,
-                f"  chosen: {self.prior:g}, {self.focus:g}",
-            ]
-        )
+        rows = []
+        for arm, tried in self.identity.items():
+            numbers = [f"{beta:g}: " + ("failed" if found is None else f"{found:.3f}") for beta, found in sorted(tried)]
+            alike = len({found for _, found in tried}) == 1
+            rows.append(f"  {VARIANTS[arm].label:<16}" + ", ".join(numbers) + ("; none better than another" if alike else ""))
+        head = "beta, and the identity accuracy it gave on the tuning scenes:"
+        return "\n".join([head, *rows, f"  chosen: {self.prior:g} and {self.focus:g}"])
 
 
 def chosen_betas(stages: Stages) -> Betas:
@@ -53,11 +53,11 @@ def chosen_betas(stages: Stages) -> Betas:
             run = run_of(stages.train_config(MIDDLE, beta, "tuning"), VARIANTS[arm], SEED, folder, None, 1, 0)
             jobs.append(Job(VARIANTS[arm], SEED, run, folder, (0.5,), None, stages.judge()))
     results = run_jobs(jobs, config.workers)
-    found: dict[str, list[tuple[float, float]]] = {}
+    found: dict[str, list[tuple[float, float | None]]] = {}
     for job, result in zip(jobs, results, strict=True):
         values = result.values.get("identity", [])
-        found.setdefault(job.change.name, []).append((job.config.loss.beta, sum(values) / len(values) if values else 0.0))
-    prior, focus = (max(found[arm], key=lambda tried: tried[1])[0] for arm in ARMS)
-    betas_found = Betas(prior, focus, found)
-    write_json(stages.folder / BETA_FILE, asdict(betas_found))
-    return betas_found
+        found.setdefault(job.change.name, []).append((job.config.loss.beta, sum(values) / len(values) if values else None))
+    prior, focus = (max(found[arm], key=lambda tried: -1.0 if tried[1] is None else tried[1])[0] for arm in ARMS)
+    chosen = Betas(prior, focus, found)
+    write_json(stages.folder / BETA_FILE, asdict(chosen))
+    return chosen

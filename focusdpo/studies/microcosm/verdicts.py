@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from focusdpo.metrics import LEVEL
 from focusdpo.studies.ablation.equal_drift import EqualDrift, values_at
 from focusdpo.studies.ablation.jobs import Result
-from focusdpo.studies.ablation.statistics import Cell, Table, judged, tabulate
+from focusdpo.studies.ablation.statistics import NOTHING, Cell, Table, judged, tabulate
 from focusdpo.studies.ablation.two_way import POWER
 from focusdpo.studies.ablation.variants import VARIANTS
-from focusdpo.studies.config import At, Base
+from focusdpo.studies.config import MIDDLE, At, Base
 
-# Variant, what it is compared with, and the measure; each at equal drift and at the end of training.
-COMPARISONS = (
+Fixed = tuple[str, str, str]  # variant, what it is compared with, and the measure
+# Each at equal drift and at the end of training.
+COMPARISONS: tuple[Fixed, ...] = (
     ("focus", "prior", "identity"),
     ("focus", "prior", "leakage"),
     ("focus", "prior", "win/inside"),
-    ("truth", "prior", "identity"),
     ("focus", "dpo", "identity"),
+    ("truth", "prior", "identity"),
     ("structure", "random", "identity"),
     ("per_subject", "random", "identity"),
     ("estimate", "prior", "identity"),
@@ -29,6 +30,7 @@ COMPARISONS = (
     ("subject", "prior", "identity"),
     ("detail", "prior", "identity"),
 )
+ONE_ARM = ("focus", "dpo", "identity")  # not made where Diffusion-DPO and the prior alone are one
 
 
 class Outcome(NamedTuple):
@@ -39,64 +41,132 @@ class Outcome(NamedTuple):
     results: Sequence[Result]
 
 
-def text_of_verdicts(found: Mapping[Base, Outcome], why_not: Mapping[Base, str | None], primary: Sequence[str], at: At) -> str:
-    """The comparisons of all bases with their verdicts, judged as one family, and what follows from them by base.
+@dataclass(frozen=True)
+class Comparison:
+    """One of the comparisons, on a base, at the end or at equal drift.
+
+    cell: with difference and verdict; None where a variant has no numbers there. seeds: in how many trainings of how many.
+    """
+
+    base: Base
+    at: At
+    fixed: Fixed
+    cell: Cell | None
+    seeds: tuple[int, int]
+
+    @property
+    def label(self) -> str:
+        name, baseline, measure = self.fixed
+        return f"{measure}: {_label(name)} - {_label(baseline)}"
+
+    @property
+    def is_better(self) -> bool | None:
+        return None if self.cell is None else self.cell.is_better
+
+    def text(self) -> str:
+        """One line of the table."""
+        start = f"  {'equal drift' if self.at == 'equal drift' else 'end':<12}{self.label:<72}"
+        if self.cell is None or self.cell.difference is None:
+            return f"{start}{NOTHING[self.at]}"
+        gap, verdict = self.cell.difference, self.cell.verdict
+        interval = "-" if math.isnan(gap.low) else f"{gap.low:+.3f}, {gap.high:+.3f}"
+        some = "" if self.seeds[0] == self.seeds[1] else f"  {self.seeds[0]} of {self.seeds[1]} trainings"
+        if verdict is None:
+            return f"{start}{gap.mean:+.3f} [{interval}]{some}"
+        said = {None: "not told apart", True: "better", False: "worse"}[verdict.is_better]
+        primary = " (primary)" if verdict.is_primary else ""
+        judgement = f"p {verdict.p:.2g}, visible from {verdict.detectable:.3f}: {said}{primary}"
+        return f"{start}{gap.mean:+.3f} [{interval}]  {judgement}{some}"
+
+
+def compared(found: Mapping[Base, Outcome], one_arm: Collection[Base], primary: Sequence[str], at: At) -> list[Comparison]:
+    """The comparisons of all bases, judged as one family: base by base, at equal drift before the end.
 
     Args:
         found: by base.
-        why_not: why a base cannot test a field of its features; None where it can.
-        primary, at: the comparison that is judged by itself, as in `focusdpo ablate`.
+        one_arm: bases on which Diffusion-DPO and the prior alone are one.
+        primary, at: the comparison that is judged by itself, as in `focusdpo ablate`, on the middle model; of the first base
+            where that is none of them.
     """
-    places = [(base, table) for base, outcome in found.items() for table in _tables(outcome)]
-    tables = judged([table for _, table in places], primary, at)
-    count = sum(not verdict.is_primary for table in tables for verdict in table.verdicts)
+    parts: list[tuple[Base, Outcome, Table]] = []
+    for base in sorted(found, key=lambda base: base != MIDDLE):  # whose primary comparison it is
+        wanted = _wanted(found[base], primary, base in one_arm)
+        parts += [(base, found[base], table) for table in _tables(found[base], wanted)]
+    tables = judged([table for *_, table in parts], primary, at)
+    comparisons = []
+    for base, outcome in found.items():
+        for place in ("equal drift", "end") if isinstance(outcome.equal, EqualDrift) else ("end",):
+            own = [table for (other, *_), table in zip(parts, tables, strict=True) if other == base and table.at == place]
+            for fixed in _wanted(outcome, primary, base in one_arm):
+                table = next(table for table in own if table.baseline == fixed[1])
+                row = next(row for row in table.rows if row.variant == fixed[0])
+                cell = row.cell(fixed[2])
+                cell = None if cell is None or cell.difference is None else cell
+                trained = {result.seed for result in outcome.results if result.variant == fixed[0]}
+                seeds = 0 if cell is None or cell.difference is None else cell.difference.seeds
+                comparisons.append(Comparison(base, table.at, fixed, cell, (seeds, len(trained))))
+    return comparisons
+
+
+def text_of_verdicts(
+    found: Mapping[Base, Outcome], comparisons: Sequence[Comparison], why_not: Mapping[Base, str | None]
+) -> str:
+    """The comparisons with their verdicts, and what follows from them, by base.
+
+    Args:
+        found, comparisons: of `compared`.
+        why_not: why a base cannot test a field of its features; None where it can.
+    """
+    verdicts = [one.cell.verdict for one in comparisons if one.cell is not None and one.cell.verdict is not None]
+    primary = next((one for one in comparisons if one.cell and one.cell.verdict and one.cell.verdict.is_primary), None)
+    others = len(verdicts) - (primary is not None)
+    itself = "" if primary is None else f"The primary comparison, on the {primary.base} model, is judged by itself; "
     lines = [
-        f"Differences with their {LEVEL:.0%} intervals over trainings and scenes together. The primary comparison is judged by "
-        f"itself on each base, all {count} others with Holm's correction; visible from: the smallest true difference that "
+        f"Differences with their {LEVEL:.0%} intervals over trainings and scenes together, each by itself. {itself}better and "
+        f"worse: told apart after Holm's correction over all {others} others; visible from: the smallest true difference that "
         f"would have been found with {POWER:.0%} power at that level.",
     ]
     for base, outcome in found.items():
-        lines += ["", _heading(base, outcome)]
-        cells: dict[tuple[str, str], Cell] = {}
-        for (own, _), table in zip(places, tables, strict=True):
-            for name, baseline, measure in COMPARISONS if own == base else ():
-                row = next((row for row in table.rows if row.variant == name), None)
-                cell = row.cell(measure) if row is not None and table.baseline == baseline else None
-                if cell is not None and cell.difference is not None and cell.verdict is not None:
-                    lines.append(_line(table, name, cell))
-                    if table.at == "equal drift":
-                        cells[name, measure] = cell
+        own = [one for one in comparisons if one.base == base]
+        lines += ["", _heading(base, outcome), *(one.text() for one in own)]
         if isinstance(outcome.equal, str):
             lines.append(f"  not compared at equal drift: {outcome.equal}")
-        lines += [f"  {sentence}" for sentence in _reading(cells, why_not[base])]
+        lines += [f"  {sentence}" for sentence in _reading(own, why_not[base])]
     return "\n".join(lines)
 
 
-def _tables(outcome: Outcome) -> list[Table]:
-    """At equal drift and at the end, of the fixed comparisons alone, a table for each of their baselines."""
-    table, equal, results = outcome
-    parts = [(table, results)]
-    if isinstance(equal, EqualDrift):
-        parts.insert(0, (equal.table, [values_at(result, equal.drift) for result in results]))
+def _label(variant: str) -> str:
+    return VARIANTS[variant].label if variant in VARIANTS else variant
+
+
+def _wanted(outcome: Outcome, primary: Sequence[str], is_one_arm: bool) -> list[Fixed]:
+    """The comparisons that can be made of an ablation's variants and measures; the primary one first."""
+    table = outcome.table
+    chosen = [(primary[0], table.baseline, primary[1])] if primary else []
+    fixed = dict.fromkeys([*chosen, *COMPARISONS])
+    known = {row.variant for row in table.rows}
+    return [one for one in fixed if {*one[:2]} <= known and one[2] in table.measures and not (is_one_arm and one == ONE_ARM)]
+
+
+def _tables(outcome: Outcome, wanted: Sequence[Fixed]) -> list[Table]:
+    """At equal drift and at the end, of the comparisons alone: a table for each of what they are with."""
+    parts: list[tuple[At, Sequence[Result]]] = [("end", outcome.results)]
+    if isinstance(outcome.equal, EqualDrift):
+        drift = outcome.equal.drift
+        parts.insert(0, ("equal drift", [values_at(result, drift) for result in outcome.results]))
     tables = []
-    for whole, values in parts:
-        tables.append(_kept(whole, whole.baseline))
-        known = [row.variant for row in whole.rows]
-        for baseline in dict.fromkeys(other for _, other, _ in COMPARISONS if other != whole.baseline and other in known):
-            wanted = {baseline, *(name for name, other, _ in COMPARISONS if other == baseline)}
-            changes = [VARIANTS[name] for name in known if name in wanted]
-            tables.append(_kept(tabulate(values, changes, baseline, whole.measures, whole.at), baseline))
+    for at, results in parts:
+        for baseline in dict.fromkeys([outcome.table.baseline, *(one[1] for one in wanted)]):
+            own = {(name, measure) for name, other, measure in wanted if other == baseline}
+            known = [row.variant for row in outcome.table.rows if row.variant == baseline or row.variant in {x for x, _ in own}]
+            changes = [VARIANTS[name] if name in VARIANTS else replace(VARIANTS["focus"], name=name) for name in known]
+            table = tabulate(results, changes, baseline, outcome.table.measures, at)
+            rows = [
+                replace(row, cells=tuple(cell for cell in row.cells if (row.variant, cell.measure) in own))
+                for row in table.rows
+            ]
+            tables.append(replace(table, rows=tuple(rows), measures=outcome.table.measures))
     return tables
-
-
-def _kept(table: Table, baseline: str) -> Table:
-    """The fixed comparisons with a baseline, and the baseline."""
-    wanted = {(name, measure) for name, other, measure in COMPARISONS if other == baseline}
-    rows = []
-    for row in table.rows:
-        cells = [cell for cell in row.cells if (row.variant, cell.measure) in wanted or row.variant == baseline]
-        rows.append(replace(row, cells=tuple(cells)))
-    return replace(table, rows=tuple(rows))
 
 
 def _heading(base: Base, outcome: Outcome) -> str:
@@ -111,44 +181,39 @@ def _heading(base: Base, outcome: Outcome) -> str:
     return "; ".join(said)
 
 
-def _line(table: Table, name: str, cell: Cell) -> str:
-    gap, verdict = cell.difference, cell.verdict
-    assert gap is not None and verdict is not None
-    interval = "-" if math.isnan(gap.low) else f"{gap.low:+.3f}, {gap.high:+.3f}"
-    what = f"{cell.measure}: {VARIANTS[name].label} - {VARIANTS[table.baseline].label}"
-    said = {None: "not told apart", True: "better", False: "worse"}[verdict.is_better]
-    place = "equal drift" if table.at == "equal drift" else "end"
-    primary = " (primary)" if verdict.is_primary else ""
-    return (
-        f"  {place:<12}{what:<68}{gap.mean:+.3f} [{interval}]  p {verdict.p:.2g}, visible from {verdict.detectable:.3f}: "
-        f"{said}{primary}"
-    )
+def _reading(comparisons: Sequence[Comparison], why_not: str | None) -> list[str]:
+    """What the comparisons mean, as it was written down before the run: at equal drift, or at the end where there is none."""
+    places = {one.at for one in comparisons}
+    at = "equal drift" if "equal drift" in places else "end"
+    known = {one.fixed: one.is_better for one in comparisons if one.at == at and one.cell is not None}
 
+    def is_better(name: str, baseline: str = "prior") -> bool | None:
+        return known.get((name, baseline, "identity"))
 
-def _reading(cells: Mapping[tuple[str, str], Cell], why_not: str | None) -> list[str]:
-    """What the comparisons at equal drift mean, as it was written down before the run."""
-
-    def is_better(name: str) -> bool | None:
-        cell = cells.get((name, "identity"))
-        return None if cell is None else cell.is_better
+    def is_known(name: str, baseline: str = "prior") -> bool:
+        return (name, baseline, "identity") in known
 
     said = []
-    if ("truth", "identity") in cells:
-        helps = is_better("truth")
+    if is_known("focus"):
+        kind = {True: "better than", False: "worse than", None: "not told from"}[is_better("focus")]
+        said.append(f"FocusDPO is {kind} the prior alone.")
+    if is_known("truth"):
         said.append(
             "The true places are better than the prior alone: weighting within the prior can help here."
-            if helps
+            if is_better("truth")
             else "The true places are not told from the prior alone, or worse: weighting within the prior was not seen to help."
         )
     if why_not is not None:
         said.append(f"This base cannot test the learned field: {why_not}.")
-    elif ("structure", "identity") in cells:
+    elif is_known("structure", "random"):
+        learned = is_better("structure", "random")
         said.append(
             "The learned field is better than random places: the method does what it says."
-            if is_better("structure")
+            if learned
             else "The learned field is not told from random places of its size, or worse."
+            + (" As the true places help, the features are at fault." if is_better("truth") else "")
         )
     for name, what in (("estimate", "The estimate field"), ("subject", "One sigmoid for each subject")):
-        if (name, "identity") in cells:
+        if is_known(name):
             said.append(f"{what} is {'better than' if is_better(name) else 'not told from, or worse than,'} the prior alone.")
     return said
