@@ -307,15 +307,15 @@ def results_of(folder):
     return found["results"], found["table"]
 
 
-def test_the_whole_command_also_when_killed(tmp_path):
-    """Killed with SIGKILL whenever a stage has begun, and run to its end: the same numbers as without."""
+def test_the_whole_command_also_when_killed(tmp_path, monkeypatch):
+    """Killed with SIGKILL whenever a stage has begun, and run to its end: the same numbers as without. Beta is chosen after."""
     folder, environment = tmp_path / "whole", os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    variants, cpu = ["--variants", "base", "prior", "focus", "--seeds", "0"], ["--cpu", "true"]
+    variants, cpu = ["--variants", "base", "prior", "focus", "--seeds", "0"], ["--cpu", "true", "--beta", "100"]
     arguments = ["--size", "smoke", "--out", str(folder), *variants, *cpu, "--bases", "late"]
     cli.main(["microcosm", *arguments])
-    same = {"out": str(folder), "size": "smoke", "seeds": [0], "cpu": True, "bases": ["late"]}
+    same = {"out": str(folder), "size": "smoke", "seeds": [0], "cpu": True, "bases": ["late"], "beta": 100.0}
     with pytest.raises(ValueError, match="ablation.variants: the begun ablation has .'base', 'prior', 'focus'., got "):
-        prepare_microcosm(MicrocosmConfig(**same, variants=["prior", "focus"]))
+        prepare_microcosm(MicrocosmConfig(**same, variants=["base", "prior"], primary=[], primary_at="end"))
     of_base = (
         *BASE_PICTURES,
         "model/model_index.json",
@@ -330,9 +330,6 @@ def test_the_whole_command_also_when_killed(tmp_path):
     assert "FID" in table["measures"] and "accuracy/inside" in table["measures"]
     images = [load_file(path)["images"] for path in sorted((folder / "late").rglob("generated.safetensors"))]
     assert len(images) == 3 and images[0].shape == (4, 3, 64, 64) and not torch.equal(images[0], images[1])
-    tried = json.loads((folder / "beta.json").read_text())
-    assert sorted(beta for beta, _ in tried["identity"]["prior"]) == [25, 100, 400]
-
     moved = folder.rename(tmp_path / "moved")
     same |= {"out": str(moved), "variants": ["base", "prior", "focus"]}
     prepare_microcosm(MicrocosmConfig(**same | {"seeds": [0, 1]}))
@@ -342,7 +339,7 @@ def test_the_whole_command_also_when_killed(tmp_path):
     killed = tmp_path / "killed"
     arguments[3] = str(killed)
     command = [sys.executable, "-m", "focusdpo", "microcosm", *arguments]
-    for sign in ("judge.safetensors", "late/gates.json", "beta.json", "late/ablation/runs/focus"):
+    for sign in ("judge.safetensors", "late/ablation/runs/focus"):
         with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
             while not (killed / sign).exists() and child.poll() is None:
                 time.sleep(0.02)
@@ -353,6 +350,13 @@ def test_the_whole_command_also_when_killed(tmp_path):
     assert results_of(killed) == (results, table)
     assert "identity accuracy of generated regions" in done.stdout and "Cosines of mean gradients" in done.stdout
     assert (killed / "verdicts.txt").read_text().strip() in done.stdout
+
+    monkeypatch.setattr("focusdpo.studies.microcosm.tuning.FACTORS", (1.0,))
+    tried = chosen_betas(Stages(MicrocosmConfig(**same | {"out": str(killed), "beta": None})))
+    assert tried.prior == tried.focus == 100 and all(0 <= found[0][1] <= 1 for found in tried.identity.values())
+    assert json.loads((killed / "beta.json").read_text())["identity"] == {"prior": [list(tried.identity["prior"][0])]} | {
+        "focus": [list(tried.identity["focus"][0])]
+    }
 
 
 def test_refused_by_name(tmp_path, monkeypatch):
