@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from focusdpo_kernels import focus_field, focus_field_of_images, fuse_focus, patch_entropy, reference, structure_field
-from tests.conftest import DEVICE, default_dtype
+from tests.conftest import DEVICE, LONG, default_dtype
 from tests.kernels.test_matching import hard_scores
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -40,6 +40,8 @@ def assert_field(actual, expected):
 @pytest.mark.parametrize("per_subject", [False, True])
 def test_against_the_specification(patches, per_subject):
     """Also as many patches as a block has, and more than one program takes."""
+    if patches > 1000 and not per_subject and not LONG:
+        pytest.skip("a minute of the interpreter, of which the other form takes one already; FOCUSDPO_LONG_TESTS=1 runs it")
     scores, k, prior, entropy = make(patches=patches, per_subject=per_subject)
     scores[1, 1] = -math.inf  # an absent subject
     k[0] = torch.tensor([-3, 2 * patches, 0])

@@ -411,7 +411,7 @@ def test_the_gradient_that_can_be_differentiated_is_the_same(backend, result):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", [(2, 37, 5), (3, 40, 64), (2, 3, 4, 6), (4, 2, 4, 6)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 37, 5), (2, 40, 64), (2, 3, 4, 6), (4, 2, 4, 6)], ids=str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_results_of_subjects(shape, reduction, backend):
     """Each subject's results, of one call, are those of the mask within it; and so is the gradient of all of them."""
