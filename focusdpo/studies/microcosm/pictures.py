@@ -85,7 +85,7 @@ def draw_curves(
         for number, (label, runs) in enumerate(curves.items()):
             steps = [0, *(point.step for point in runs[0])]
             values = np.array([[start.mean(name), *(point.mean(name) for point in run)] for run in runs])
-            axis.plot(steps, values.mean(0), LINES[number // 10], color=f"C{number}", label=label)
+            axis.plot(steps, values.mean(0), LINES[number // 10 % len(LINES)], color=f"C{number}", label=label)
             for one in values:
                 axis.plot(steps[1:], one[1:], ".", color=f"C{number}", alpha=0.5)
         axis.set_title(textwrap.fill(title, 44), fontsize=9)
@@ -105,7 +105,7 @@ def draw_drift(results: Sequence[Result], equal: EqualDrift, names: Mapping[str,
         if not means:
             continue
         drifts, values = [drift for _, drift, _ in means], [mean for *_, mean in means]
-        axis.plot(drifts, values, LINES[number // 10], color=f"C{number}", label=names[row.variant])
+        axis.plot(drifts, values, LINES[number // 10 % len(LINES)], color=f"C{number}", label=names[row.variant])
         points = [(point.mean(DRIFT), point.mean(equal.measure)) for curve in curves for point in curve]
         axis.plot(*zip(*points, strict=True), ".", color=f"C{number}", alpha=0.5)
     axis.axvline(equal.drift, color="gray", linestyle=":", linewidth=1)

@@ -30,7 +30,7 @@ COMPARISONS: tuple[Fixed, ...] = (
     ("subject", "prior", "identity"),
     ("detail", "prior", "identity"),
 )
-ONE_ARM = ("focus", "dpo", "identity")  # not made where Diffusion-DPO and the prior alone are one
+WITH_DPO = ("focus", "dpo", "identity")  # not made where Diffusion-DPO and the prior alone are one
 
 
 class Outcome(NamedTuple):
@@ -145,7 +145,7 @@ def _wanted(outcome: Outcome, primary: Sequence[str], is_one_arm: bool) -> list[
     chosen = [(primary[0], table.baseline, primary[1])] if primary else []
     fixed = dict.fromkeys([*chosen, *COMPARISONS])
     known = {row.variant for row in table.rows}
-    return [one for one in fixed if {*one[:2]} <= known and one[2] in table.measures and not (is_one_arm and one == ONE_ARM)]
+    return [one for one in fixed if {*one[:2]} <= known and one[2] in table.measures and not (is_one_arm and one == WITH_DPO)]
 
 
 def _tables(outcome: Outcome, wanted: Sequence[Fixed]) -> list[Table]:
