@@ -106,7 +106,7 @@ def test_an_address_where_nothing_listens(config, apart, monkeypatch):
     started = time.monotonic()
     with pytest.raises(ConnectionError, match=r"RAY_ADDRESS: got 127.0.0.1:1; no Ray cluster .*refused.*--ray_address local"):
         prepare_build(config)
-    assert time.monotonic() - started < 5 and not Path(config.output_dir).exists()
+    assert time.monotonic() - started < 60 and not Path(config.output_dir).exists()
     dreambench = DreamBenchConfig("nowhere", engine="ray", ray_address="ray://127.0.0.1:2")
     with pytest.raises(ConnectionError, match="ray_address: got ray://127.0.0.1:2; no Ray cluster"):
         prepare_dreambench(dreambench)

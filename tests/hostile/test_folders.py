@@ -500,5 +500,5 @@ def test_a_stopped_writer_lets_go(tmp_path):
     holder.stdout.close()
     started = time.monotonic()
     folder_at(tmp_path).check(True, HINT)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 60
     assert Path(tmp_path / ".focusdpo" / "draw.json").is_file()

@@ -225,7 +225,7 @@ def test_files_that_are_no_settings(content, parts, file, tmp_path):
     with pytest.raises(ValueError, match="^config: .*config.yaml does not hold the settings of a training run: ") as caught:
         read_run_config("config", run)
     assert all(part in str(caught.value) for part in parts) and "\n" not in str(caught.value)
-    assert time.perf_counter() - started < 5
+    assert time.perf_counter() - started < 60
 
 
 def test_long_values_are_shortened():
@@ -264,7 +264,7 @@ def test_values_on_the_command_line(option, text):
         refused(arguments, "data.buckets: got ")
     else:
         refused(arguments, f"{option.removesuffix('+')}: ")
-    assert time.perf_counter() - started < 5
+    assert time.perf_counter() - started < 60
 
 
 def test_positional_arguments_are_texts():

@@ -36,6 +36,7 @@ from focusdpo.training.config import SamplesConfig
 from focusdpo.training.run_files import WRITTEN, read_starts
 from focusdpo.training.run_folder import RunFolder
 from focusdpo.training.trainer import Trainer
+from tests import PATIENCE
 from tests.browser import browser, in_browser
 from tests.synthetic_run import NOT_A_NUMBER, SPIKE, write_run, write_samples
 
@@ -106,7 +107,7 @@ def test_a_run_of_100_000_steps(tmp_path):
     (folder / "alarms.jsonl").write_text("".join(json.dumps(alarm | {"step": n}) + "\n" for n in range(1, 100_000, 20)))
     started = time.process_time()
     write_run_page(folder, page, progress=False)
-    assert time.process_time() - started < 60, "seconds of a processor, where nothing else runs"
+    assert time.process_time() - started < PATIENCE, "seconds of a processor"
     assert metrics.stat().st_size > 2e8 and page.stat().st_size < 12e6
     traces = [trace for content in contents_of(page.read_text()) for trace in content["data"]]
     assert len(traces) > 100 and max(length_of(trace) for trace in traces) <= 2000
