@@ -64,14 +64,15 @@ def at_bottom(box: Box) -> Box:
 
 
 def compose(
-    background: Image.Image, cutouts: Sequence[Image.Image], boxes: Sequence[Box]
+    background: Image.Image, cutouts: Sequence[Image.Image], boxes: Sequence[Box], centred: bool = False
 ) -> tuple[Image.Image, list[Image.Image]]:
-    """The scene of cut-outs in their boxes, each as large as its box allows, at the bottom of it and in the middle.
+    """The scene of cut-outs in their boxes, each as large as its box allows, in the middle of it and at its bottom.
 
     Args:
         background: RGB, square.
         cutouts: RGBA.
         boxes: one of each.
+        centred: in the middle from top to bottom as well, as `on_white` has it.
 
     Returns:
         the scene, and the opacity of each cut-out in it (L, 0 to 255).
@@ -79,9 +80,9 @@ def compose(
     scene, side, opacities = background.copy(), background.width, []
     for cutout, (left, top, width, height) in zip(cutouts, boxes, strict=True):
         image = _scaled(cutout, min(width * side / cutout.width, height * side / cutout.height))
-        middle, bottom = (left + width / 2) * side, round((top + height) * side)
-        # Of two places as near to the middle, the left one.
-        corner = math.ceil(middle - image.width / 2 - 0.5 - TIE), bottom - image.height
+        bottom = round((top + height) * side) - image.height
+        row = _before((top + height / 2) * side, image.height) if centred else bottom
+        corner = _before((left + width / 2) * side, image.width), row
         scene.paste(image, corner, image)
         opacity = Image.new("L", scene.size)
         opacity.paste(image.getchannel("A"), corner)
@@ -90,12 +91,16 @@ def compose(
 
 
 def compose_pair(
-    background: Image.Image, cutouts: Sequence[Image.Image], disrupted: Sequence[Image.Image], boxes: Sequence[Box]
+    background: Image.Image,
+    cutouts: Sequence[Image.Image],
+    disrupted: Sequence[Image.Image],
+    boxes: Sequence[Box],
+    centred: bool = False,
 ) -> tuple[Image.Image, Image.Image, list[Image.Image]]:
     """Winner, loser with a disrupted cut-out in each one's place, and for each the region (L, 0 and 255) where they can
     differ.
     """
-    (winner, own), (loser, swapped) = compose(background, cutouts, boxes), compose(background, disrupted, boxes)
+    (winner, own), (loser, swapped) = (compose(background, shown, boxes, centred) for shown in (cutouts, disrupted))
     pairs = zip(own, swapped, strict=True)
     return winner, loser, [image_of((np.asarray(one) > 0) | (np.asarray(other) > 0)) for one, other in pairs]
 
@@ -110,6 +115,11 @@ def on_white(cutout: Image.Image, size: Size, brightness: float = 1.0, share: fl
     canvas.paste(lit, corner, alpha)
     mask.paste(alpha.point(lambda a: 255 if a >= 128 else 0), corner)
     return canvas, mask
+
+
+def _before(middle: float, length: int) -> int:
+    """Where what is as long begins around the middle; of two places as near to it, the first."""
+    return math.ceil(middle - length / 2 - 0.5 - TIE)
 
 
 def _scaled(cutout: Image.Image, scale: float) -> Image.Image:

@@ -291,7 +291,7 @@ SIZES = {
     "decisive": Size(
         resolution=192, reference_resolution=96, scenes=2400, pairs=160, tuning=24, held_out=24,
         vae_channels=(8, 16, 32, 64), latent_channels=4, vae_steps=1600, vae_batch=4, judge_steps=1500,
-        heads=4, layers=(2, 3), flow_steps=(1000, 1000, 1500), flow_batch=8, flow_lr=1.5e-3,
+        heads=3, layers=(2, 3), flow_steps=(700, 400, 800), flow_batch=8, flow_lr=2e-3,
         tuning_steps=20, tuning_batch=4, lr=5e-4, beta=2000.0, rank=16, points=5, sampler_steps=5, samples=1,
     ),
     "full": Size(

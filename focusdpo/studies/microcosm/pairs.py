@@ -13,7 +13,7 @@ from focusdpo.building.composing import compose_pair, on_white
 from focusdpo.data.records import FILE_NAME
 from focusdpo.data.writing import pair_line, png_saver, write_lines
 from focusdpo.studies.microcosm.identities import Identity
-from focusdpo.studies.microcosm.world import LIGHT_RANGE, draw_disruption, draw_scene
+from focusdpo.studies.microcosm.world import BOXES, LIGHT_RANGE, draw_disruption, draw_scene
 
 REFERENCES = "references"
 
@@ -58,7 +58,7 @@ def write_pairs(
             references.append((*reference, identities[number].class_name))
         stocks = [identities[number].photos(held_out) for number in others]
         disrupted = [photos[int(rng.integers(len(photos)))] for photos in stocks]
-        winner, loser, priors = compose_pair(scene.background, shown, disrupted, scene.boxes)
+        winner, loser, priors = compose_pair(scene.background, shown, disrupted, BOXES, centred=True)
         meta = {"identities": list(scene.identities), "loser_identities": list(others)}
         lines.append(pair_line(_saver(folder, index), scene.prompt, references, winner, loser, priors, meta))
     return write_lines(folder / FILE_NAME, lines)
