@@ -243,6 +243,19 @@ def test_what_follows_from_the_comparisons():
     assert "This base cannot test the learned field: A is at chance." in blind.split("\nmiddle model")[0]
 
 
+def test_no_other_comparison_becomes_the_primary_one():
+    """Where the prior gains nothing on the middle model there is no equal drift there, and no other was fixed in advance."""
+    outcome = outcome_of({"prior": 0.1, "focus": 0.2})
+    found = {"early": outcome, "middle": outcome._replace(equal="prior gains nothing")}
+    comparisons = compared(found, (), *PRIMARY)
+    assert {one.at for one in comparisons if one.base == "early"} == {"equal drift", "end"}
+    assert {one.at for one in comparisons if one.base == "middle"} == {"end"}
+    assert not any(one.cell.verdict.is_primary for one in comparisons)
+    text = text_of_verdicts(found, comparisons, {"early": None, "middle": None})
+    assert "No comparison is judged by itself; " in text and f"over all {len(comparisons)};" in text
+    assert "not compared at equal drift: prior gains nothing" in text
+
+
 def test_comparisons_without_numbers_are_named():
     gains = {"prior": 0.1, "dpo": 0.1, "focus": 0.1, "detail": 0.1}
     trainings = [("detail", seed) for seed in range(5)] + [("focus", 0)]

@@ -86,13 +86,14 @@ def compared(found: Mapping[Base, Outcome], one_arm: Collection[Base], primary: 
         found: by base.
         one_arm: bases on which Diffusion-DPO and the prior alone are one.
         primary, at: the comparison that is judged by itself, as in `focusdpo ablate`, on the middle model; of the first base
-            where that is none of them.
+            where that is none of them. Where the middle model has no equal drift none takes its place.
     """
     parts: list[tuple[Base, Outcome, Table]] = []
     for base in sorted(found, key=lambda base: base != MIDDLE):  # whose primary comparison it is
         wanted = _wanted(found[base], primary, base in one_arm)
         parts += [(base, found[base], table) for table in _tables(found[base], wanted)]
-    tables = judged([table for *_, table in parts], primary, at)
+    is_made = at == "end" or MIDDLE not in found or isinstance(found[MIDDLE].equal, EqualDrift)
+    tables = judged([table for *_, table in parts], primary if is_made else (), at)
     comparisons = []
     for base, outcome in found.items():
         for place in ("equal drift", "end") if isinstance(outcome.equal, EqualDrift) else ("end",):
@@ -119,11 +120,15 @@ def text_of_verdicts(
     """
     verdicts = [one.cell.verdict for one in comparisons if one.cell is not None and one.cell.verdict is not None]
     primary = next((one for one in comparisons if one.cell and one.cell.verdict and one.cell.verdict.is_primary), None)
-    others = len(verdicts) - (primary is not None)
-    itself = "" if primary is None else f"The primary comparison, on the {primary.base} model, is judged by itself; "
+    others = f"all {len(verdicts)}" if primary is None else f"all {len(verdicts) - 1} others"
+    itself = (
+        "No comparison is judged by itself; "
+        if primary is None
+        else f"The primary comparison, on the {primary.base} model, is judged by itself; "
+    )
     lines = [
         f"Differences with their {LEVEL:.0%} intervals over trainings and scenes together, each by itself. {itself}better and "
-        f"worse: told apart after Holm's correction over all {others} others; visible from: the smallest true difference that "
+        f"worse: told apart after Holm's correction over {others}; visible from: the smallest true difference that "
         f"would have been found with {POWER:.0%} power at that level.",
     ]
     for base, outcome in found.items():
