@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from focusdpo.building.composing import compose, on_white
 from focusdpo.building.dreambench import read_classes
 from focusdpo.commands import cli
 from focusdpo.commands.microcosm import BASE_PICTURES, PICTURES, WRITTEN, _betas_begun, _settings
@@ -39,7 +40,7 @@ from focusdpo.studies.microcosm.pairs import write_pairs
 from focusdpo.studies.microcosm.stages import Stages
 from focusdpo.studies.microcosm.tuning import Betas, chosen_betas
 from focusdpo.studies.microcosm.verdicts import Outcome, compared, text_of_verdicts
-from focusdpo.studies.microcosm.world import World, draw_disruption, draw_scene
+from focusdpo.studies.microcosm.world import BOXES, World, draw_disruption, draw_scene
 from tests import PATIENCE, ROOT
 
 SHARED = ROOT.parent / "shared" / "data" / "dreambench"
@@ -171,6 +172,17 @@ def test_the_judge_names_and_sees_nobody(tmp_path):
     assert torch.equal(logits[:12].argmax(-1), who) and (logits[12:].argmax(-1) == 2).all()
     assert all(torch.equal(a, b) for a, b in zip(before, judge._encoder._network.parameters(), strict=True))
     assert not any("encoder" in name for name in judge.state_dict())
+
+
+@pytest.mark.parametrize("size", [(50, 31), (20, 77), (64, 64)])
+def test_a_subject_lies_in_its_half_as_in_its_reference(size):
+    """To the pixel, whole tokens away: which is what a small model can copy."""
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    cutout = Image.fromarray(noise).convert("RGBA")
+    scene, _ = compose(Image.new("RGB", (192, 192), "white"), [cutout, cutout], BOXES, centred=True)
+    reference, _ = on_white(cutout, (96, 96))
+    for left in (0, 96):
+        assert np.array_equal(scene.crop((left, 48, left + 96, 144)), reference)
 
 
 def test_weights_are_checked_by_hash(monkeypatch):
