@@ -1,4 +1,4 @@
-"""The microcosm's model before any preference: FLUX.1's classes, a few million weights, flow matching on scenes."""
+"""The microcosm's model before any preference: FLUX.1's classes, a million weights or more, flow matching on scenes."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ LIGHT_RANGE = (0.85, 1.15)  # of a reference's brightness, so that copying pixel
 BLUR = 16  # of a side is the radius that backgrounds are blurred by: what is in them would take most of what is learnt
 ALIKE = 0.5  # share of the scenes with two instances of one class
 # As large as in the references, which are half as wide as a scene, and always there: a small model learns in minutes to copy
-# tokens from a known distance, and in hours to enlarge them or to choose a place.
+# tokens from a known distance, and not to enlarge them or to choose a place.
 BOXES: tuple[Box, ...] = tuple((left + (1 - SHARE) / 4, 0.25 + (1 - SHARE) / 4, SHARE / 2, SHARE / 2) for left in (0.0, 0.5))
 EXCHANGED = 0.5  # share of a loser's regions that show the other reference's subject
 VIEWS = 6  # pictures of each identity as a reference, in different light
