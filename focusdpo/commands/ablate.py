@@ -47,7 +47,8 @@ GRADIENTS_WRITTEN = (r"gradients\.(json|png)",)
 FREE = (
     "config", "output_dir", "workers", "overwrite", "baseline", "primary", "primary_at", "gradients", "gradient_pairs",
 )  # fmt: skip
-FORMAT = {"points": "values of each item"}  # of the files of a run; those of an earlier version are not gone on with
+# Of the files of a run; those of an earlier version are not gone on with.
+FORMAT = {"points": "values of each item, at halves of the steps"}
 
 
 def prepare(

@@ -28,7 +28,7 @@ from focusdpo.training.batches import in_rounds, load_batches
 from focusdpo.training.cache import EncodingReader
 from focusdpo.training.config import TrainConfig
 from focusdpo.training.seeding import fixed_generator, fixed_round_robin_places
-from focusdpo.training.step import PreferenceStep, ReferenceOutput
+from focusdpo.training.step import ModelOutput, PreferenceStep
 
 FORMAT = 2  # of the files
 
@@ -114,7 +114,7 @@ class ReferenceCache:
             reference = self._step.reference_output(noised, batch)
         return {name: value for name, value in vars(reference).items() if value is not None}
 
-    def read(self, indices: Sequence[int], draw: int) -> ReferenceOutput:
+    def read(self, indices: Sequence[int], draw: int) -> ModelOutput:
         """The reference's predictions for the pairs of a batch."""
         pairs = [self._files.read(self._key(index, draw)) for index in indices]
 
@@ -122,7 +122,7 @@ class ReferenceCache:
             """Winners first, then losers."""
             return torch.stack([pair[name] for pair in pairs], dim=1).flatten(0, 1).to(self._accelerator.device)
 
-        return ReferenceOutput(stacked("prediction"), stacked("scores") if self._has_scores else None)
+        return ModelOutput(stacked("prediction"), stacked("scores") if self._has_scores else None)
 
     def _key(self, index: int, draw: int) -> str:
         masks = [reference.mask for reference in self._dataset.records[index].references if self._has_scores]

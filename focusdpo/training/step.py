@@ -54,15 +54,18 @@ class Noised(Conditioning):
 
 
 @dataclass(frozen=True)
-class ReferenceOutput:
-    """What the reference model makes of a noised batch.
+class ModelOutput:
+    """What the policy or the reference model makes of a noised batch.
 
     prediction: [2B, P, C]. scores: S [B, R, P] of its features, or [2B, R, P] for a mask from each image; None where the mask
-    is made of the policy's.
+    is not made of this model's.
     """
 
     prediction: Tensor
     scores: Tensor | None
+
+    def to(self, device: torch.device | str) -> ModelOutput:
+        return ModelOutput(self.prediction.to(device), None if self.scores is None else self.scores.to(device))
 
 
 class PreferenceStep:
@@ -93,7 +96,7 @@ class PreferenceStep:
         batch: PairBatch,
         generator: torch.Generator | Sequence[torch.Generator],
         t: Tensor | None = None,
-        reference: ReferenceOutput | None = None,
+        reference: ModelOutput | None = None,
         round_robin: Sequence[int] | None = None,
     ) -> StepResult:
         """The loss of a batch.
@@ -182,23 +185,35 @@ class PreferenceStep:
             backend=self.backend,
         )
 
-    def reference_output(self, noised: Noised, batch: PairBatch) -> ReferenceOutput:
+    def reference_output(self, noised: Noised, batch: PairBatch) -> ModelOutput:
         """Runs the reference model on a noised batch."""
         taps = self._taps_of_mask(noised, batch, "reference")
         prediction = self.predict(noised, taps, "reference")
-        return ReferenceOutput(prediction, taps[0].scores() if taps else None)
+        return ModelOutput(prediction, taps[0].scores() if taps else None)
 
     @torch.no_grad()
-    def predictions(self, noised: Noised, batch: PairBatch) -> tuple[Tensor, Tensor, FocusMask]:
+    def predictions(
+        self, noised: Noised, batch: PairBatch, reference: ModelOutput | None = None
+    ) -> tuple[Tensor, ModelOutput, FocusMask]:
         """Policy's and reference model's predictions [2B, P, C] of a noised batch, and the winners' focus mask.
 
         The mask is that of the run's settings, also where its loss has another or none.
+
+        Args:
+            noised, batch: the pairs.
+            reference: what an earlier call gave for the same pairs, times and noise; None computes it.
         """
-        taps = [self.tap(noised, batch)] if self.focus.reads_features else []
-        source = self.focus.feature_source
-        reference = self.predict(noised, taps if source == "reference" else [], "reference")
-        policy = self.predict(noised, taps if source == "policy" else [])
-        return policy, reference, self._winners_mask(noised, batch, taps, policy if source == "policy" else reference)
+        listens = [self.focus.feature_source] if self.focus.reads_features else []
+
+        def look(which: Which) -> ModelOutput:
+            taps = [self.tap(noised, batch) for source in listens if source == which]
+            prediction = self.predict(noised, taps, which)
+            return ModelOutput(prediction, taps[0].scores() if taps else None)
+
+        reference = look("reference") if reference is None else reference
+        policy = look("policy")
+        seen = policy if self.focus.feature_source == "policy" else reference
+        return policy.prediction, reference, self._winners_mask(noised, batch, seen.scores, seen.prediction)
 
     @torch.no_grad()
     def masks(
@@ -219,10 +234,11 @@ class PreferenceStep:
         if self.focus.reads_features:
             taps = {name: self.tap(noised, batch, paths) for name, paths in groups.items()}
         prediction = self.predict(noised, taps.values(), self.focus.feature_source)
-        return {name: self._winners_mask(noised, batch, [taps[name]] if name in taps else [], prediction) for name in groups}
+        found = {name: tap.scores() for name, tap in taps.items()}
+        return {name: self._winners_mask(noised, batch, found.get(name), prediction) for name in groups}
 
-    def _winners_mask(self, noised: Noised, batch: PairBatch, taps: Sequence[SimilarityTap], prediction: Tensor) -> FocusMask:
-        scores = taps[0].scores() if taps else self._scores(noised, batch, prediction)
+    def _winners_mask(self, noised: Noised, batch: PairBatch, scores: Tensor | None, prediction: Tensor) -> FocusMask:
+        scores = self._scores(noised, batch, prediction) if scores is None else scores
         return self.mask_of(scores[: noised.tokens.shape[0] // 2], batch, draws=noised.draws)
 
     def _scores(self, noised: Noised, batch: PairBatch, prediction: Tensor) -> Tensor:
@@ -268,7 +284,7 @@ class PreferenceStep:
         )
         return replace(found, source=focus.source)
 
-    def compare(self, noised: Noised, batch: PairBatch, reference: ReferenceOutput | None = None) -> StepResult:
+    def compare(self, noised: Noised, batch: PairBatch, reference: ModelOutput | None = None) -> StepResult:
         """Runs reference and policy on a noised batch, forms the mask and takes the loss.
 
         Args:

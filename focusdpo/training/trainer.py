@@ -50,6 +50,7 @@ class Trainer(PreparedRun):
         callbacks: further ones (`focusdpo.training.callbacks`), called after the trainer's own.
         evaluation: done instead of the run's own evaluation of the held-out pairs, when that is due, before the checkpoint of
             that step.
+        writes_card: write a model card beside the LoRA, with curves that take some seconds to draw.
     """
 
     def __init__(
@@ -57,9 +58,11 @@ class Trainer(PreparedRun):
         config: TrainConfig,
         callbacks: Sequence[Callback] = (),
         evaluation: Callable[[Trainer], None] | None = None,
+        writes_card: bool = True,
     ) -> None:
         super().__init__(config)
         self._evaluation = evaluation
+        self._writes_card = writes_card
         own = (Trackers(), Journals(), Health(config), ProgressBar(), self.samples)
         self.callbacks = [each for each in (*own, *callbacks) if self.launch.is_main or each.in_all_processes]
         self.stopped = False  # by a signal, before all was done
@@ -240,7 +243,7 @@ class Trainer(PreparedRun):
             self.ema.copy_to(self.parameters)
             self._save_lora("lora_ema")
             self.ema.restore(self.parameters)
-        if self.launch.is_main:
+        if self.launch.is_main and self._writes_card:
             write_model_card(self.config, self.folder, self.train_set, self.validation_set)
 
     def _save_lora(self, name: str) -> None:

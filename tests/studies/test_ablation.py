@@ -166,7 +166,8 @@ def test_yardsticks_by_hand(run):
     expected = {name: [] for name in names}
     for number, t in enumerate((0.3, 0.7)):
         noised = trainer.step.noise(batch, torch.Generator().manual_seed(VALIDATION_SEED + number), torch.full((3,), t))
-        policy, reference, _ = trainer.step.predictions(noised, batch)
+        policy, output, _ = trainer.step.predictions(noised, batch)
+        reference = output.prediction
         errors, basis = ((x - noised.target).double().square().mean(-1) for x in (policy, reference))  # [6, P]
 
         def mean(values, where):
@@ -183,6 +184,34 @@ def test_yardsticks_by_hand(run):
             expected[f"drift/{region}"].append(mean(moved, where))
     for name, values in expected.items():
         assert found[name] == pytest.approx(torch.stack(values).mean(0).tolist(), rel=1e-4), name
+
+
+@pytest.mark.parametrize(
+    ("steps", "points", "expected"),
+    [(40, 5, [3, 6, 12, 24, 40]), (1000, 4, [125, 250, 500, 1000]), (7, 1, [7]), (2, 2, [1, 2]), (3, 9, [1, 2, 3])],
+)
+def test_a_training_is_judged_at_halves_of_its_steps(run, tmp_path, steps, points, expected):
+    settings = ablation_jobs.run_of(run, VARIANTS["dpo"], 0, tmp_path, steps, points, 0)
+    due = [step for step in range(1, steps + 1) if step % settings.validate_every == 0 or step == steps]
+    assert [step for step in due if ablation_jobs._is_point(step, settings)] == expected
+
+
+def test_the_reference_model_is_asked_once(run):
+    """What it says is kept for the next point, whose numbers are the same; and it is what the next point takes."""
+    trainer = Trainer(dataclasses.replace(run, focus=FocusConfig(feature_source="reference")))
+    first = yardsticks.judge(trainer, [0.3, 0.7])
+    known = {}
+    assert yardsticks.judge(trainer, [0.3, 0.7], known=known) == first and known
+    predict, asked = trainer.step.predict, []
+
+    def spied(noised, taps=(), which="policy"):
+        asked.append(which)
+        return predict(noised, taps, which)
+
+    trainer.step.predict = spied
+    assert yardsticks.judge(trainer, [0.3, 0.7], known=known) == first and set(asked) == {"policy"}
+    known = {draw: dataclasses.replace(kept, prediction=kept.prediction + 1) for draw, kept in known.items()}
+    assert yardsticks.judge(trainer, [0.3, 0.7], known=known)["drift/whole"] != first["drift/whole"]
 
 
 def _collate(samples):
@@ -364,7 +393,9 @@ def _older_files(config, folder, whole):
     begun = json.loads((folder / "ablation.json").read_text())
     del begun["format"]
     (folder / "ablation.json").write_text(json.dumps(begun))
-    with pytest.raises(ValueError, match=r"format.points: the begun ablation has None, got 'values of each item'"):
+    with pytest.raises(
+        ValueError, match=r"format.points: the begun ablation has None, got 'values of each item, at halves of the steps'"
+    ):
         prepare_ablation(config, Drawing(), DRAWN)
 
 

@@ -558,8 +558,12 @@ def test_masks_and_predictions_are_the_steps_own(models, batch):
         noised = step.noise(batch, torch.Generator().manual_seed(SEED), torch.full((PAIRS,), 0.4))
         policy, reference, focus = step.predictions(noised, batch)
         assert torch.equal(focus.scores, result.focus.scores) and not policy.requires_grad
-        assert torch.equal(reference, step.reference_output(noised, batch).prediction) and not torch.allclose(policy, reference)
+        again = step.reference_output(noised, batch).prediction
+        assert torch.equal(reference.prediction, again) and not torch.allclose(policy, again)
         assert torch.equal(policy, step.predict(noised))
+        known = dataclasses.replace(reference, prediction=reference.prediction + 1)
+        same, kept, focus = step.predictions(noised, batch, known)
+        assert torch.equal(same, policy) and kept is known and torch.equal(focus.scores, result.focus.scores)
 
 
 def test_only_the_loss_carries_a_gradient(models, batch):

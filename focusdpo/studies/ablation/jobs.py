@@ -23,6 +23,7 @@ from focusdpo.studies.ablation import yardsticks
 from focusdpo.studies.ablation.variants import Change
 from focusdpo.training.config import HubConfig, SamplesConfig, TrainConfig
 from focusdpo.training.run_files import SAMPLES_FOLDER, WRITTEN
+from focusdpo.training.step import ModelOutput
 from focusdpo.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,11 @@ class Result:
 def run_of(
     run: TrainConfig, change: Change, seed: int, folder: Path, max_steps: int | None, points: int, samples: int
 ) -> TrainConfig:
-    """The settings of a job: the run's, but for the change, the seed, and what it writes where."""
+    """The settings of a job: the run's, but for the change, the seed, and what it writes where.
+
+    It is judged at its end, and before that each time after half as many steps (`_is_point`): drift, in whose logarithm
+    variants are compared, grows fastest at the start.
+    """
     steps = run.max_steps if max_steps is None else max_steps
     every = max(-(-steps // points), 1)
     shown = replace(run.samples, every=steps, count=samples, manifest=None) if samples else SamplesConfig()
@@ -99,7 +104,7 @@ def run_of(
         output_dir=str(folder),
         seed=seed,
         max_steps=steps,
-        validate_every=every,
+        validate_every=-(-steps // 2 ** (points - 1)),
         checkpoint_every=min(run.checkpoint_every or every, every),
         checkpoints_total_limit=1,
         samples=shown,
@@ -183,13 +188,14 @@ def _train(job: Job) -> Result:
     config = replace(job.config, resume="latest" if started else None, overwrite=not started)
     values: dict[str, list[float]] = {}
     failed: str | None = None
-    trainer = fresh_trainer(config, partial(_judge_point, job))
+    known: dict[int, ModelOutput] = {}
+    trainer = fresh_trainer(config, partial(_judge_point, job, known))
     try:
         trainer.train()
     except FloatingPointError as error:
         failed = str(error)
     else:
-        values = _last_values(job, trainer)
+        values = _last_values(job, known, trainer)
     finally:
         trainer.accelerator.free_memory()
     return Result(job.change.name, job.seed, values, _points(job), failed)
@@ -199,7 +205,7 @@ def _judge_untrained(job: Job) -> Result:
     trainer = fresh_trainer(replace(job.config, overwrite=True))
     try:
         trainer.samples.make(0, trainer)
-        values = _ask(job, trainer, True)
+        values = _ask(job, {}, trainer, True)
     finally:
         trainer.accelerator.free_memory()
     return Result(job.change.name, job.seed, values, [Point(0, values)])
@@ -209,24 +215,30 @@ def fresh_trainer(config: TrainConfig, evaluation: Callable[[Trainer], None] | N
     """A trainer beside those that were there before: accelerate's state is one for a process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    return Trainer(config, evaluation=evaluation)
+    return Trainer(config, evaluation=evaluation, writes_card=False)
 
 
-def _ask(job: Job, trainer: Trainer, judge: bool) -> dict[str, list[float]]:
+def _ask(job: Job, known: dict[int, ModelOutput], trainer: Trainer, judge: bool) -> dict[str, list[float]]:
     """What the yardsticks say of a model, and with `judge` the job's judge."""
-    values = yardsticks.judge(trainer, job.times, job.judged_pairs)
+    values = yardsticks.judge(trainer, job.times, job.judged_pairs, known)
     return values | job.judge(trainer, job.folder) if judge and job.judge is not None else values
 
 
-def _judge_point(job: Job, trainer: Trainer) -> None:
+def _judge_point(job: Job, known: dict[int, ModelOutput], trainer: Trainer) -> None:
     """A point of the curve; before the first step all are what "base" has."""
     step = trainer.progress.step
-    if step == 0:
+    if not _is_point(step, job.config):
         return
-    point = Point(step, _ask(job, trainer, job.judge_points))
+    point = Point(step, _ask(job, known, trainer, job.judge_points))
     file = Journal(job.folder / JUDGED_FILE, up_to(step - 1))
     file.write(vars(point))
     file.close()
+
+
+def _is_point(step: int, run: TrainConfig) -> bool:
+    """Whether a run is judged there: after its first `validate_every` steps, twice as many, and so on, and at its end."""
+    times, rest = divmod(step, run.validate_every)
+    return step == run.max_steps or (rest == 0 and times.bit_count() == 1)
 
 
 def _points(job: Job) -> list[Point]:
@@ -240,11 +252,11 @@ def _points(job: Job) -> list[Point]:
     return [Point(row["step"], row["values"]) for row in rows]
 
 
-def _last_values(job: Job, trainer: Trainer) -> dict[str, list[float]]:
+def _last_values(job: Job, known: dict[int, ModelOutput], trainer: Trainer) -> dict[str, list[float]]:
     """All numbers of a trained model; those of its last point are taken as they are."""
     points = _points(job)
     if not points or points[-1].step != job.config.max_steps:  # its line was lost
-        _judge_point(job, trainer)
+        _judge_point(job, known, trainer)
         points = _points(job)
     values = points[-1].values
     return values if job.judge is None or job.judge_points else values | job.judge(trainer, job.folder)

@@ -12,6 +12,7 @@ from torch import Tensor
 from focusdpo.features import pool_mask
 from focusdpo.loss import pair_accuracy, prediction_drift
 from focusdpo.training.batches import in_order, load_batches
+from focusdpo.training.step import ModelOutput
 from focusdpo.training.trainer import VALIDATION_SEED, Trainer
 from focusdpo_kernels import preference_residual
 
@@ -50,7 +51,9 @@ MEASURES = {
 
 
 @torch.no_grad()
-def judge(trainer: Trainer, times: Sequence[float], limit: int | None = None) -> dict[str, list[float]]:
+def judge(
+    trainer: Trainer, times: Sequence[float], limit: int | None = None, known: dict[int, ModelOutput] | None = None
+) -> dict[str, list[float]]:
     """Values per held-out pair, averaged over times.
 
     `accuracy/REGION` is whether the implicit reward prefers the winner, `win/REGION` and `lose/REGION` the policy's squared
@@ -63,7 +66,10 @@ def judge(trainer: Trainer, times: Sequence[float], limit: int | None = None) ->
         trainer: whose model is judged.
         times: at which errors are taken; noise is the same for all models.
         limit: how many pairs, the first ones.
+        known: where what the reference model says is kept, in main memory, and found again by later calls with the same
+            trainer, times and limit: it does not learn.
     """
+    known = {} if known is None else known
     dataset, step, accelerator = trainer.validation_set, trainer.step, trainer.accelerator
     plan = in_order(dataset, trainer.config.data.batch_size)
     if limit is not None:
@@ -76,11 +82,14 @@ def judge(trainer: Trainer, times: Sequence[float], limit: int | None = None) ->
         prior = pool_mask(batch.prior)
         inside = (prior if prior.ndim == 2 else prior.any(1)).float()
         for number, t in enumerate(times):
-            generator = torch.Generator().manual_seed(VALIDATION_SEED + place * len(times) + number)
+            draw = place * len(times) + number
+            generator = torch.Generator().manual_seed(VALIDATION_SEED + draw)
             with accelerator.autocast():
                 noised = step.noise(batch, generator, torch.full((len(batch.prompts),), t))
-                policy, reference, focus = step.predictions(noised, batch)
-            found = _by_region(policy, reference, noised.target, inside, step.backend)
+                before = known[draw].to(accelerator.device) if draw in known else None
+                policy, reference, focus = step.predictions(noised, batch, before)
+            known.setdefault(draw, reference.to("cpu"))
+            found = _by_region(policy, reference.prediction, noised.target, inside, step.backend)
             chance = focus.coverage_chance
             floor = torch.where(chance.isnan(), chance, focus.coverage_floor)
             found |= {"coverage": focus.coverage, "coverage/chance": chance, "coverage/floor": floor}
