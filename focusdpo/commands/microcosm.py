@@ -118,7 +118,7 @@ def prepare(config: MicrocosmConfig) -> Callable[[], None]:
             for base in config.bases:
                 stages.write_run(folder / base / RUN_FILE, base, betas.focus)
                 out.has_written(f"{base}/{RUN_FILE}")
-                found[base] = _ablate(stages, base, betas)
+                found[base] = _ablate(stages, base, betas, known[base].is_one_arm)
             comparisons = compared(
                 found, {base for base, gates in known.items() if gates.is_one_arm}, config.primary, config.primary_at
             )
@@ -164,7 +164,8 @@ def _gates(stages: Stages, base: Base) -> _Gates:
             print(text_of_gradients(known, {change.name: change.label for change in changes} | _labels(known.variants)))
     cosine = known.cosines[known.variants.index("dpo")][known.variants.index("prior")]
     is_one_arm = cosine > ONE_ARM
-    said = "one arm" if is_one_arm else "two arms" + ("" if "dpo" in ablation.variants else ": name dpo among --variants")
+    is_named = "dpo" in config.ablation(base).variants
+    said = "one arm" if is_one_arm else "two arms" + ("" if is_named else ": name dpo among --variants")
     found = Correspondence(**read_json(file))
     lines = [f"\nThe {base} model:", found.text()]
     print(
@@ -174,15 +175,18 @@ def _gates(stages: Stages, base: Base) -> _Gates:
     return _Gates(found, is_one_arm)
 
 
-def _ablate(stages: Stages, base: Base, betas: Betas) -> Outcome:
-    """All variants on a base."""
+def _ablate(stages: Stages, base: Base, betas: Betas, is_one_arm: bool) -> Outcome:
+    """All variants on a base; of Diffusion-DPO and the prior alone only this one, where they are one arm."""
+    ablation = stages.config.ablation(base, betas.prior)
+    if is_one_arm and "prior" in ablation.variants:
+        ablation = replace(ablation, variants=[name for name in ablation.variants if name != "dpo"])
     found: list[Outcome] = []
 
     def draw(table: Table, equal: EqualDrift | str, results: Sequence[Result]) -> None:
         found.append(Outcome(table, equal, results))
         _draw_base(stages, base, found[0])
 
-    ablate.prepare(stages.config.ablation(base, betas.prior), stages.judge(), MEASURES, draw)()
+    ablate.prepare(ablation, stages.judge(), MEASURES, draw)()
     return found[0]
 
 

@@ -111,7 +111,8 @@ class AblationConfig:
             correction. Its measure says at which drift variants are also compared.
         primary_at: Whether that is at the end of training, or where all have moved as far from the model before training.
         max_steps: Optimiser steps of each run; null takes the run's.
-        points: How often the held-out pairs are judged in the course of a run, the last time at its end.
+        points: How often the held-out pairs are judged in the course of a run: at its end, at a half of its steps, at a quarter
+            of them and so on.
         judge_points: Ask the judge at each point as well, such as the microcosm's of what is drawn, and not at the end alone.
         times: Times at which errors of held-out pairs are taken.
         judged_pairs: How many held-out pairs are judged, the first ones; null takes all.
@@ -247,10 +248,11 @@ class StressConfig:
 class Size:
     """How large the world is and how long it learns.
 
-    resolution, reference_resolution: sides of scenes and references in pixels. scenes, pairs, tuning, held_out: numbers of
-    composed scenes for pre-training, of preference pairs, of scenes that beta is chosen on, of held-out scenes. vae_channels,
-    latent_channels: of the autoencoder. heads, layers: of the transformer, double and single blocks, 32 wide each head.
-    flow_steps: to the early model, from it to the middle one, from that to the late one. *_steps, *_batch: of each training.
+    resolution, reference_resolution: sides of scenes and references in pixels. scenes, mismatched, pairs, tuning, held_out:
+    numbers of composed scenes for pre-training, of those that are shown with other subjects as well, of preference pairs, of
+    scenes that beta is chosen on, of held-out scenes. vae_channels, latent_channels: of the autoencoder. heads, layers: of the
+    transformer, double and single blocks, 32 wide each head. flow_steps: of the pretrained model, from it to the early one,
+    from that to the middle one, from that to the late one. *_steps, *_batch: of each training.
     lr, beta, rank: of the preference training. points: at which it is judged. sampler_steps: of a generated image. samples:
     images generated a held-out scene.
     """
@@ -258,6 +260,7 @@ class Size:
     resolution: int
     reference_resolution: int
     scenes: int
+    mismatched: int
     pairs: int
     tuning: int
     held_out: int
@@ -268,7 +271,7 @@ class Size:
     judge_steps: int
     heads: int
     layers: tuple[int, int]
-    flow_steps: tuple[int, int, int]
+    flow_steps: tuple[int, int, int, int]
     flow_batch: int
     flow_lr: float
     tuning_steps: int
@@ -283,21 +286,21 @@ class Size:
 
 SIZES = {
     "smoke": Size(
-        resolution=64, reference_resolution=32, scenes=24, pairs=12, tuning=2, held_out=4,
+        resolution=64, reference_resolution=32, scenes=24, mismatched=8, pairs=12, tuning=2, held_out=4,
         vae_channels=(8, 8, 8, 8), latent_channels=4, vae_steps=4, vae_batch=4, judge_steps=4,
-        heads=1, layers=(1, 1), flow_steps=(2, 1, 1), flow_batch=4, flow_lr=1e-3,
+        heads=1, layers=(1, 1), flow_steps=(2, 1, 1, 1), flow_batch=4, flow_lr=1e-3,
         tuning_steps=2, tuning_batch=2, lr=1e-3, beta=100.0, rank=4, points=2, sampler_steps=2, samples=1,
     ),
     "decisive": Size(
-        resolution=192, reference_resolution=96, scenes=2400, pairs=160, tuning=24, held_out=24,
+        resolution=192, reference_resolution=96, scenes=2400, mismatched=800, pairs=160, tuning=24, held_out=24,
         vae_channels=(8, 16, 32, 64), latent_channels=4, vae_steps=1600, vae_batch=4, judge_steps=1500,
-        heads=3, layers=(2, 3), flow_steps=(700, 400, 800), flow_batch=8, flow_lr=2e-3,
-        tuning_steps=20, tuning_batch=4, lr=5e-4, beta=2000.0, rank=16, points=5, sampler_steps=5, samples=1,
+        heads=3, layers=(2, 3), flow_steps=(1300, 250, 200, 200), flow_batch=8, flow_lr=2e-3,
+        tuning_steps=40, tuning_batch=4, lr=1e-3, beta=1000.0, rank=16, points=5, sampler_steps=3, samples=1,
     ),
     "full": Size(
-        resolution=256, reference_resolution=128, scenes=8000, pairs=960, tuning=96, held_out=192,
+        resolution=256, reference_resolution=128, scenes=8000, mismatched=4000, pairs=960, tuning=96, held_out=192,
         vae_channels=(32, 64, 128, 128), latent_channels=16, vae_steps=2000, vae_batch=64, judge_steps=3000,
-        heads=12, layers=(4, 8), flow_steps=(800, 1000, 2200), flow_batch=64, flow_lr=1e-3,
+        heads=12, layers=(4, 8), flow_steps=(2400, 600, 600, 600), flow_batch=64, flow_lr=1e-3,
         tuning_steps=80, tuning_batch=16, lr=1e-4, beta=2000.0, rank=32, points=5, sampler_steps=20, samples=2,
     ),
 }  # fmt: skip
@@ -345,9 +348,7 @@ class MicrocosmConfig:
             "focus", "focus_estimate",
         ]
     )  # fmt: skip
-    everywhere: list[Variant] = field(
-        default_factory=lambda: ["base", "dpo", "prior", "structure", "random", "truth", "estimate", "focus"]
-    )
+    everywhere: list[Variant] = field(default_factory=lambda: ["base", "dpo", "prior", "truth", "estimate", "focus"])
     grids: list[Grid] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
     seed: int = 0

@@ -29,18 +29,20 @@ from focusdpo.studies.ablation.jobs import Point, Result
 from focusdpo.studies.ablation.statistics import tabulate
 from focusdpo.studies.ablation.variants import VARIANTS, changes_of
 from focusdpo.studies.ablation.yardsticks import Measure
-from focusdpo.studies.config import MicrocosmConfig
+from focusdpo.studies.config import SIZES, MicrocosmConfig
 from focusdpo.studies.microcosm import learning
 from focusdpo.studies.microcosm.gates import Correspondence
 from focusdpo.studies.microcosm.identities import MAX_OF_A_CLASS, identities_of
 from focusdpo.studies.microcosm.judge import IdentityJudge, classify, halves, train_judge
 from focusdpo.studies.microcosm.judging import verdicts
 from focusdpo.studies.microcosm.learning import learn
+from focusdpo.studies.microcosm.model import Latents, build_model, train_flow
 from focusdpo.studies.microcosm.pairs import write_pairs
 from focusdpo.studies.microcosm.stages import Stages
 from focusdpo.studies.microcosm.tuning import Betas, chosen_betas
 from focusdpo.studies.microcosm.verdicts import Outcome, compared, text_of_verdicts
-from focusdpo.studies.microcosm.world import BOXES, World, draw_disruption, draw_scene
+from focusdpo.studies.microcosm.world import BOXES, VIEWS, World, compose_world, draw_disruption, draw_scene
+from focusdpo.training.times import at_times
 from tests import PATIENCE, ROOT
 
 SHARED = ROOT.parent / "shared" / "data" / "dreambench"
@@ -166,12 +168,59 @@ def test_the_judge_names_and_sees_nobody(tmp_path):
     torch.manual_seed(0)
     judge = IdentityJudge(2)
     before = [p.clone() for p in judge._encoder._network.parameters()]
-    train_judge(judge, World(scenes, who, scenes, []), scenes, empty, 60, 0, tmp_path / "judge.state")
+    train_judge(judge, World(scenes, who, scenes, [], scenes[:0]), scenes, empty, 60, 0, tmp_path / "judge.state")
     logits, features = classify(judge, torch.cat([scenes, empty]) / 255)
     assert logits.shape == (18, 2, 3) and features.shape[:2] == (18, 2)
     assert torch.equal(logits[:12].argmax(-1), who) and (logits[12:].argmax(-1) == 2).all()
     assert all(torch.equal(a, b) for a, b in zip(before, judge._encoder._network.parameters(), strict=True))
     assert not any("encoder" in name for name in judge.state_dict())
+
+
+def test_mismatched_scenes_show_others_in_both_places(identities):
+    """Before the same background."""
+    size = SIZES["smoke"]
+    world = compose_world(identities, 4, 3, size, 0)
+    assert world.mismatched.shape == (3, 3, size.resolution, size.resolution)
+    inside = torch.zeros(size.resolution, size.resolution, dtype=torch.bool)
+    for left, top, width, height in BOXES:
+        x, y, w, h = (round(side * size.resolution) for side in (left, top, width, height))
+        inside[y - 1 : y + h + 2, x - 1 : x + w + 2] = True
+    differs = (world.scenes[:3] != world.mismatched).any(1)
+    assert not (differs & ~inside).any() and all(half.any() for scene in differs for half in scene.chunk(2, dim=1))
+    plain = compose_world(identities, 4, 0, size, 0)
+    assert torch.equal(plain.scenes, world.scenes) and torch.equal(plain.references, world.references)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_a_share_of_what_the_flow_learns_from_is_mismatched(identities, tmp_path, monkeypatch, share):
+    """References and prompts stay those of the scene that is asked for."""
+    size, shown = replace(SIZES["smoke"], flow_batch=64), []
+
+    def spied(clean, noise, t):
+        shown.append(clean.mean((1, 2)))
+        return at_times(clean, noise, t)
+
+    monkeypatch.setattr("focusdpo.studies.microcosm.model.at_times", spied)
+    backbone = build_model(size, identities, 0)
+    asked, prompts = torch.tensor([[0, 1], [1, 0], [2, 3]]), ["a cat", "a cup", "a coin"]
+    pictures = torch.zeros(len(asked), 3, size.resolution, size.resolution)
+    references = torch.zeros(4 * VIEWS, 3, size.reference_resolution, size.reference_resolution)
+    world = World(pictures, asked, references, prompts, pictures[:2])
+    tokens, channels = (size.resolution // 16) ** 2, 4 * size.latent_channels
+    scenes = torch.tensor([0.0, 1.0, 2.0])[:, None, None].expand(-1, tokens, channels)
+    given = torch.arange(4.0).repeat_interleave(VIEWS)[:, None, None].expand(-1, 4, channels)
+    predict, pairs = backbone.predict, []
+
+    def seen(noisy, t, text, references, layout):
+        pairs.append(references.mean(2)[:, ::4])
+        return predict(noisy, t, text, references, layout)
+
+    monkeypatch.setattr(backbone, "predict", seen)
+    train_flow(backbone, world, Latents(scenes, given, scenes[:2] + 10), size, 4, share, 0, tmp_path / "state")
+    values = torch.cat(shown)
+    assert abs(float((values >= 10).float().mean()) - share) < 0.1
+    assert torch.equal(torch.cat(pairs), asked[(values % 10).long()].float())
+    assert set(values.tolist()) == {0.0: {0, 1, 2}, 0.25: {0, 1, 2, 10, 11}, 1.0: {10, 11}}[share]
 
 
 @pytest.mark.parametrize("size", [(50, 31), (20, 77), (64, 64)])

@@ -20,7 +20,7 @@ from focusdpo.training.seeding import seeded
 from focusdpo.training.trainer import Trainer
 
 IMAGES_FILE = "generated.safetensors"
-BATCH = 48  # images that are sampled at once
+BATCH, DECODED = 48, 8  # images that are sampled and decoded at once
 MEASURES = {
     "identity": Measure("identity accuracy of generated regions", is_share=True),
     "leakage": Measure("leakage: generated regions that show the other reference's subject", "less", is_share=True),
@@ -61,6 +61,7 @@ def generate(trainer: Trainer, samples: int, steps: int) -> Tensor:
     if backbone.pipeline.vae is None:  # with data.cache it was only needed to encode
         decoder = load_backbone(trainer.config, "vae")
         decoder.to(backbone.device)
+        decoder.vae.to(memory_format=torch.channels_last)
     was_training = trainer.module.training
     trainer.module.eval()
     images = []
@@ -75,7 +76,8 @@ def generate(trainer: Trainer, samples: int, steps: int) -> Tensor:
         tokens = backbone.sample(
             noise.to(backbone.device), given.prompts, given.references, given.layout, steps=steps, guidance=1.0
         )
-        images.append((decoder.decode_images(tokens, given.layout.target) * 255).round().byte().cpu())
+        for decoded in torch.split(tokens, DECODED):
+            images.append((decoder.decode_images(decoded, given.layout.target) * 255).round().byte().cpu().contiguous())
         bar.update(len(part))
     bar.close()
     trainer.module.train(was_training)

@@ -25,6 +25,7 @@ from focusdpo.studies.microcosm.judging import IMAGES_FILE
 from focusdpo.studies.microcosm.verdicts import Comparison
 
 LINES = ("-", "--", ":")  # of ten colours each
+SHOWN = 0.4  # differences that the picture of the verdicts has room for, either way
 
 
 def draw_intervals(table: Table, names: Mapping[str, str], measures: Sequence[str], path: Path) -> None:
@@ -131,13 +132,19 @@ def draw_verdicts(comparisons: Sequence[Comparison], path: Path) -> None:
     for (line, at), (column, base) in itertools.product(enumerate(rows), enumerate(bases)):
         axis = axes[line, column]
         axis.axvline(0, color="gray", linestyle=":", linewidth=1)
-        for one in comparisons:
-            if (one.base, one.at) == (base, at) and one.cell is not None and one.cell.difference is not None:
-                gap = one.cell.difference
-                errors = np.nan_to_num([[gap.mean - gap.low], [gap.high - gap.mean]])
-                axis.errorbar(
-                    gap.mean, -labels.index(one.label), xerr=errors, fmt="o", color=VERDICTS[one.is_better], capsize=3
-                )
+        here = [one for one in comparisons if (one.base, one.at) == (base, at)]
+        shown = [(one, one.cell.difference) for one in here if one.cell is not None and one.cell.difference is not None]
+        if not shown:
+            axis.text(0, -(len(labels) - 1) / 2, "no such drift", ha="center", fontsize=9, color="gray")
+        for one, gap in shown:
+            place, color = -labels.index(one.label), VERDICTS[one.is_better]
+            if abs(gap.mean) > SHOWN:  # a ratio of errors may be anything, and would leave no room for the shares
+                text = f"{gap.mean:+.2f} [{gap.low:+.2f}, {gap.high:+.2f}]"
+                axis.text(0, place, text, ha="center", va="center", fontsize=8, color=color, backgroundcolor="white")
+                continue
+            errors = np.nan_to_num([[gap.mean - gap.low], [gap.high - gap.mean]])
+            axis.errorbar(gap.mean, place, xerr=errors, fmt="o", color=color, capsize=3)
+        axis.set_xlim(-SHOWN, SHOWN)
         axis.set_yticks([-place for place in range(len(labels))], labels if column == 0 else [], fontsize=8)
         axis.set_ylim(0.6 - len(labels), 0.6)
         axis.set_title(f"{base} model, at {'the end' if at == 'end' else at}", fontsize=9)

@@ -82,13 +82,15 @@ class World:
     """Scenes and references as 8-bit pixels.
 
     scenes: [N, 3, H, W]. identities: [N, 2], who stands left and right. references: [identities * VIEWS, 3, h, w], the views
-    of each identity together. prompts: of the scenes.
+    of each identity together. prompts: of the scenes. mismatched: [M, 3, H, W], the first scenes once more with somebody else
+    in each place (`draw_disruption`).
     """
 
     scenes: Tensor
     identities: Tensor
     references: Tensor
     prompts: list[str]
+    mismatched: Tensor
 
 
 def pixels(image: Image.Image) -> Tensor:
@@ -96,23 +98,34 @@ def pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
 
 
-def compose_world(identities: Sequence[Identity], count: int, size: Size, seed: int, held_out: bool = False) -> World:
+def compose_world(
+    identities: Sequence[Identity], count: int, mismatched: int, size: Size, seed: int, held_out: bool = False
+) -> World:
     """Draws and renders scenes, and references of every identity.
 
     Args:
         identities: who may stand in them.
         count: of scenes.
+        mismatched: of scenes that are rendered once more, with others.
         size: sides in pixels.
         seed: of everything.
         held_out: show the subjects' held-out photographs.
     """
-    scenes, who, prompts = torch.empty(count, 3, size.resolution, size.resolution, dtype=torch.uint8), [], []
+    sides = (3, size.resolution, size.resolution)
+    scenes, others = (torch.empty(number, *sides, dtype=torch.uint8) for number in (count, mismatched))
+    who, prompts = [], []
+
+    def render(scene: Scene, shown: Sequence[int], rng: np.random.Generator) -> Tensor:
+        photos = [identities[number].photos(held_out) for number in shown]
+        cutouts = [views[int(rng.integers(len(views)))] for views in photos]
+        return pixels(compose(scene.background, cutouts, BOXES, centred=True)[0])
+
     for index in tqdm(range(count), desc="composing scenes", unit="scene", leave=False):
         rng = np.random.default_rng([seed, index])
         scene = draw_scene(identities, size.resolution, rng)
-        photos = [identities[number].photos(held_out) for number in scene.identities]
-        cutouts = [views[int(rng.integers(len(views)))] for views in photos]
-        scenes[index] = pixels(compose(scene.background, cutouts, BOXES, centred=True)[0])
+        scenes[index] = render(scene, scene.identities, rng)
+        if index < mismatched:
+            others[index] = render(scene, draw_disruption(identities, scene, rng), rng)
         who.append(scene.identities)
         prompts.append(scene.prompt)
     references = []
@@ -120,6 +133,6 @@ def compose_world(identities: Sequence[Identity], count: int, size: Size, seed: 
         rng = np.random.default_rng([seed, number, 1])
         views = identity.photos(held_out)
         for view in range(VIEWS):
-            sides, light = (size.reference_resolution,) * 2, float(rng.uniform(*LIGHT_RANGE))
-            references.append(pixels(on_white(views[view % len(views)], sides, light)[0]))
-    return World(scenes, torch.tensor(who), torch.stack(references), prompts)
+            canvas, light = (size.reference_resolution,) * 2, float(rng.uniform(*LIGHT_RANGE))
+            references.append(pixels(on_white(views[view % len(views)], canvas, light)[0]))
+    return World(scenes, torch.tensor(who), torch.stack(references), prompts, others)
