@@ -30,6 +30,7 @@ from focusdpo.data.validation import check_pairs
 from tests.browser import browser, in_browser
 from tests.photo_folder import KNOWN, write_photos
 
+pytestmark = pytest.mark.usefixtures("cut_once")
 SHOWN = {
     "cup": KNOWN["espresso cup"],
     "blue_cup": KNOWN["espresso cup"].recoloured(0.5),
@@ -47,7 +48,7 @@ def photos(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def composed(photos, tmp_path_factory):
+def composed(photos, cut_once, tmp_path_factory):
     """A run with held-out pairs."""
     config = ComposeConfig(
         str(photos), str(tmp_path_factory.mktemp("composed") / "pairs"), pairs=12, held_out_pairs=4, resolution=128

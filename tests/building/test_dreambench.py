@@ -19,16 +19,17 @@ from focusdpo.commands.data_dreambench import prepare as prepare_dreambench
 from focusdpo.data import load_pairs
 from tests.photo_folder import KNOWN, write_photos
 
+pytestmark = pytest.mark.usefixtures("cut_once")
 DREAMBENCH = ROOT.parent / "shared" / "data" / "dreambench"
 PHOTOS = ("photos", "reference_photos")
 NAMES = ["espresso cup", "motorcycle", "chelsea"]
 CLASSES = [f"class{index % 15}" for index in range(30)]  # two subjects of each class
 
 
-@pytest.fixture
-def root(tmp_path):
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
     """A folder in DreamBench's and UNO's format: 30 subjects of two photos, 25 prompts for each, and for 30 pairs."""
-    root = tmp_path / "dreambench"
+    root = tmp_path_factory.mktemp("written") / "dreambench"
     write_photos(root, {f"subject{index}": KNOWN[NAMES[index % len(NAMES)]] for index in range(30)}, 2, 192)
     table = "\n".join(f"subject{index},{name}" for index, name in enumerate(CLASSES))
     (root / "prompts_and_classes.txt").write_text(
@@ -44,6 +45,12 @@ def root(tmp_path):
     (root / "dreambench_singleip.json").write_text(json.dumps(single))
     (root / "dreambench_multiip.json").write_text(json.dumps(multi))
     return root
+
+
+@pytest.fixture
+def root(written, tmp_path):
+    """The same, in a folder of the test's own."""
+    return Path(shutil.copytree(written, tmp_path / "dreambench"))
 
 
 @pytest.fixture
