@@ -277,6 +277,8 @@ def test_an_interrupted_ablation_goes_on_to_the_same_numbers(run, settings, tmp_
     page = (tmp_path / "ablation" / "ablation.html").read_text()
     assert "Diffusion-DPO" in page and page.count("data:image/webp") >= 4
     assert len(list((tmp_path / "ablation" / "runs").rglob("*_sample.png"))) == 5, "trained ones before and after"
+    loras = list((tmp_path / "ablation" / "runs").glob("*/*/lora"))
+    assert len(loras) == 2 and not any((lora / "README.md").exists() for lora in loras), "no cards, which take seconds"
 
     (tmp_path / "ablation").rename(tmp_path / "whole")
     calls = []

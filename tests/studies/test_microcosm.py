@@ -20,7 +20,7 @@ from torch import nn
 from focusdpo.building.composing import compose, on_white
 from focusdpo.building.dreambench import read_classes
 from focusdpo.commands import cli
-from focusdpo.commands.microcosm import BASE_PICTURES, PICTURES, WRITTEN, _betas_begun, _settings
+from focusdpo.commands.microcosm import BASE_PICTURES, PICTURES, WRITTEN, _ablate, _betas_begun, _settings
 from focusdpo.commands.microcosm import prepare as prepare_microcosm
 from focusdpo.data import load_pairs
 from focusdpo.foundation.output_folder import OutputFolder
@@ -328,6 +328,23 @@ def test_comparisons_without_numbers_are_named():
     assert not any(one.fixed == ("focus", "dpo", "identity") for one in compared(found, {"late"}, *PRIMARY)), "one arm"
     other = compared(found, (), ["detail", "leakage"], "end")
     assert other[0].fixed == ("detail", "prior", "leakage"), "a primary comparison that is none of the fixed ones"
+
+
+@pytest.mark.parametrize(
+    ("is_one_arm", "variants"), [(True, ["base", "prior", "focus"]), (False, ["base", "dpo", "prior", "focus"])]
+)
+def test_of_one_arm_the_prior_alone_is_trained(tmp_path, monkeypatch, is_one_arm, variants):
+    asked = []
+
+    def prepare(config, judge, measures, draw):
+        asked.append(config.variants)
+        return lambda: draw("a table", "no drift", [])
+
+    monkeypatch.setattr("focusdpo.commands.microcosm.ablate.prepare", prepare)
+    monkeypatch.setattr("focusdpo.commands.microcosm._draw_base", lambda *_: None)
+    stages = Stages(MicrocosmConfig(out=str(tmp_path), size="smoke", variants=["base", "dpo", "prior", "focus"]))
+    assert _ablate(stages, "middle", Betas(1.0, 2.0, {}), is_one_arm).table == "a table"
+    assert asked == [variants]
 
 
 def test_beta_is_chosen_by_what_is_drawn(tmp_path, monkeypatch):
