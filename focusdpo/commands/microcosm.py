@@ -40,7 +40,7 @@ from focusdpo.studies.microcosm.pictures import (
     draw_verdicts,
     draw_world,
 )
-from focusdpo.studies.microcosm.stages import JUDGE_FILE, RUN_FILE, STAGES_WRITTEN, Stages
+from focusdpo.studies.microcosm.stages import JUDGE_FILE, MODELS, RUN_FILE, STAGES_WRITTEN, Stages
 from focusdpo.studies.microcosm.tuning import FOLDER, Betas, chosen_betas
 from focusdpo.studies.microcosm.tuning import WRITTEN as TUNING_WRITTEN
 from focusdpo.studies.microcosm.verdicts import Outcome, compared, text_of_verdicts
@@ -226,7 +226,7 @@ def _draw_world(stages: Stages) -> None:
     vae = AutoencoderKL.from_pretrained(folder / "autoencoder").to(stages.device)
     scenes = stages.held_out.scenes[:SCENES]
     draw_world(scenes, restore(vae, scenes), folder / "world.png")
-    names = {"autoencoder": "autoencoder", JUDGE_FILE: "judge"} | {f"{base}/model": f"flow, {base}" for base in BASES}
+    names = {"autoencoder": "autoencoder", JUDGE_FILE: "judge"} | {f"{name}/model": f"flow, {name}" for name in MODELS}
     facts = stages.facts()
     draw_losses({label: facts[name]["losses"] for name, label in names.items()}, folder / "losses.png")
 

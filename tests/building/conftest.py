@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 
 import pytest
 
@@ -20,6 +21,7 @@ def cut_once(kept_cuts):
 
     cut = Cutter.cut
 
+    @functools.wraps(cut)
     def kept(self, name, class_name, files):
         by = (type(self._segmentation), vars(self._segmentation), type(self._encoder), self._config, self._longest)
         key = (name, class_name, repr(by), *(file.read_bytes() for file in files))

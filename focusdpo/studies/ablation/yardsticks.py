@@ -88,7 +88,8 @@ def judge(
                 noised = step.noise(batch, generator, torch.full((len(batch.prompts),), t))
                 before = known[draw].to(accelerator.device) if draw in known else None
                 policy, reference, focus = step.predictions(noised, batch, before)
-            known.setdefault(draw, reference.to("cpu"))
+            if before is None:
+                known[draw] = reference.to("cpu")
             found = _by_region(policy, reference.prediction, noised.target, inside, step.backend)
             chance = focus.coverage_chance
             floor = torch.where(chance.isnan(), chance, focus.coverage_floor)
