@@ -26,7 +26,7 @@ from focusdpo.studies.ablation.gradients import Gradients, text_of_gradients
 from focusdpo.studies.ablation.jobs import Point, Result, fresh_trainer, run_of
 from focusdpo.studies.ablation.statistics import Table
 from focusdpo.studies.ablation.variants import VARIANTS, changes_of
-from focusdpo.studies.config import BASES, Base, MicrocosmConfig, Variant
+from focusdpo.studies.config import BASES, MIDDLE, Base, MicrocosmConfig, Variant
 from focusdpo.studies.microcosm.autoencoder import restore
 from focusdpo.studies.microcosm.gates import ONE_ARM, Correspondence, correspondence
 from focusdpo.studies.microcosm.judge import load_judge
@@ -54,7 +54,7 @@ PICTURES = ("world.png", "losses.png", "verdicts.png")
 BASE_PICTURES = ("samples.png", "intervals.png", "tuning.png", "curves.png")  # of each base
 DRIFT_PICTURE = "drift.png"  # where variants are compared at equal drift
 ABLATION = "ablation"
-GRADIENT_PAIRS = 32
+GRADIENT_PAIRS = 16
 _OF_BASE = tuple(name.replace(".", r"\.") for name in (*BASE_PICTURES, DRIFT_PICTURE, GATES_FILE))
 # What the microcosm writes, see `focusdpo.foundation.output_folder`.
 WRITTEN = (
@@ -67,6 +67,7 @@ WRITTEN = (
     *(pattern for base in BASES for pattern in under(f"{base}/{ABLATION}", ablate.WRITTEN)),
     *(pattern for base in BASES for pattern in under(f"{base}/{ABLATION}/{ablate.GRADIENTS}", ablate.GRADIENTS_WRITTEN)),
 )
+CACHES = ("cache", "references")  # which further runs of train.yaml fill as well
 RUN_FILES = tuple(f"{base}/{RUN_FILE}" for base in BASES)  # which people may edit
 JUDGED = ("identity", "leakage", "wrong instance", "nobody", "class", "FID")
 TUNED = ("accuracy/inside", "win/inside", "lose/inside", "win/outside", "win/whole", "coverage")
@@ -94,7 +95,8 @@ def prepare(config: MicrocosmConfig) -> Callable[[], None]:
         taken = {**MEASURES, **yardsticks.MEASURES}
         ablate.check_primary(config.ablation(base), taken, at_the_end=() if config.judge_points else tuple(MEASURES))
     out = OutputFolder("out", folder, "microcosm", WRITTEN)
-    out.check_begun(config.overwrite, SETTINGS_FILE, _settings(stages), partial(_check_settings, folder), aside=RUN_FILES)
+    compare = partial(_check_settings, folder)
+    out.check_begun(config.overwrite, SETTINGS_FILE, _settings(stages), compare, aside=RUN_FILES, proven=CACHES)
     stages.check()
     if out.goes_on and stages.are_done:  # refuse now what would be refused when an ablation begins
         for base in config.bases:
@@ -143,11 +145,12 @@ def _gates(stages: Stages, base: Base) -> _Gates:
     ablation = config.ablation(base)
     needed: tuple[Variant, ...] = ("dpo", "prior")
     variants = [*ablation.variants, *(name for name in needed if name not in ablation.variants)]
+    pairs = max(GRADIENT_PAIRS, 2 * stages.size.tuning_batch)  # whose halves are of whole batches
     file, table = folder / GATES_FILE, Path(ablation.output_dir) / ablate.GRADIENTS / ablate.GRADIENTS_FILE
     with TemporaryDirectory() as scratch:
         settings = Path(scratch) / RUN_FILE
         stages.write_run(settings, base, stages.size.beta if config.beta is None else config.beta)
-        ablation = replace(ablation, config=str(settings), variants=variants, gradients=True, gradient_pairs=GRADIENT_PAIRS)
+        ablation = replace(ablation, config=str(settings), variants=variants, gradients=True, gradient_pairs=pairs)
         run = read_run_config("config", str(settings))
         changes = changes_of(ablation, run)
         if not file.is_file():
@@ -165,7 +168,8 @@ def _gates(stages: Stages, base: Base) -> _Gates:
     cosine = known.cosines[known.variants.index("dpo")][known.variants.index("prior")]
     is_one_arm = cosine > ONE_ARM
     is_named = "dpo" in config.ablation(base).variants
-    said = "one arm" if is_one_arm else "two arms" + ("" if is_named else ": name dpo among --variants")
+    where = "--everywhere" if "dpo" in config.variants else "--variants"
+    said = "one arm" if is_one_arm else "two arms" + ("" if is_named else f", compared where dpo is named among {where}")
     found = Correspondence(**read_json(file))
     lines = [f"\nThe {base} model:", found.text()]
     print(
@@ -205,6 +209,9 @@ def _settings(stages: Stages) -> dict[str, Any]:
     numbers = asdict(config.sizes)
     tuning = {name: numbers.pop(name) for name in ("tuning_steps", "tuning_batch", "lr", "beta", "rank")}
     tuning["beta tried"] = tuning.pop("beta")
+    tuning["draws"] = stages.train_config(MIDDLE, 1.0).loss.draws
+    tuning["judged_pairs"] = config.ablation(MIDDLE).judged_pairs
+    tuning["beta is kept within"] = "one standard error"
     given = {"tuning_steps": config.steps, "lr": config.lr, "reduction": config.reduction}
     tuning |= {name: value for name, value in given.items() if value is not None} | {"beta": config.beta}
     source = None if config.dreambench is None else str(Path(config.dreambench).resolve())

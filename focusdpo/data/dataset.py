@@ -235,12 +235,14 @@ class PairDataset(Dataset[PairSample]):
         if problems:
             raise DatasetError(problems)
         self.sizes = [placed.sizes for placed in self.placements]
+        self._remembered: dict[int, PairSample] | None = None
 
     def keep(self, indices: Sequence[int]) -> None:
         """Takes all other pairs out."""
         self.records = [self.records[index] for index in indices]
         self.placements = [self.placements[index] for index in indices]
         self.sizes = [placed.sizes for placed in self.placements]
+        self._remembered = None
 
     def placed(self, index: int) -> PlacedPrompt:
         """The pair's prompt, to be sampled at the winner's size."""
@@ -261,7 +263,20 @@ class PairDataset(Dataset[PairSample]):
     def __len__(self) -> int:
         return len(self.records)
 
+    def remember(self, limit: int) -> None:
+        """Keeps each sample once it is read, where pixels of all take at most `limit` bytes: for what is read anew."""
+        pixels = sum(sizes.tokens for sizes in self.sizes) * PATCH_SIZE**2
+        if 2 * 3 * 4 * pixels <= limit:  # fp32 RGB, and references no more than once
+            self._remembered = {}
+
     def __getitem__(self, index: int) -> PairSample:
+        if self._remembered is None:
+            return self._read(index)
+        if index not in self._remembered:
+            self._remembered[index] = self._read(index)
+        return self._remembered[index]
+
+    def _read(self, index: int) -> PairSample:
         record, placed = self.records[index], self.placements[index]
         photos = [read_photo(reference.image) for reference in record.references]
         reference_masks = []

@@ -211,11 +211,12 @@ class OutputFolder:
         settings: Any,
         compare: Callable[[dict[str, Any], Any], None],
         aside: Sequence[str] = (),
+        proven: Sequence[str] = (),
     ) -> None:
         """As `check`, of work that goes on where an earlier start left it, unless it is to be overwritten.
 
         Args:
-            overwrite, aside: as there.
+            overwrite, aside, proven: as there.
             file: in the folder, where `begin` leaves the settings for the next start.
             settings: what decides the results.
             compare: of the settings that the work was begun with and those of now, as JSON has them: ValueError where it cannot
@@ -236,7 +237,7 @@ class OutputFolder:
                     "anew with --overwrite true, or name another folder"
                 ) from error
             compare(before, json.loads(json.dumps(settings)))
-        self.check(overwrite, goes_on=goes_on, aside=aside)
+        self.check(overwrite, goes_on=goes_on, aside=aside, proven=proven)
 
     def _check_place(self) -> None:
         try:

@@ -292,10 +292,10 @@ SIZES = {
         tuning_steps=2, tuning_batch=2, lr=1e-3, beta=100.0, rank=4, points=2, sampler_steps=2, samples=1,
     ),
     "decisive": Size(
-        resolution=192, reference_resolution=96, scenes=2400, mismatched=800, pairs=160, tuning=24, held_out=24,
-        vae_channels=(8, 16, 32, 64), latent_channels=4, vae_steps=1600, vae_batch=4, judge_steps=1500,
-        heads=3, layers=(2, 3), flow_steps=(1300, 250, 200, 200), flow_batch=8, flow_lr=2e-3,
-        tuning_steps=40, tuning_batch=4, lr=1e-3, beta=1000.0, rank=16, points=5, sampler_steps=3, samples=1,
+        resolution=192, reference_resolution=96, scenes=2400, mismatched=800, pairs=160, tuning=48, held_out=24,
+        vae_channels=(8, 16, 32, 64), latent_channels=4, vae_steps=1500, vae_batch=4, judge_steps=1500,
+        heads=3, layers=(2, 3), flow_steps=(1200, 250, 200, 200), flow_batch=8, flow_lr=2e-3,
+        tuning_steps=32, tuning_batch=4, lr=1e-3, beta=1000.0, rank=16, points=5, sampler_steps=3, samples=1,
     ),
     "full": Size(
         resolution=256, reference_resolution=128, scenes=8000, mismatched=4000, pairs=960, tuning=96, held_out=192,
@@ -325,8 +325,9 @@ class MicrocosmConfig:
         seed: Of the world and of the models.
         tuning_steps: Optimiser steps of each variant; null takes the size's.
         lr: Learning rate of each variant; null takes the size's.
-        beta: Of the preference loss; null chooses a quarter of the size's, the size's or four times that, one for the prior
-            alone and one for masks within it, on pairs of their own and the middle model, with a seed of its own.
+        beta: Of the preference loss; null chooses, once for the prior alone and once for masks within it, the size's, or a
+            quarter or four times that where it draws more by over one standard error, on pairs of their own and the middle
+            model, with a seed of its own.
         reduction: Of the errors in the loss. "masked_mean" divides by the mask's size, which multiplies beta by another factor
             for each mask.
         primary: As in `focusdpo ablate`.
@@ -348,7 +349,7 @@ class MicrocosmConfig:
             "focus", "focus_estimate",
         ]
     )  # fmt: skip
-    everywhere: list[Variant] = field(default_factory=lambda: ["base", "dpo", "prior", "truth", "estimate", "focus"])
+    everywhere: list[Variant] = field(default_factory=lambda: ["base", "prior", "truth", "estimate", "focus"])
     grids: list[Grid] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
     seed: int = 0
@@ -404,6 +405,7 @@ class MicrocosmConfig:
             judge_points=self.judge_points,
             points=min(self.sizes.points, self.steps),
             times=[0.6],
+            judged_pairs=-(-2 * self.sizes.held_out // 3),  # errors differ less from scene to scene than whom one sees in them
             samples=0,  # all held-out scenes are drawn for the judge
             workers=self.workers,
         )

@@ -240,3 +240,18 @@ def test_composed_pairs(tiny_pairs):
         assert set(record.meta["disruptions"]) <= {"instance", "recolour", "retexture"}
     samples = [dataset(records)[i] for i in range(len(records))]
     assert all(torch.isfinite(s.winner).all() and s.prior.any() for s in samples)
+
+
+def test_samples_are_remembered_where_all_fit(folder):
+    pairs = dataset(load_pairs(folder, progress=False))
+    needed = 2 * 3 * 4 * 16**2 * pairs.sizes[0].tokens
+    pairs.remember(needed - 1)
+    sample = pairs[0]
+    assert pairs[0] is not sample
+    pairs.remember(needed)
+    remembered = pairs[0]
+    (folder / "winner.png").unlink()
+    assert pairs[0] is remembered and torch.equal(remembered.winner, sample.winner)
+    pairs.keep([0])
+    with pytest.raises(FileNotFoundError):
+        pairs[0]

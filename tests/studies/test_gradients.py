@@ -41,11 +41,22 @@ def run(tmp_path, tiny_flux, pairs):
     return tiny_config(tiny_flux, pairs, tmp_path, settings)
 
 
-def test_against_gradients_taken_one_by_one(run):
-    run = dataclasses.replace(run, focus=FocusConfig(match_count=5, tau=0.5))
+@pytest.mark.parametrize(("source", "asked"), [("policy", 1), ("reference", 5)])
+def test_against_gradients_taken_one_by_one(run, monkeypatch, source, asked):
+    """The reference model is asked once for all variants, and by those that listen to it."""
+    run = dataclasses.replace(run, focus=FocusConfig(match_count=5, tau=0.5, feature_source=source))
     trainer = fresh_trainer(run)
     changes = [VARIANTS[name] for name in NAMES]
-    found = gradients_at_start(trainer, run, changes, 4)
+    predict, looked = PreferenceStep.predict, []
+
+    def spied(step, noised, taps=(), which="policy"):
+        looked.append(which)
+        return predict(step, noised, taps, which)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreferenceStep, "predict", spied)
+        found = gradients_at_start(trainer, run, changes, 4)
+    assert looked.count("policy") == 4 * 10 and looked.count("reference") == 4 * asked
     assert found.variants == tuple(NAMES[1:]) and found.pairs == 4
     means = []
     for name in NAMES[1:]:

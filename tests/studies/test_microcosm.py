@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from focusdpo.building.composing import compose, on_white
@@ -33,13 +34,13 @@ from focusdpo.studies.config import SIZES, MicrocosmConfig
 from focusdpo.studies.microcosm import learning
 from focusdpo.studies.microcosm.gates import Correspondence
 from focusdpo.studies.microcosm.identities import MAX_OF_A_CLASS, identities_of
-from focusdpo.studies.microcosm.judge import IdentityJudge, classify, halves, train_judge
+from focusdpo.studies.microcosm.judge import IdentityJudge, classify, halves, load_judge, train_judge
 from focusdpo.studies.microcosm.judging import verdicts
 from focusdpo.studies.microcosm.learning import learn
 from focusdpo.studies.microcosm.model import Latents, build_model, train_flow
 from focusdpo.studies.microcosm.pairs import write_pairs
 from focusdpo.studies.microcosm.stages import Stages
-from focusdpo.studies.microcosm.tuning import Betas, chosen_betas
+from focusdpo.studies.microcosm.tuning import Betas, _best, chosen_betas
 from focusdpo.studies.microcosm.verdicts import Outcome, compared, text_of_verdicts
 from focusdpo.studies.microcosm.world import BOXES, VIEWS, World, compose_world, draw_disruption, draw_scene
 from focusdpo.training.times import at_times
@@ -174,6 +175,17 @@ def test_the_judge_names_and_sees_nobody(tmp_path):
     assert torch.equal(logits[:12].argmax(-1), who) and (logits[12:].argmax(-1) == 2).all()
     assert all(torch.equal(a, b) for a, b in zip(before, judge._encoder._network.parameters(), strict=True))
     assert not any("encoder" in name for name in judge.state_dict())
+
+
+def test_judges_that_are_loaded_look_through_one_encoder(tmp_path):
+    """And one that is to learn starts from the same weights whether or not there was one before."""
+    torch.manual_seed(1)
+    first = IdentityJudge(2)
+    save_file(first.state_dict(), tmp_path / "judge.safetensors")
+    one, other = (load_judge(tmp_path / "judge.safetensors", 2) for _ in range(2))
+    assert one._encoder is other._encoder and torch.equal(one.head.weight, first.head.weight)
+    torch.manual_seed(1)
+    assert torch.equal(IdentityJudge(2).head.weight, first.head.weight)
 
 
 def test_mismatched_scenes_show_others_in_both_places(identities):
@@ -348,20 +360,19 @@ def test_of_one_arm_the_prior_alone_is_trained(tmp_path, monkeypatch, is_one_arm
 
 
 def test_beta_is_chosen_by_what_is_drawn(tmp_path, monkeypatch):
-    """Of each arm by itself, on the middle model and the tuning pairs; of equal ones the size's own."""
+    """Of each arm by itself, on the middle model and the tuning pairs; the size's own unless scenes tell another from it."""
     seen = []
+    gains = {("prior", 400.0): [1.0, 0.5, 0.5, 0.5], ("focus", 25.0): [0.5, 1.0, 1.0, 0.5]}
 
     def run_jobs(jobs, workers):
         seen.extend(jobs)
-        gains = {("prior", 400.0): 0.5, ("focus", 25.0): 0.7}
-        return [
-            Result(job.change.name, job.seed, {"identity": [gains.get((job.change.name, job.config.loss.beta), 0.4)]}, [])
-            for job in jobs
-        ]
+        known = [gains.get((job.change.name, job.config.loss.beta), [0.0, 0.5, 0.5, 0.5]) for job in jobs]
+        return [Result(job.change.name, job.seed, {"identity": values}, []) for job, values in zip(jobs, known, strict=True)]
 
     monkeypatch.setattr("focusdpo.studies.microcosm.tuning.run_jobs", run_jobs)
     betas = chosen_betas(Stages(MicrocosmConfig(out=str(tmp_path), size="smoke")))
-    assert (betas.prior, betas.focus) == (400, 25) and len(seen) == 6
+    assert (betas.prior, betas.focus) == (100, 25), "one scene of four is one standard error, and no more"
+    assert len(seen) == 6 and dict(betas.identity["prior"]) == {100: 0.375, 25: 0.375, 400: 0.625}
     assert {job.config.data.validation for job in seen} == {str(tmp_path / "pairs" / "tuning")}
     assert {job.config.model.path for job in seen} == {str(tmp_path / "middle" / "model")}
     assert not {job.seed for job in seen} & set(MicrocosmConfig().seeds)
@@ -375,6 +386,12 @@ def test_beta_is_chosen_by_what_is_drawn(tmp_path, monkeypatch):
     assert (failed.prior, failed.focus) == (100, 100) and "25: failed, 100: failed, 400: failed; none better" in failed.text()
 
 
+def test_of_the_betas_that_are_told_apart_the_best_is_chosen():
+    tried = {1.0: [0.0, 0.5, 0.5, 0.5], 4.0: [1.0, 0.5, 0.5, 0.5], 0.25: [0.2, 0.7, 0.7, 0.7]}
+    assert _best(tried) == 0.25, "the best of all is one scene ahead, and no more"
+    assert _best(tried | {1.0: []}) == 4, "its own training gave up"
+
+
 def test_halves():
     images = torch.arange(2 * 3 * 4 * 6).reshape(2, 3, 4, 6).float()
     regions = halves(images)
@@ -386,6 +403,7 @@ def test_settings_reach_the_runs(tmp_path):
     run = Stages(settings).train_config("late", 7.0)
     assert (run.optim.lr, run.loss.beta, run.loss.reduction, run.max_steps) == (0.5, 7.0, "masked_mean", 9)
     assert run.model.path == str(tmp_path / "late" / "model")
+    assert run.loss.draws == 2, "18 of 12 pairs: none meets a noise twice"
     ablation = settings.ablation("middle", 2.0)
     betas = {change.name: change.of(run).loss.beta for change in changes_of(ablation, run)}
     assert betas["prior"] == betas["dpo"] == betas["subject"] == 2 and betas["focus"] == betas["structure"] == 7
@@ -419,10 +437,14 @@ def test_the_whole_command_also_when_killed(tmp_path, monkeypatch):
     results, table = results_of(folder)
     assert {r["variant"]: len(r["values"]["identity"]) for r in results} == {"base": 4, "prior": 4, "focus": 4}
     assert "FID" in table["measures"] and "accuracy/inside" in table["measures"]
+    assert {len(r["values"]["accuracy/inside"]) for r in results} == {3}, "two thirds of the held-out pairs"
     images = [load_file(path)["images"] for path in sorted((folder / "late").rglob("generated.safetensors"))]
     assert len(images) == 3 and images[0].shape == (4, 3, 64, 64) and not torch.equal(images[0], images[1])
+    assert len(list((folder / "references").rglob("*.safetensors"))) == 4, "two steps of two pairs, the same for both variants"
     moved = folder.rename(tmp_path / "moved")
     same |= {"out": str(moved), "variants": ["base", "prior", "focus"]}
+    kept = next((moved / "references").rglob("*.safetensors"))
+    shutil.copy(kept, kept.with_name(f"{kept.parent.name}{'0' * 62}.safetensors"))  # of another run of train.yaml
     prepare_microcosm(MicrocosmConfig(**same | {"seeds": [0, 1]}))
     (moved / "late" / "model").rename(moved / "elsewhere")
     prepare_microcosm(MicrocosmConfig(**same))

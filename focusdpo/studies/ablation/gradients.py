@@ -15,7 +15,7 @@ from focusdpo.studies.ablation.variants import Change
 from focusdpo.training.batches import in_order, load_batches
 from focusdpo.training.config import TrainConfig
 from focusdpo.training.seeding import seeded
-from focusdpo.training.step import PreferenceStep
+from focusdpo.training.step import ModelOutput, PreferenceStep
 from focusdpo.training.trainer import VALIDATION_SEED, Trainer
 
 
@@ -59,9 +59,14 @@ def gradients_at_start(trainer: Trainer, run: TrainConfig, changes: Sequence[Cha
     batches = load_batches(dataset, plan, trainer.config.data.num_workers, accelerator)
     for place, batch in enumerate(tqdm(batches, total=len(plan), desc="gradients before training", unit="batch", leave=False)):
         batch = batch.to(accelerator.device)
+        known: ModelOutput | None = None
         for number, step in enumerate(steps):
             with accelerator.autocast():
-                loss = step(batch, seeded(VALIDATION_SEED, place)).output.loss
+                noised = step.noise(batch, seeded(VALIDATION_SEED, place))
+                hears_reference = step.focus.taps_features and step.focus.feature_source == "reference"
+                if known is None and not hears_reference:
+                    known = step.reference_output(noised, batch)
+                loss = step.compare(noised, batch, None if hears_reference else known).output.loss
             found = torch.autograd.grad(loss, trainer.parameters, allow_unused=True)
             flat = [torch.zeros_like(p) if g is None else g for p, g in zip(trainer.parameters, found, strict=True)]
             halves[number, place % 2] += torch.cat([g.flatten() for g in flat]).double().cpu() * len(batch.prompts)

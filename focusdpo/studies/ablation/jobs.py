@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 RESULT_FILE = "result.json"
 JUDGED_FILE = "judged.jsonl"
+REMEMBERED = 2**28  # bytes of held-out pairs that are kept in memory from point to point
 # What a job writes into an ablation's folder of runs; the last is the microcosm's judge.
 JOB_WRITTEN = under(r"[\w=.,+-]+/seed-\d+", (*WRITTEN, r"result\.json", r"judged\.jsonl", r"generated\.safetensors"))
 
@@ -121,6 +123,7 @@ def work_on(job: Job) -> Result:
     if result is None:
         result = _train(job) if job.change.trained else _judge_untrained(job)
         clear_device_cache(garbage_collection=True)  # here, where nothing holds the trainer any more
+        gc.freeze()  # what the libraries have made takes long to look through, after each of a worker's jobs
         job.folder.mkdir(parents=True, exist_ok=True)
         write_whole(job.folder / RESULT_FILE, json.dumps(asdict(result)))
     return result
@@ -215,7 +218,10 @@ def fresh_trainer(config: TrainConfig, evaluation: Callable[[Trainer], None] | N
     """A trainer beside those that were there before: accelerate's state is one for a process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    return Trainer(config, evaluation=evaluation, writes_card=False)
+    trainer = Trainer(config, evaluation=evaluation, writes_card=False)
+    if config.data.num_workers == 0:  # whose processes would each keep them
+        trainer.validation_set.remember(REMEMBERED)
+    return trainer
 
 
 def _ask(job: Job, known: dict[int, ModelOutput], trainer: Trainer, judge: bool) -> dict[str, list[float]]:

@@ -18,6 +18,7 @@ CROP = 64  # pixels: convolutions need no more to learn from
 EDGES = 0.25  # weight of neighbouring pixels' differences: without it all is blurred first
 CELL = 8  # pixels along the side of a latent, whose mean colours count by themselves: they would be learnt last
 KL = 1e-6
+AT_ONCE = 4  # images that are encoded or decoded: more do not fit a processor's cache
 LR = 2e-4  # higher ones end lower in quality, up to 1e-3 by far
 
 
@@ -59,7 +60,7 @@ def train_autoencoder(vae: AutoencoderKL, world: World, steps: int, batch: int, 
     losses = learn("autoencoder", vae, loss, steps=steps, lr=LR, seed=seed, state_file=state_file)
     vae.requires_grad_(False)
     with torch.no_grad():
-        parts = [vae.encode(unit(part.to(device))).latent_dist.mode() for part in torch.split(world.scenes[:256], 32)]
+        parts = [vae.encode(unit(part.to(device))).latent_dist.mode() for part in torch.split(world.scenes[:256], AT_ONCE)]
     latents = torch.cat(parts)
     vae.register_to_config(shift_factor=float(latents.mean()), scaling_factor=1 / float(latents.std()))
     return losses
@@ -77,8 +78,10 @@ def _crops(images: Tensor, side: int, count: int, generator: torch.Generator) ->
 @torch.no_grad()
 def restore(vae: Any, pixels: Tensor) -> Tensor:
     """What the autoencoder makes of 8-bit pixels [N, 3, H, W], in [0, 1]."""
-    parts = [vae.decode(vae.encode(unit(part.to(vae.device))).latent_dist.mode()).sample for part in torch.split(pixels, 32)]
-    return ((torch.cat(parts) + 1) / 2).clamp(0, 1)
+    restored = [
+        vae.decode(vae.encode(unit(part.to(vae.device))).latent_dist.mode()).sample for part in torch.split(pixels, AT_ONCE)
+    ]
+    return ((torch.cat(restored) + 1) / 2).clamp(0, 1)
 
 
 def psnr(vae: Any, pixels: Tensor) -> float:

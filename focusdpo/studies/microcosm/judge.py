@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from focusdpo.building.encoder import EfficientNetLite0
 from focusdpo.studies.microcosm.learning import learn
 from focusdpo.studies.microcosm.world import World
 
+AT_ONCE = 16  # regions that the encoder sees: more do not fit a processor's cache
 SIDE = 64  # pixels of a region's width before the encoder; drawings are no sharper
 WIDTH, BATCH = 128, 128
 FEATURES = 1432  # of EfficientNetLite0.pooled
@@ -28,11 +30,12 @@ class IdentityJudge(nn.Module):
     Args:
         identities: how many there are; the answer behind them is nobody.
         device: of the encoder.
+        encoder: one that is there already; None loads it.
     """
 
-    def __init__(self, identities: int, device: str | torch.device = "cpu") -> None:
+    def __init__(self, identities: int, device: str | torch.device = "cpu", encoder: EfficientNetLite0 | None = None) -> None:
         super().__init__()
-        self._encoder = EfficientNetLite0(str(device))
+        self._encoder = EfficientNetLite0(str(device)) if encoder is None else encoder
         self.body = nn.Sequential(nn.LayerNorm(FEATURES), nn.Linear(FEATURES, WIDTH), nn.GELU())
         self.head = nn.Linear(WIDTH, identities + 1)
         self.to(device)
@@ -42,7 +45,7 @@ class IdentityJudge(nn.Module):
         """What the encoder sees, [N, FEATURES], on the judge's device."""
         height = round(SIDE * regions.shape[2] / regions.shape[3])
         scaled = F.interpolate(regions.to(self.head.weight.device), size=(height, SIDE), mode="bilinear", antialias=True)
-        return self._encoder.pooled(scaled)
+        return torch.cat([self._encoder.pooled(part) for part in torch.split(scaled, AT_ONCE)])
 
     def forward(self, seen: Tensor) -> Tensor:
         """Logits [N, identities + 1] of what `look` gave."""
@@ -124,9 +127,14 @@ def _coarse(regions: Tensor, times: float) -> Tensor:
     return F.interpolate(small, size=regions.shape[-2:], mode="bilinear")
 
 
+@cache
+def _shared_encoder(device: str) -> EfficientNetLite0:
+    return EfficientNetLite0(device)
+
+
 def load_judge(weights: Path, identities: int, device: str | torch.device = "cpu") -> IdentityJudge:
-    """A judge that has learnt."""
-    judge = IdentityJudge(identities, device)
+    """A judge that has learnt; all look through one encoder, as an ablation loads a judge at each point."""
+    judge = IdentityJudge(identities, device, _shared_encoder(str(device)))
     judge.load_state_dict(load_file(weights))
     return judge.eval()
 

@@ -14,13 +14,14 @@ from tqdm.auto import tqdm
 from focusdpo.data import collate
 from focusdpo.metrics.fid import frechet_distance_of_features
 from focusdpo.studies.ablation.yardsticks import Measure
+from focusdpo.studies.microcosm.autoencoder import AT_ONCE
 from focusdpo.studies.microcosm.judge import classify, load_judge
 from focusdpo.training.loading import load_backbone
 from focusdpo.training.seeding import seeded
 from focusdpo.training.trainer import Trainer
 
 IMAGES_FILE = "generated.safetensors"
-BATCH, DECODED = 48, 8  # images that are sampled and decoded at once
+BATCH, SMALL_BATCH = 48, 6  # images that are sampled at once on a GPU, and on a CPU, where more do not fit its cache
 MEASURES = {
     "identity": Measure("identity accuracy of generated regions", is_share=True),
     "leakage": Measure("leakage: generated regions that show the other reference's subject", "less", is_share=True),
@@ -67,8 +68,9 @@ def generate(trainer: Trainer, samples: int, steps: int) -> Tensor:
     images = []
     todo = [(index, sample) for index in range(len(dataset)) for sample in range(samples)]
     bar = tqdm(total=len(todo), desc="drawing held-out scenes", unit="image", leave=False)
-    for start in range(0, len(todo), BATCH):
-        part = todo[start : start + BATCH]
+    size = SMALL_BATCH if backbone.device.type == "cpu" else BATCH
+    for start in range(0, len(todo), size):
+        part = todo[start : start + size]
         batch = collate([dataset[index] for index, _ in part]).to(backbone.device)
         given = step.condition(batch)
         shape = (given.layout.num_target, given.references.shape[-1])
@@ -76,7 +78,7 @@ def generate(trainer: Trainer, samples: int, steps: int) -> Tensor:
         tokens = backbone.sample(
             noise.to(backbone.device), given.prompts, given.references, given.layout, steps=steps, guidance=1.0
         )
-        for decoded in torch.split(tokens, DECODED):
+        for decoded in torch.split(tokens, AT_ONCE):
             images.append((decoder.decode_images(decoded, given.layout.target) * 255).round().byte().cpu().contiguous())
         bar.update(len(part))
     bar.close()

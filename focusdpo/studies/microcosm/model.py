@@ -15,6 +15,7 @@ from focusdpo.data.images import PATCH_SIZE
 from focusdpo.models import Backbone, Flux1, PromptEmbeddings, TokenLayout
 from focusdpo.models.tiny_flux import build_flux
 from focusdpo.studies.config import Size
+from focusdpo.studies.microcosm.autoencoder import AT_ONCE
 from focusdpo.studies.microcosm.identities import Identity
 from focusdpo.studies.microcosm.learning import learn
 from focusdpo.studies.microcosm.world import VIEWS, World
@@ -114,4 +115,4 @@ def train_flow(
 
 def _encode(backbone: Backbone, pixels: Tensor) -> Tensor:
     """Clean tokens of 8-bit pixels [N, 3, H, W]."""
-    return torch.cat([backbone.encode_images(part.to(backbone.device) / 255).float() for part in torch.split(pixels, 64)])
+    return torch.cat([backbone.encode_images(part.to(backbone.device) / 255).float() for part in torch.split(pixels, AT_ONCE)])

@@ -68,7 +68,7 @@ STAGES_WRITTEN = (
     rf"({'|'.join(LEARNT)})\.state",
     r"autoencoder/(config\.json|diffusion_pytorch_model\.safetensors)",
     *(pattern for name in MODELS for pattern in under(name, (r"train\.yaml", *PIPELINE_WRITTEN))),
-    r"cache/[0-9a-f]{2}/[0-9a-f]{64}\.safetensors",
+    r"(cache|references)/[0-9a-f]{2}/[0-9a-f]{64}\.safetensors",
     rf"pairs/({'|'.join(PARTS)})/pairs\.jsonl",
     rf"pairs/({'|'.join(PARTS)})/\d+_(winner|loser|prior\d)\.png",
     rf"pairs/({'|'.join(PARTS)})/references/\d+_\d(_mask)?\.png",
@@ -76,6 +76,7 @@ STAGES_WRITTEN = (
 RESTORED = 800  # scenes that the judge learns from, also as the autoencoder gives them back
 EMPTY = 100  # scenes without subjects that it learns from
 JUDGED_SCENES = 256  # real scenes, which FID compares with
+MEASURED = 64  # of them, by which the autoencoder is measured
 Made = tuple[dict[str, Any], Callable[[], object]]  # what a stage says of itself, and what writes its result
 HELD_OUT_SEED = 1_000_003  # added to the seed of what is only judged
 # All linear layers of the image's stream: with the attention's alone identity rose less in as many steps.
@@ -179,7 +180,7 @@ class Stages:
         size, state = self.size, self.folder / "autoencoder.state"
         vae = build_model(size, self.identities, self.config.seed).vae.to(self.device)
         losses = train_autoencoder(vae, self.world, size.vae_steps, size.vae_batch, self.config.seed, state)
-        facts = {"losses": _thinned(losses), "psnr of held-out scenes in dB": psnr(vae, self.held_out.scenes)}
+        facts = {"losses": _thinned(losses), "psnr of held-out scenes in dB": psnr(vae, self.held_out.scenes[:MEASURED])}
         return facts, partial(_save_folder, vae.save_pretrained, target)
 
     def _vae(self) -> AutoencoderKL:
@@ -238,6 +239,7 @@ class Stages:
     def train_config(self, base: Base, beta: float, validation: str = "held_out") -> TrainConfig:
         """The run that an ablation varies: of a base, with a beta, judged on some of the pairs."""
         config, size = self.config, self.size
+        shown = config.steps * size.tuning_batch
         return TrainConfig(
             model=ModelConfig(
                 path=str(self.folder / base / "model"),
@@ -254,10 +256,13 @@ class Stages:
                 num_workers=0 if self.device.type == "cpu" else 4,  # which would take the cores that train
                 check="headers",
                 cache=str(self.folder / "cache"),
+                # A CPU takes pairs one by one as fast as together.
+                reference_cache=str(self.folder / "references") if self.device.type == "cpu" else None,
             ),
             output_dir=str(self.folder / base / "run"),
             lora=LoraConfig(rank=size.rank, alpha=2 * size.rank, target_modules=list(ADAPTED)),
-            loss=LossConfig(beta=beta, reduction=config.reduction, shift=SHIFT),
+            # A pair has new times and noise whenever it comes, and the same in all variants: the reference model is asked once.
+            loss=LossConfig(beta=beta, reduction=config.reduction, shift=SHIFT, draws=-(-shown // size.pairs)),
             optim=OptimConfig(
                 lr=size.lr if config.lr is None else config.lr,
                 scheduler="constant_with_warmup",

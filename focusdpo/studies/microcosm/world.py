@@ -7,6 +7,7 @@ looking, and a region can be judged.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,21 +114,27 @@ def compose_world(
     """
     sides = (3, size.resolution, size.resolution)
     scenes, others = (torch.empty(number, *sides, dtype=torch.uint8) for number in (count, mismatched))
-    who, prompts = [], []
 
     def render(scene: Scene, shown: Sequence[int], rng: np.random.Generator) -> Tensor:
         photos = [identities[number].photos(held_out) for number in shown]
         cutouts = [views[int(rng.integers(len(views)))] for views in photos]
         return pixels(compose(scene.background, cutouts, BOXES, centred=True)[0])
 
-    for index in tqdm(range(count), desc="composing scenes", unit="scene", leave=False):
+    def draw(index: int) -> tuple[tuple[int, int], str]:
         rng = np.random.default_rng([seed, index])
         scene = draw_scene(identities, size.resolution, rng)
         scenes[index] = render(scene, scene.identities, rng)
         if index < mismatched:
             others[index] = render(scene, draw_disruption(identities, scene, rng), rng)
-        who.append(scene.identities)
-        prompts.append(scene.prompt)
+        return scene.identities, scene.prompt
+
+    with ThreadPoolExecutor() as pool:  # Pillow resizes beside itself
+        try:
+            drawn = [*tqdm(pool.map(draw, range(count)), total=count, desc="composing scenes", unit="scene", leave=False)]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # the others need not be composed first
+            raise
+    who, prompts = zip(*drawn, strict=True)
     references = []
     for number, identity in enumerate(identities):
         rng = np.random.default_rng([seed, number, 1])
@@ -135,4 +142,4 @@ def compose_world(
         for view in range(VIEWS):
             canvas, light = (size.reference_resolution,) * 2, float(rng.uniform(*LIGHT_RANGE))
             references.append(pixels(on_white(views[view % len(views)], canvas, light)[0]))
-    return World(scenes, torch.tensor(who), torch.stack(references), prompts, others)
+    return World(scenes, torch.tensor(who), torch.stack(references), list(prompts), others)
