@@ -404,6 +404,8 @@ def test_settings_reach_the_runs(tmp_path):
     assert (run.optim.lr, run.loss.beta, run.loss.reduction, run.max_steps) == (0.5, 7.0, "masked_mean", 9)
     assert run.model.path == str(tmp_path / "late" / "model")
     assert run.loss.draws == 2, "18 of 12 pairs: none meets a noise twice"
+    decides = _settings(Stages(settings))["tuning"]
+    assert (decides["draws"], decides["judged_pairs"]) == (2, 3), "compared when a folder is gone on with"
     ablation = settings.ablation("middle", 2.0)
     betas = {change.name: change.of(run).loss.beta for change in changes_of(ablation, run)}
     assert betas["prior"] == betas["dpo"] == betas["subject"] == 2 and betas["focus"] == betas["structure"] == 7
