@@ -405,7 +405,7 @@ class MicrocosmConfig:
             judge_points=self.judge_points,
             points=min(self.sizes.points, self.steps),
             times=[0.6],
-            judged_pairs=-(-2 * self.sizes.held_out // 3),  # errors differ less from scene to scene than whom one sees in them
+            judged_pairs=-(-2 * self.sizes.held_out // 3),  # the judge sees all; this saves time
             samples=0,  # all held-out scenes are drawn for the judge
             workers=self.workers,
         )
