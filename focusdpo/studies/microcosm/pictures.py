@@ -180,7 +180,7 @@ def draw_samples(
     columns = ["references", "real scene", *runs]
     figure, axes = new_figure(count, len(columns), (1.75 * len(columns), 2.05 * count))
     for axis, name in zip(axes[0], columns, strict=True):
-        axis.set_title(name, fontsize=8)
+        axis.set_title(textwrap.fill(name, 22), fontsize=8)
     drawn = {name: load_file(folder / IMAGES_FILE)["images"][::samples][:count] for name, folder in runs.items()}
     seen = {name: classify(judge, images.float() / 255)[0].argmax(-1) for name, images in drawn.items()}
     for i in range(count):
