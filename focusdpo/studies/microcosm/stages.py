@@ -256,7 +256,7 @@ class Stages:
                 num_workers=0 if self.device.type == "cpu" else 4,  # which would take the cores that train
                 check="headers",
                 cache=str(self.folder / "cache"),
-                # A CPU takes pairs one by one as fast as together.
+                # Filled pair by pair, where a GPU wants batches.
                 reference_cache=str(self.folder / "references") if self.device.type == "cpu" else None,
             ),
             output_dir=str(self.folder / base / "run"),

@@ -34,12 +34,12 @@ class Betas:
     identity: dict[str, list[tuple[float, float | None]]]
 
     def text(self) -> str:
-        rows, own = [], 0.0
+        rows = []
         for arm, tried in self.identity.items():
             numbers = [f"{beta:g}: " + ("failed" if found is None else f"{found:.3f}") for beta, found in sorted(tried)]
-            own = tried[0][0]
             alike = len({found for _, found in tried}) == 1
             rows.append(f"  {VARIANTS[arm].label:<16}" + ", ".join(numbers) + ("; none better than another" if alike else ""))
+        own = next(iter(self.identity.values()))[0][0]
         head = f"beta, and the identity accuracy it gave on the tuning scenes; {own:g} unless one is a standard error better:"
         return "\n".join([head, *rows, f"  chosen: {self.prior:g} and {self.focus:g}"])
 
