@@ -14,7 +14,7 @@ from focusdpo.foundation.text import counted
 from focusdpo.studies.config import MasksConfig
 from focusdpo.studies.masks import WRITTEN, groups_of, write_masks
 from focusdpo.training.batches import check_match_count, dataset_of, prior_problems
-from focusdpo.training.config import FocusConfig, LossConfig
+from focusdpo.training.config import FocusConfig
 from focusdpo.training.loading import checkpoint_of, load_step
 from focusdpo.training.run_files import read_run_config
 
@@ -49,7 +49,7 @@ def prepare(config: MasksConfig) -> Callable[[], None]:
         f"0 to {len(records) - 1}: {source} has {counted(len(records), 'pair')}",
     )
     record = records[config.pair]
-    problems = prior_problems(replace(run, loss=LossConfig()), [record])  # the mask alone is drawn
+    problems = prior_problems(replace(run, loss=replace(run.loss, granularity="image")), [record])  # the mask alone is drawn
     if problems:
         raise DatasetError(problems)
     dataset = dataset_of([record], run.data, run.model.backbone)

@@ -353,3 +353,12 @@ def test_a_run_without_the_mask_shows_what_it_would_be(run, drawn, tmp_path, cap
     assert "focus.mask is 'none' in this run" in caplog.text
     here, there = np.load(tmp_path / "out" / "fields.npz"), np.load(drawn / "fields.npz")
     assert np.array_equal(here["all/t=0.7/mask"], there["all/t=0.7/mask"])
+
+
+def test_a_run_that_keeps_what_the_reference_says_is_drawn(run, drawn, tmp_path):
+    """Its draws go with its cache; and where its loss has a sigmoid for each subject, the mask needs no prior of each."""
+    kept = {"cache": str(tmp_path / "cache"), "reference_cache": str(tmp_path / "references")}
+    cached = changed(run, tmp_path, data=kept, loss={"draws": 2, "granularity": "subject"})
+    prepare_masks(MasksConfig(cached, 1, "train", [0.7], 0, "none", 3, str(tmp_path / "out")))()
+    here, there = np.load(tmp_path / "out" / "fields.npz"), np.load(drawn / "fields.npz")
+    assert np.array_equal(here["all/t=0.7/mask"], there["all/t=0.7/mask"]) and not (tmp_path / "references").exists()
